@@ -1,0 +1,107 @@
+"""Keras, and the few of its internals that Handloom uses, each with its reason.
+
+Everything else in the package (backends aside) uses only what Keras exports. `tests/test_keras.py`
+checks each of these, so that a change in Keras is noticed there and not by a user.
+
+| internal                     | why                                                                    |
+|------------------------------|------------------------------------------------------------------------|
+| `get_stateless_scope`        | a scope of ours must know which scope encloses it                      |
+| `Variable._value`            | `assign` costs ten times more per step, and converts what needs none   |
+| `Variable._initializer`      | the value of a variable that waits for its scope to close              |
+| `Layer._flatten_layers`      | which layers a layer is made of, at any depth                          |
+| `Functional`                 | not exported; a subclass built from inputs and outputs must become one |
+| `Model._compile_loss`        | whether `compute_loss` has a loss to compute, and of which kind        |
+| `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order                      |
+| `global_seed_generator`'s tracing check | unseeded random ops are safe where seeds are captured state |
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from handloom.errors import BackendNotInstalledError
+
+BACKENDS = ("jax", "tensorflow", "torch")
+
+
+def _missing_backend(name: str) -> BackendNotInstalledError:
+    installed = [other for other in BACKENDS if importlib.util.find_spec(other)]
+    choice = (
+        f", or choose an installed one: KERAS_BACKEND={installed[0]}"
+        if installed
+        else ""
+    )
+    return BackendNotInstalledError(
+        f"Keras is set to the backend {name!r}, which is not installed. "
+        f'Install it with: pip install "handloom[{name}]"{choice}.'
+    )
+
+
+try:
+    import keras
+except ModuleNotFoundError as error:
+    if error.name in BACKENDS:
+        raise _missing_backend(str(error.name)) from error
+    raise
+
+if keras.backend.backend() not in BACKENDS:
+    raise BackendNotInstalledError(
+        f"Handloom runs on {', '.join(BACKENDS)}; Keras is set to {keras.backend.backend()!r}. "
+        "Set KERAS_BACKEND before Python starts, for example: KERAS_BACKEND=jax "
+        f"(it is {os.environ.get('KERAS_BACKEND', 'unset')!r} now; unset, ~/.keras/keras.json decides)."
+    )
+
+from keras.src.backend.common.stateless_scope import get_stateless_scope  # noqa: E402
+from keras.src.models.functional import Functional  # noqa: E402
+
+Variable: TypeAlias = Any
+"""A `keras.Variable`. Keras has no type annotations, so this one only tells the reader."""
+
+Layer: TypeAlias = Any
+"""A `keras.Layer`."""
+
+Tensor: TypeAlias = Any
+"""A tensor of the backend."""
+
+__all__ = [
+    "BACKENDS",
+    "Functional",
+    "Layer",
+    "Tensor",
+    "Variable",
+    "current_value",
+    "keras",
+    "layers_of",
+    "stored_value",
+    "value_in",
+]
+
+
+def stored_value(variable: Variable) -> Tensor:
+    """The tensor that a variable holds, whatever scope is open.
+
+    A variable made while a scope is open has none until the scope closes; what its initializer gives
+    stands in for it, which is right for everything that looks at shapes and dtypes only.
+    """
+    if variable._value is None:
+        return variable._initializer(variable._shape, dtype=variable._dtype)
+    return variable._value
+
+
+def value_in(scope: keras.StatelessScope | None, variable: Variable) -> Tensor:
+    """The value a variable has in a scope, never `None` and never autocast."""
+    value = None if scope is None else scope.get_current_value(variable)
+    return stored_value(variable) if value is None else value
+
+
+def current_value(variable: Variable) -> Tensor:
+    """The value a variable has where the caller runs."""
+    return value_in(get_stateless_scope(), variable)
+
+
+def layers_of(layer: Layer) -> Iterator[Layer]:
+    """A layer and all layers inside it, at any depth."""
+    yield from layer._flatten_layers()

@@ -1,0 +1,188 @@
+"""`keras.ops.cond`, `while_loop` and `fori_loop` on torch, compiled.
+
+On torch Keras runs these as Python `if` and `while`, which a trace cannot follow. While a step is traced, they
+become torch's own control-flow operations. Those want everything that a branch uses as an argument, whereas Keras
+code closes over it, variables included; so a branch is run once on the side to see what it uses, and then again
+with that replaced by arguments. Variables assigned in a branch become results of it.
+
+Internals used: `keras.src.backend.torch.core.cond`, `while_loop`, `fori_loop` (replaced while tracing) and torch's
+`cond_op` and `while_loop_op` (`torch.cond` and `torch.while_loop` would first compile the branch by other means).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import optree
+import torch
+from keras.src.backend.torch import core
+from torch._higher_order_ops.cond import cond_op
+from torch._higher_order_ops.while_loop import while_loop_op
+from torch._subclasses import FakeTensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.overrides import TorchFunctionMode
+
+from handloom._keras import Variable, keras
+from handloom.backends._scope import Scope
+from handloom.backends.base import Untraceable
+
+
+class _Closure(TorchFunctionMode):
+    """Notes which tensors a function uses that it did not make itself, or replaces those by others."""
+
+    def __init__(self, known: Sequence[torch.Tensor], replacements: dict[int, torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.used: dict[int, torch.Tensor] = {}
+        self._replacements = replacements or {}
+        self._made: dict[int, torch.Tensor] = {id(tensor): tensor for tensor in known}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        args, kwargs = optree.tree_map(self.replace, (tuple(args), kwargs or {}))
+        result = func(*args, **kwargs)
+        self._made.update((id(leaf), leaf) for leaf in optree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
+
+    def replace(self, leaf: Any) -> Any:
+        if isinstance(leaf, keras.Variable):
+            leaf = leaf.value
+        if isinstance(leaf, FakeTensor) and id(leaf) not in self._made:
+            self.used[id(leaf)] = leaf
+        return self._replacements.get(id(leaf), leaf)
+
+
+class _Branch:
+    """A function for a control-flow operation: what it closes over, what it assigns, and its explicit form.
+
+    Args:
+        fn: Takes the carried tensors.
+        carried: Examples of them.
+    """
+
+    def __init__(self, fn: Callable[..., Any], carried: Sequence[torch.Tensor]) -> None:
+        self._fn = fn
+        with disable_proxy_modes_tracing(), _Closure(carried) as closure, Scope() as scope:
+            self.results, self.structure = optree.tree_flatten(fn(*carried))
+            self.results = [closure.replace(core.convert_to_tensor(result)) for result in self.results]
+            self.written = scope.written
+            for variable in self.written:
+                closure.replace(scope.get_current_value(variable))
+        self.used = list(closure.used.values())
+
+    def explicit(self, used: Sequence[torch.Tensor], written: Sequence[Variable], carried: int) -> Callable[..., Any]:
+        """The same function of the carried tensors and of `used`; returns its results, then `written`'s values."""
+
+        def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            replacements = dict(zip(map(id, used), operands[carried:], strict=True))
+            with _Closure(operands, replacements) as closure, Scope() as scope:
+                results = optree.tree_leaves(self._fn(*operands[:carried]))
+                results += [scope.get_current_value(variable) for variable in written]
+                # The operations refuse a result that is one of their arguments.
+                return tuple(core.convert_to_tensor(closure.replace(result)).clone() for result in results)
+
+        return run
+
+
+def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
+    if isinstance(pred, keras.Variable):
+        pred = pred.value
+    if not isinstance(pred, FakeTensor) or pred.is_meta:
+        return _original["cond"](pred, true_fn, false_fn)
+    branches = [_Branch(true_fn, ()), _Branch(false_fn, ())]
+    if branches[0].structure != branches[1].structure:
+        raise TypeError(
+            "Both branches of keras.ops.cond must return the same structure; "
+            f"received {branches[0].structure} and {branches[1].structure}."
+        )
+    written = _distinct(branches[0].written + branches[1].written)
+    used = _distinct(branches[0].used + branches[1].used)
+    runs = [branch.explicit(used, written, carried=0) for branch in branches]
+    if not branches[0].results and not written:
+        return None
+    results = cond_op(pred.reshape(()).to(torch.bool), *runs, tuple(used))
+    count = len(results) - len(written)
+    for variable, value in zip(written, results[count:], strict=True):
+        variable.assign(value)
+    return optree.tree_unflatten(branches[0].structure, results[:count])
+
+
+def _while_loop(
+    cond: Callable[..., Any], body: Callable[..., Any], loop_vars: Any, maximum_iterations: int | None = None
+) -> Any:
+    single = not isinstance(loop_vars, (tuple, list))
+    leaves, structure = optree.tree_flatten((loop_vars,) if single else tuple(loop_vars))
+    carried = [core.convert_to_tensor(leaf) for leaf in leaves]
+    carried.append(torch.zeros((), dtype=torch.int64))  # Counts iterations.
+
+    def go_on(*carried: torch.Tensor) -> torch.Tensor:
+        more = core.convert_to_tensor(cond(*optree.tree_unflatten(structure, carried[:-1]))).reshape(())
+        return more if maximum_iterations is None else more & (carried[-1] < maximum_iterations)
+
+    def advance(*carried: torch.Tensor) -> list[torch.Tensor]:
+        news = body(*optree.tree_unflatten(structure, carried[:-1]))
+        news = optree.tree_leaves(tuple(news) if isinstance(news, (tuple, list)) else (news,))
+        return [_as_carried(new, old) for new, old in zip(news, carried, strict=False)] + [carried[-1] + 1]
+
+    results = optree.tree_unflatten(structure, _loop(go_on, advance, carried)[:-1])
+    return results[0] if single else results
+
+
+def _as_carried(new: Any, old: torch.Tensor) -> torch.Tensor:
+    new = core.convert_to_tensor(new)
+    if (new.shape, new.dtype) != (old.shape, old.dtype):
+        raise TypeError(
+            "A loop variable must keep its shape and dtype from one iteration to the next; it is "
+            f"{old.dtype}{tuple(old.shape)} before the body and {new.dtype}{tuple(new.shape)} after it."
+        )
+    return new
+
+
+def _loop(
+    go_on: Callable[..., Any], advance: Callable[..., Any], carried: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor]:
+    branches = [_Branch(go_on, carried), _Branch(advance, carried)]
+    used = _distinct(branches[0].used + branches[1].used)
+    if branches[1].written:
+        names = ", ".join(variable.path for variable in branches[1].written)
+        raise Untraceable(f"variables ({names}) are assigned in the body of a loop; carry their values instead")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [*carried, *used]):
+        raise Untraceable("a loop over a number of steps known only at run time is differentiated")
+    condition, body = (branch.explicit(used, (), len(carried)) for branch in branches)
+    return while_loop_op(lambda *operands: condition(*operands)[0], body, tuple(carried), tuple(used))
+
+
+def _fori_loop(lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any) -> Any:
+    def advance(index: Any, value: Any) -> tuple[Any, Any]:
+        return index + 1, body_fun(index, value)
+
+    init_val = optree.tree_map(core.convert_to_tensor, init_val)
+    static = isinstance(lower, int) and isinstance(upper, int)
+    if static and torch.is_grad_enabled():
+        return _original["fori_loop"](lower, upper, body_fun, init_val)
+    upper = core.convert_to_tensor(upper)
+    lower = core.convert_to_tensor(lower, dtype=upper.dtype)
+    return _while_loop(lambda index, _: index < upper, advance, (lower, init_val))[1]
+
+
+def _distinct(items: Sequence[Any]) -> list[Any]:
+    return list({id(item): item for item in items}.values())
+
+
+_compiled = {"cond": _cond, "while_loop": _while_loop, "fori_loop": _fori_loop}
+_original = {name: getattr(core, name) for name in _compiled}
+
+
+@contextlib.contextmanager
+def traceable_control_flow() -> Iterator[None]:
+    """Within, `keras.ops.cond`, `while_loop` and `fori_loop` are compiled."""
+    for name, function in _compiled.items():
+        setattr(core, name, function)
+    try:
+        yield
+    finally:
+        for name, function in _original.items():
+            setattr(core, name, function)

@@ -1,0 +1,175 @@
+"""What Handloom needs of a backend: the whole of it, method by method.
+
+A backend turns the same words (compile this step, differentiate this function) into what JAX, TensorFlow
+or PyTorch does. It knows nothing of models, loops or data; it is told only functions, tensors and variables.
+Everything above it is written once. If a feature needs to know which backend runs, a method is missing here.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from handloom._keras import Tensor, Variable
+
+Gradients = list[Tensor | None]
+
+
+class Program(Protocol):
+    """One compiled version of a function, for one set of shapes and dtypes."""
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Runs it once: reads the variables' present values, writes the new ones, returns the results.
+
+        An exception, an interrupt included, leaves every variable with either its old or its new value.
+        """
+        ...
+
+
+class Untraceable(Exception):
+    """Raised by `Backend.trace` for a function that must run op by op; its text is the reason."""
+
+
+class Backend(abc.ABC):
+    """The contract. `handloom.backends.backend` is the one implementation that this process uses."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self._nesting = threading.local()
+
+    # ---------------------------------------------------------------- tensors
+
+    @abc.abstractmethod
+    def is_array(self, leaf: Any) -> bool:
+        """Whether a leaf of a step's arguments is data (retraces by shape and dtype) or a Python value (static).
+
+        True for tensors of the backend, NumPy arrays and NumPy scalars; false for Python numbers and
+        `keras.Variable`s.
+        """
+
+    @abc.abstractmethod
+    def to_tensor(self, array: Any) -> Tensor:
+        """What a step is given for one leaf of data.
+
+        One rule for the three backends: 64-bit floats become `keras.config.floatx()`; every other dtype is kept
+        (JAX, which has no 64-bit integers unless told to, makes them 32-bit). No copy where none is needed; where
+        the backend's compiled functions take NumPy arrays at no cost, an array may be returned as it is.
+        """
+
+    @abc.abstractmethod
+    def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype name, as a compiled function tells versions apart. Takes what `to_tensor` returns."""
+
+    @abc.abstractmethod
+    def fetch(self, tensors: Sequence[Tensor]) -> np.ndarray:
+        """Tensors of one shape and dtype, stacked, as a NumPy array of shape `(len(tensors), *shape)`.
+
+        Waits until they are computed, and moves them in as few transfers as it can.
+        """
+
+    @abc.abstractmethod
+    def detach(self, tensor: Tensor) -> Tensor:
+        """The tensor without what would keep the computation that made it alive."""
+
+    # --------------------------------------------------------------- compiling
+
+    @abc.abstractmethod
+    def trace(
+        self, fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], *, jit_compile: bool | str
+    ) -> Program | None:
+        """Compiles `fn(*tensors)` for the shapes and dtypes of `tensors`, finding its variables by itself.
+
+        `fn` may be run more than once, on stand-ins for the tensors; no variable keeps a value from that.
+        Variables that `fn` creates in its first run are initialized before the next.
+
+        Args:
+            fn: Takes tensors, returns a list of tensors; reads and writes any variables.
+            tensors: One set of arguments, from `to_tensor`.
+            jit_compile: `True` for the backend's kernel compiler (XLA, Inductor), `False` to do without,
+                `"auto"` for what is known to be best.
+
+        Returns:
+            The program; `None` where `jit_compile=False` leaves nothing but running op by op.
+
+        Raises:
+            Untraceable: If `fn` cannot be compiled on this backend but may run op by op.
+            TraceError: If `fn` uses a tensor where Python needs a number, as in `if loss < 1:`.
+        """
+
+    def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """A user's function, made ready to be called inside a trace.
+
+        A backend that can compile plain Python `if`, `for` and `while` over tensors rewrites it here; the others
+        return it as it is.
+        """
+        return fn
+
+    @abc.abstractmethod
+    def create_variables(self, fn: Callable[[], Any]) -> None:
+        """Runs `fn()` on shapes alone, so that layers it calls are built; no value changes."""
+
+    # ---------------------------------------------------------- differentiating
+
+    @abc.abstractmethod
+    def value_and_grad(
+        self,
+        fn: Callable[..., tuple[Tensor, list[Tensor]]],
+        tensors: Sequence[Tensor],
+        variables: Sequence[Variable],
+    ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
+        """Runs `fn(*tensors)` once and differentiates its value.
+
+        Args:
+            fn: Returns a scalar floating-point tensor and a list of further tensors. What it does to variables
+                happens exactly once.
+            tensors: Floating-point tensors to differentiate with respect to; `fn` is given stand-ins for them.
+            variables: Distinct variables to differentiate with respect to, at the values they have now.
+
+        Returns:
+            The value; the further tensors; the gradients for `tensors`; those for `variables`. A gradient has the
+            shape and dtype of its source, and is `None` where the source does not reach the value through
+            differentiable operations. Inside another differentiated function all of them stay differentiable.
+        """
+
+    @abc.abstractmethod
+    def jacobian(
+        self, fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], variables: Sequence[Variable]
+    ) -> list[tuple[Gradients, Gradients]]:
+        """The derivatives of several outputs of any shape.
+
+        Args:
+            fn: Returns a list of floating-point tensors. What it does to variables happens exactly once.
+            tensors: As for `value_and_grad`.
+            variables: As for `value_and_grad`.
+
+        Returns:
+            For each output, a pair as the last two of `value_and_grad`; a derivative has shape
+            `output.shape + source.shape`.
+        """
+
+    # ------------------------------------------------------------------ nesting
+
+    @property
+    def nested(self) -> bool:
+        """Whether the caller runs inside a trace or a differentiated function.
+
+        Compiled functions called there become part of what surrounds them.
+        """
+        return self._depth("trace") > 0 or self._depth("gradient") > 0
+
+    def _depth(self, kind: str) -> int:
+        return int(getattr(self._nesting, kind, 0))
+
+    @contextlib.contextmanager
+    def _inside(self, kind: str) -> Iterator[None]:
+        setattr(self._nesting, kind, self._depth(kind) + 1)
+        try:
+            yield
+        finally:
+            setattr(self._nesting, kind, self._depth(kind) - 1)

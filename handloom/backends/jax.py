@@ -1,0 +1,278 @@
+"""JAX: a step becomes one pure function of its variables' values, jitted, its written state donated.
+
+Internals used: `Variable._value` (see `handloom/_keras.py`) and, while tracing, the check by which
+`keras.random` refuses to draw unseeded numbers under a trace. That check guards against a seed frozen into the
+program; here the global seed generator's state is captured like any other variable, so nothing freezes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from keras.src.random import seed_generator
+
+from handloom._keras import Tensor, Variable, current_value, keras, stored_value
+from handloom.backends._blame import needs_a_value, users_line
+from handloom.backends._scope import Recorder, Scope, refuse
+from handloom.backends.base import Backend, Gradients
+from handloom.errors import VariableError
+
+
+class JaxBackend(Backend):
+    name = "jax"
+
+    def is_array(self, leaf: Any) -> bool:
+        return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+
+    def to_tensor(self, array: Any) -> Tensor:
+        if array.dtype == np.float64:
+            return array.astype(keras.config.floatx())
+        return array
+
+    def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
+        return tensor.shape, jax.dtypes.canonicalize_dtype(tensor.dtype).name
+
+    def fetch(self, tensors: Sequence[Tensor]) -> np.ndarray:
+        # One stack per power of two: transfers are dear, and so is compiling a stack for every length.
+        parts, start = [], 0
+        while start < len(tensors):
+            size = 1 << ((len(tensors) - start).bit_length() - 1)
+            parts.append(np.asarray(_stack(*tensors[start : start + size])))
+            start += size
+        return np.concatenate(parts)
+
+    def detach(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def trace(
+        self, fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], *, jit_compile: bool | str
+    ) -> JaxProgram | None:
+        if jit_compile is False:
+            return None
+        try:
+            with self._inside("trace"), _unseeded_random_ops():
+                written, read = _find_variables(fn, tensors)
+                return JaxProgram(fn, tensors, written, read)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+            raise needs_a_value(error) from error
+        except jax.errors.UnexpectedTracerError as error:
+            raise _leaked(error) from error
+
+    def create_variables(self, fn: Callable[[], Any]) -> None:
+        with self._inside("trace"), _unseeded_random_ops(), Scope(creates=True):
+            jax.eval_shape(lambda: [fn()][:0])
+
+    def value_and_grad(
+        self,
+        fn: Callable[..., tuple[Tensor, list[Tensor]]],
+        tensors: Sequence[Tensor],
+        variables: Sequence[Variable],
+    ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
+        sources, reached = _Sources(tensors, variables), _Reached()
+
+        def pure(*flat: Tensor) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+            (value, aux), news = sources.call(fn, reached.watch(flat))
+            return value, (aux, news)
+
+        with self._inside("gradient"), Scope(creates=True):
+            value, pullback, (aux, news) = jax.vjp(pure, *sources.values, has_aux=True)
+            gradients = reached.only(pullback(jnp.ones_like(value)))
+        sources.write(news)
+        return value, aux, *sources.split(gradients)
+
+    def jacobian(
+        self, fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], variables: Sequence[Variable]
+    ) -> list[tuple[Gradients, Gradients]]:
+        sources = _Sources(tensors, variables)
+        with self._inside("gradient"), Scope(creates=True):
+            trace = jax.make_jaxpr(functools.partial(sources.call, fn), return_shape=True)
+            closed, (outputs, _) = trace(sources.values)
+            flat_fn = jax.extend.core.jaxpr_as_fun(closed)
+            rows = [_row(flat_fn, index, sources.values) for index in range(len(outputs))]
+            news = flat_fn(*sources.values)[len(outputs) :]
+        sources.write(news)
+        return [sources.split(row) for row in rows]
+
+
+class JaxProgram:
+    """A step as one executable: (written state, read state, tensors) -> (results, new written state)."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        written: list[Variable],
+        read: list[Variable],
+    ) -> None:
+        def pure(
+            written_values: list[Tensor], read_values: list[Tensor], tensors: tuple[Tensor, ...]
+        ) -> tuple[list[Tensor], list[Tensor]]:
+            bindings = zip(written + read, written_values + read_values, strict=True)
+            with Scope(bindings, outer=refuse) as scope:
+                results = list(fn(*tensors))
+            return results, [scope.get_current_value(variable) for variable in written]
+
+        self._written, self._read = written, read
+        jitted = jax.jit(pure, donate_argnums=0)
+        self._execute = jitted.lower(_values(written), _values(read), tuple(tensors)).compile()
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        values = _values(self._written)
+        if values and max(map(sys.getrefcount, values)) > _HELD_BY_VARIABLE:
+            values = _unshared(values)
+        # The donated values are gone once the executable has run. What it returns therefore lands in a list that
+        # exists already, and from there in the variables, with no Python in between that an interrupt could stop.
+        done: list[tuple[list[Tensor], list[Tensor]]] = []
+        try:
+            done.extend(map(self._execute, (values,), (_values(self._read),), (tuple(tensors),)))
+        finally:
+            for _, news in done:
+                deque(map(setattr, self._written, repeat("_value"), news), maxlen=0)
+        return done[0][0]
+
+
+def _values(variables: list[Variable]) -> list[Tensor]:
+    return [variable._value for variable in variables]
+
+
+def _unshared(values: list[Tensor]) -> list[Tensor]:
+    """The same values, copied where another variable (after `a.assign(b)`) or the user holds the array too.
+
+    A donated array is gone for everybody; nobody but the program may feel that.
+    """
+    return [jnp.copy(value) if sys.getrefcount(value) > _HELD_BY_VARIABLE + 1 else value for value in values]
+
+
+def _references_of_a_variables_value() -> int:
+    holder = [[object()]]
+    return max(map(sys.getrefcount, [value[0] for value in holder]))
+
+
+_HELD_BY_VARIABLE = _references_of_a_variables_value()
+
+
+def _find_variables(
+    fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]
+) -> tuple[list[Variable], list[Variable]]:
+    """Runs a step on shapes alone: the variables it writes, and those it only reads."""
+    recorder = Recorder(stored_value)
+    with Scope(outer=recorder, creates=True) as scope:
+        jax.eval_shape(lambda *tensors: list(fn(*tensors)), *tensors)
+    written = scope.written
+    known = set(map(id, written))
+    return written, [variable for variable in recorder.variables if id(variable) not in known]
+
+
+class _Sources:
+    """What a function is differentiated with respect to: tensors, then variables, as one flat list."""
+
+    def __init__(self, tensors: Sequence[Tensor], variables: Sequence[Variable]) -> None:
+        self._count = len(tensors)
+        self._variables = variables
+        self._written: list[Variable] = []
+        self.values = [*tensors, *map(current_value, variables)]
+
+    def call(self, fn: Callable[..., Any], flat: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+        """Calls `fn` with the variables at the given values; also returns the new values of what it wrote."""
+        with Scope(zip(self._variables, flat[self._count :], strict=True)) as scope:
+            result = fn(*flat[: self._count])
+        self._written = scope.written
+        return result, [scope.get_current_value(variable) for variable in self._written]
+
+    def write(self, news: Sequence[Tensor]) -> None:
+        """Carries what the function wrote outward, once."""
+        for variable, new in zip(self._written, news, strict=True):
+            variable.assign(new)
+
+    def split(self, gradients: Gradients) -> tuple[Gradients, Gradients]:
+        return gradients[: self._count], gradients[self._count :]
+
+
+class _Reached:
+    """Tells a zero gradient from none: notes through which sources differentiation passed.
+
+    Each source goes through an identity whose backward rule takes a note when it is called. JAX calls it only
+    if something differentiable leads from the source to the value.
+    """
+
+    def __init__(self) -> None:
+        self._indices: set[int] = set()
+
+    def watch(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        return [_noted(functools.partial(self._indices.add, index), value) for index, value in enumerate(flat)]
+
+    def only(self, gradients: Sequence[Tensor]) -> Gradients:
+        return [gradient if index in self._indices else None for index, gradient in enumerate(gradients)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _noted(note: Callable[[], None], value: Tensor) -> Tensor:
+    del note  # Called by the backward rule alone.
+    return value
+
+
+def _noted_forward(note: Callable[[], None], value: Tensor) -> tuple[Tensor, None]:
+    del note
+    return value, None
+
+
+def _noted_backward(note: Callable[[], None], _: None, gradient: Tensor) -> tuple[Tensor]:
+    note()
+    return (gradient,)
+
+
+_noted.defvjp(_noted_forward, _noted_backward)
+
+
+def _row(flat_fn: Callable[..., list[Tensor]], index: int, values: Sequence[Tensor]) -> Gradients:
+    """The derivatives of one output with respect to each source."""
+    reached = _Reached()
+    output, pullback = jax.vjp(lambda *flat: flat_fn(*reached.watch(flat))[index], *values)
+    basis = jnp.eye(output.size, dtype=output.dtype).reshape(output.size, *output.shape)
+    columns = jax.vmap(pullback)(basis)
+    return reached.only([column.reshape(output.shape + column.shape[1:]) for column in columns])
+
+
+def _leaked(error: Exception) -> VariableError:
+    return VariableError(
+        "A variable was assigned inside a function given to an operation (keras.ops.cond, while_loop, scan, map, "
+        "vectorized_map), from where its new value cannot get out. Return the new value from that function, and "
+        f"assign it outside:\n    {users_line(error.__traceback__)}\n"
+        "For example: v.assign(ops.cond(pred, lambda: v + 1, lambda: v.value))."
+    )
+
+
+@contextlib.contextmanager
+def _unseeded_random_ops() -> Iterator[None]:
+    """Lets `keras.random.normal(shape)` draw from the global seed generator while a step is traced."""
+    check = seed_generator.jax_utils
+    seed_generator.jax_utils = _NoTracingCheck
+    try:
+        yield
+    finally:
+        seed_generator.jax_utils = check
+
+
+class _NoTracingCheck:
+    @staticmethod
+    def is_in_jax_tracing_scope(x: Any = None) -> bool:
+        del x
+        return False
+
+
+@jax.jit
+def _stack(*tensors: Tensor) -> Tensor:
+    return jnp.stack(tensors)
+
+
+backend = JaxBackend()

@@ -1,0 +1,144 @@
+"""TensorFlow: a step becomes one concrete function; variables are captured and changed in place by the graph.
+
+Internals used: AutoGraph's `convert`, because `tf.function` would convert Handloom's own code along with the
+user's; `Variable._value` (see `handloom/_keras.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.autograph.core import config as autograph_config
+from tensorflow.python.autograph.impl.api import convert
+
+from handloom._keras import Tensor, Variable, keras, stored_value
+from handloom.backends._blame import needs_a_value
+from handloom.backends._scope import Scope
+from handloom.backends.base import Backend, Gradients
+
+# Called from a user's converted code, Handloom's own runs as it is written.
+autograph_config.CONVERSION_RULES = (
+    autograph_config.Convert("handloom.recipes"),
+    autograph_config.DoNotConvert("handloom"),
+    *autograph_config.CONVERSION_RULES,
+)
+
+
+class TensorFlowBackend(Backend):
+    name = "tensorflow"
+
+    def is_array(self, leaf: Any) -> bool:
+        if isinstance(leaf, (tf.Variable, keras.Variable)):
+            return False
+        return isinstance(leaf, (np.ndarray, np.generic)) or tf.is_tensor(leaf)
+
+    def to_tensor(self, array: Any) -> Tensor:
+        if array.dtype in (np.float64, tf.float64):
+            return tf.cast(array, keras.config.floatx())
+        return array if tf.is_tensor(array) else tf.constant(array)
+
+    def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
+        kind = "" if isinstance(tensor, tf.Tensor) else f"{type(tensor).__name__} "
+        return tuple(tensor.shape), kind + tensor.dtype.name
+
+    def fetch(self, tensors: Sequence[Tensor]) -> np.ndarray:
+        return np.stack([tensor.numpy() for tensor in tensors])
+
+    def detach(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def trace(
+        self, fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], *, jit_compile: bool | str
+    ) -> TensorFlowProgram | None:
+        function = tf.function(
+            lambda *tensors: list(fn(*tensors)), autograph=False, jit_compile=_with_xla(jit_compile)
+        )
+        specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
+        try:
+            with self._inside("trace"):
+                return TensorFlowProgram(function.get_concrete_function(*specs))
+        except (TypeError, NotImplementedError, AttributeError) as error:
+            if not any(word in str(error) for word in _SYMBOLIC):
+                raise
+            raise needs_a_value(error) from error
+
+    def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return convert(recursive=True)(fn) if self._depth("trace") else fn
+
+    def create_variables(self, fn: Callable[[], Any]) -> None:
+        with self._inside("trace"), Scope(creates=True), tf.Graph().as_default():
+            fn()
+
+    def value_and_grad(
+        self,
+        fn: Callable[..., tuple[Tensor, list[Tensor]]],
+        tensors: Sequence[Tensor],
+        variables: Sequence[Variable],
+    ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
+        sources = _Sources(tensors, variables)
+        with self._inside("gradient"), tf.GradientTape(watch_accessed_variables=False) as tape:
+            value, aux = fn(*sources.watched_by(tape))
+        gradients = tape.gradient(value, sources.watched)
+        return value, aux, *sources.split(gradients)
+
+    def jacobian(
+        self, fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], variables: Sequence[Variable]
+    ) -> list[tuple[Gradients, Gradients]]:
+        sources = _Sources(tensors, variables)
+        with self._inside("gradient"), tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+            outputs = fn(*sources.watched_by(tape))
+        return [sources.split(_row(tape, output, sources.watched)) for output in outputs]
+
+
+class TensorFlowProgram:
+    """A step as one concrete function."""
+
+    def __init__(self, concrete: Any) -> None:
+        self._concrete = concrete
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self._concrete(*tensors)
+
+
+class _Sources:
+    """What a function is differentiated with respect to: tensors, then variables."""
+
+    def __init__(self, tensors: Sequence[Tensor], variables: Sequence[Variable]) -> None:
+        self._tensors, self._variables = tensors, variables
+        self.watched: list[Tensor] = []
+
+    def watched_by(self, tape: tf.GradientTape) -> list[Tensor]:
+        """Has a tape watch every source; returns the stand-ins for the tensors."""
+        # The function's argument is differentiated, not the same tensor used elsewhere in it.
+        stand_ins = [tf.identity(tensor) for tensor in self._tensors]
+        self.watched = [*stand_ins, *map(stored_value, self._variables)]
+        for source in self.watched:
+            tape.watch(source)
+        return stand_ins
+
+    def split(self, gradients: Sequence[Any]) -> tuple[Gradients, Gradients]:
+        dense = [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
+        return dense[: len(self._tensors)], dense[len(self._tensors) :]
+
+
+def _row(tape: tf.GradientTape, output: Tensor, sources: list[Tensor]) -> Gradients:
+    """The derivatives of one output with respect to each source."""
+    try:
+        return tape.jacobian(output, sources)
+    except ValueError:  # An operation that the vectorized form does not know.
+        return tape.jacobian(output, sources, experimental_use_pfor=False)
+
+
+def _with_xla(jit_compile: bool | str) -> bool:
+    """`"auto"` is what Keras's own `"auto"` is: XLA where there is an accelerator."""
+    if jit_compile == "auto":
+        return any(device.device_type != "CPU" for device in tf.config.list_physical_devices())
+    return bool(jit_compile)
+
+
+_SYMBOLIC = ("symbolic", "SymbolicTensor")
+
+backend = TensorFlowBackend()

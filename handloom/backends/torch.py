@@ -1,0 +1,300 @@
+"""PyTorch: a step is traced whole, backward pass and optimizer included, into one flat graph of operations.
+
+Keras code runs once on stand-ins for tensors to find its variables, and once more under `make_fx`, which records
+every operation down to the in-place updates. The graph then runs with no Keras in between; see
+`_torch_graph.py`. What cannot be traced runs op by op.
+
+Internals used: `Variable._value` (see `handloom/_keras.py`); `torch._C._AutoDispatchBelowAutograd`, which skips
+the look at each operation for something to differentiate, where the graph holds its own backward pass already;
+`keras.src.backend.torch.core.get_device`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from keras.src.backend.torch import core
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.overrides import TorchFunctionMode
+
+from handloom._keras import Tensor, Variable, current_value, keras, stored_value
+from handloom.backends._blame import needs_a_value
+from handloom.backends._scope import Recorder, Scope, refuse
+from handloom.backends._torch_control import traceable_control_flow
+from handloom.backends._torch_graph import generate, tidy
+from handloom.backends._torch_random import traceable_random_ops
+from handloom.backends.base import Backend, Gradients, Untraceable
+from handloom.errors import HandloomError
+
+Step = Callable[..., Sequence[Tensor]]
+
+
+class TorchBackend(Backend):
+    name = "torch"
+
+    def is_array(self, leaf: Any) -> bool:
+        return isinstance(leaf, (torch.Tensor, np.ndarray, np.generic))
+
+    def to_tensor(self, array: Any) -> Tensor:
+        if not isinstance(array, torch.Tensor):
+            array = np.asarray(array)
+            array = torch.from_numpy(array if array.flags.writeable else array.copy())
+        dtype = getattr(torch, keras.config.floatx()) if array.dtype == torch.float64 else array.dtype
+        return array.to(device=core.get_device(), dtype=dtype)
+
+    def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
+        return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+
+    def fetch(self, tensors: Sequence[Tensor]) -> np.ndarray:
+        return keras.ops.convert_to_numpy(torch.stack(list(tensors)))
+
+    def detach(self, tensor: Tensor) -> Tensor:
+        return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
+
+    def trace(self, fn: Step, tensors: Sequence[Tensor], *, jit_compile: bool | str) -> TorchProgram:
+        try:
+            with self._inside("trace"), torch.no_grad():
+                program = TorchProgram(fn, tensors)
+        except HandloomError:
+            raise
+        except _NeedsValue as error:
+            raise needs_a_value(error) from error
+        except Exception as first:
+            program = self._trace_with_gradients_recorded(fn, tensors, first)
+        if jit_compile is True:
+            program.compile_kernels()
+        return program
+
+    def _trace_with_gradients_recorded(self, fn: Step, tensors: Sequence[Tensor], first: Exception) -> TorchProgram:
+        """For a step in torch's own manner, `loss.backward()`: every variable records what is done with it."""
+        try:
+            with self._inside("trace"), torch.enable_grad():
+                return TorchProgram(fn, tensors)
+        except Exception:
+            reason = str(first).strip().splitlines()
+            raise Untraceable(f"{type(first).__name__}: {reason[0] if reason else ''}") from first
+
+    def create_variables(self, fn: Callable[[], Any]) -> None:
+        already = self._depth("trace") > 0
+        mode = disable_proxy_modes_tracing() if already else FakeTensorMode(allow_non_fake_inputs=True)
+        with self._inside("trace"), Scope(creates=True), torch.no_grad(), _tracing(), mode:
+            fn()
+
+    def value_and_grad(
+        self,
+        fn: Callable[..., tuple[Tensor, list[Tensor]]],
+        tensors: Sequence[Tensor],
+        variables: Sequence[Variable],
+    ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
+        keep = self._depth("gradient") > 0
+        sources = _Sources(tensors, variables, keep)
+        with self._inside("gradient"), torch.enable_grad():
+            value, aux = sources.call(fn)
+            gradients = _reached(value, sources.values, functools.partial(_gradient, keep=keep))
+        sources.write()
+        if not keep:
+            value, aux = value.detach(), [tensor.detach() for tensor in aux]
+        return value, aux, *sources.split(gradients)
+
+    def jacobian(
+        self, fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], variables: Sequence[Variable]
+    ) -> list[tuple[Gradients, Gradients]]:
+        keep = self._depth("gradient") > 0
+        sources = _Sources(tensors, variables, keep)
+        with self._inside("gradient"), torch.enable_grad():
+            outputs = sources.call(fn)
+            derivative = functools.partial(_jacobian, keep=keep)
+            rows = [_reached(output, sources.values, derivative) for output in outputs]
+        sources.write()
+        return [sources.split(row) for row in rows]
+
+
+class TorchProgram:
+    """A step as one graph over its variables' memory, which it changes in place."""
+
+    def __init__(self, fn: Step, tensors: Sequence[Tensor]) -> None:
+        self._variables = _find_variables(fn, tensors)
+        graph = make_fx(
+            functools.partial(_run_on, fn, self._variables), tracing_mode="fake", _allow_non_fake_inputs=True
+        )
+        with _tracing():
+            self._graph = graph(*self._values(), *tensors)
+        tidy(self._graph)
+        self._step = generate(self._graph)
+        self._guard: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
+
+    def compile_kernels(self) -> None:
+        """Has Inductor generate kernels for the graph."""
+        self._step = torch.compile(self._graph, fullgraph=True, dynamic=False)
+        self._guard = torch.no_grad
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        with self._guard():
+            return self._step(*self._values(), *tensors)
+
+    def _values(self) -> list[Tensor]:
+        return [variable._value for variable in self._variables]
+
+
+def _find_variables(fn: Step, tensors: Sequence[Tensor]) -> list[Variable]:
+    """Runs a step on stand-ins: the variables it reads or writes."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    stand_in = functools.partial(fake.from_tensor, static_shapes=True)
+    recorder = Recorder(lambda variable: _as_leaf(stand_in(stored_value(variable)), variable))
+    with Scope(outer=recorder, creates=True) as scope, _tracing(), fake:
+        fn(*map(stand_in, tensors))
+    known = {id(variable): variable for variable in [*recorder.variables, *scope.written]}
+    return list(known.values())
+
+
+def _run_on(fn: Step, variables: list[Variable], *values: Tensor) -> list[Tensor]:
+    """Runs a step with the variables at the given values, which it changes in place, as op by op."""
+    count = len(variables)
+    bindings = [(variable, _as_leaf(value, variable)) for variable, value in zip(variables, values, strict=False)]
+    with _InPlace(bindings, outer=refuse):
+        return [result.detach() for result in fn(*values[count:])]
+
+
+class _InPlace(Scope):
+    """Assigns as Keras's torch variables do, into the memory of the value; so do Keras's torch optimizers."""
+
+    def add_update(self, update: tuple[Variable, Tensor]) -> None:
+        variable, value = update
+        with torch.no_grad():
+            self.get_current_value(variable).copy_(value)
+
+
+def _as_leaf(value: Tensor, variable: Variable) -> Tensor:
+    """A value whose gradient `loss.backward()` can leave in `.grad`, where the step is traced in that manner."""
+    value = value.detach()
+    return value.requires_grad_() if torch.is_grad_enabled() and variable.trainable else value
+
+
+class _Sources:
+    """What a function is differentiated with respect to: tensors, then variables.
+
+    Args:
+        tensors: As for `Backend.value_and_grad`.
+        variables: As for `Backend.value_and_grad`.
+        keep: Whether an enclosing function is differentiated too, through these sources.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], variables: Sequence[Variable], keep: bool) -> None:
+        self._count = len(tensors)
+        self._variables = variables
+        self._updates: list[tuple[Variable, Tensor]] = []
+        self.values = [_stand_in(tensor, keep) for tensor in [*tensors, *map(current_value, variables)]]
+
+    def call(self, fn: Callable[..., Any]) -> Any:
+        """Calls `fn` with stand-ins for all sources; keeps aside what it writes."""
+        bindings = zip(self._variables, self.values[self._count :], strict=True)
+        with Scope(bindings, creates=True) as scope, _modules_read_variables():
+            result = fn(*self.values[: self._count])
+        self._updates = [(variable, scope.get_current_value(variable)) for variable in scope.written]
+        return result
+
+    def write(self) -> None:
+        """Carries what the function wrote outward, once."""
+        for variable, new in self._updates:
+            variable.assign(new)
+
+    def split(self, gradients: Gradients) -> tuple[Gradients, Gradients]:
+        return gradients[: self._count], gradients[self._count :]
+
+
+def _stand_in(tensor: Tensor, keep: bool) -> Tensor:
+    """The same values under an identity of their own, so that only uses through it are differentiated."""
+    return tensor.view_as(tensor) if keep and tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _gradient(value: Tensor, sources: list[Tensor], *, keep: bool) -> Gradients:
+    return list(torch.autograd.grad(value, sources, allow_unused=True, create_graph=keep))
+
+
+def _jacobian(output: Tensor, sources: list[Tensor], *, keep: bool) -> Gradients:
+    basis = torch.eye(output.numel(), dtype=output.dtype, device=output.device).reshape(-1, *output.shape)
+    options = {"allow_unused": True, "retain_graph": True, "create_graph": keep}
+    columns = torch.autograd.grad(output, sources, basis, is_grads_batched=True, **options)
+    return [None if column is None else column.reshape(output.shape + column.shape[1:]) for column in columns]
+
+
+def _reached(
+    value: Tensor, sources: list[Tensor], derivative: Callable[[Tensor, list[Tensor]], Gradients]
+) -> Gradients:
+    """Derivatives with respect to the sources that reach the value, `None` for the others."""
+    ends = _ends(value)
+    reached = [source for source in sources if (source.grad_fn or id(source)) in ends]
+    found = dict(zip(map(id, reached), derivative(value, reached), strict=True)) if reached else {}
+    return [found.get(id(source)) for source in sources]
+
+
+# Torch gives these the derivative zero, where the other backends give none.
+_WITHOUT_GRADIENT = {f"{name}Backward" for name in ("Ceil", "Floor", "Round", "Sign", "Trunc")}
+
+
+def _ends(value: Tensor) -> set[Any]:
+    """Where differentiation of a value arrives: every node on the way, and the ids of the leaves."""
+    ends: set[Any] = {id(value)}
+    waiting = [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in ends or node.name().rstrip("0123456789") in _WITHOUT_GRADIENT:
+            continue
+        ends.add(node)
+        if hasattr(node, "variable"):
+            ends.add(id(node.variable))
+        waiting.extend(next_node for next_node, _ in node.next_functions)
+    return ends
+
+
+class _NoValues(TorchFunctionMode):
+    """While a step is traced, refuses `if tensor:` and `range(tensor)`; torch itself refuses the rest."""
+
+    _ASKING = (torch.Tensor.__bool__, torch.Tensor.__index__)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        if func in self._ASKING and isinstance(args[0], FakeTensor):
+            raise _NeedsValue
+        return func(*args, **(kwargs or {}))
+
+
+class _NeedsValue(Exception):
+    """Python asked for the value of a tensor that has none."""
+
+
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    """Where Keras code runs on tensors without values."""
+    with traceable_random_ops(), traceable_control_flow(), _NoValues():
+        yield
+
+
+@contextlib.contextmanager
+def _modules_read_variables() -> Iterator[None]:
+    """Within, a `TorchModuleWrapper` runs its module on the values of its Keras variables in the open scope."""
+    wrapper = keras.layers.TorchModuleWrapper
+    original = wrapper.call
+
+    def call(self: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
+        self.train(training is not False)
+        values = {id(stored_value(variable)): variable.value for variable in self.variables}
+        named = {name: values.get(id(value), value) for name, value in self.module.named_parameters()}
+        return torch.func.functional_call(self.module, named, args, kwargs)
+
+    wrapper.call = call
+    try:
+        yield
+    finally:
+        wrapper.call = original
+
+
+backend = TorchBackend()
