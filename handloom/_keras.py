@@ -7,7 +7,6 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 |------------------------------|------------------------------------------------------------------------|
 | `get_stateless_scope`        | a scope of ours must know which scope encloses it                      |
 | `Variable._value`            | `assign` costs ten times more per step, and converts what needs none   |
-| `Variable._initializer`      | the value of a variable that waits for its scope to close              |
 | `Layer._flatten_layers`      | which layers a layer is made of, at any depth                          |
 | `Functional`                 | not exported; a subclass built from inputs and outputs must become one |
 | `Model._compile_loss`        | whether `compute_loss` has a loss to compute, and of which kind        |
@@ -73,6 +72,7 @@ __all__ = [
     "Tensor",
     "Variable",
     "current_value",
+    "has_value",
     "keras",
     "layers_of",
     "stored_value",
@@ -83,12 +83,17 @@ __all__ = [
 def stored_value(variable: Variable) -> Tensor:
     """The tensor that a variable holds, whatever scope is open.
 
-    A variable made while a scope is open has none until the scope closes; what its initializer gives
-    stands in for it, which is right for everything that looks at shapes and dtypes only.
+    A variable made while a scope is open has none until the scope closes; zeros stand in for it, which is right
+    for everything that looks at shapes and dtypes only.
     """
     if variable._value is None:
-        return variable._initializer(variable._shape, dtype=variable._dtype)
+        return keras.ops.zeros(variable._shape, dtype=variable._dtype)
     return variable._value
+
+
+def has_value(variable: Variable) -> bool:
+    """Whether a variable is initialized."""
+    return variable._value is not None
 
 
 def value_in(scope: keras.StatelessScope | None, variable: Variable) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from handloom._keras import Tensor, Variable, keras, value_in
+from handloom._keras import Tensor, Variable, has_value, keras, value_in
 from handloom.errors import VariableError
 
 Reader = Callable[[Variable], Tensor]
@@ -23,6 +23,10 @@ class Scope(keras.StatelessScope):
             is asked, and outside of all scopes the variable itself.
         creates: Whether variables created inside are initialized when the scope closes, if it is the
             outermost. Only a scope that closes outside of any trace may do so.
+
+    Attributes:
+        incomplete: Whether a variable was read, in the outermost scope, that was created inside and has no value
+            before the scope closes. What was computed then has the right shapes but not the right values.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class Scope(keras.StatelessScope):
     ) -> None:
         super().__init__(collect_losses=True, initialize_variables=creates)
         self.state_mapping = {id(variable): value for variable, value in bindings}
+        self.incomplete = False
         self._outer = outer or self._enclosing
         self._written: dict[int, Variable] = {}
 
@@ -52,6 +57,7 @@ class Scope(keras.StatelessScope):
         return list(self._written.values())
 
     def _enclosing(self, variable: Variable) -> Tensor:
+        self.incomplete |= self.original_scope is None and not has_value(variable)
         return value_in(self.original_scope, variable)
 
 

@@ -5,22 +5,19 @@ freeze the number, and with it the dropout mask. While a step is traced, `torch_
 back only the seed tensor, and each sampling function that is then called with it becomes one of the operations
 below. They do what Keras does op by op, so that both give the same numbers from the same seed.
 
-Internals used: `keras.src.backend.torch.random.torch_seed_generator`.
+Internals used: `keras.src.backend.torch.random`, its `torch_seed_generator` and its view of the module `torch`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from keras.src.backend.torch import random as keras_random
 from keras.src.random.seed_generator import draw_seed
-from torch.overrides import TorchFunctionMode
-
-from handloom.backends.base import Untraceable
-
 _library = torch.library.Library("handloom", "DEF")
 
 
@@ -85,35 +82,34 @@ def _multinomial(probabilities: torch.Tensor, samples: int, replacement: bool, *
     return torch.multinomial(probabilities, samples, replacement=replacement, **options)
 
 
-_SAMPLERS: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
-    torch.normal: lambda mean, std, size, **o: _normal(list(size), mean, std, **_placed(o)),
-    torch.rand: lambda size, **o: _rand(list(size), **_placed(o)),
-    torch.randint: lambda low, high, size, **o: _randint(low, high, list(size), **_placed(o)),
-    torch.bernoulli: lambda probabilities, seed: _bernoulli(probabilities.detach(), seed=seed),
-    torch.multinomial: lambda p, n, replacement=False, *, seed: _multinomial(p.detach(), n, replacement, seed=seed),
+def _late(sampler: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A sampling function of torch's that, given a `_Seed`, becomes the operation that reads it."""
+    operation = _OPERATIONS[sampler]
+
+    @functools.wraps(sampler)
+    def sample(*args: Any, generator: Any = None, **kwargs: Any) -> torch.Tensor:
+        if not isinstance(generator, _Seed):
+            return sampler(*args, generator=generator, **kwargs)
+        return operation(*args, seed=generator.tensor, **kwargs)
+
+    return sample
+
+
+_OPERATIONS: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
+    torch.normal: lambda mean, std, size, **options: _normal(list(size), mean, std, **options),
+    torch.rand: lambda size, seed, device, dtype=torch.float32: _rand(list(size), seed=seed, dtype=dtype, device=device),
+    torch.randint: lambda low, high, size, **options: _randint(low, high, list(size), **options),
+    torch.bernoulli: lambda p, seed: _bernoulli(p.detach(), seed=seed),
+    torch.multinomial: lambda p, n, replacement, seed: _multinomial(p.detach(), n, replacement, seed=seed),
 }
 
 
-def _placed(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a sampler with dtype and device said in full, as an operation's schema wants them."""
-    options["dtype"] = options.get("dtype") or torch.get_default_dtype()
-    options["device"] = torch.device(options.get("device") or "cpu")
-    return options
+class _Torch:
+    """The module `torch` as `keras.random` sees it while a step is traced."""
 
-
-class _Sampling(TorchFunctionMode):
-    """Turns a sampling function that is given a `_Seed` into the operation that reads it."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        del types
-        kwargs = dict(kwargs or {})
-        if not isinstance(kwargs.get("generator"), _Seed):
-            return func(*args, **kwargs)
-        if func not in _SAMPLERS:
-            raise Untraceable(f"torch.{func.__name__} draws from a seeded generator")
-        return _SAMPLERS[func](*args, seed=kwargs.pop("generator").tensor, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(torch, name)
+        return _late(attribute) if isinstance(attribute, Hashable) and attribute in _OPERATIONS else attribute
 
 
 @contextlib.contextmanager
@@ -124,9 +120,8 @@ def traceable_random_ops() -> Iterator[None]:
     def late(seed: Any) -> Any:
         return original(seed) if keras_random.get_device() == "meta" else _Seed(draw_seed(seed))
 
-    keras_random.torch_seed_generator = late
+    keras_random.torch_seed_generator, keras_random.torch = late, _Torch()
     try:
-        with _Sampling():
-            yield
+        yield
     finally:
-        keras_random.torch_seed_generator = original
+        keras_random.torch_seed_generator, keras_random.torch = original, torch

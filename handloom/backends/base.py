@@ -41,7 +41,7 @@ class Backend(abc.ABC):
     name: str
 
     def __init__(self) -> None:
-        self._nesting = threading.local()
+        self._nesting = _Nesting()
 
     # ---------------------------------------------------------------- tensors
 
@@ -161,15 +161,20 @@ class Backend(abc.ABC):
 
         Compiled functions called there become part of what surrounds them.
         """
-        return self._depth("trace") > 0 or self._depth("gradient") > 0
-
-    def _depth(self, kind: str) -> int:
-        return int(getattr(self._nesting, kind, 0))
+        return self._nesting.trace > 0 or self._nesting.gradient > 0
 
     @contextlib.contextmanager
     def _inside(self, kind: str) -> Iterator[None]:
-        setattr(self._nesting, kind, self._depth(kind) + 1)
+        depth = getattr(self._nesting, kind)
+        setattr(self._nesting, kind, depth + 1)
         try:
             yield
         finally:
-            setattr(self._nesting, kind, self._depth(kind) - 1)
+            setattr(self._nesting, kind, depth)
+
+
+class _Nesting(threading.local):
+    """How many traces and differentiated functions a thread is in."""
+
+    trace = 0
+    gradient = 0

@@ -63,7 +63,7 @@ class JaxBackend(Backend):
             with self._inside("trace"), _unseeded_random_ops():
                 written, read = _find_variables(fn, tensors)
                 return JaxProgram(fn, tensors, written, read)
-        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        except _NEEDS_A_VALUE as error:
             raise needs_a_value(error) from error
         except jax.errors.UnexpectedTracerError as error:
             raise _leaked(error) from error
@@ -84,9 +84,11 @@ class JaxBackend(Backend):
             (value, aux), news = sources.call(fn, reached.watch(flat))
             return value, (aux, news)
 
-        with self._inside("gradient"), Scope(creates=True):
+        with self._inside("gradient"), Scope(creates=True) as scope:
             value, pullback, (aux, news) = jax.vjp(pure, *sources.values, has_aux=True)
             gradients = reached.only(pullback(jnp.ones_like(value)))
+        if scope.incomplete:
+            return self.value_and_grad(fn, tensors, variables)
         sources.write(news)
         return value, aux, *sources.split(gradients)
 
@@ -94,14 +96,23 @@ class JaxBackend(Backend):
         self, fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], variables: Sequence[Variable]
     ) -> list[tuple[Gradients, Gradients]]:
         sources = _Sources(tensors, variables)
-        with self._inside("gradient"), Scope(creates=True):
+        with self._inside("gradient"), Scope(creates=True) as scope:
             trace = jax.make_jaxpr(functools.partial(sources.call, fn), return_shape=True)
             closed, (outputs, _) = trace(sources.values)
             flat_fn = jax.extend.core.jaxpr_as_fun(closed)
             rows = [_row(flat_fn, index, sources.values) for index in range(len(outputs))]
             news = flat_fn(*sources.values)[len(outputs) :]
+        if scope.incomplete:
+            return self.jacobian(fn, tensors, variables)
         sources.write(news)
         return [sources.split(row) for row in rows]
+
+
+_NEEDS_A_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 class JaxProgram:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.autograph.core import ag_ctx
 from tensorflow.python.autograph.core import config as autograph_config
 from tensorflow.python.autograph.impl.api import convert
 
@@ -25,6 +26,9 @@ autograph_config.CONVERSION_RULES = (
     autograph_config.DoNotConvert("handloom"),
     *autograph_config.CONVERSION_RULES,
 )
+
+
+_convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status=ag_ctx.Status.ENABLED))
 
 
 class TensorFlowBackend(Backend):
@@ -66,7 +70,7 @@ class TensorFlowBackend(Backend):
             raise needs_a_value(error) from error
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        return convert(recursive=True)(fn) if self._depth("trace") else fn
+        return _convert(fn) if self._nesting.trace else fn
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._inside("trace"), Scope(creates=True), tf.Graph().as_default():

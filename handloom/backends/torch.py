@@ -21,6 +21,7 @@ import torch
 from keras.src.backend.torch import core
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
@@ -81,7 +82,7 @@ class TorchBackend(Backend):
             raise Untraceable(f"{type(first).__name__}: {reason[0] if reason else ''}") from first
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
-        already = self._depth("trace") > 0
+        already = self._nesting.trace > 0
         mode = disable_proxy_modes_tracing() if already else FakeTensorMode(allow_non_fake_inputs=True)
         with self._inside("trace"), Scope(creates=True), torch.no_grad(), _tracing(), mode:
             fn()
@@ -92,7 +93,7 @@ class TorchBackend(Backend):
         tensors: Sequence[Tensor],
         variables: Sequence[Variable],
     ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
-        keep = self._depth("gradient") > 0
+        keep = self._nesting.gradient > 0
         sources = _Sources(tensors, variables, keep)
         with self._inside("gradient"), torch.enable_grad():
             value, aux = sources.call(fn)
@@ -105,7 +106,7 @@ class TorchBackend(Backend):
     def jacobian(
         self, fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], variables: Sequence[Variable]
     ) -> list[tuple[Gradients, Gradients]]:
-        keep = self._depth("gradient") > 0
+        keep = self._nesting.gradient > 0
         sources = _Sources(tensors, variables, keep)
         with self._inside("gradient"), torch.enable_grad():
             outputs = sources.call(fn)
@@ -144,7 +145,7 @@ class TorchProgram:
 
 def _find_variables(fn: Step, tensors: Sequence[Tensor]) -> list[Variable]:
     """Runs a step on stand-ins: the variables it reads or writes."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     stand_in = functools.partial(fake.from_tensor, static_shapes=True)
     recorder = Recorder(lambda variable: _as_leaf(stand_in(stored_value(variable)), variable))
     with Scope(outer=recorder, creates=True) as scope, _tracing(), fake:
@@ -196,6 +197,8 @@ class _Sources:
         bindings = zip(self._variables, self.values[self._count :], strict=True)
         with Scope(bindings, creates=True) as scope, _modules_read_variables():
             result = fn(*self.values[: self._count])
+        if scope.incomplete:
+            return self.call(fn)
         self._updates = [(variable, scope.get_current_value(variable)) for variable in scope.written]
         return result
 

@@ -1,0 +1,362 @@
+"""Compiled functions: which versions there are, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, overload
+
+import optree
+
+from handloom._keras import Tensor, keras
+from handloom._watch import new_variables
+from handloom.backends import backend
+from handloom.backends.base import Program, Untraceable
+from handloom.errors import FallbackWarning, RetraceWarning, VariableError
+
+Key: TypeAlias = Any
+"""What tells two versions of a function apart: structure, shapes and dtypes, static values."""
+
+_MANY_VALUES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """One compiled version of a function.
+
+    Attributes:
+        signature: The arguments it is for, as text: `x: float32[32,8], training=True`.
+        seconds: How long tracing and compiling took, in seconds.
+        reason: Why it was made: what differs from the version most like it.
+        compiled: False if this version runs op by op; the reason then says why.
+    """
+
+    signature: str
+    seconds: float
+    reason: str
+    compiled: bool = True
+
+
+@overload
+def function(python_function: Callable[..., Any], /) -> Function: ...
+@overload
+def function(*, jit_compile: bool | str = "auto") -> Callable[[Callable[..., Any]], Function]: ...
+
+
+def function(
+    python_function: Callable[..., Any] | None = None, /, *, jit_compile: bool | str = "auto"
+) -> Function | Callable[[Callable[..., Any]], Function]:
+    """Compiles a function that may read and write any Keras variables: layers, optimizers, metrics, seeds.
+
+    Its state is found by tracing. Tensors and arrays among its arguments are data: a new shape or dtype makes a new
+    version. Everything else is static: each distinct Python value makes a new version, and the sixth of one argument
+    warns. Variables may be created in the first call only. Inside another compiled or differentiated function it
+    becomes part of that.
+
+    Args:
+        python_function: The function, or a method. It takes and returns tensors, in any nested structure; numbers it
+            returns become tensors, other objects are returned as they are.
+        jit_compile: `True` to use the backend's kernel compiler (XLA on JAX and TensorFlow, Inductor on PyTorch);
+            `False` to do without (on JAX, which has nothing else, the function then runs op by op); `"auto"` for XLA
+            on JAX and, with an accelerator, on TensorFlow, and a plain graph otherwise.
+
+    Returns:
+        A `Function`. Its `python_function` is the original, its `traces` list the compiled versions.
+
+    Raises:
+        TraceError: At a call, if Python control flow needs the value of a tensor (on TensorFlow plain `if`, `for`
+            and `while` over tensors are compiled).
+        VariableError: At a call, if variables are created after the first call, or anew on every call.
+    """
+    if jit_compile not in (True, False, "auto"):
+        raise ValueError(f'jit_compile takes True, False or "auto"; received {jit_compile!r}.')
+    if python_function is None:
+        return functools.partial(Function, jit_compile=jit_compile)
+    return Function(python_function, jit_compile=jit_compile)
+
+
+class Function:
+    """A function and its compiled versions; made by `hl.function`.
+
+    Attributes:
+        python_function: The original.
+        traces: One `Trace` for each compiled version, oldest first.
+    """
+
+    def __init__(self, python_function: Callable[..., Any], *, jit_compile: bool | str = "auto") -> None:
+        if not callable(python_function):
+            raise TypeError(f"hl.function compiles a function; received {python_function!r}.")
+        functools.update_wrapper(self, python_function, updated=())
+        self.python_function = python_function
+        self.traces: list[Trace] = []
+        self._jit_compile = jit_compile
+        self._versions: dict[Key, Version] = {}
+        self._by_raw_key: dict[Key, Version] = {}
+        self._signatures: list[dict[str, str]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if backend.nested:
+            return self.python_function(*args, **kwargs)
+        version, tensors = self.resolve(args, kwargs)
+        return version.rebuild(version.run(tensors))
+
+    def __get__(self, instance: Any, owner: type) -> Function:
+        if instance is None:
+            return self
+        bound = Function(self.python_function.__get__(instance, owner), jit_compile=self._jit_compile)
+        # Not `setattr`: Keras layers look at everything that is set on them.
+        instance.__dict__[self.python_function.__name__] = bound
+        return bound
+
+    def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Sequence[Tensor]]:
+        """The version for these arguments, compiled if need be, and the tensors among them."""
+        if _eagerly:
+            return self._general(args, kwargs or {})
+        if not kwargs:
+            # The path of a training loop, a few arrays: no walk through structure, no conversion.
+            leaves = args[0] if len(args) == 1 and type(args[0]) is tuple else args
+            try:
+                key = (leaves is args, *[(type(leaf), leaf.shape, leaf.dtype) for leaf in leaves])
+                return self._by_raw_key[key], leaves
+            except (AttributeError, TypeError):
+                key = None
+            except KeyError:
+                version, tensors = self._general(args, {})
+                if all(tensor is leaf for tensor, leaf in zip(tensors, leaves, strict=True)):
+                    self._by_raw_key[key] = version
+                return version, tensors
+        return self._general(args, kwargs or {})
+
+    def _general(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Version, Sequence[Tensor]]:
+        leaves, structure = optree.tree_flatten((tuple(args), kwargs))
+        arguments = _Arguments(leaves, structure)
+        key = (_eagerly, *arguments.key)
+        try:
+            version = self._versions[key]
+        except KeyError:
+            version = self._versions[key] = self._new_version(arguments, args, kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{self.__name__} was given an argument that is neither data nor hashable, and so cannot be told from "
+                f"others: {error}. Pass tensors, arrays, numbers, strings, or structures of these."
+            ) from error
+        return version, arguments.tensors
+
+    def _new_version(self, arguments: _Arguments, args: Sequence[Any], kwargs: dict[str, Any]) -> Version:
+        version = Version(self, arguments)
+        if _eagerly:
+            return version
+        signature = _described(self.python_function, args, kwargs)
+        reason, started = self._reason(signature), time.perf_counter()
+        try:
+            version.compile(self._jit_compile, first=not self.traces)
+        except Untraceable as error:
+            version.fallback_reason = str(error)
+            reason = f"op by op: {error}"
+        text = ", ".join(f"{name}{description}" for name, description in signature.items())
+        self._signatures.append(signature)
+        self.traces.append(Trace(text, time.perf_counter() - started, reason, compiled=version.compiled))
+        self._warn_of_many_values(signature)
+        return version
+
+    def _reason(self, signature: dict[str, str]) -> str:
+        if not self._signatures:
+            return "first call"
+        differences = [_differences(old, signature) for old in self._signatures]
+        return "; ".join(min(differences, key=len)) or "another structure or type of the same arguments"
+
+    def _warn_of_many_values(self, signature: dict[str, str]) -> None:
+        for name, description in signature.items():
+            values = {old.get(name) for old in self._signatures}
+            static = {value for value in values if value is not None and value.startswith("=")}
+            if description in static and len(static) == _MANY_VALUES:
+                shown = ", ".join(sorted(value[1:] for value in static))
+                warnings.warn(
+                    f"{self.__name__} has been compiled for {len(static)} values of the argument {name!r}: {shown}. "
+                    "Python values are static: each new one compiles the function again. If it changes from call to "
+                    f"call, pass it as an array, for example np.float32({name}), or keep it in a keras.Variable.",
+                    RetraceWarning,
+                    stacklevel=6,
+                )
+
+
+class Version:
+    """One version of a function: for one structure, one set of shapes and dtypes, one set of static values."""
+
+    def __init__(self, function: Function, arguments: _Arguments) -> None:
+        self._function = function
+        self._arguments = arguments
+        self._outputs = _Outputs()
+        self._program: Program | None = None
+        self.fallback_reason = ""
+        self.run: Callable[[Sequence[Tensor]], Sequence[Tensor]] = self._op_by_op
+
+    @property
+    def compiled(self) -> bool:
+        return self._program is not None
+
+    def compile(self, jit_compile: bool | str, *, first: bool) -> None:
+        runs = 0
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            nonlocal runs
+            runs += 1
+            python_function = backend.with_control_flow(self._function.python_function)
+            with new_variables() as created:
+                try:
+                    return self._outputs.put(self._arguments.call(python_function, tensors))
+                finally:
+                    if created and not (first and runs == 1):
+                        raise _created_late(self._function.__name__, created, first)
+
+        self._program = backend.trace(flat, self._arguments.tensors, jit_compile=jit_compile)
+        if self._program is not None:
+            self.run = self._program
+
+    def rebuild(self, flat: Sequence[Tensor]) -> Any:
+        """What the function returned, from the tensors among it."""
+        return self._outputs.get(flat)
+
+    def _op_by_op(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        result = self._arguments.call(self._function.python_function, tensors)
+        if self.fallback_reason:
+            self._say_once(self.fallback_reason)
+        return [backend.detach(tensor) for tensor in self._outputs.put(result)]
+
+    def _say_once(self, reason: str) -> None:
+        self.fallback_reason = ""
+        warnings.warn(
+            f"{self._function.__name__} could not be compiled and runs op by op, which is slower ({reason}).",
+            FallbackWarning,
+            stacklevel=5,
+        )
+
+
+class _Arguments:
+    """The arguments of one call, taken apart into tensors, which may change, and the rest, which may not."""
+
+    def __init__(self, leaves: Sequence[Any], structure: optree.PyTreeSpec) -> None:
+        self._structure = structure
+        self._through = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
+        self.tensors = [backend.to_tensor(leaves[index]) for index in self._through]
+        # Static values keep what they hold alive: an id is of use only so long.
+        self._static = [None if backend.is_array(leaf) else leaf for leaf in leaves]
+        self.key = (
+            structure,
+            *(backend.signature(tensor) for tensor in self.tensors),
+            *(_static_key(leaf) for leaf in self._static),
+        )
+
+    def call(self, fn: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+        """Calls a function with these arguments, and these tensors in them."""
+        leaves = list(self._static)
+        for index, tensor in zip(self._through, tensors, strict=True):
+            leaves[index] = keras.ops.convert_to_tensor(tensor)
+        args, kwargs = optree.tree_unflatten(self._structure, leaves)
+        return fn(*args, **kwargs)
+
+
+class _Outputs:
+    """What a version returns, taken apart likewise; filled while it is traced."""
+
+    def put(self, result: Any) -> list[Tensor]:
+        leaves, self._structure = optree.tree_flatten(result)
+        leaves = [_as_tensor(leaf) for leaf in leaves]
+        self._through = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
+        self._rest = [None if backend.is_array(leaf) else leaf for leaf in leaves]
+        return [leaves[index] for index in self._through]
+
+    def get(self, tensors: Sequence[Tensor]) -> Any:
+        leaves = list(self._rest)
+        for index, tensor in zip(self._through, tensors, strict=True):
+            leaves[index] = tensor
+        return optree.tree_unflatten(self._structure, leaves)
+
+
+def _as_tensor(leaf: Any) -> Any:
+    if isinstance(leaf, keras.Variable):
+        return keras.ops.copy(leaf.value)
+    if backend.is_array(leaf) or isinstance(leaf, (bool, int, float, complex)):
+        return keras.ops.convert_to_tensor(leaf)
+    return leaf
+
+
+def _static_key(leaf: Any) -> Key:
+    if isinstance(leaf, (keras.Variable, keras.Layer)):
+        return type(leaf), id(leaf)
+    return type(leaf), leaf  # 2 and 2.0 and True are equal, but not the same to a function.
+
+
+def _created_late(name: str, created: list[Any], first: bool) -> VariableError:
+    when = (
+        "on every call: it made them twice while it was traced"
+        if first
+        else "after its first call, when the compiled versions already know all variables"
+    )
+    names = ", ".join(variable.path for variable in created)
+    return VariableError(
+        f"{name} creates variables {when} ({names}). Create them once, outside of the function: layers, metrics, "
+        "optimizers and seed generators before the first call, or under `if self.layer is None:`."
+    )
+
+
+def _described(python_function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, str]:
+    """Each leaf of the arguments by name: `{"x": ": float32[32,8]", "training": "=True"}`."""
+    try:
+        bound = inspect.signature(python_function).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # A wrong call, which will say so itself; or no signature at all.
+        bound = {f"args[{index}]": argument for index, argument in enumerate(args)} | kwargs
+    described = {}
+    for name, argument in bound.items():
+        paths, leaves, _ = optree.tree_flatten_with_path(argument)
+        for path, leaf in zip(paths, leaves, strict=True):
+            described[name + "".join(f"[{part!r}]" for part in path)] = _described_leaf(leaf)
+    return described
+
+
+def _described_leaf(leaf: Any) -> str:
+    if not backend.is_array(leaf):
+        return f"={leaf!r}"
+    shape, dtype = backend.signature(backend.to_tensor(leaf))
+    return f": {dtype}[{','.join(map(str, shape))}]"
+
+
+def _differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    changed = [
+        f"{name}: {old[name].lstrip(':= ')} -> {new[name].lstrip(':= ')}"
+        for name in new
+        if name in old and old[name] != new[name]
+    ]
+    changed += [f"{name}{new[name]} is new" for name in new if name not in old]
+    return changed + [f"{name}{old[name]} is gone" for name in old if name not in new]
+
+
+_eagerly = False
+
+
+class run_eagerly:  # noqa: N801  A function that is also a context manager.
+    """Makes every step and compiled function run op by op from now on, so that `print` and `pdb` work in it.
+
+    Args:
+        value: `True` to run op by op, `False` to compile again.
+
+    Example:
+        `hl.run_eagerly(True)` until further notice, or `with hl.run_eagerly(True): ...` for a block.
+    """
+
+    def __init__(self, value: bool) -> None:
+        global _eagerly
+        if not isinstance(value, bool):
+            raise TypeError(f"hl.run_eagerly takes True or False; received {value!r}.")
+        self._before, _eagerly = _eagerly, value
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        global _eagerly
+        _eagerly = self._before

@@ -1,0 +1,153 @@
+"""What happens inside Keras while a user's function runs: variables made, metrics asked, losses added.
+
+Nobody registers anything with Handloom, so it looks on. Each of these replaces a public method of a Keras class
+for as long as a function is traced (or, op by op, runs once), and for the thread that asked only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from handloom._keras import Layer, Tensor, Variable, keras, layers_of
+
+
+@contextlib.contextmanager
+def _replaced(owner: type, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replaces an attribute of a class by `make(original)`, and puts back just what was there."""
+    original, own = getattr(owner, name), name in vars(owner)
+    setattr(owner, name, make(vars(owner).get(name, original)))
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+@contextlib.contextmanager
+def new_variables() -> Iterator[list[Variable]]:
+    """Lists the Keras variables created inside."""
+    created: list[Variable] = []
+    thread = threading.get_ident()
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def init(self: Variable, *args: Any, **kwargs: Any) -> None:
+            if threading.get_ident() == thread:
+                created.append(self)
+            original(self, *args, **kwargs)
+
+        return init
+
+    with _replaced(keras.Variable, "__init__", make):
+        yield created
+
+
+class MetricResults:
+    """The tensors that came out of some metric's `result()`; made by `metric_results`."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[int, keras.Metric] = {}
+        self._kept: list[Any] = []  # A tensor's id is its own only as long as the tensor lives.
+
+    def add(self, metric: keras.Metric, result: Any) -> None:
+        self._kept.append(result)
+        for leaf in keras.tree.flatten(result):
+            self._metrics[id(leaf)] = metric
+
+    def metric(self, tensor: Any) -> keras.Metric | None:
+        """The metric whose result a tensor is, if it is one."""
+        return self._metrics.get(id(tensor))
+
+
+@contextlib.contextmanager
+def metric_results() -> Iterator[MetricResults]:
+    """Notes what every metric's `result()` returns inside."""
+    results = MetricResults()
+    thread = threading.get_ident()
+
+    def make(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        def look_up(self: keras.Metric, name: str) -> Any:
+            attribute = original(self, name)
+            if name != "result" or threading.get_ident() != thread:
+                return attribute
+
+            @functools.wraps(attribute)
+            def result(*args: Any, **kwargs: Any) -> Any:
+                value = attribute(*args, **kwargs)
+                results.add(self, value)
+                return value
+
+            return result
+
+        return look_up
+
+    # Subclasses define `result`; the look-up of attributes they all share.
+    with _replaced(keras.Metric, "__getattribute__", make):
+        yield results
+
+
+class Losses:
+    """What a loss function left out of the losses that belong to it; made by `losses_of`."""
+
+    def __init__(self, variables: list[Variable], layers: list[Layer]) -> None:
+        self._variables = variables
+        self._owned = {id(item) for item in [*variables, *(inner for layer in layers for inner in layers_of(layer))]}
+        self._added: list[tuple[Layer, Tensor]] = []
+        self._read: set[int] = set()
+        self._regularized: set[int] = set()
+
+    def left_out(self) -> list[Tensor]:
+        """The regularization and added losses that the function did not read itself."""
+        penalties = [
+            variable.regularizer(variable)
+            for variable in self._variables
+            if variable.regularizer is not None and id(variable) not in self._regularized
+        ]
+        return penalties + [loss for layer, loss in self._added if id(layer) not in self._read]
+
+    def note_added(self, layer: Layer, loss: Any) -> None:
+        if any(id(variable) in self._owned for variable in layer.variables) or id(layer) in self._owned:
+            self._added.extend((layer, value) for value in keras.tree.flatten(loss))
+
+    def note_read(self, layer: Layer) -> None:
+        for inner in layers_of(layer):
+            self._read.add(id(inner))
+            self._regularized.update(id(variable) for variable in inner.trainable_variables)
+
+
+@contextlib.contextmanager
+def losses_of(variables: list[Variable], layers: list[Layer]) -> Iterator[Losses]:
+    """Watches which losses a function adds and reads, of the given variables and layers.
+
+    Reading `layer.losses`, as `Model.compute_loss` and many a hand-written loss do, means that the function takes
+    care of that layer's losses itself.
+    """
+    losses = Losses(variables, layers)
+    thread = threading.get_ident()
+
+    def noting_added(original: Callable[[Layer, Any], None]) -> Callable[[Layer, Any], None]:
+        @functools.wraps(original)
+        def add_loss(self: Layer, loss: Any) -> None:
+            original(self, loss)
+            if threading.get_ident() == thread:
+                losses.note_added(self, loss)
+
+        return add_loss
+
+    def noting_read(original: property) -> property:
+        def read(self: Layer) -> list[Tensor]:
+            if threading.get_ident() == thread:
+                losses.note_read(self)
+            found: list[Tensor] = original.fget(self)  # type: ignore[misc]
+            return found
+
+        return property(read, doc=original.__doc__)
+
+    with _replaced(keras.Layer, "add_loss", noting_added), _replaced(keras.Layer, "losses", noting_read):
+        yield losses
