@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import operator
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias, overload
 
 import optree
 
-from handloom._keras import Tensor, keras
+from handloom._keras import Tensor, global_seed_generator, keras
 from handloom._watch import new_variables
 from handloom.backends import backend
 from handloom.backends.base import Program, Untraceable
@@ -114,36 +115,27 @@ class Function:
 
     def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Sequence[Tensor]]:
         """The version for these arguments, compiled if need be, and the tensors among them."""
-        if _eagerly:
-            return self._general(args, kwargs or {})
-        if not kwargs:
-            # The path of a training loop, a few arrays: no walk through structure, no conversion.
-            leaves = args[0] if len(args) == 1 and type(args[0]) is tuple else args
-            try:
-                key = (leaves is args, *[(type(leaf), leaf.shape, leaf.dtype) for leaf in leaves])
-                return self._by_raw_key[key], leaves
-            except (AttributeError, TypeError):
-                key = None
-            except KeyError:
-                version, tensors = self._general(args, {})
-                if all(tensor is leaf for tensor, leaf in zip(tensors, leaves, strict=True)):
-                    self._by_raw_key[key] = version
-                return version, tensors
-        return self._general(args, kwargs or {})
+        leaves, key = _raw_key(args) if not (kwargs or _eagerly) else (args, None)
+        version = self._by_raw_key.get(key)
+        if version is not None:
+            return version, leaves
+        version, tensors = self._general(args, kwargs or {})
+        if key is not None and all(map(operator.is_, tensors, leaves)):
+            self._by_raw_key[key] = version
+        return version, tensors
 
     def _general(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Version, Sequence[Tensor]]:
-        leaves, structure = optree.tree_flatten((tuple(args), kwargs))
-        arguments = _Arguments(leaves, structure)
+        arguments = _Arguments(*optree.tree_flatten((tuple(args), kwargs)))
         key = (_eagerly, *arguments.key)
         try:
-            version = self._versions[key]
-        except KeyError:
-            version = self._versions[key] = self._new_version(arguments, args, kwargs)
+            version = self._versions.get(key)
         except TypeError as error:
             raise TypeError(
                 f"{self.__name__} was given an argument that is neither data nor hashable, and so cannot be told from "
                 f"others: {error}. Pass tensors, arrays, numbers, strings, or structures of these."
             ) from error
+        if version is None:
+            version = self._versions[key] = self._new_version(arguments, args, kwargs)
         return version, arguments.tensors
 
     def _new_version(self, arguments: _Arguments, args: Sequence[Any], kwargs: dict[str, Any]) -> Version:
@@ -201,6 +193,7 @@ class Version:
 
     def compile(self, jit_compile: bool | str, *, first: bool) -> None:
         runs = 0
+        global_seed_generator()  # Creates it, if need be, before the function is traced.
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             nonlocal runs
@@ -275,6 +268,18 @@ class _Outputs:
         for index, tensor in zip(self._through, tensors, strict=True):
             leaves[index] = tensor
         return optree.tree_unflatten(self._structure, leaves)
+
+
+def _raw_key(args: Sequence[Any]) -> tuple[Sequence[Any], Key]:
+    """The arguments as tensors, and a key of them, where they are a few arrays: the path of a training loop.
+
+    It spares the walk through structure and the look at what needs converting; other arguments have no such key.
+    """
+    leaves = args[0] if len(args) == 1 and type(args[0]) is tuple else args
+    try:
+        return leaves, (leaves is args, *[(type(leaf), leaf.shape, leaf.dtype) for leaf in leaves])
+    except AttributeError:
+        return leaves, None
 
 
 def _as_tensor(leaf: Any) -> Any:

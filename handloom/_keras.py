@@ -11,7 +11,7 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 | `Functional`                 | not exported; a subclass built from inputs and outputs must become one |
 | `Model._compile_loss`        | whether `compute_loss` has a loss to compute, and of which kind        |
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order                      |
-| `global_seed_generator`'s tracing check | unseeded random ops are safe where seeds are captured state |
+| `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ if keras.backend.backend() not in BACKENDS:
 
 from keras.src.backend.common.stateless_scope import get_stateless_scope  # noqa: E402
 from keras.src.models.functional import Functional  # noqa: E402
+from keras.src.random.seed_generator import global_seed_generator  # noqa: E402
 
 Variable: TypeAlias = Any
 """A `keras.Variable`. Keras has no type annotations, so this one only tells the reader."""
@@ -72,6 +73,7 @@ __all__ = [
     "Tensor",
     "Variable",
     "current_value",
+    "global_seed_generator",
     "has_value",
     "keras",
     "layers_of",

@@ -1,7 +1,7 @@
 """TensorFlow: a step becomes one concrete function; variables are captured and changed in place by the graph.
 
 Internals used: AutoGraph's `convert`, because `tf.function` would convert Handloom's own code along with the
-user's; `Variable._value` (see `handloom/_keras.py`).
+user's, and its rules of what to convert; `tf.__internal__.FuncGraph`, a graph to try a function in; `Variable._value` (see `handloom/_keras.py`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class TensorFlowBackend(Backend):
         return _convert(fn) if self._nesting.trace else fn
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
-        with self._inside("trace"), Scope(creates=True), tf.Graph().as_default():
+        with self._inside("trace"), Scope(creates=True), tf.__internal__.FuncGraph("shapes").as_default():
             fn()
 
     def value_and_grad(

@@ -1,0 +1,128 @@
+"""One update of variables, from a loss function to changed weights, in one readable place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+
+from handloom._gradients import Wrt, build, value_and_grad, variables_of
+from handloom._keras import Tensor, Variable, keras
+from handloom._watch import losses_of
+from handloom.errors import GradientError, OptimizerError
+from handloom.optimizers._loss_scale import apply_if_finite, unscaled
+from handloom.optimizers._named import NamedOptimizers
+
+ops = keras.ops
+
+Group = tuple[keras.Optimizer, list[Variable]]
+
+
+def minimize(loss_fn: Callable[[], Any], wrt: Wrt, optimizer: keras.Optimizer, *, has_aux: bool = False) -> Any:
+    """Takes one step of an optimizer down a loss, now.
+
+    The loss that is minimized includes what belongs to the variables and is easily forgotten: the weight
+    regularization and the losses added by `add_loss` of the layers in `wrt`, unless `loss_fn` already read them
+    (as `layer.losses`, or through `Model.compute_loss`). With a `LossScaleOptimizer` the loss is scaled, and an update
+    with a gradient that is not finite is skipped.
+
+    Args:
+        loss_fn: Takes nothing; returns the loss, a scalar floating-point tensor, or with `has_aux` a pair of that
+            and anything else.
+        wrt: What to train: a variable, a layer or model (its trainable variables), or a list, tuple or dict of these.
+        optimizer: A Keras optimizer. If it is not built yet, it is built for these variables.
+        has_aux: Whether `loss_fn` returns a pair.
+
+    Returns:
+        The loss before the update, with what was included and unscaled; with `has_aux`, a pair of it and the rest.
+
+    Raises:
+        GradientError: If none of the variables reaches the loss, or the loss is no floating-point scalar.
+        OptimizerError: If the optimizer was built for other variables.
+    """
+    build(wrt, loss_fn)
+    variables = variables_of(wrt)
+    groups = _groups(optimizer, variables)
+    scale = _loss_scale([optimizer for optimizer, _ in groups])
+
+    def scaled_loss() -> tuple[Tensor, Any]:
+        loss, aux = _whole_loss(loss_fn, wrt, variables, has_aux)
+        return (loss if scale is None else loss * ops.cast(scale, loss.dtype)), (loss, aux)
+
+    (_, (loss, aux)), gradients = value_and_grad(scaled_loss, wrt=variables, has_aux=True)()
+    _check_reached(gradients, variables)
+    if scale is not None:
+        gradients = unscaled(gradients, variables, scale)
+    by_variable = dict(zip(map(id, variables), gradients, strict=True))
+    for optimizer, group in groups:
+        _apply(optimizer, [by_variable[id(variable)] for variable in group], group)
+    return (loss, aux) if has_aux else loss
+
+
+def _groups(optimizer: keras.Optimizer, variables: list[Variable]) -> list[Group]:
+    """Which optimizer updates which variables."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise OptimizerError(
+            f"minimize() takes a Keras optimizer; received {optimizer!r} (of type {type(optimizer).__name__}). "
+            "For example: keras.optimizers.Adam(1e-3)."
+        )
+    if isinstance(optimizer, NamedOptimizers):
+        return optimizer.split(variables)
+    if not optimizer.built:
+        optimizer.build(variables)
+    return [(optimizer, variables)]
+
+
+def _whole_loss(
+    loss_fn: Callable[[], Any], wrt: Wrt, variables: list[Variable], has_aux: bool
+) -> tuple[Tensor, Any]:
+    """The loss with the penalties that belong to it and that its function did not read; and the rest."""
+    layers = [leaf for leaf in optree.tree_leaves(wrt) if isinstance(leaf, keras.Layer)]
+    with losses_of(variables, layers) as losses:
+        result = loss_fn()
+        loss, aux = _pair(result) if has_aux else (result, None)
+        for penalty in losses.left_out():
+            loss = loss + ops.cast(ops.sum(penalty), loss.dtype)
+    return loss, aux
+
+
+def _pair(result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise GradientError(
+            f"With has_aux=True the loss function must return a pair (loss, aux); received {type(result).__name__}."
+        )
+    return result
+
+
+def _loss_scale(optimizers: Sequence[keras.Optimizer]) -> Tensor | None:
+    """The factor for the loss: the smallest that any of the optimizers asks for."""
+    scales = [
+        optimizer.dynamic_scale.value
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        else optimizer.loss_scale_factor
+        for optimizer in optimizers
+    ]
+    asked = [scale for scale in scales if scale is not None]
+    return functools.reduce(ops.minimum, asked) if asked else None
+
+
+def _apply(optimizer: keras.Optimizer, gradients: list[Tensor | None], variables: list[Variable]) -> None:
+    """Hands unscaled gradients to an optimizer, which clips and applies them."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        apply_if_finite(optimizer, gradients, variables)
+        return
+    factor = optimizer.loss_scale_factor
+    if factor is not None:  # It will divide by this.
+        gradients = [None if gradient is None else gradient * factor for gradient in gradients]
+    optimizer.apply(gradients, variables)
+
+
+def _check_reached(gradients: Sequence[Tensor | None], variables: Sequence[Variable]) -> None:
+    if all(gradient is None for gradient in gradients):
+        raise GradientError(
+            f"None of the variables to train reaches the loss: {', '.join(variable.path for variable in variables)}. "
+            "The loss function must itself call the layers that it trains (what was computed outside of it is a "
+            "constant), through differentiable operations only (no argmax, round, comparison or stop_gradient)."
+        )

@@ -1,0 +1,86 @@
+"""Loss scaling for float16, correct whether or not a step remembers it.
+
+Gradients in float16 underflow, so the loss is multiplied by a large number before it is differentiated, and the
+gradients divided by it after. (Micikevicius et al., Mixed Precision Training, 2018.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from handloom._keras import Tensor, Variable, keras
+
+ops = keras.ops
+
+
+@keras.saving.register_keras_serializable("handloom")
+class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+    """Keras's `LossScaleOptimizer`, which `hl.Model.compile` puts around an optimizer under mixed float16.
+
+    It differs in two ways. Gradients of a loss that never went through `scale_loss` are not divided by the scale
+    (with Keras's, a step that forgets to scale learns almost nothing, in silence). And updates work inside compiled
+    steps on every backend.
+
+    Args:
+        inner_optimizer: The optimizer to wrap.
+        initial_scale: The first loss scale.
+        dynamic_growth_steps: After so many updates in a row with finite gradients the scale is doubled. A gradient
+            that is not finite halves it, and the update is skipped.
+        name: Name of the optimizer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loss_was_scaled = False
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Multiplies the loss by the present scale; the gradients given to `apply` next are divided by it."""
+        self._loss_was_scaled = True
+        return super().scale_loss(loss)
+
+    def apply(self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Variable] | None = None) -> None:
+        """Updates variables, unless a gradient is not finite.
+
+        Args:
+            grads: One gradient, or `None`, a variable; scaled if and only if the loss went through `scale_loss`.
+            trainable_variables: The variables; may be left out once the optimizer is built.
+        """
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        if not self.built:
+            self.build(variables)
+        if self._loss_was_scaled:
+            grads = unscaled(grads, variables, self.dynamic_scale)
+        self._loss_was_scaled = False
+        apply_if_finite(self, grads, variables)
+
+
+def unscaled(gradients: Sequence[Tensor | None], variables: Sequence[Variable], scale: Tensor) -> list[Tensor | None]:
+    """Gradients divided by the scale of their loss. What overwrites its variable is no gradient, and is left."""
+    return [
+        gradient if gradient is None or variable.overwrite_with_gradient else ops.divide(gradient, scale)
+        for gradient, variable in zip(gradients, variables, strict=True)
+    ]
+
+
+def apply_if_finite(
+    optimizer: keras.optimizers.LossScaleOptimizer, gradients: Sequence[Tensor | None], variables: Sequence[Variable]
+) -> None:
+    """Lets the inner optimizer update with unscaled gradients, unless one is not finite; adapts the scale."""
+    inner = optimizer.inner_optimizer
+    finite = optimizer.check_finite(gradients)
+    _update_where(finite, lambda: inner.apply(gradients, variables), [*variables, *inner.variables])
+    steps = ops.where(finite, optimizer.step_counter + 1, 0)
+    grows = ops.equal(steps, optimizer.dynamic_growth_steps)
+    factor = ops.where(finite, ops.where(grows, 2.0, 1.0), 0.5)
+    optimizer.dynamic_scale.assign(optimizer.dynamic_scale * factor)
+    optimizer.step_counter.assign(ops.where(grows, 0, steps))
+
+
+def _update_where(condition: Tensor, update: Callable[[], None], variables: Sequence[Variable]) -> None:
+    """Runs an update whose effect on the variables stays only where the condition, a scalar, holds."""
+    # Not `ops.cond`: JAX cannot assign variables inside, and compiled steps on torch update in place.
+    before = [ops.copy(variable.value) for variable in variables]
+    update()
+    for variable, value in zip(variables, before, strict=True):
+        variable.assign(ops.where(condition, variable.value, value))
