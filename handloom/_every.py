@@ -31,10 +31,13 @@ class Every:
             progress: Where training stands. `progress.batch` is 0 at the end of an epoch.
             seconds_since: Seconds since it last happened; only `seconds` looks at it.
         """
-        if self.steps is not None:
-            return progress.step > 0 and progress.step % self.steps == 0
+        at_end_of_epoch = progress.batch == 0
         if self.epochs is not None:
-            return progress.batch == 0 and progress.epoch > 0 and progress.epoch % self.epochs == 0
+            return at_end_of_epoch and progress.epoch > 0 and progress.epoch % self.epochs == 0
+        if at_end_of_epoch:  # The step before it has been asked about already.
+            return False
+        if self.steps is not None:
+            return progress.step % self.steps == 0
         return seconds_since >= (self.seconds or 0.0)
 
 

@@ -210,6 +210,11 @@ class Version:
         if self._program is not None:
             self.run = self._program
 
+    @property
+    def static(self) -> list[Any]:
+        """The leaves of what the function returns, with `None` for the tensors; known once it is compiled."""
+        return self._outputs.rest
+
     def rebuild(self, flat: Sequence[Tensor]) -> Any:
         """What the function returned, from the tensors among it."""
         return self._outputs.get(flat)
@@ -260,11 +265,11 @@ class _Outputs:
         leaves, self._structure = optree.tree_flatten(result)
         leaves = [_as_tensor(leaf) for leaf in leaves]
         self._through = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
-        self._rest = [None if backend.is_array(leaf) else leaf for leaf in leaves]
+        self.rest = [None if backend.is_array(leaf) else leaf for leaf in leaves]
         return [leaves[index] for index in self._through]
 
     def get(self, tensors: Sequence[Tensor]) -> Any:
-        leaves = list(self._rest)
+        leaves = list(self.rest)
         for index, tensor in zip(self._through, tensors, strict=True):
             leaves[index] = tensor
         return optree.tree_unflatten(self._structure, leaves)

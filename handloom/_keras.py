@@ -9,8 +9,9 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 | `Variable._value`            | `assign` costs ten times more per step, and converts what needs none   |
 | `Layer._flatten_layers`      | which layers a layer is made of, at any depth                          |
 | `Functional`                 | not exported; a subclass built from inputs and outputs must become one |
-| `Model._compile_loss`        | whether `compute_loss` has a loss to compute, and of which kind        |
+| `Model._call_has_training_arg`, `_compute_loss`, `_loss_tracker` | what Keras's own default steps use       |
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order                      |
+| `Model._initial_epoch`       | how `BackupAndRestore` tells the loop where to go on                   |
 | `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
 """
 
@@ -72,12 +73,17 @@ __all__ = [
     "Layer",
     "Tensor",
     "Variable",
+    "call_model",
     "current_value",
+    "default_loss",
     "global_seed_generator",
     "has_value",
+    "in_keras_order",
     "keras",
     "layers_of",
     "stored_value",
+    "take_initial_epoch",
+    "track_loss",
     "value_in",
 ]
 
@@ -107,6 +113,36 @@ def value_in(scope: keras.StatelessScope | None, variable: Variable) -> Tensor:
 def current_value(variable: Variable) -> Tensor:
     """The value a variable has where the caller runs."""
     return value_in(get_stateless_scope(), variable)
+
+
+def call_model(model: Layer, x: Any, *, training: bool) -> Any:
+    """Calls a model in training or not, whether or not its `call` wants to know."""
+    return model(x, training=training) if model._call_has_training_arg else model(x)
+
+
+def default_loss(
+    model: Layer, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool
+) -> Tensor:
+    """The compiled loss with what layers add, also where a model overrides `compute_loss` without `training`."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+
+
+def track_loss(model: Layer, loss: Tensor, x: Any) -> None:
+    """Has a compiled model's `loss` metric take in the loss of one batch."""
+    examples = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None).shape[0]
+    model._loss_tracker.update_state(loss, sample_weight=examples)
+
+
+def in_keras_order(model: Layer, logs: dict[str, Any]) -> Any:
+    """Reported values as `evaluate` returns them: a list in the order of the metrics, or the only one."""
+    return model._flatten_metrics_in_order(logs)
+
+
+def take_initial_epoch(model: Any) -> int:
+    """The epoch that a callback of Keras set to go on from, or 0. It counts once: Keras never resets it."""
+    epoch = getattr(model, "_initial_epoch", None) or 0
+    model._initial_epoch = None
+    return int(epoch)
 
 
 def layers_of(layer: Layer) -> Iterator[Layer]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
 
 from handloom._gradients import Wrt, build, value_and_grad, variables_of
-from handloom._keras import Tensor, Variable, keras
+from handloom._keras import Tensor, Variable, keras, layers_of
 from handloom._watch import losses_of
-from handloom.errors import GradientError, OptimizerError
+from handloom.errors import GradientError, HandloomWarning, OptimizerError
 from handloom.optimizers._loss_scale import apply_if_finite, unscaled
 from handloom.optimizers._named import NamedOptimizers
 
@@ -46,6 +47,8 @@ def minimize(loss_fn: Callable[[], Any], wrt: Wrt, optimizer: keras.Optimizer, *
     variables = variables_of(wrt)
     groups = _groups(optimizer, variables)
     scale = _loss_scale([optimizer for optimizer, _ in groups])
+    if scale is None:
+        _warn_of_underflow(wrt)
 
     def scaled_loss() -> tuple[Tensor, Any]:
         loss, aux = _whole_loss(loss_fn, wrt, variables, has_aux)
@@ -108,6 +111,18 @@ def _loss_scale(optimizers: Sequence[keras.Optimizer]) -> Tensor | None:
     return functools.reduce(ops.minimum, asked) if asked else None
 
 
+def _warn_of_underflow(wrt: Wrt) -> None:
+    layers = [leaf for leaf in optree.tree_leaves(wrt) if isinstance(leaf, keras.Layer)]
+    half = next((inner for layer in layers for inner in layers_of(layer) if inner.compute_dtype == "float16"), None)
+    if half is not None:
+        warnings.warn(
+            f"The layer {half.name!r} computes in float16, but no optimizer scales the loss: small gradients become "
+            "zero. Wrap the optimizer: handloom.optimizers.LossScaleOptimizer(optimizer).",
+            HandloomWarning,
+            stacklevel=3,
+        )
+
+
 def _apply(optimizer: keras.Optimizer, gradients: list[Tensor | None], variables: list[Variable]) -> None:
     """Hands unscaled gradients to an optimizer, which clips and applies them."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
@@ -116,7 +131,15 @@ def _apply(optimizer: keras.Optimizer, gradients: list[Tensor | None], variables
     factor = optimizer.loss_scale_factor
     if factor is not None:  # It will divide by this.
         gradients = [None if gradient is None else gradient * factor for gradient in gradients]
-    optimizer.apply(gradients, variables)
+    try:
+        optimizer.apply(gradients, variables)
+    except ValueError as error:
+        if "Unknown variable" not in str(error):
+            raise
+        raise OptimizerError(
+            f"The optimizer {optimizer.name!r} was built for other variables than {[v.path for v in variables]}. Use one "
+            "optimizer for each part, or build it for all parts first: optimizer.build([*a, *b])."
+        ) from error
 
 
 def _check_reached(gradients: Sequence[Tensor | None], variables: Sequence[Variable]) -> None:

@@ -1,4 +1,4 @@
-"""What happens inside Keras while a user's function runs: variables made, metrics asked, losses added.
+"""What happens inside Keras while a user's function runs: variables made, metrics used, losses added.
 
 Nobody registers anything with Handloom, so it looks on. Each of these replaces a public method of a Keras class
 for as long as a function is traced (or, op by op, runs once), and for the thread that asked only.
@@ -48,48 +48,63 @@ def new_variables() -> Iterator[list[Variable]]:
         yield created
 
 
-class MetricResults:
-    """The tensors that came out of some metric's `result()`; made by `metric_results`."""
+class Metrics:
+    """The metrics that were updated, and the tensors that came out of a `result()`; made by `metrics_used`."""
 
-    def __init__(self) -> None:
-        self._metrics: dict[int, keras.Metric] = {}
-        self._kept: list[Any] = []  # A tensor's id is its own only as long as the tensor lives.
+    def __init__(self, on_update: Callable[[keras.Metric], None] | None = None) -> None:
+        self._on_update = on_update
+        self._updated: dict[int, keras.Metric] = {}
+        self._results: dict[int, Any] = {}  # By id, and kept: an id is a tensor's own only as long as it lives.
 
-    def add(self, metric: keras.Metric, result: Any) -> None:
-        self._kept.append(result)
-        for leaf in keras.tree.flatten(result):
-            self._metrics[id(leaf)] = metric
+    @property
+    def updated(self) -> tuple[keras.Metric, ...]:
+        """The metrics whose `update_state` was called, in the order of the first call."""
+        return tuple(self._updated.values())
 
-    def metric(self, tensor: Any) -> keras.Metric | None:
-        """The metric whose result a tensor is, if it is one."""
-        return self._metrics.get(id(tensor))
+    def note_update(self, metric: keras.Metric) -> None:
+        if self._on_update is not None and id(metric) not in self._updated:
+            self._on_update(metric)
+        self._updated[id(metric)] = metric
+
+    def note_result(self, result: Any) -> None:
+        self._results.update((id(leaf), leaf) for leaf in keras.tree.flatten(result))
+
+    def is_result(self, tensor: Any) -> bool:
+        """Whether a tensor is the result of some metric."""
+        return id(tensor) in self._results
 
 
 @contextlib.contextmanager
-def metric_results() -> Iterator[MetricResults]:
-    """Notes what every metric's `result()` returns inside."""
-    results = MetricResults()
+def metrics_used(on_update: Callable[[keras.Metric], None] | None = None) -> Iterator[Metrics]:
+    """Notes which metrics are updated inside, and what they give as results.
+
+    Args:
+        on_update: Called with each metric right before its first update.
+    """
+    metrics = Metrics(on_update)
     thread = threading.get_ident()
 
     def make(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
         def look_up(self: keras.Metric, name: str) -> Any:
             attribute = original(self, name)
-            if name != "result" or threading.get_ident() != thread:
+            if name not in ("result", "update_state") or threading.get_ident() != thread:
                 return attribute
 
-            @functools.wraps(attribute)
-            def result(*args: Any, **kwargs: Any) -> Any:
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                if name == "update_state":
+                    metrics.note_update(self)
                 value = attribute(*args, **kwargs)
-                results.add(self, value)
+                if name == "result":
+                    metrics.note_result(value)
                 return value
 
-            return result
+            return noted
 
         return look_up
 
-    # Subclasses define `result`; the look-up of attributes they all share.
+    # Subclasses define these methods; the look-up of attributes they all share.
     with _replaced(keras.Metric, "__getattribute__", make):
-        yield results
+        yield metrics
 
 
 class Losses:

@@ -53,7 +53,10 @@ class TorchBackend(Backend):
         return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
     def fetch(self, tensors: Sequence[Tensor]) -> np.ndarray:
-        return keras.ops.convert_to_numpy(torch.stack(list(tensors)))
+        stacked = torch.stack(list(tensors)).detach()
+        if stacked.dtype == torch.bfloat16:  # NumPy has no such dtype.
+            stacked = stacked.float()
+        return np.asarray(stacked.cpu().numpy())
 
     def detach(self, tensor: Tensor) -> Tensor:
         return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor

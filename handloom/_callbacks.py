@@ -1,0 +1,82 @@
+"""Keras's callback protocol, the only one: who listens to what is settled once, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from handloom._keras import keras
+
+_HOOKS = [
+    "on_epoch_begin",
+    "on_epoch_end",
+    *(f"on_{phase}_{when}" for phase in ("train", "test", "predict") for when in ("begin", "end")),
+    *(f"on_{phase}_batch_{when}" for phase in ("train", "test", "predict") for when in ("begin", "end")),
+]
+
+
+class Callbacks:
+    """Callbacks whose hooks are called only where they do something.
+
+    Every hook of `keras.callbacks.Callback` is a method here. Batch logs are a mapping that computes itself when it is
+    looked at; a callback that does not look costs no wait for the device.
+
+    Args:
+        callbacks: `keras.callbacks.Callback` objects, or a `CallbackList`.
+        model: What they know as `self.model`.
+        params: What they know as `self.params`.
+
+    Raises:
+        TypeError: If one is no Keras callback.
+    """
+
+    def __init__(self, callbacks: Iterable[keras.callbacks.Callback], model: Any, params: dict[str, Any]) -> None:
+        self._callbacks = list(getattr(callbacks, "callbacks", callbacks))
+        for callback in self._callbacks:
+            if not isinstance(callback, keras.callbacks.Callback):
+                raise TypeError(
+                    f"callbacks takes keras.callbacks.Callback objects; received {callback!r} (of type "
+                    f"{type(callback).__name__}). For a function use keras.callbacks.LambdaCallback(on_epoch_end=...)."
+                )
+            callback.set_params(params)
+            callback.set_model(model)
+        self._listeners = {
+            hook: [getattr(callback, hook) for callback in self._callbacks if _listens(callback, hook)]
+            for hook in _HOOKS
+        }
+
+    def __enter__(self) -> Callbacks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Keras has no hook for an end by exception; a bar or file of ours must close all the same.
+        for callback in self._callbacks:
+            close = getattr(callback, "close", None)
+            if callable(close):
+                close()
+
+    def __getattr__(self, hook: str) -> Callable[..., None]:
+        listeners = self.__dict__["_listeners"].get(hook)
+        if listeners is None:
+            raise AttributeError(f"Keras callbacks have no hook {hook!r}.")
+        if len(listeners) == 1:
+            call = listeners[0]
+        else:
+
+            def call(*args: Any) -> None:
+                for listener in listeners:
+                    listener(*args)
+
+        self.__dict__[hook] = call
+        return call
+
+
+def _listens(callback: keras.callbacks.Callback, hook: str) -> bool:
+    """Whether a callback overrides a hook, or the older name by which Keras also calls it."""
+    names = (hook, hook.replace("train_batch", "batch"))
+    return any(_overrides(callback, name) for name in names)
+
+
+def _overrides(callback: keras.callbacks.Callback, name: str) -> bool:
+    method = getattr(callback, name)
+    return getattr(method, "__func__", method) is not getattr(keras.callbacks.Callback, name)

@@ -1,0 +1,50 @@
+"""Ctrl-C between steps, never within one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Interrupts:
+    """Holds a keyboard interrupt back while a step runs, so that no update is left half done.
+
+    As a context manager it takes over SIGINT (in the main thread; elsewhere Python delivers none). A second interrupt
+    during one step is not held back.
+
+    Example:
+        `with Interrupts() as interrupts: ...; interrupts.hold(); step(batch); interrupts.release()`
+    """
+
+    def __init__(self) -> None:
+        self._held = False
+        self._waiting: tuple[int, FrameType | None] | None = None
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+            self._before = signal.signal(signal.SIGINT, self._interrupted)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def hold(self) -> None:
+        """From here on an interrupt waits."""
+        self._held = True
+
+    def release(self) -> None:
+        """From here on it does not; one that waited comes now."""
+        self._held = False
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self._before(*waiting)
+
+    def _interrupted(self, signum: int, frame: FrameType | None) -> None:
+        if self._held and self._waiting is None:
+            self._waiting = (signum, frame)
+        else:
+            self._before(signum, frame)

@@ -1,0 +1,336 @@
+"""Fit, evaluate, predict: the only file that knows the order of things.
+
+    source -> feed -> compiled step -> logs (read late) -> callbacks -> validation
+
+`train` is the loop, for models and plain steps alike. Read it from top to bottom.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optree
+
+from handloom._callbacks import Callbacks
+from handloom._data import Batch, Feed
+from handloom._every import Every, every
+from handloom._function import Function
+from handloom._interrupt import Interrupts
+from handloom._keras import Tensor, keras, take_initial_epoch
+from handloom._logs import EpochLogs, ReportingStep, Value
+from handloom._progress import Progress
+from handloom.backends import backend
+from handloom.callbacks import JSONLogger, progress_display
+from handloom.errors import HandloomWarning, StepError
+
+ops = keras.ops
+
+Validation = Callable[[Callbacks], dict[str, Value]]
+
+
+def fit(
+    step: Callable[..., Mapping[str, Any]],
+    data: Any,
+    *,
+    epochs: int = 1,
+    steps_per_epoch: int | None = None,
+    state: Any = None,
+    validate: Any = None,
+    validate_every: Every = every(epochs=1),
+    callbacks: Iterable[keras.callbacks.Callback] = (),
+    run_dir: str | Path | None = None,
+    verbose: str | int = "auto",
+) -> keras.callbacks.History:
+    """Trains with any step: calls it on each batch, and does what surrounds it.
+
+    Args:
+        step: A function of a batch that trains something and returns what is to be reported: a dict of scalars
+            (averaged over the epoch, weighted by the number of examples) and of `keras.Metric` objects or results (asked
+            at its end). It is compiled. A batch that is a tuple is passed as that many arguments, unless the step
+            takes a single one; if an argument is called `sample_weight`, its sum weights the averages instead.
+        data: What `hl.Feed` takes, or a feed. Arrays come in batches of 32; to choose, pass
+            `hl.Feed(data, batch_size=64, shuffle=True)`.
+        epochs: Number of epochs.
+        steps_per_epoch: Steps in an epoch; by default one pass over the data. With it, passes follow on each other.
+        state: What the step trains, in any structure: `{"model": model, "optimizer": optimizer}`. Callbacks find the
+            first model in it as `self.model`.
+        validate: A pair `(step, data)`, whose results are reported as `val_...`, or a function without arguments that
+            returns such a dict.
+        validate_every: When to validate.
+        callbacks: Keras callbacks.
+        run_dir: A directory for `log.jsonl`. By default nothing is written anywhere.
+        verbose: 0 for silence, 1 for a progress bar, 2 for a line an epoch; `"auto"` for a bar in a terminal and lines
+            elsewhere.
+
+    Returns:
+        The history: `history.history[name]` is a list with one value an epoch.
+
+    Raises:
+        StepError: If the step cannot be called with a batch, or returns no dict of scalars.
+        DataError: If the data cannot be batched.
+
+    Example:
+        `hl.fit(train_step, (x, y), epochs=5, validate=(test_step, (x_test, y_test)))`
+    """
+    model = _model_in(state)
+    training = reporting(step)
+    return train(
+        training,
+        as_feed(data),
+        model=model,
+        epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        validation=_validation(validate, model),
+        validate_every=validate_every,
+        callbacks=callbacks,
+        run_dir=run_dir,
+        verbose=verbose,
+    )
+
+
+def train(
+    step: ReportingStep,
+    feed: Feed,
+    *,
+    model: Any,
+    epochs: int,
+    initial_epoch: int = 0,
+    steps_per_epoch: int | None = None,
+    validation: Validation | None = None,
+    validate_every: Every = every(epochs=1),
+    callbacks: Iterable[keras.callbacks.Callback] = (),
+    run_dir: str | Path | None = None,
+    verbose: str | int = "auto",
+    finish: Callable[[], None] = lambda: None,
+) -> keras.callbacks.History:
+    """The training loop. What the arguments mean is said at `fit`; `finish` runs after the last epoch."""
+    _check_counts(epochs=epochs, steps_per_epoch=steps_per_epoch)
+    history = keras.callbacks.History()
+    steps = steps_per_epoch or feed.length
+    listeners = [*as_list(callbacks), history, *_writers(run_dir), *progress_display(verbose)]
+    progress, logs, results = Progress(epoch=initial_epoch), EpochLogs(), dict[str, Value]()
+    model.stop_training = False
+    take_initial_epoch(model)
+    with (
+        Callbacks(listeners, model, {"epochs": epochs, "steps": steps, "verbose": verbose}) as hooks,
+        Interrupts() as interrupts,
+    ):
+        validations = _Validations(validation, validate_every, hooks)
+        passes = feed.stream()
+        hooks.on_train_begin()
+        progress.epoch = max(progress.epoch, take_initial_epoch(model))
+        while progress.epoch < epochs and not model.stop_training:
+            epoch = progress.epoch
+            logs.clear()
+            validations.forget()
+            step.start_epoch()
+            hooks.on_epoch_begin(epoch)
+            for batch in _epoch(feed, passes, steps_per_epoch):
+                hooks.on_train_batch_begin(progress.batch)
+                # DO NOT reorder: between here and the release an interrupt would find weights half updated.
+                interrupts.hold()
+                try:
+                    logs.add(step(batch))
+                finally:
+                    interrupts.release()
+                progress.advance()
+                hooks.on_train_batch_end(progress.batch - 1, logs)
+                validations.if_due(progress)
+                if model.stop_training:
+                    break
+            progress.end_epoch()
+            results = dict(logs)
+            results.update(validations.if_due(progress))
+            hooks.on_epoch_end(epoch, results)
+        finish()
+        hooks.on_train_end(results)
+    return history
+
+
+def evaluate(
+    step: ReportingStep,
+    feed: Feed,
+    *,
+    hooks: Callbacks,
+    model: Any,
+    steps: int | None = None,
+) -> dict[str, Value]:
+    """The loop of evaluation: one pass, or so many steps of it."""
+    logs = EpochLogs()
+    model.stop_evaluating = False
+    step.start_epoch()
+    hooks.on_test_begin()
+    for index, batch in enumerate(islice(feed.stream() if steps else feed, steps)):
+        hooks.on_test_batch_begin(index)
+        logs.add(step(batch))
+        hooks.on_test_batch_end(index, logs)
+        if model.stop_evaluating:
+            break
+    results = dict(logs)
+    hooks.on_test_end(results)
+    return results
+
+
+def predict(
+    step: Function, feed: Feed, *, hooks: Callbacks, model: Any, steps: int | None = None
+) -> Any:
+    """The loop of prediction: the outputs for all batches, one after the other, as NumPy arrays."""
+    outputs: list[list[Any]] = []
+    structure = None
+    model.stop_predicting = False
+    hooks.on_predict_begin()
+    for index, batch in enumerate(islice(feed.stream() if steps else feed, steps)):
+        hooks.on_predict_batch_begin(index)
+        output = step(batch)
+        leaves, structure = optree.tree_flatten(output)
+        outputs.append([ops.convert_to_numpy(leaf) for leaf in leaves])
+        hooks.on_predict_batch_end(index, {"outputs": output})
+        if model.stop_predicting:
+            break
+    hooks.on_predict_end()
+    return structure.unflatten([_joined(parts) for parts in zip(*outputs, strict=True)])
+
+
+def reporting(step: Callable[..., Any], **options: Any) -> ReportingStep:
+    """A plain step, to be called with batches and reported."""
+    if not callable(step):
+        raise StepError(f"A step is a function of a batch; received {step!r} (of type {type(step).__name__}).")
+    parameters = _parameters(step)
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    unpacks = len(required) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+    names = [parameter.name for parameter in parameters]
+    position = names.index("sample_weight") if unpacks and "sample_weight" in names else None
+    return ReportingStep(step, unpacks=unpacks, weight=lambda *batch: _weight_at(batch, position), **options)
+
+
+def as_feed(data: Any) -> Feed:
+    """Data as a feed; a feed is one already."""
+    return data if isinstance(data, Feed) else Feed(data)
+
+
+def _epoch(feed: Feed, passes: Iterator[Batch], steps: int | None) -> Iterator[Batch]:
+    """The batches of one epoch: a pass over the data, or so many steps of passes that follow on each other."""
+    if steps is None:
+        yield from feed
+        return
+    given = 0
+    for batch in islice(passes, steps):
+        given += 1
+        yield batch
+    if given < steps:
+        warnings.warn(
+            f"The data ran out after {given} of {steps} steps of an epoch: it can be read only once. Pass a function "
+            "that returns a new iterator each time, or set steps_per_epoch to what there is.",
+            HandloomWarning,
+            stacklevel=3,
+        )
+
+
+class _Validations:
+    """Validates when it is time, and keeps the last results for the end of the epoch."""
+
+    def __init__(self, validation: Validation | None, when: Every, hooks: Callbacks) -> None:
+        self._validation, self._when, self._hooks = validation, when, hooks
+        self._results: dict[str, Value] = {}
+        self._last_time = time.perf_counter()
+
+    def if_due(self, progress: Progress) -> dict[str, Value]:
+        """Validates if it is time; returns the last results at the end of an epoch."""
+        if self._validation is None:
+            return {}
+        if self._when.due(progress, time.perf_counter() - self._last_time):
+            results = self._validation(self._hooks)
+            self._results = {f"val_{name}": value for name, value in results.items()}
+            self._last_time = time.perf_counter()
+        return self._results if progress.batch == 0 else {}
+
+    def forget(self) -> None:
+        """A new epoch has its own results."""
+        self._results = {}
+
+
+def _validation(validate: Any, model: Any) -> Validation | None:
+    """What `validate=` says, as a function of the callbacks."""
+    if validate is None:
+        return None
+    if isinstance(validate, Sequence) and len(validate) == 2 and callable(validate[0]):
+        step, feed = reporting(validate[0]), as_feed(validate[1])
+        return lambda hooks: evaluate(step, feed, hooks=hooks, model=model)
+    if callable(validate):
+        return lambda hooks: _checked_results(validate())
+    raise StepError(
+        "validate takes a pair (step, data), or a function without arguments that returns a dict of numbers; received "
+        f"{validate!r} (of type {type(validate).__name__})."
+    )
+
+
+def _checked_results(results: Any) -> dict[str, Value]:
+    if not isinstance(results, Mapping):
+        raise StepError(
+            f"The function given as validate must return a dict of numbers, such as {{'loss': 0.1}}; it returned {results!r}."
+        )
+    return {str(name): float(ops.convert_to_numpy(value)) for name, value in results.items()}
+
+
+@dataclasses.dataclass
+class _Nobody:
+    """Stands for the model of callbacks where a plain step names none."""
+
+    stop_training: bool = False
+    stop_evaluating: bool = False
+    optimizer: Any = None
+    history: Any = None
+    _initial_epoch: int | None = None
+
+
+def _model_in(state: Any) -> Any:
+    leaves = optree.tree_leaves(state)
+    models = [leaf for leaf in leaves if isinstance(leaf, keras.Model)]
+    optimizers = [leaf for leaf in leaves if isinstance(leaf, keras.optimizers.Optimizer)]
+    return models[0] if models else _Nobody(optimizer=optimizers[0] if optimizers else None)
+
+
+def _writers(run_dir: str | Path | None) -> list[keras.callbacks.Callback]:
+    return [] if run_dir is None else [JSONLogger(Path(run_dir) / "log.jsonl")]
+
+
+def as_list(callbacks: Any) -> list[keras.callbacks.Callback]:
+    if callbacks is None:
+        return []
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return list(callbacks.callbacks)
+    return list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+
+
+def _parameters(step: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        parameters = inspect.signature(step).parameters.values()
+    except (TypeError, ValueError):  # A builtin, perhaps.
+        return []
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    return [parameter for parameter in parameters if parameter.kind not in named]
+
+
+def _weight_at(batch: Sequence[Any], position: int | None) -> Tensor | None:
+    if position is None or position >= len(batch) or batch[position] is None:
+        return None
+    return ops.sum(ops.cast(batch[position], keras.config.floatx()))
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        least = 1 if name == "steps_per_epoch" else 0
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
+            raise ValueError(f"{name} takes a whole number, at least {least}; received {count!r}.")
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]

@@ -1,0 +1,591 @@
+"""`hl.Model`: a Keras model whose `fit` is the loop of Handloom, whatever its step does."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from handloom import _loop
+from handloom._callbacks import Callbacks
+from handloom._data import Feed, is_arrays
+from handloom._every import Every, every
+from handloom._function import Function, run_eagerly
+from handloom._gradients import Wrt, build
+from handloom._keras import (
+    Functional,
+    Tensor,
+    call_model,
+    default_loss,
+    in_keras_order,
+    keras,
+    layers_of,
+    track_loss,
+)
+from handloom._labels import check_labels, class_weights
+from handloom._logs import EpochLogs, ReportingStep
+from handloom._progress import Progress
+from handloom._update import minimize
+from handloom.backends import backend
+from handloom.callbacks import progress_display
+from handloom.errors import DataError, OptimizerError, StepError
+from handloom.optimizers import LossScaleOptimizer, NamedOptimizers
+
+ops = keras.ops
+
+
+@keras.saving.register_keras_serializable("handloom")
+class Model(keras.Model):
+    """A `keras.Model` that trains by Handloom's loop: functional, sequential or subclassed, saved and loaded as one.
+
+    Override `train_step(data)`, `test_step(data)` or `predict_step(data)` and write what a step does, in Keras's words
+    alone; it runs compiled on every backend. What a step returns is what is reported, under that name: a scalar is
+    averaged over the epoch, weighted by the number of examples (or by the sample weights where given); a metric, or a
+    metric's result, is asked at the end of the epoch.
+
+    Args:
+        args: Inputs and outputs for a functional model, a list of layers for a sequential one, nothing for a model
+            with a `call` of its own.
+        kwargs: As for `keras.Model`.
+
+    Example:
+        class GAN(hl.Model):
+            def train_step(self, data):
+                d_loss = self.minimize(lambda: ..., wrt=self.discriminator)
+                g_loss = self.minimize(lambda: ..., wrt=self.generator)
+                return {"d_loss": d_loss, "g_loss": g_loss}
+
+        gan.compile(optimizer={"discriminator": "adam", "generator": "adam"})
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Model:
+        if _is_list_of_layers(args) and cls.__init__ is Model.__init__:
+            cls = _variant(cls, keras.Sequential)
+        return cast(Model, super().__new__(cls, *args, **kwargs))
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Only what arrives here tells a functional model: a subclass's own constructor may take two arguments too.
+        if _is_inputs_and_outputs(args, kwargs) and not isinstance(self, Functional):
+            # Not `setattr`: Keras looks at everything that is set, and is not ready yet. And not Keras's own way,
+            # which changes the bases of every class between this one and keras.Model, for all their subclasses.
+            object.__setattr__(self, "__class__", _variant(type(self), Functional))
+        elif _is_list_of_layers(args) and not isinstance(self, keras.Sequential):
+            raise TypeError(
+                f"{type(self).__name__} passes a list of layers on to hl.Model. To define a constructor of your own for a "
+                "sequential model, subclass hl.Sequential."
+            )
+        super().__init__(*args, **kwargs)
+        self._forget_steps()
+
+    # ------------------------------------------------------------------ compile
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: bool | str = "auto",
+        auto_scale_loss: bool = True,
+    ) -> None:
+        """Configures the model for training, as `keras.Model.compile` does.
+
+        Args:
+            optimizer: As for Keras, or a dict of optimizers by what they train: `{"generator": ..., "*": ...}`. Each
+                name is an attribute of the model (dotted paths allowed) whose trainable variables that optimizer
+                owns; `"*"` owns the rest. `None` for a model that is only evaluated.
+            loss: As for Keras, like all that follow.
+            loss_weights: Factors of the losses of several outputs.
+            metrics: Metrics that ignore sample weights.
+            weighted_metrics: Metrics that heed them.
+            run_eagerly: Whether to run steps op by op.
+            steps_per_execution: Accepted; steps are dispatched one by one, with the same results.
+            jit_compile: As for `hl.function`.
+            auto_scale_loss: Whether to scale the loss under the policy `mixed_float16`.
+
+        Raises:
+            OptimizerError: If a variable is owned by two optimizers or by none.
+        """
+        if isinstance(optimizer, Mapping) and "class_name" not in optimizer:
+            optimizer = NamedOptimizers(optimizer)
+        super().compile(
+            optimizer=self._with_loss_scaling(optimizer) if auto_scale_loss else optimizer,
+            loss=loss,
+            loss_weights=loss_weights,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
+            jit_compile=False if run_eagerly else jit_compile,
+            auto_scale_loss=False,
+        )
+        self._jit_choice = jit_compile
+        self._forget_steps()
+        if isinstance(self.optimizer, NamedOptimizers):
+            self.optimizer.attach(self)
+            if all(layer.built for layer in layers_of(self) if layer is not self):
+                self.optimizer.owners()
+
+    def _with_loss_scaling(self, optimizer: Any) -> Any:
+        if self.dtype_policy.name != "mixed_float16" or optimizer is None:
+            return optimizer
+        if isinstance(optimizer, NamedOptimizers):
+            return NamedOptimizers({name: _scaling(inner) for name, inner in optimizer.items()}, name=optimizer.name)
+        return _scaling(keras.optimizers.get(optimizer))
+
+    # -------------------------------------------------------------------- steps
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Trains on one batch; to be overridden.
+
+        Args:
+            data: A batch: `x`, `(x, y)` or `(x, y, sample_weight)`.
+
+        Returns:
+            What is to be reported, by name.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+
+        def loss_fn() -> tuple[Tensor, Any]:
+            y_pred = call_model(self, x, training=True)
+            return default_loss(self, x, y, y_pred, sample_weight, training=True), y_pred
+
+        loss, y_pred = self.minimize(loss_fn, has_aux=True)
+        track_loss(self, loss, x)
+        return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """Evaluates on one batch; to be overridden. As `train_step`, without training."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred = call_model(self, x, training=False)
+        track_loss(self, default_loss(self, x, y, y_pred, sample_weight, training=False), x)
+        return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
+
+    def predict_step(self, data: Any) -> Any:
+        """The model's outputs for one batch; to be overridden."""
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        return call_model(self, x, training=False)
+
+    def minimize(
+        self,
+        loss_fn: Callable[[], Any],
+        wrt: Wrt | None = None,
+        optimizer: keras.Optimizer | None = None,
+        *,
+        has_aux: bool = False,
+    ) -> Any:
+        """Takes one step of an optimizer down a loss, as `hl.minimize` does.
+
+        Args:
+            loss_fn: Takes nothing; returns the loss, or with `has_aux` a pair of it and anything else.
+            wrt: What to train, as for `hl.minimize`; by default the whole model.
+            optimizer: By default the compiled one; of several, each variable's owner.
+            has_aux: Whether `loss_fn` returns a pair.
+
+        Returns:
+            The loss before the update; with `has_aux`, a pair.
+
+        Raises:
+            OptimizerError: If there is no optimizer, or none that owns these variables.
+            GradientError: As `hl.minimize`.
+        """
+        wrt = self if wrt is None else wrt
+        if optimizer is None:
+            optimizer = self._compiled_optimizer()
+            build(wrt, loss_fn)
+            if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
+                optimizer.build(self.trainable_variables)  # All of them: a later step may train another part.
+        return minimize(loss_fn, wrt, optimizer, has_aux=has_aux)
+
+    def _compiled_optimizer(self) -> keras.Optimizer:
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is None:
+            raise OptimizerError(
+                f"{type(self).__name__} has no optimizer. Compile it with one, compile(optimizer='adam', ...), or pass one: "
+                "minimize(..., optimizer=...)."
+            )
+        return optimizer
+
+    # --------------------------------------------------------------------- runs
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: str | int = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: Mapping[int, float] | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int | Sequence[int] = 1,
+        run_dir: str | Path | None = None,
+    ) -> keras.callbacks.History:
+        """Trains the model, with Keras's arguments and their meaning.
+
+        Args:
+            x: Inputs, or a source of batches, as `hl.Feed` takes it.
+            y: Targets, unless `x` gives them.
+            batch_size: Examples in a batch, for arrays. 32 by default.
+            epochs: The epoch to stop at, counted from `initial_epoch`'s zero.
+            verbose: 0 for silence, 1 for a progress bar, 2 for a line an epoch; `"auto"` for a bar in a terminal.
+            callbacks: Keras callbacks.
+            validation_split: Fraction of the arrays, from their end, to validate on instead of train.
+            validation_data: `(x, y)`, `(x, y, sample_weight)`, or a source of batches.
+            shuffle: Whether to draw a new order each epoch, for arrays and `PyDataset`s.
+            class_weight: Weights of examples by their class.
+            sample_weight: Weights of examples.
+            initial_epoch: The epoch to begin at.
+            steps_per_epoch: Steps in an epoch; by default one pass over the data.
+            validation_steps: Steps of a validation; by default one pass.
+            validation_batch_size: By default `batch_size`.
+            validation_freq: Validate every so many epochs, or after the epochs listed (counted from 1).
+            run_dir: A directory for `log.jsonl`. By default nothing is written anywhere.
+
+        Returns:
+            The history: `history.history[name]` is a list with one value an epoch.
+
+        Raises:
+            DataError: If the data is empty, of unequal lengths, or has labels outside the classes.
+            StepError: If a step returns no dict of scalars.
+        """
+        self._check_compiled("fit", "train_step")
+        if validation_split and validation_data is None:
+            (x, y, sample_weight), validation_data = _split((x, y, sample_weight), validation_split)
+        self._forget_steps_if_changed()
+        feed = self._feed(x, y, sample_weight, batch_size, shuffle=shuffle, class_weight=class_weight)
+        validation = None
+        if validation_data is not None:
+            held_out = self._feed(*_unpacked(validation_data), validation_batch_size or batch_size)
+            validation = functools.partial(
+                _loop.evaluate, self._step("test_step"), held_out, model=self, steps=validation_steps
+            )
+        with self._mode():
+            self.history = _loop.train(
+                self._step("train_step"),
+                feed,
+                model=self,
+                epochs=epochs,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation=None if validation is None else (lambda hooks: validation(hooks=hooks)),
+                validate_every=_validation_times(validation_freq),
+                callbacks=callbacks,
+                run_dir=run_dir,
+                verbose=verbose,
+                finish=self._finish_training,
+            )
+        return self.history
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: str | int = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+        callbacks: Any = None,
+        return_dict: bool = False,
+    ) -> Any:
+        """Evaluates the model, with Keras's arguments and their meaning; see `fit`.
+
+        Returns:
+            The reported values: a dict if `return_dict`, else a list in the order of the metrics, or the only value.
+        """
+        self._check_compiled("evaluate", "test_step")
+        feed = self._feed(x, y, sample_weight, batch_size)
+        with self._mode(), self._hooks(callbacks, verbose, steps or feed.length) as hooks:
+            results = _loop.evaluate(self._step("test_step"), feed, hooks=hooks, model=self, steps=steps)
+        return results if return_dict else in_keras_order(self, results)
+
+    def predict(
+        self,
+        x: Any,
+        batch_size: int | None = None,
+        verbose: str | int = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> Any:
+        """The model's outputs, with Keras's arguments and their meaning; see `fit`.
+
+        Returns:
+            NumPy arrays in the structure of the outputs, the batches joined along their first axis.
+        """
+        feed = self._feed(x, None, None, batch_size, labels=False)
+        with self._mode(), self._hooks(callbacks, verbose, steps or feed.length) as hooks:
+            return _loop.predict(self._prediction(), feed, hooks=hooks, model=self, steps=steps)
+
+    def train_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+        return_dict: bool = False,
+    ) -> Any:
+        """Trains on one batch, given as arrays; returns what is reported of it, as `evaluate` does."""
+        self._check_compiled("train_on_batch", "train_step")
+        self._forget_steps_if_changed()
+        if class_weight is not None:
+            sample_weight = _weights(y, sample_weight, class_weight)
+        return self._on_batch("train_step", (x, y, sample_weight), return_dict)
+
+    def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
+        """Evaluates on one batch, given as arrays; returns what is reported of it, as `evaluate` does."""
+        self._check_compiled("test_on_batch", "test_step")
+        return self._on_batch("test_step", (x, y, sample_weight), return_dict)
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """The model's outputs for one batch, given as arrays, as NumPy arrays."""
+        with self._mode():
+            outputs = self._prediction()(_as_one_batch(x))
+        return keras.tree.map_structure(ops.convert_to_numpy, outputs)
+
+    def _on_batch(self, name: str, parts: tuple[Any, Any, Any], return_dict: bool) -> Any:
+        data = keras.utils.pack_x_y_sample_weight(*parts)
+        check_labels(self, parts[0], parts[1])
+        logs = EpochLogs()
+        with self._mode():
+            step = self._step(name)
+            step.start_epoch()
+            logs.add(step(_as_one_batch(data)))
+        return dict(logs) if return_dict else in_keras_order(self, dict(logs))
+
+    # ------------------------------------------------------------------ insides
+
+    def _step(self, name: str) -> ReportingStep:
+        """A step of the model, compiled; kept until the model is compiled anew."""
+        if name not in self._steps:
+            step = getattr(self, name)
+            _check_takes_data(step, type(self).__name__)
+            self._steps[name] = ReportingStep(
+                step,
+                unpacks=False,
+                weight=_batch_weight,
+                reset_metrics=self.reset_metrics,
+                jit_compile=self._jit_choice,
+            )
+        return self._steps[name]
+
+    def _prediction(self) -> Function:
+        if "predict_step" not in self._steps:
+            self._steps["predict_step"] = Function(self.predict_step, jit_compile=self._jit_choice)
+        return cast(Function, self._steps["predict_step"])
+
+    def _forget_steps(self) -> None:
+        # Not `setattr`: Keras would look for layers in it.
+        self.__dict__["_steps"] = {}
+        self.__dict__.setdefault("_jit_choice", "auto")
+        self.__dict__["_trained"] = None
+
+    def _forget_steps_if_changed(self) -> None:
+        """A compiled step trains what was trainable when it was traced."""
+        trained = [id(variable) for variable in self.trainable_variables]
+        if self._trained not in (None, trained) and self._built_when_traced:
+            self._forget_steps()
+        self.__dict__["_trained"] = trained
+        self.__dict__["_built_when_traced"] = all(layer.built for layer in layers_of(self) if layer is not self)
+
+    def _mode(self) -> contextlib.AbstractContextManager[Any]:
+        return run_eagerly(True) if self.run_eagerly else contextlib.nullcontext()
+
+    def _hooks(self, callbacks: Any, verbose: str | int, steps: int | None) -> Callbacks:
+        listeners = [*_loop.as_list(callbacks), *progress_display(verbose)]
+        return Callbacks(listeners, self, {"epochs": 1, "steps": steps, "verbose": verbose})
+
+    def _feed(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        *,
+        shuffle: bool = False,
+        class_weight: Mapping[int, float] | None = None,
+        labels: bool = True,
+    ) -> Feed:
+        if isinstance(x, Feed):
+            return x
+        if is_arrays((x, y, sample_weight)):
+            if class_weight is not None:
+                sample_weight = _weights(y, sample_weight, class_weight)
+            data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+            feed = Feed(data, batch_size=batch_size, shuffle=shuffle, seed=_order_seed() if shuffle else 0)
+            if labels:
+                check_labels(self, x, y)
+            return feed
+        if y is not None or sample_weight is not None:
+            raise DataError(
+                f"x gives batches by itself (it is of type {type(x).__name__}), so y and sample_weight must come in them: "
+                "each batch as (x, y) or (x, y, sample_weight)."
+            )
+        by_batch = shuffle and isinstance(x, keras.utils.PyDataset)
+        feed = Feed(x, batch_size=None, shuffle=by_batch, seed=_order_seed() if by_batch else 0)
+        feed.prepare(functools.partial(_prepared, self, class_weight, labels))
+        return feed
+
+    def _check_compiled(self, method: str, step: str) -> None:
+        if not self.compiled and getattr(type(self), step) is getattr(Model, step):
+            raise StepError(
+                f"Call compile() before {method}(): {type(self).__name__} uses the default {step}, which needs a loss"
+                f"{' and an optimizer' if step == 'train_step' else ''}."
+            )
+
+    def _finish_training(self) -> None:
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is not None and optimizer.built:
+            optimizer.finalize_variable_values(self.trainable_variables)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Model:
+        """Makes the model that `get_config` describes."""
+        if "layers" in config and "input_layers" not in config and not issubclass(cls, keras.Sequential):
+            return cast(Model, _variant(cls, keras.Sequential).from_config(config, custom_objects))
+        return cast(Model, super().from_config(config, custom_objects))
+
+
+@keras.saving.register_keras_serializable("handloom")
+class Sequential(Model, keras.Sequential):
+    """A `keras.Sequential` that trains by Handloom's loop; see `hl.Model`."""
+
+
+@functools.cache
+def _variant(cls: type, kind: type) -> type:
+    """A class for functional, or sequential, instances of a model class, which itself stays as it is."""
+    variant = type(cls.__name__, (cls, kind), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    registered = keras.saving.get_registered_name(cls)
+    if ">" in registered:
+        # Saved under the name of the class that the user knows, loaded as that.
+        register = keras.saving.register_keras_serializable(*registered.split(">", 1))
+        register(variant)
+        register(cls)
+    return variant
+
+
+def _is_inputs_and_outputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    given = len(args) + ("inputs" in kwargs) + ("outputs" in kwargs)
+    return given >= 2 and not (len(args) < 2 and "outputs" not in kwargs)
+
+
+def _is_list_of_layers(args: Sequence[Any]) -> bool:
+    return (
+        len(args) == 1
+        and isinstance(args[0], (list, tuple))
+        and bool(args[0])
+        and all(isinstance(layer, (keras.Layer, keras.KerasTensor)) for layer in args[0])
+    )
+
+
+def _scaling(optimizer: keras.Optimizer) -> keras.Optimizer:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer
+    return LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
+
+
+def _check_takes_data(step: Callable[..., Any], model: str) -> None:
+    parameters = inspect.signature(step).parameters.values()
+    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    if len(required) > 1:
+        raise StepError(
+            f"{model}.{step.__name__} takes {', '.join(required)}; a step takes one argument, data, on every backend "
+            "(Keras's own way on JAX, train_step(self, state, data), is not needed: read and write variables directly)."
+        )
+
+
+def _unpacked(data: Any) -> tuple[Any, Any, Any]:
+    return cast(tuple[Any, Any, Any], keras.utils.unpack_x_y_sample_weight(data))
+
+
+def _split(parts: tuple[Any, Any, Any], fraction: float) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any]]:
+    """The arrays without their last part, and that part."""
+    if not is_arrays(parts):
+        raise DataError("validation_split is for arrays; of other data, pass what to validate on as validation_data.")
+    if not 0 < fraction < 1:
+        raise DataError(f"validation_split is a fraction between 0 and 1; received {fraction!r}.")
+    count = len(keras.tree.flatten([part for part in parts if part is not None])[0])
+    first = int(count * (1 - fraction))
+    if first in (0, count):
+        raise DataError(f"validation_split={fraction} leaves no examples on one side of {count}.")
+
+    def part(chosen: slice) -> tuple[Any, Any, Any]:
+        def cut(array: Any) -> Any:
+            return None if array is None else getattr(array, "iloc", array)[chosen]
+
+        return cast(tuple[Any, Any, Any], keras.tree.map_structure(cut, parts))
+
+    return part(slice(None, first)), part(slice(first, None))
+
+
+def _weights(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) -> Any:
+    if sample_weight is not None:
+        raise DataError("Pass class_weight or sample_weight, not both; multiply them into one sample_weight.")
+    return class_weights(y, class_weight)
+
+
+def _prepared(model: Model, class_weight: Mapping[int, float] | None, labels: bool, batch: Any) -> Any:
+    """A batch of a source: its labels checked, its class weights added."""
+    if isinstance(batch, tuple) and 2 <= len(batch) <= 3:
+        x, y, sample_weight = _unpacked(batch)
+        if labels:
+            check_labels(model, x, y)
+        if class_weight is not None:
+            return x, y, _weights(y, sample_weight, class_weight)
+    elif class_weight is not None:
+        raise DataError("class_weight needs labels: batches of the form (x, y).")
+    return batch
+
+
+def _as_one_batch(data: Any) -> Any:
+    [batch] = Feed([data].__iter__())
+    return batch
+
+
+def _order_seed() -> int:
+    """A seed for the order of examples: drawn, so that fits differ, and repeated by `keras.utils.set_random_seed`."""
+    import random
+
+    return random.randint(0, 2**31 - 1)
+
+
+def _batch_weight(data: Any) -> Tensor | None:
+    """The sum of the sample weights in a batch `(x, y, sample_weight)`, if it has any."""
+    if not isinstance(data, tuple) or len(data) != 3 or not backend.is_array(data[2]):
+        return None
+    y, weight = data[1], data[2]
+    shape = tuple(weight.shape)
+    per_example = len(shape) == 1 or shape[1:] == (1,)
+    per_step = len(shape) == 2 and hasattr(y, "shape") and tuple(y.shape)[:2] == shape
+    if not (per_example or per_step):
+        return None  # A third part that is no weight: of triplets, for example.
+    return ops.sum(ops.cast(weight, keras.config.floatx()))
+
+
+class _After:
+    """When to validate, as a list of epochs."""
+
+    def __init__(self, epochs: Sequence[int]) -> None:
+        self._epochs = set(epochs)
+
+    def due(self, progress: Progress, seconds_since: float = 0.0) -> bool:
+        del seconds_since
+        return progress.batch == 0 and progress.epoch in self._epochs
+
+
+def _validation_times(validation_freq: int | Sequence[int]) -> Every:
+    if isinstance(validation_freq, int):
+        return every(epochs=validation_freq)
+    return cast(Every, _After(validation_freq))
