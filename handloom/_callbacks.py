@@ -55,20 +55,27 @@ class Callbacks:
             if callable(close):
                 close()
 
+    def heard(self, hook: str) -> Callable[..., None] | None:
+        """A hook, or `None` if nobody listens: for loops that would rather not call at all."""
+        return getattr(self, hook) if self._listeners[hook] else None
+
     def __getattr__(self, hook: str) -> Callable[..., None]:
         listeners = self.__dict__["_listeners"].get(hook)
         if listeners is None:
             raise AttributeError(f"Keras callbacks have no hook {hook!r}.")
-        if len(listeners) == 1:
-            call = listeners[0]
-        else:
-
-            def call(*args: Any) -> None:
-                for listener in listeners:
-                    listener(*args)
-
-        self.__dict__[hook] = call
+        call = self.__dict__[hook] = _all_of(listeners)
         return call
+
+
+def _all_of(listeners: list[Callable[..., None]]) -> Callable[..., None]:
+    if len(listeners) == 1:
+        return listeners[0]
+
+    def call(*args: Any) -> None:
+        for listener in listeners:
+            listener(*args)
+
+    return call
 
 
 def _listens(callback: keras.callbacks.Callback, hook: str) -> bool:

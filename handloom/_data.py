@@ -175,6 +175,8 @@ class _Arrays(_Source):
         paths, leaves, self._structure = optree.tree_flatten_with_path(data)
         self._arrays = [_host_array(leaf, path) for path, leaf in zip(paths, leaves, strict=True)]
         self._count = _common_length(self._arrays, paths)
+        samples = [array[:1] for array in self._arrays]
+        self._as_they_are = all(backend.to_tensor(sample) is sample for sample in samples)
         self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
         self.length = self._count // batch_size if drop_remainder else -(-self._count // batch_size)
         if not self.length:
@@ -185,10 +187,11 @@ class _Arrays(_Source):
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         order = np.random.default_rng([self._seed, epoch]).permutation(self._count) if self._shuffle else None
-        size, unflatten, to_tensor = self._batch_size, self._structure.unflatten, backend.to_tensor
+        size, arrays, unflatten = self._batch_size, self._arrays, self._structure.unflatten
         for first in range(start * size, (self.length or 0) * size, size):
             chosen: Any = slice(first, first + size) if order is None else order[first : first + size]
-            yield unflatten([to_tensor(array[chosen]) for array in self._arrays])
+            leaves = [array[chosen] for array in arrays]
+            yield unflatten(leaves if self._as_they_are else map(backend.to_tensor, leaves))
 
 
 class _Batches(_Source):

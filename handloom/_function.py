@@ -16,7 +16,7 @@ import optree
 from handloom._keras import Tensor, global_seed_generator, keras
 from handloom._watch import new_variables
 from handloom.backends import backend
-from handloom.backends.base import Program, Untraceable
+from handloom.backends.base import Untraceable
 from handloom.errors import FallbackWarning, RetraceWarning, VariableError
 
 Key: TypeAlias = Any
@@ -115,12 +115,17 @@ class Function:
 
     def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Sequence[Tensor]]:
         """The version for these arguments, compiled if need be, and the tensors among them."""
-        leaves, key = _raw_key(args) if not (kwargs or _eagerly) else (args, None)
-        version = self._by_raw_key.get(key)
+        # The path of a training loop, a few arrays: no walk through structure, no look at what needs converting.
+        leaves = args[0] if len(args) == 1 and type(args[0]) is tuple else args
+        try:
+            key = (_eagerly, leaves is args, *[(leaf.shape, leaf.dtype, type(leaf)) for leaf in leaves])
+        except AttributeError:
+            key = None
+        version = None if kwargs else self._by_raw_key.get(key)
         if version is not None:
             return version, leaves
         version, tensors = self._general(args, kwargs or {})
-        if key is not None and all(map(operator.is_, tensors, leaves)):
+        if key is not None and not kwargs and all(map(operator.is_, tensors, leaves)):
             self._by_raw_key[key] = version
         return version, tensors
 
@@ -183,13 +188,9 @@ class Version:
         self._function = function
         self._arguments = arguments
         self._outputs = _Outputs()
-        self._program: Program | None = None
+        self.compiled = False
         self.fallback_reason = ""
         self.run: Callable[[Sequence[Tensor]], Sequence[Tensor]] = self._op_by_op
-
-    @property
-    def compiled(self) -> bool:
-        return self._program is not None
 
     def compile(self, jit_compile: bool | str, *, first: bool) -> None:
         runs = 0
@@ -206,9 +207,9 @@ class Version:
                     if created and not (first and runs == 1):
                         raise _created_late(self._function.__name__, created, first)
 
-        self._program = backend.trace(flat, self._arguments.tensors, jit_compile=jit_compile)
-        if self._program is not None:
-            self.run = self._program
+        program = backend.trace(flat, self._arguments.tensors, jit_compile=jit_compile)
+        if program is not None:
+            self.run, self.compiled = program, True
 
     @property
     def static(self) -> list[Any]:
@@ -273,18 +274,6 @@ class _Outputs:
         for index, tensor in zip(self._through, tensors, strict=True):
             leaves[index] = tensor
         return optree.tree_unflatten(self._structure, leaves)
-
-
-def _raw_key(args: Sequence[Any]) -> tuple[Sequence[Any], Key]:
-    """The arguments as tensors, and a key of them, where they are a few arrays: the path of a training loop.
-
-    It spares the walk through structure and the look at what needs converting; other arguments have no such key.
-    """
-    leaves = args[0] if len(args) == 1 and type(args[0]) is tuple else args
-    try:
-        return leaves, (leaves is args, *[(type(leaf), leaf.shape, leaf.dtype) for leaf in leaves])
-    except AttributeError:
-        return leaves, None
 
 
 def _as_tensor(leaf: Any) -> Any:

@@ -14,12 +14,15 @@ class Interrupts:
     As a context manager it takes over SIGINT (in the main thread; elsewhere Python delivers none). A second interrupt
     during one step is not held back.
 
+    Attributes:
+        held: Whether an interrupt now waits for `release`.
+
     Example:
-        `with Interrupts() as interrupts: ...; interrupts.hold(); step(batch); interrupts.release()`
+        `with Interrupts() as interrupts: ...; interrupts.held = True; step(batch); interrupts.release()`
     """
 
     def __init__(self) -> None:
-        self._held = False
+        self.held = False
         self._waiting: tuple[int, FrameType | None] | None = None
         self._before: Any = None
 
@@ -32,19 +35,15 @@ class Interrupts:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
-    def hold(self) -> None:
-        """From here on an interrupt waits."""
-        self._held = True
-
     def release(self) -> None:
-        """From here on it does not; one that waited comes now."""
-        self._held = False
+        """Interrupts wait no longer; one that did comes now."""
+        self.held = False
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
             self._before(*waiting)
 
     def _interrupted(self, signum: int, frame: FrameType | None) -> None:
-        if self._held and self._waiting is None:
+        if self.held and self._waiting is None:
             self._waiting = (signum, frame)
         else:
             self._before(signum, frame)

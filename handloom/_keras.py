@@ -9,7 +9,7 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 | `Variable._value`            | `assign` costs ten times more per step, and converts what needs none   |
 | `Layer._flatten_layers`      | which layers a layer is made of, at any depth                          |
 | `Functional`                 | not exported; a subclass built from inputs and outputs must become one |
-| `Model._call_has_training_arg`, `_compute_loss`, `_loss_tracker` | what Keras's own default steps use       |
+| `Model._call_has_training_arg`, `_compute_loss`, `_loss_tracker` | what Keras's own default steps use |
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order                      |
 | `Model._initial_epoch`       | how `BackupAndRestore` tells the loop where to go on                   |
 | `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
@@ -81,9 +81,9 @@ __all__ = [
     "in_keras_order",
     "keras",
     "layers_of",
+    "loss_tracker",
     "stored_value",
     "take_initial_epoch",
-    "track_loss",
     "value_in",
 ]
 
@@ -127,10 +127,9 @@ def default_loss(
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
 
 
-def track_loss(model: Layer, loss: Tensor, x: Any) -> None:
-    """Has a compiled model's `loss` metric take in the loss of one batch."""
-    examples = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None).shape[0]
-    model._loss_tracker.update_state(loss, sample_weight=examples)
+def loss_tracker(model: Layer) -> keras.Metric:
+    """The metric in which Keras's own steps keep the loss, the first of a compiled model's metrics."""
+    return model._loss_tracker
 
 
 def in_keras_order(model: Layer, logs: dict[str, Any]) -> Any:

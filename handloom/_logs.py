@@ -1,10 +1,16 @@
-"""What steps return, turned into what is reported: read late, weighted right."""
+"""What steps return, turned into what is reported: kept on the device, read late, weighted right.
+
+A compiled step adds what it returns to totals that are state of its own, so that the loop neither waits for results nor
+collects them. They are read when somebody looks, and every so many steps, into sums in double precision.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -13,7 +19,7 @@ import optree
 
 from handloom._function import Function, Version
 from handloom._keras import Tensor, keras
-from handloom._watch import Metrics, metrics_used
+from handloom._watch import Metrics, OwnVariable, metrics_used
 from handloom.backends import backend
 from handloom.errors import StepError
 
@@ -22,37 +28,46 @@ ops = keras.ops
 Value: TypeAlias = float | np.ndarray
 """What is reported under one name: a number, or an array for a metric whose result is one."""
 
-# So many results wait on the device before they are read, and the last of them longer: nobody waits for a step
-# that is under way.
-_READ_AFTER, _LEFT_WAITING = 256, 8
+# Totals in single precision grow no longer than this: their rounding stays below that of the values.
+_READ_AFTER = 1024
+
+
+Run: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Contents:
-    """What the tensors that a `ReportingStep` gives stand for.
+class Totals:
+    """A variable in which steps leave some of what they return.
 
-    First come packs of scalars, one for each dtype, then metrics that are arrays, then the weight if there is one.
+    Attributes:
+        names: The names of its entries.
+        averaged: For each entry, whether it is a sum over the steps, of values times weights; else the last value.
+            `None` for an array, which has a variable to itself.
+        weighted: Whether a further, last entry is the sum of the weights, which then are sample weights.
+        variable: Shape `(entries,)`, or that of the array.
+    """
+
+    names: tuple[str, ...]
+    averaged: np.ndarray | None
+    weighted: bool
+    variable: keras.Variable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Report:
+    """What one version of a step reports.
 
     Attributes:
         names: All names, in the order in which the step returned them.
-        packs: For each pack, the names of its scalars.
-        averaged: The scalars whose value for an epoch is their mean; of the others it is the last.
-        arrays: Names of the metrics that are arrays; their value for an epoch is the last.
-        examples: Number of examples in the batch, by which means are weighted.
-        weighted: Whether they are weighted by the last tensor instead, the sum of the sample weights.
+        totals: Where the values are.
+        examples: Number of examples in the batch, by which averages are weighted unless by sample weights.
         metrics: The metrics that the step updates.
     """
 
     names: tuple[str, ...]
-    packs: tuple[tuple[str, ...], ...]
-    averaged: frozenset[str]
-    arrays: tuple[str, ...]
+    totals: tuple[Totals, ...]
     examples: int
-    weighted: bool
     metrics: tuple[keras.Metric, ...]
-
-
-Result: TypeAlias = tuple[Contents, Sequence[Tensor]]
 
 
 class ReportingStep:
@@ -65,6 +80,11 @@ class ReportingStep:
         reset_metrics: Resets the metrics at the start of an epoch. By default the metrics that the step updates are
             reset.
         jit_compile: As for `hl.function`.
+
+    Attributes:
+        function: The step as a compiled function.
+        logs: The values since the start of the epoch, by name.
+        take: Takes one step on a batch; returns before it is computed, where the backend does.
     """
 
     def __init__(
@@ -76,50 +96,78 @@ class ReportingStep:
         reset_metrics: Callable[[], None] | None = None,
         jit_compile: bool | str = "auto",
     ) -> None:
-        self._unpacks, self._weight, self._reset_metrics = unpacks, weight, reset_metrics
-        self._contents: dict[Version, Contents] = {}
-        self._fresh: set[int] = set()
-        self._last: Contents | None = None
+        self._unpacks, self._reset_metrics = unpacks, reset_metrics
+        self._totals: dict[Any, Totals] = {}
+        self._renewed: set[int] = set()
+        self._known: dict[Any, tuple[Run, Report]] = {}
+        self._last: list[Report | None] = [None]
 
         @functools.wraps(step)
-        def reporting(*batch: Any) -> list[Any]:
+        def reporting(*batch: Any) -> Report:
             # Op by op, a metric's first update of an epoch is the moment to reset it; a compiled step tells before.
             with metrics_used(None if backend.nested else self._renew) as metrics:
                 returned = step(*batch)
-            report = _Report(getattr(step, "__name__", "step"), returned, metrics)
-            return report.packed(_examples(batch), weight(*batch))
+            results = _Results(getattr(step, "__name__", "step"), returned, metrics)
+            return results.added_to(self._totals, _examples(batch), weight(*batch))
 
         self.function = Function(reporting, jit_compile=jit_compile)
+        self.logs = Logs()
+        self.take = self._taking_known_steps()
 
     def start_epoch(self) -> None:
-        """The metrics start anew."""
-        self._fresh.clear()
-        self._last = None
+        """The values and the metrics start anew."""
+        self.logs.clear()
+        self._renewed.clear()
+        self._known.clear()
+        self._last[0] = None
         if self._reset_metrics is not None:
             self._reset_metrics()
 
-    def __call__(self, batch: Any) -> Result:
-        """Takes one step; returns before it is computed, where the backend does."""
+    def _taking_known_steps(self) -> Callable[[Any], None]:
+        """The path of a training loop: a batch like one before, a step whose version is known. All else goes around.
+
+        One function, its names bound once: at a few microseconds a step, look-ups and calls count.
+        """
+        known, last, logs, steps, take_new = self._known, self._last, self.logs, self.logs.steps, self._take_new
+
+        def take(batch: Any) -> None:
+            leaves = batch if type(batch) is tuple else (batch,)
+            try:
+                run, report = known[(leaves is batch, *[(leaf.shape, leaf.dtype) for leaf in leaves])]
+            except (KeyError, AttributeError):
+                run = None
+            if run is None or report is not last[0]:
+                take_new(batch)
+                return
+            run(leaves)
+            steps.append(report)
+            if len(steps) >= _READ_AFTER:
+                logs.read()
+
+        return take
+
+    def _take_new(self, batch: Any) -> None:
+        """Takes a step on a batch unlike the last one."""
         version, tensors = self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
         if not version.compiled:
-            flat = version.run(tensors)
-            return version.rebuild(flat)[0], flat
-        contents = self._contents.get(version)
-        if contents is None:
-            contents = self._contents[version] = version.static[0]
-        if contents is not self._last:
-            self._last = contents
-            for metric in contents.metrics:
-                self._renew(metric)
-        return contents, version.run(tensors)
+            self.logs.steps.append(version.rebuild(version.run(tensors)))
+            return
+        report = self._last[0] = version.static[0]
+        for metric in report.metrics:
+            self._renew(metric)
+        version.run(tensors)
+        self.logs.steps.append(report)
+        leaves = batch if type(batch) is tuple else (batch,)
+        if len(leaves) == len(tensors) and all(map(operator.is_, leaves, tensors)):
+            self._known[(leaves is batch, *[(leaf.shape, leaf.dtype) for leaf in leaves])] = (version.run, report)
 
     def _renew(self, metric: keras.Metric) -> None:
-        if self._reset_metrics is None and id(metric) not in self._fresh:
-            self._fresh.add(id(metric))
+        if self._reset_metrics is None and id(metric) not in self._renewed:
+            self._renewed.add(id(metric))
             metric.reset_state()
 
 
-class _Report:
+class _Results:
     """A step's returned dict, checked and sorted: what each value is, and under which name."""
 
     def __init__(self, step: str, returned: Any, metrics: Metrics) -> None:
@@ -164,31 +212,65 @@ class _Report:
             "scalars (tensors or numbers) or keras.Metric objects."
         )
 
-    def packed(self, examples: int, weight: Tensor | None) -> list[Any]:
-        """The contents and, after them, the tensors they stand for."""
+    def added_to(self, known: dict[Any, Totals], examples: int, weight: Tensor | None) -> Report:
+        """Adds the results to totals, which are made at the first time."""
         packs: dict[str, list[str]] = {}
         for name, scalar in self._scalars.items():
-            packs.setdefault(_pack_dtype(scalar), []).append(name)
-        contents = Contents(
-            names=(*self._scalars, *self._arrays),
-            packs=tuple(map(tuple, packs.values())),
-            averaged=frozenset(self._averaged),
-            arrays=tuple(self._arrays),
-            examples=examples,
-            weighted=weight is not None,
-            metrics=self._metrics.updated,
-        )
-        # One tensor for many scalars is one transfer.
-        stacks = [
-            ops.stack([ops.cast(self._scalars[name], dtype) for name in names]) for dtype, names in packs.items()
-        ]
-        return [contents, *stacks, *self._arrays.values(), *([] if weight is None else [weight])]
+            packs.setdefault(_pack_dtype(scalar, name in self._averaged), []).append(name)
+        totals = [self._add_pack(known, dtype, tuple(names), examples, weight) for dtype, names in packs.items()]
+        totals += [self._keep_array(known, name, array) for name, array in self._arrays.items()]
+        return Report((*self._scalars, *self._arrays), tuple(totals), examples, self._metrics.updated)
+
+    def _add_pack(
+        self, known: dict[Any, Totals], dtype: str, names: tuple[str, ...], examples: int, weight: Tensor | None
+    ) -> Totals:
+        averaged = np.array([name in self._averaged for name in names])
+        weighted = weight is not None and bool(averaged.any())
+        totals = _totals(known, names, averaged, weighted, dtype, (len(names) + weighted,))
+        values = ops.stack([ops.cast(self._scalars[name], dtype) for name in names])
+        if weighted:
+            weight = ops.cast(weight, dtype)
+            # A batch whose weights sum to zero has no part in the mean, whatever its value, even NaN.
+            values = ops.where(ops.logical_and(averaged, ops.equal(weight, 0)), ops.zeros_like(values), values)
+            values = ops.append(values * ops.where(averaged, weight, ops.ones_like(weight)), weight)
+        elif averaged.any():
+            values = values * ops.convert_to_tensor(np.where(averaged, examples, 1), dtype)
+        summed = np.append(averaged, True) if weighted else averaged
+        before = totals.variable.value
+        if not summed.all():
+            before = ops.where(summed, before, ops.zeros_like(before))
+        totals.variable.assign(before + values)
+        return totals
+
+    def _keep_array(self, known: dict[Any, Totals], name: str, array: Tensor) -> Totals:
+        dtype = keras.backend.standardize_dtype(array.dtype)
+        totals = _totals(known, (name,), None, False, dtype, tuple(array.shape))
+        totals.variable.assign(array)
+        return totals
 
 
-def _pack_dtype(scalar: Tensor) -> str:
-    """A dtype that holds the scalar exactly, and that many have in common."""
+def _totals(
+    known: dict[Any, Totals],
+    names: tuple[str, ...],
+    averaged: np.ndarray | None,
+    weighted: bool,
+    dtype: str,
+    shape: tuple[int, ...],
+) -> Totals:
+    """The totals for these names, the same for every version of a step that returns them."""
+    key = (names, None if averaged is None else averaged.tobytes(), weighted, dtype, shape)
+    if key not in known:
+        variable = OwnVariable("zeros", shape=shape, dtype=dtype, trainable=False, autocast=False, name="totals")
+        known[key] = Totals(names, averaged, weighted, variable)
+    return known[key]
+
+
+def _pack_dtype(scalar: Tensor, averaged: bool) -> str:
+    """A dtype that holds the scalar, or its mean, exactly, and that many have in common."""
     dtype = str(keras.backend.standardize_dtype(scalar.dtype))
-    return {"bool": "int32", "float16": "float32", "bfloat16": "float32"}.get(dtype, dtype)
+    if dtype == "float64" or (not averaged and "int" in dtype):
+        return dtype
+    return "float32"
 
 
 def _examples(batch: Any) -> int:
@@ -199,76 +281,71 @@ def _examples(batch: Any) -> int:
     return 1
 
 
-class EpochLogs(Mapping[str, Value]):
-    """The results of the steps of one epoch, as one value each: a dict that computes itself when it is looked at.
+class Logs(Mapping[str, Value]):
+    """What the steps of an epoch reported so far, as one value each: a dict that reads itself when it is looked at.
 
-    A scalar's value is the mean over the steps, weighted by examples (or sample weights), in double precision; a
-    metric's is its last result.
+    A scalar's value is the mean over the steps, weighted by examples (or sample weights); a metric's is its last
+    result.
+
+    Attributes:
+        steps: What each step reported whose results still stand in the totals.
     """
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self._waiting: list[Result] = []
+        self.steps: list[Report] = []
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
         self._last: dict[str, Value] = {}
 
-    def add(self, result: Result) -> None:
-        """Takes what one step gave, without waiting for it."""
-        self._waiting.append(result)
-        if len(self._waiting) >= _READ_AFTER:
-            self._read(len(self._waiting) - _LEFT_WAITING)
+    def clear(self) -> None:
+        """Forgets everything."""
+        self.read()
+        for values in (self._sums, self._weights, self._last):
+            values.clear()
 
     def __getitem__(self, name: str) -> Value:
-        self._read(len(self._waiting))
+        self.read()
         if name not in self._sums:
             return self._last[name]
         weight = self._weights[name]
         return self._sums[name] / weight if weight else math.nan
 
     def __iter__(self) -> Iterator[str]:
-        self._read(len(self._waiting))
+        self.read()
         return iter(self._last)
 
     def __len__(self) -> int:
-        self._read(len(self._waiting))
+        self.read()
         return len(self._last)
 
     def __repr__(self) -> str:
         return repr(dict(self))
 
-    def _read(self, count: int) -> None:
-        """Reads the oldest results, as many at a time as belong together."""
-        waiting, self._waiting = self._waiting[:count], self._waiting[count:]
-        start = 0
-        while start < len(waiting):
-            contents, end = waiting[start][0], start + 1
-            while end < len(waiting) and waiting[end][0] is contents:
-                end += 1
-            self._take(contents, [tensors for _, tensors in waiting[start:end]])
-            start = end
+    def read(self) -> None:
+        """Moves what stands in the totals here, and sets them back to zero."""
+        steps = collections.Counter(self.steps)
+        self.steps.clear()
+        examples: collections.Counter[Totals] = collections.Counter()
+        for report, count in steps.items():
+            for name in report.names:
+                self._last.setdefault(name, math.nan)
+            for totals in report.totals:
+                examples[totals] += count * report.examples
+        for totals, count in examples.items():
+            self._take(totals, count)
 
-    def _take(self, contents: Contents, steps: list[Sequence[Tensor]]) -> None:
-        """Takes in the results of several steps that return the same things."""
-        for name in contents.names:
-            self._last.setdefault(name, math.nan)
-        weights = np.full(len(steps), float(contents.examples))
-        if contents.weighted:
-            weights = backend.fetch([tensors[-1] for tensors in steps]).astype(np.float64)
-        for position, names in enumerate(contents.packs):
-            values = backend.fetch([tensors[position] for tensors in steps]).astype(np.float64)
-            # A batch whose weights sum to zero has no part in the mean, whatever its value, even NaN.
-            weighted = np.where(weights[:, None] == 0, 0.0, weights[:, None] * values)
-            for name, last, total in zip(names, values[-1], weighted.sum(axis=0), strict=True):
-                self._last[name] = float(last)
-                if name in contents.averaged:
-                    self._sums[name] = self._sums.get(name, 0.0) + float(total)
-                    self._weights[name] = self._weights.get(name, 0.0) + float(weights.sum())
-        for position, name in enumerate(contents.arrays, start=len(contents.packs)):
-            self._last[name] = backend.fetch([steps[-1][position]])[0]
+    def _take(self, totals: Totals, examples: int) -> None:
+        values = np.array(backend.to_numpy(totals.variable.value))
+        totals.variable.assign(np.zeros_like(values))
+        if totals.averaged is None:
+            self._last[totals.names[0]] = values
+            return
+        weight = float(values[-1]) if totals.weighted else float(examples)
+        for name, averaged, value in zip(totals.names, totals.averaged, values, strict=False):
+            self._last[name] = float(value)
+            if averaged:
+                self._sums[name] = self._sums.get(name, 0.0) + float(value)
+                self._weights[name] = self._weights.get(name, 0.0) + weight
 
 
 def _shown(value: Any) -> str:

@@ -25,7 +25,7 @@ from handloom._every import Every, every
 from handloom._function import Function
 from handloom._interrupt import Interrupts
 from handloom._keras import Tensor, keras, take_initial_epoch
-from handloom._logs import EpochLogs, ReportingStep, Value
+from handloom._logs import ReportingStep, Value
 from handloom._progress import Progress
 from handloom.backends import backend
 from handloom.callbacks import JSONLogger, progress_display
@@ -116,7 +116,7 @@ def train(
     history = keras.callbacks.History()
     steps = steps_per_epoch or feed.length
     listeners = [*as_list(callbacks), history, *_writers(run_dir), *progress_display(verbose)]
-    progress, logs, results = Progress(epoch=initial_epoch), EpochLogs(), dict[str, Value]()
+    progress, take, logs, results = Progress(epoch=initial_epoch), step.take, step.logs, dict[str, Value]()
     model.stop_training = False
     take_initial_epoch(model)
     with (
@@ -124,26 +124,30 @@ def train(
         Interrupts() as interrupts,
     ):
         validations = _Validations(validation, validate_every, hooks)
+        batch_begins, batch_ends = hooks.heard("on_train_batch_begin"), hooks.heard("on_train_batch_end")
         passes = feed.stream()
         hooks.on_train_begin()
         progress.epoch = max(progress.epoch, take_initial_epoch(model))
         while progress.epoch < epochs and not model.stop_training:
             epoch = progress.epoch
-            logs.clear()
             validations.forget()
             step.start_epoch()
             hooks.on_epoch_begin(epoch)
-            for batch in _epoch(feed, passes, steps_per_epoch):
-                hooks.on_train_batch_begin(progress.batch)
+            for batch in feed if steps_per_epoch is None else _limited(passes, steps_per_epoch):
+                if batch_begins:
+                    batch_begins(progress.batch)
                 # DO NOT reorder: between here and the release an interrupt would find weights half updated.
-                interrupts.hold()
+                interrupts.held = True
                 try:
-                    logs.add(step(batch))
+                    take(batch)
                 finally:
                     interrupts.release()
-                progress.advance()
-                hooks.on_train_batch_end(progress.batch - 1, logs)
-                validations.if_due(progress)
+                progress.step += 1
+                progress.batch += 1
+                if batch_ends:
+                    batch_ends(progress.batch - 1, logs)
+                if validations.within_epochs:
+                    validations.if_due(progress)
                 if model.stop_training:
                     break
             progress.end_epoch()
@@ -164,17 +168,16 @@ def evaluate(
     steps: int | None = None,
 ) -> dict[str, Value]:
     """The loop of evaluation: one pass, or so many steps of it."""
-    logs = EpochLogs()
     model.stop_evaluating = False
     step.start_epoch()
     hooks.on_test_begin()
     for index, batch in enumerate(islice(feed.stream() if steps else feed, steps)):
         hooks.on_test_batch_begin(index)
-        logs.add(step(batch))
-        hooks.on_test_batch_end(index, logs)
+        step.take(batch)
+        hooks.on_test_batch_end(index, step.logs)
         if model.stop_evaluating:
             break
-    results = dict(logs)
+    results = dict(step.logs)
     hooks.on_test_end(results)
     return results
 
@@ -216,11 +219,8 @@ def as_feed(data: Any) -> Feed:
     return data if isinstance(data, Feed) else Feed(data)
 
 
-def _epoch(feed: Feed, passes: Iterator[Batch], steps: int | None) -> Iterator[Batch]:
-    """The batches of one epoch: a pass over the data, or so many steps of passes that follow on each other."""
-    if steps is None:
-        yield from feed
-        return
+def _limited(passes: Iterator[Batch], steps: int) -> Iterator[Batch]:
+    """So many steps of passes that follow on each other."""
     given = 0
     for batch in islice(passes, steps):
         given += 1
@@ -241,6 +241,7 @@ class _Validations:
         self._validation, self._when, self._hooks = validation, when, hooks
         self._results: dict[str, Value] = {}
         self._last_time = time.perf_counter()
+        self.within_epochs = validation is not None and getattr(when, "epochs", 0) is None
 
     def if_due(self, progress: Progress) -> dict[str, Value]:
         """Validates if it is time; returns the last results at the end of an epoch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +23,10 @@ from handloom._keras import (
     in_keras_order,
     keras,
     layers_of,
-    track_loss,
+    loss_tracker,
 )
 from handloom._labels import check_labels, class_weights
-from handloom._logs import EpochLogs, ReportingStep
+from handloom._logs import ReportingStep
 from handloom._progress import Progress
 from handloom._update import minimize
 from handloom.backends import backend
@@ -157,20 +157,41 @@ class Model(keras.Model):
             return default_loss(self, x, y, y_pred, sample_weight, training=True), y_pred
 
         loss, y_pred = self.minimize(loss_fn, has_aux=True)
-        track_loss(self, loss, x)
-        return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
+        with self._reporting(loss):
+            return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates on one batch; to be overridden. As `train_step`, without training."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         y_pred = call_model(self, x, training=False)
-        track_loss(self, default_loss(self, x, y, y_pred, sample_weight, training=False), x)
-        return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
+        loss = default_loss(self, x, y, y_pred, sample_weight, training=False)
+        with self._reporting(loss):
+            return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
     def predict_step(self, data: Any) -> Any:
         """The model's outputs for one batch; to be overridden."""
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         return call_model(self, x, training=False)
+
+    @contextlib.contextmanager
+    def _reporting(self, loss: Tensor) -> Iterator[None]:
+        """Within, the loss of the batch is reported itself, in place of Keras's metric of it."""
+        self.__dict__["_loss"] = loss
+        try:
+            yield
+        finally:
+            self.__dict__["_loss"] = None
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """The results of the model's metrics, by name."""
+        results: dict[str, Any] = {}
+        for metric in self.metrics:
+            if self._loss is not None and metric is loss_tracker(self):
+                results[metric.name] = self._loss
+                continue
+            result = metric.result()
+            results.update(result if isinstance(result, Mapping) else {metric.name: result})
+        return results
 
     def minimize(
         self,
@@ -358,12 +379,12 @@ class Model(keras.Model):
     def _on_batch(self, name: str, parts: tuple[Any, Any, Any], return_dict: bool) -> Any:
         data = keras.utils.pack_x_y_sample_weight(*parts)
         check_labels(self, parts[0], parts[1])
-        logs = EpochLogs()
         with self._mode():
             step = self._step(name)
             step.start_epoch()
-            logs.add(step(_as_one_batch(data)))
-        return dict(logs) if return_dict else in_keras_order(self, dict(logs))
+            step.take(_as_one_batch(data))
+            logs = dict(step.logs)
+        return logs if return_dict else in_keras_order(self, logs)
 
     # ------------------------------------------------------------------ insides
 
@@ -389,6 +410,7 @@ class Model(keras.Model):
     def _forget_steps(self) -> None:
         # Not `setattr`: Keras would look for layers in it.
         self.__dict__["_steps"] = {}
+        self.__dict__["_loss"] = None
         self.__dict__.setdefault("_jit_choice", "auto")
         self.__dict__["_trained"] = None
 

@@ -29,16 +29,20 @@ def _replaced(owner: type, name: str, make: Callable[[Any], Any]) -> Iterator[No
             delattr(owner, name)
 
 
+class OwnVariable(keras.Variable):  # type: ignore[name-defined]
+    """A variable that Handloom keeps for itself. It may be made at any time, by whoever."""
+
+
 @contextlib.contextmanager
 def new_variables() -> Iterator[list[Variable]]:
-    """Lists the Keras variables created inside."""
+    """Lists the Keras variables created inside, Handloom's own apart."""
     created: list[Variable] = []
     thread = threading.get_ident()
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
         def init(self: Variable, *args: Any, **kwargs: Any) -> None:
-            if threading.get_ident() == thread:
+            if threading.get_ident() == thread and not isinstance(self, OwnVariable):
                 created.append(self)
             original(self, *args, **kwargs)
 

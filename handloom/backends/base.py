@@ -67,11 +67,8 @@ class Backend(abc.ABC):
         """Shape and dtype name, as a compiled function tells versions apart. Takes what `to_tensor` returns."""
 
     @abc.abstractmethod
-    def fetch(self, tensors: Sequence[Tensor]) -> np.ndarray:
-        """Tensors of one shape and dtype, stacked, as a NumPy array of shape `(len(tensors), *shape)`.
-
-        Waits until they are computed, and moves them in as few transfers as it can.
-        """
+    def to_numpy(self, tensor: Tensor) -> np.ndarray:
+        """The values of a tensor, once it is computed, as a NumPy array; not to be written to."""
 
     @abc.abstractmethod
     def detach(self, tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from keras.src.random import seed_generator
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
 from handloom.backends._blame import needs_a_value, users_line
 from handloom.backends._scope import Recorder, Scope, refuse
-from handloom.backends.base import Backend, Gradients
+from handloom.backends.base import Backend, Gradients, Program
 from handloom.errors import VariableError
 
 
@@ -42,29 +42,21 @@ class JaxBackend(Backend):
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         return tensor.shape, jax.dtypes.canonicalize_dtype(tensor.dtype).name
 
-    def fetch(self, tensors: Sequence[Tensor]) -> np.ndarray:
-        if all(device.platform == "cpu" for device in tensors[0].devices()):
-            return np.stack([np.asarray(tensor) for tensor in tensors])
-        # Transfers are dear, and so is compiling a stack for every length: one stack for each power of two.
-        parts, start = [], 0
-        while start < len(tensors):
-            size = 1 << ((len(tensors) - start).bit_length() - 1)
-            parts.append(np.asarray(_stack(*tensors[start : start + size])))
-            start += size
-        return np.concatenate(parts)
+    def to_numpy(self, tensor: Tensor) -> np.ndarray:
+        return np.asarray(tensor)
 
     def detach(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def trace(
         self, fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], *, jit_compile: bool | str
-    ) -> JaxProgram | None:
+    ) -> Program | None:
         if jit_compile is False:
             return None
         try:
             with self._inside("trace"), _unseeded_random_ops():
                 written, read = _find_variables(fn, tensors)
-                return JaxProgram(fn, tensors, written, read)
+                return _program(fn, tensors, written, read)
         except _NEEDS_A_VALUE as error:
             raise needs_a_value(error) from error
         except jax.errors.UnexpectedTracerError as error:
@@ -117,41 +109,36 @@ _NEEDS_A_VALUE = (
 )
 
 
-class JaxProgram:
+def _program(
+    fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], written: list[Variable], read: list[Variable]
+) -> Program:
     """A step as one executable: (written state, read state, tensors) -> (results, new written state)."""
 
-    def __init__(
-        self,
-        fn: Callable[..., Sequence[Tensor]],
-        tensors: Sequence[Tensor],
-        written: list[Variable],
-        read: list[Variable],
-    ) -> None:
-        def pure(
-            written_values: list[Tensor], read_values: list[Tensor], tensors: tuple[Tensor, ...]
-        ) -> tuple[list[Tensor], list[Tensor]]:
-            bindings = zip(written + read, written_values + read_values, strict=True)
-            with Scope(bindings, outer=refuse) as scope:
-                results = list(fn(*tensors))
-            return results, [scope.get_current_value(variable) for variable in written]
+    def pure(
+        written_values: list[Tensor], read_values: list[Tensor], tensors: tuple[Tensor, ...]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        bindings = zip(written + read, written_values + read_values, strict=True)
+        with Scope(bindings, outer=refuse) as scope:
+            results = list(fn(*tensors))
+        return results, [scope.get_current_value(variable) for variable in written]
 
-        self._written, self._read = written, read
-        jitted = jax.jit(pure, donate_argnums=0)
-        self._execute = jitted.lower(_values(written), _values(read), tuple(tensors)).compile()
+    execute = jax.jit(pure, donate_argnums=0).lower(_values(written), _values(read), tuple(tensors)).compile()
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        values = _values(self._written)
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        values = [variable._value for variable in written]
         if values and max(map(sys.getrefcount, values)) > _HELD_BY_VARIABLE:
             values = _unshared(values)
         # The donated values are gone once the executable has run. What it returns therefore lands in a list that
         # exists already, and from there in the variables, with no Python in between that an interrupt could stop.
         done: list[tuple[list[Tensor], list[Tensor]]] = []
         try:
-            done.extend(map(self._execute, (values,), (_values(self._read),), (tuple(tensors),)))
+            done.extend(map(execute, (values,), ([variable._value for variable in read],), (tuple(tensors),)))
         finally:
             for _, news in done:
-                deque(map(setattr, self._written, repeat("_value"), news), maxlen=0)
+                deque(map(setattr, written, repeat("_value"), news), maxlen=0)
         return done[0][0]
+
+    return run
 
 
 def _values(variables: list[Variable]) -> list[Tensor]:
@@ -281,11 +268,6 @@ class _NoTracingCheck:
     def is_in_jax_tracing_scope(x: Any = None) -> bool:
         del x
         return False
-
-
-@jax.jit
-def _stack(*tensors: Tensor) -> Tensor:
-    return jnp.stack(tensors)
 
 
 backend = JaxBackend()

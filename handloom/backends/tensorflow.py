@@ -48,8 +48,8 @@ class TensorFlowBackend(Backend):
         kind = "" if isinstance(tensor, tf.Tensor) else f"{type(tensor).__name__} "
         return tuple(tensor.shape), kind + tensor.dtype.name
 
-    def fetch(self, tensors: Sequence[Tensor]) -> np.ndarray:
-        return np.stack([tensor.numpy() for tensor in tensors])
+    def to_numpy(self, tensor: Tensor) -> np.ndarray:
+        return np.asarray(tensor.numpy())
 
     def detach(self, tensor: Tensor) -> Tensor:
         return tensor

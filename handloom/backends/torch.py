@@ -52,11 +52,11 @@ class TorchBackend(Backend):
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
-    def fetch(self, tensors: Sequence[Tensor]) -> np.ndarray:
-        stacked = torch.stack(list(tensors)).detach()
-        if stacked.dtype == torch.bfloat16:  # NumPy has no such dtype.
-            stacked = stacked.float()
-        return np.asarray(stacked.cpu().numpy())
+    def to_numpy(self, tensor: Tensor) -> np.ndarray:
+        tensor = tensor.detach().cpu()
+        if tensor.dtype == torch.bfloat16:  # NumPy has no such dtype.
+            tensor = tensor.float()
+        return np.asarray(tensor.numpy())
 
     def detach(self, tensor: Tensor) -> Tensor:
         return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
