@@ -132,6 +132,21 @@ class Model(keras.Model):
             if all(layer.built for layer in layers_of(self) if layer is not self):
                 self.optimizer.owners()
 
+    def get_compile_config(self) -> dict[str, Any]:
+        """What `compile` was called with, as a saved model keeps it."""
+        config = cast(dict[str, Any], super().get_compile_config())
+        # Keras would keep what "auto" came to here; where the model is loaded, it may come to something else.
+        return config | {"jit_compile": self._jit_choice} if config else config
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles a loaded model as it was compiled when it was saved."""
+        if type(self).compile is not Model.compile:
+            super().compile_from_config(config)  # Says what a model with a compile of its own has to do.
+            return
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
     def _with_loss_scaling(self, optimizer: Any) -> Any:
         if self.dtype_policy.name != "mixed_float16" or optimizer is None:
             return optimizer

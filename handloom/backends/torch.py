@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from handloom.backends._torch_control import traceable_control_flow
 from handloom.backends._torch_graph import generate, tidy
 from handloom.backends._torch_random import traceable_random_ops
 from handloom.backends.base import Backend, Gradients, Untraceable
-from handloom.errors import HandloomError
+from handloom.errors import FallbackWarning, HandloomError
 
 Step = Callable[..., Sequence[Tensor]]
 
@@ -72,7 +73,7 @@ class TorchBackend(Backend):
         except Exception as first:
             program = self._trace_with_gradients_recorded(fn, tensors, first)
         if jit_compile is True:
-            program.compile_kernels()
+            program.compile_kernels(tensors)
         return program
 
     def _trace_with_gradients_recorded(self, fn: Step, tensors: Sequence[Tensor], first: Exception) -> TorchProgram:
@@ -133,10 +134,30 @@ class TorchProgram:
         self._step = generate(self._graph)
         self._guard: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
 
-    def compile_kernels(self) -> None:
-        """Has Inductor generate kernels for the graph."""
-        self._step = torch.compile(self._graph, fullgraph=True, dynamic=False)
-        self._guard = torch.no_grad
+    def compile_kernels(self, tensors: Sequence[Tensor]) -> None:
+        """Has Inductor generate kernels for the graph, and keeps them if they give the same results."""
+        kernels = torch.compile(self._graph, fullgraph=True, dynamic=False)
+        with warnings.catch_warnings():  # Of torch's own making, and nobody's to mend here.
+            warnings.simplefilter("ignore")
+            try:
+                reason = "" if self._agree(kernels, tensors) else "its results differ"
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+        if reason:
+            message = f"Inductor could not compile a step, which runs as a plain graph instead ({reason})."
+            warnings.warn(message, FallbackWarning, stacklevel=2)
+        else:
+            self._step, self._guard = kernels, torch.no_grad
+
+    def _agree(self, kernels: Step, tensors: Sequence[Tensor]) -> bool:
+        """Runs the step both ways on copies of its variables: whether results and variables come out the same."""
+        inputs = [[tensor.detach().clone() for tensor in [*self._values(), *tensors]] for _ in range(2)]
+        with torch.no_grad():
+            outputs = [step(*values) for step, values in zip((self._step, kernels), inputs, strict=True)]
+        if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in self._graph.graph.nodes):
+            return True  # It draws its own random numbers.
+        pairs = zip([*outputs[0], *inputs[0]], [*outputs[1], *inputs[1]], strict=True)
+        return all(torch.allclose(one, two, rtol=1e-2, atol=1e-4, equal_nan=True) for one, two in pairs)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         with self._guard():

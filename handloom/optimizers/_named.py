@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from handloom._keras import Layer, Tensor, Variable, keras
@@ -31,7 +32,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         self._by_name = {key: _optimizer(key, optimizer) for key, optimizer in optimizers.items()}
         if not self._by_name:
             raise OptimizerError('No optimizer was given. For example: optimizer={"generator": "adam", "*": "sgd"}.')
-        self._model: list[Layer] = []  # In a list: Keras follows attributes, and the model holds this optimizer.
+        self._model: Callable[[], Layer | None] = lambda: None
 
     def __getitem__(self, name: str) -> keras.Optimizer:
         if name not in self._by_name:
@@ -50,7 +51,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
 
     def attach(self, model: Layer) -> None:
         """Takes the names as attributes of this model from now on."""
-        self._model[:] = [model]
+        self._model = weakref.ref(model)  # Keras follows attributes when it saves; the model holds this optimizer.
 
     def owners(self) -> dict[str, list[Variable]]:
         """Who owns what: for each name, the trainable variables the model has there now.
@@ -58,7 +59,9 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         Raises:
             OptimizerError: If a name is no attribute of the model, or a variable has two owners or none.
         """
-        [model] = self._model
+        model = self._model()
+        if model is None:
+            raise OptimizerError("Several optimizers by name belong to a model: pass them to its compile().")
         owners = {name: _variables_at(model, name) for name in self._by_name if name != REST}
         names: dict[int, str] = {}
         for name, variables in owners.items():
