@@ -1,8 +1,8 @@
 """What a training step costs: Keras's `fit`, a loop by hand, native torch, and `hl.Model.fit`, side by side.
 
 Every contestant trains the same model on the same batches (32 examples, Adam, mean squared error) and reports the mean
-loss of each epoch. Rounds are interleaved, in a new order each, since the machine's speed drifts; the ratios are medians
-over rounds, and only they mean something.
+loss of each epoch. Rounds are interleaved, in a new order each, since the machine's speed drifts; the ratios are
+medians over rounds, and only they mean something.
 
     python benchmarks/overhead.py [--backend jax --backend torch ...] [--rounds 9] [--epochs 2]
 """

@@ -134,8 +134,8 @@ class Feed:
             return
         if self._epoch and not self._source.repeatable:
             raise DataError(
-                f"{self._source.name} is exhausted: it gave its batches in the first epoch. Pass a function that returns "
-                "a new generator each time (without calling it), or set steps_per_epoch."
+                f"{self._source.name} is exhausted: it gave its batches in the first epoch. Pass a function that "
+                "returns a new generator each time (without calling it), or set steps_per_epoch."
             )
         raise DataError(f"The data is empty: {self._source.name} gave no batch.")
 
@@ -251,9 +251,7 @@ def _read_in_worker(index: int) -> Any:
     return _in_worker[0][index]
 
 
-def _read_ahead(
-    pool: Executor, read: Callable[[int], Any], indices: Iterable[int], size: int
-) -> Iterator[Any]:
+def _read_ahead(pool: Executor, read: Callable[[int], Any], indices: Iterable[int], size: int) -> Iterator[Any]:
     """Results of `read` in order, up to `size` of them under way at a time."""
     waiting: collections.deque[Future[Any]] = collections.deque()
     try:

@@ -71,7 +71,7 @@ def every(*, steps: int | None = None, epochs: int | None = None, seconds: float
 
 
 def _check_interval(name: str, value: Any) -> None:
-    kinds: tuple[type, ...] = (int, float) if name == "seconds" else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+    kinds = (int, float) if name == "seconds" else int
+    if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
         expected = "a positive number" if name == "seconds" else "a positive whole number"
         raise ValueError(f"hl.every({name}=...) takes {expected}; received {name}={value!r}.")

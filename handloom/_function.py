@@ -92,6 +92,7 @@ class Function:
         if not callable(python_function):
             raise TypeError(f"hl.function compiles a function; received {python_function!r}.")
         functools.update_wrapper(self, python_function, updated=())
+        self.__name__ = getattr(python_function, "__name__", type(python_function).__name__)
         self.python_function = python_function
         self.traces: list[Trace] = []
         self._jit_compile = jit_compile
@@ -164,7 +165,10 @@ class Function:
         if not self._signatures:
             return "first call"
         differences = [_differences(old, signature) for old in self._signatures]
-        return "; ".join(min(differences, key=len)) or "another structure or type of the same arguments"
+        return (
+            "; ".join(min(differences, key=lambda listed: len(listed)))
+            or "another structure or type of the same arguments"
+        )
 
     def _warn_of_many_values(self, signature: dict[str, str]) -> None:
         for name, description in signature.items():

@@ -29,11 +29,7 @@ BACKENDS = ("jax", "tensorflow", "torch")
 
 def _missing_backend(name: str) -> BackendNotInstalledError:
     installed = [other for other in BACKENDS if importlib.util.find_spec(other)]
-    choice = (
-        f", or choose an installed one: KERAS_BACKEND={installed[0]}"
-        if installed
-        else ""
-    )
+    choice = f", or choose an installed one: KERAS_BACKEND={installed[0]}" if installed else ""
     return BackendNotInstalledError(
         f"Keras is set to the backend {name!r}, which is not installed. "
         f'Install it with: pip install "handloom[{name}]"{choice}.'
@@ -120,9 +116,7 @@ def call_model(model: Layer, x: Any, *, training: bool) -> Any:
     return model(x, training=training) if model._call_has_training_arg else model(x)
 
 
-def default_loss(
-    model: Layer, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool
-) -> Tensor:
+def default_loss(model: Layer, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool) -> Tensor:
     """The compiled loss with what layers add, also where a model overrides `compute_loss` without `training`."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
 

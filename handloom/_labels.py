@@ -67,6 +67,7 @@ def check_labels(model: keras.Model, x: Any, y: Any) -> None:
 
 def _class_count(model: keras.Model, x: Any) -> int | None:
     """The size of the last axis of the model's one output."""
+
     def example(array: Any) -> keras.KerasTensor:
         return keras.KerasTensor((None, *array.shape[1:]), keras.backend.standardize_dtype(np.asarray(array[:0]).dtype))
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import optree
 
-from handloom._function import Function, Version
+from handloom._function import Function
 from handloom._keras import Tensor, keras
 from handloom._watch import Metrics, OwnVariable, metrics_used
 from handloom.backends import backend
@@ -173,8 +173,8 @@ class _Results:
     def __init__(self, step: str, returned: Any, metrics: Metrics) -> None:
         if not isinstance(returned, Mapping):
             raise StepError(
-                f"{step} must return what is to be reported as a dict of scalars, such as {{'loss': loss}}; it returned "
-                f"{_shown(returned)} (of type {type(returned).__name__})."
+                f"{step} must return what is to be reported as a dict of scalars, such as {{'loss': loss}}; it "
+                f"returned {_shown(returned)} (of type {type(returned).__name__})."
             )
         self._step, self._metrics = step, metrics
         self._scalars: dict[str, Tensor] = {}
@@ -208,8 +208,8 @@ class _Results:
         if isinstance(value, (keras.Variable, bool, int, float)) or backend.is_array(value):
             return ops.convert_to_tensor(value)
         raise StepError(
-            f"{self._step} returned {_shown(value)} (of type {type(value).__name__}) as {name!r}; what is reported must be "
-            "scalars (tensors or numbers) or keras.Metric objects."
+            f"{self._step} returned {_shown(value)} (of type {type(value).__name__}) as {name!r}; what is "
+            "reported must be scalars (tensors or numbers) or keras.Metric objects."
         )
 
     def added_to(self, known: dict[Any, Totals], examples: int, weight: Tensor | None) -> Report:

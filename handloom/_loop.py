@@ -27,7 +27,6 @@ from handloom._interrupt import Interrupts
 from handloom._keras import Tensor, keras, take_initial_epoch
 from handloom._logs import ReportingStep, Value
 from handloom._progress import Progress
-from handloom.backends import backend
 from handloom.callbacks import JSONLogger, progress_display
 from handloom.errors import HandloomWarning, StepError
 
@@ -53,9 +52,9 @@ def fit(
 
     Args:
         step: A function of a batch that trains something and returns what is to be reported: a dict of scalars
-            (averaged over the epoch, weighted by the number of examples) and of `keras.Metric` objects or results (asked
-            at its end). It is compiled. A batch that is a tuple is passed as that many arguments, unless the step
-            takes a single one; if an argument is called `sample_weight`, its sum weights the averages instead.
+            (averaged over the epoch, weighted by the number of examples) and of `keras.Metric` objects or results
+            (asked at its end). It is compiled. A batch that is a tuple is passed as that many arguments, unless the
+            step takes a single one; if an argument is called `sample_weight`, its sum weights the averages instead.
         data: What `hl.Feed` takes, or a feed. Arrays come in batches of 32; to choose, pass
             `hl.Feed(data, batch_size=64, shuffle=True)`.
         epochs: Number of epochs.
@@ -182,9 +181,7 @@ def evaluate(
     return results
 
 
-def predict(
-    step: Function, feed: Feed, *, hooks: Callbacks, model: Any, steps: int | None = None
-) -> Any:
+def predict(step: Function, feed: Feed, *, hooks: Callbacks, model: Any, steps: int | None = None) -> Any:
     """The loop of prediction: the outputs for all batches, one after the other, as NumPy arrays."""
     outputs: list[list[Any]] = []
     structure = None
@@ -199,6 +196,7 @@ def predict(
         if model.stop_predicting:
             break
     hooks.on_predict_end()
+    assert structure is not None  # A feed without a batch is an error of its own.
     return structure.unflatten([_joined(parts) for parts in zip(*outputs, strict=True)])
 
 
@@ -266,7 +264,7 @@ def _validation(validate: Any, model: Any) -> Validation | None:
         step, feed = reporting(validate[0]), as_feed(validate[1])
         return lambda hooks: evaluate(step, feed, hooks=hooks, model=model)
     if callable(validate):
-        return lambda hooks: _checked_results(validate())
+        return lambda _: _checked_results(validate())
     raise StepError(
         "validate takes a pair (step, data), or a function without arguments that returns a dict of numbers; received "
         f"{validate!r} (of type {type(validate).__name__})."
@@ -276,7 +274,8 @@ def _validation(validate: Any, model: Any) -> Validation | None:
 def _checked_results(results: Any) -> dict[str, Value]:
     if not isinstance(results, Mapping):
         raise StepError(
-            f"The function given as validate must return a dict of numbers, such as {{'loss': 0.1}}; it returned {results!r}."
+            "The function given as validate must return a dict of numbers, such as {'loss': 0.1}; it returned "
+            f"{results!r}."
         )
     return {str(name): float(ops.convert_to_numpy(value)) for name, value in results.items()}
 

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from handloom import _loop
 from handloom._callbacks import Callbacks
-from handloom._data import Feed, is_arrays
 from handloom._every import Every, every
 from handloom._function import Function, run_eagerly
 from handloom._gradients import Wrt, build
@@ -25,13 +24,14 @@ from handloom._keras import (
     layers_of,
     loss_tracker,
 )
-from handloom._labels import check_labels, class_weights
+from handloom._labels import check_labels
 from handloom._logs import ReportingStep
+from handloom._model_data import as_one_batch, batch_weight, model_feed, split, unpacked, weights_of
 from handloom._progress import Progress
 from handloom._update import minimize
-from handloom.backends import backend
+from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
 from handloom.callbacks import progress_display
-from handloom.errors import DataError, OptimizerError, StepError
+from handloom.errors import OptimizerError, StepError
 from handloom.optimizers import LossScaleOptimizer, NamedOptimizers
 
 ops = keras.ops
@@ -62,20 +62,19 @@ class Model(keras.Model):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Model:
-        if _is_list_of_layers(args) and cls.__init__ is Model.__init__:
-            cls = _variant(cls, keras.Sequential)
-        return cast(Model, super().__new__(cls, *args, **kwargs))
+        sequential = is_list_of_layers(args) and cls.__init__ is Model.__init__
+        return cast(Model, super().__new__(variant(cls, keras.Sequential) if sequential else cls, *args, **kwargs))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Only what arrives here tells a functional model: a subclass's own constructor may take two arguments too.
-        if _is_inputs_and_outputs(args, kwargs) and not isinstance(self, Functional):
+        if is_inputs_and_outputs(args, kwargs) and not isinstance(self, Functional):
             # Not `setattr`: Keras looks at everything that is set, and is not ready yet. And not Keras's own way,
             # which changes the bases of every class between this one and keras.Model, for all their subclasses.
-            object.__setattr__(self, "__class__", _variant(type(self), Functional))
-        elif _is_list_of_layers(args) and not isinstance(self, keras.Sequential):
+            object.__setattr__(self, "__class__", variant(type(self), Functional))
+        elif is_list_of_layers(args) and not isinstance(self, keras.Sequential):
             raise TypeError(
-                f"{type(self).__name__} passes a list of layers on to hl.Model. To define a constructor of your own for a "
-                "sequential model, subclass hl.Sequential."
+                f"{type(self).__name__} passes a list of layers on to hl.Model. To define a constructor of your own "
+                "for a sequential model, subclass hl.Sequential."
             )
         super().__init__(*args, **kwargs)
         self._forget_steps()
@@ -243,8 +242,8 @@ class Model(keras.Model):
         optimizer = getattr(self, "optimizer", None)
         if optimizer is None:
             raise OptimizerError(
-                f"{type(self).__name__} has no optimizer. Compile it with one, compile(optimizer='adam', ...), or pass one: "
-                "minimize(..., optimizer=...)."
+                f"{type(self).__name__} has no optimizer. Compile it with one, compile(optimizer='adam', ...), or pass "
+                "one: minimize(..., optimizer=...)."
             )
         return optimizer
 
@@ -300,12 +299,12 @@ class Model(keras.Model):
         """
         self._check_compiled("fit", "train_step")
         if validation_split and validation_data is None:
-            (x, y, sample_weight), validation_data = _split((x, y, sample_weight), validation_split)
+            (x, y, sample_weight), validation_data = split((x, y, sample_weight), validation_split)
         self._forget_steps_if_changed()
-        feed = self._feed(x, y, sample_weight, batch_size, shuffle=shuffle, class_weight=class_weight)
+        feed = model_feed(self, (x, y, sample_weight), batch_size, shuffle=shuffle, class_weight=class_weight)
         validation = None
         if validation_data is not None:
-            held_out = self._feed(*_unpacked(validation_data), validation_batch_size or batch_size)
+            held_out = model_feed(self, unpacked(validation_data), validation_batch_size or batch_size)
             validation = functools.partial(
                 _loop.evaluate, self._step("test_step"), held_out, model=self, steps=validation_steps
             )
@@ -343,7 +342,7 @@ class Model(keras.Model):
             The reported values: a dict if `return_dict`, else a list in the order of the metrics, or the only value.
         """
         self._check_compiled("evaluate", "test_step")
-        feed = self._feed(x, y, sample_weight, batch_size)
+        feed = model_feed(self, (x, y, sample_weight), batch_size)
         with self._mode(), self._hooks(callbacks, verbose, steps or feed.length) as hooks:
             results = _loop.evaluate(self._step("test_step"), feed, hooks=hooks, model=self, steps=steps)
         return results if return_dict else in_keras_order(self, results)
@@ -361,7 +360,7 @@ class Model(keras.Model):
         Returns:
             NumPy arrays in the structure of the outputs, the batches joined along their first axis.
         """
-        feed = self._feed(x, None, None, batch_size, labels=False)
+        feed = model_feed(self, (x, None, None), batch_size, labels=False)
         with self._mode(), self._hooks(callbacks, verbose, steps or feed.length) as hooks:
             return _loop.predict(self._prediction(), feed, hooks=hooks, model=self, steps=steps)
 
@@ -377,7 +376,7 @@ class Model(keras.Model):
         self._check_compiled("train_on_batch", "train_step")
         self._forget_steps_if_changed()
         if class_weight is not None:
-            sample_weight = _weights(y, sample_weight, class_weight)
+            sample_weight = weights_of(y, sample_weight, class_weight)
         return self._on_batch("train_step", (x, y, sample_weight), return_dict)
 
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
@@ -388,7 +387,7 @@ class Model(keras.Model):
     def predict_on_batch(self, x: Any) -> Any:
         """The model's outputs for one batch, given as arrays, as NumPy arrays."""
         with self._mode():
-            outputs = self._prediction()(_as_one_batch(x))
+            outputs = self._prediction()(as_one_batch(x))
         return keras.tree.map_structure(ops.convert_to_numpy, outputs)
 
     def _on_batch(self, name: str, parts: tuple[Any, Any, Any], return_dict: bool) -> Any:
@@ -397,7 +396,7 @@ class Model(keras.Model):
         with self._mode():
             step = self._step(name)
             step.start_epoch()
-            step.take(_as_one_batch(data))
+            step.take(as_one_batch(data))
             logs = dict(step.logs)
         return logs if return_dict else in_keras_order(self, logs)
 
@@ -411,11 +410,11 @@ class Model(keras.Model):
             self._steps[name] = ReportingStep(
                 step,
                 unpacks=False,
-                weight=_batch_weight,
+                weight=batch_weight,
                 reset_metrics=self.reset_metrics,
                 jit_compile=self._jit_choice,
             )
-        return self._steps[name]
+        return cast(ReportingStep, self._steps[name])
 
     def _prediction(self) -> Function:
         if "predict_step" not in self._steps:
@@ -444,37 +443,6 @@ class Model(keras.Model):
         listeners = [*_loop.as_list(callbacks), *progress_display(verbose)]
         return Callbacks(listeners, self, {"epochs": 1, "steps": steps, "verbose": verbose})
 
-    def _feed(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        batch_size: int | None = None,
-        *,
-        shuffle: bool = False,
-        class_weight: Mapping[int, float] | None = None,
-        labels: bool = True,
-    ) -> Feed:
-        if isinstance(x, Feed):
-            return x
-        if is_arrays((x, y, sample_weight)):
-            if class_weight is not None:
-                sample_weight = _weights(y, sample_weight, class_weight)
-            data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-            feed = Feed(data, batch_size=batch_size, shuffle=shuffle, seed=_order_seed() if shuffle else 0)
-            if labels:
-                check_labels(self, x, y)
-            return feed
-        if y is not None or sample_weight is not None:
-            raise DataError(
-                f"x gives batches by itself (it is of type {type(x).__name__}), so y and sample_weight must come in them: "
-                "each batch as (x, y) or (x, y, sample_weight)."
-            )
-        by_batch = shuffle and isinstance(x, keras.utils.PyDataset)
-        feed = Feed(x, batch_size=None, shuffle=by_batch, seed=_order_seed() if by_batch else 0)
-        feed.prepare(functools.partial(_prepared, self, class_weight, labels))
-        return feed
-
     def _check_compiled(self, method: str, step: str) -> None:
         if not self.compiled and getattr(type(self), step) is getattr(Model, step):
             raise StepError(
@@ -491,40 +459,13 @@ class Model(keras.Model):
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Model:
         """Makes the model that `get_config` describes."""
         if "layers" in config and "input_layers" not in config and not issubclass(cls, keras.Sequential):
-            return cast(Model, _variant(cls, keras.Sequential).from_config(config, custom_objects))
+            return cast(Model, variant(cls, keras.Sequential).from_config(config, custom_objects))
         return cast(Model, super().from_config(config, custom_objects))
 
 
 @keras.saving.register_keras_serializable("handloom")
 class Sequential(Model, keras.Sequential):
     """A `keras.Sequential` that trains by Handloom's loop; see `hl.Model`."""
-
-
-@functools.cache
-def _variant(cls: type, kind: type) -> type:
-    """A class for functional, or sequential, instances of a model class, which itself stays as it is."""
-    variant = type(cls.__name__, (cls, kind), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-    registered = keras.saving.get_registered_name(cls)
-    if ">" in registered:
-        # Saved under the name of the class that the user knows, loaded as that.
-        register = keras.saving.register_keras_serializable(*registered.split(">", 1))
-        register(variant)
-        register(cls)
-    return variant
-
-
-def _is_inputs_and_outputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    given = len(args) + ("inputs" in kwargs) + ("outputs" in kwargs)
-    return given >= 2 and not (len(args) < 2 and "outputs" not in kwargs)
-
-
-def _is_list_of_layers(args: Sequence[Any]) -> bool:
-    return (
-        len(args) == 1
-        and isinstance(args[0], (list, tuple))
-        and bool(args[0])
-        and all(isinstance(layer, (keras.Layer, keras.KerasTensor)) for layer in args[0])
-    )
 
 
 def _scaling(optimizer: keras.Optimizer) -> keras.Optimizer:
@@ -541,74 +482,6 @@ def _check_takes_data(step: Callable[..., Any], model: str) -> None:
             f"{model}.{step.__name__} takes {', '.join(required)}; a step takes one argument, data, on every backend "
             "(Keras's own way on JAX, train_step(self, state, data), is not needed: read and write variables directly)."
         )
-
-
-def _unpacked(data: Any) -> tuple[Any, Any, Any]:
-    return cast(tuple[Any, Any, Any], keras.utils.unpack_x_y_sample_weight(data))
-
-
-def _split(parts: tuple[Any, Any, Any], fraction: float) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any]]:
-    """The arrays without their last part, and that part."""
-    if not is_arrays(parts):
-        raise DataError("validation_split is for arrays; of other data, pass what to validate on as validation_data.")
-    if not 0 < fraction < 1:
-        raise DataError(f"validation_split is a fraction between 0 and 1; received {fraction!r}.")
-    count = len(keras.tree.flatten([part for part in parts if part is not None])[0])
-    first = int(count * (1 - fraction))
-    if first in (0, count):
-        raise DataError(f"validation_split={fraction} leaves no examples on one side of {count}.")
-
-    def part(chosen: slice) -> tuple[Any, Any, Any]:
-        def cut(array: Any) -> Any:
-            return None if array is None else getattr(array, "iloc", array)[chosen]
-
-        return cast(tuple[Any, Any, Any], keras.tree.map_structure(cut, parts))
-
-    return part(slice(None, first)), part(slice(first, None))
-
-
-def _weights(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) -> Any:
-    if sample_weight is not None:
-        raise DataError("Pass class_weight or sample_weight, not both; multiply them into one sample_weight.")
-    return class_weights(y, class_weight)
-
-
-def _prepared(model: Model, class_weight: Mapping[int, float] | None, labels: bool, batch: Any) -> Any:
-    """A batch of a source: its labels checked, its class weights added."""
-    if isinstance(batch, tuple) and 2 <= len(batch) <= 3:
-        x, y, sample_weight = _unpacked(batch)
-        if labels:
-            check_labels(model, x, y)
-        if class_weight is not None:
-            return x, y, _weights(y, sample_weight, class_weight)
-    elif class_weight is not None:
-        raise DataError("class_weight needs labels: batches of the form (x, y).")
-    return batch
-
-
-def _as_one_batch(data: Any) -> Any:
-    [batch] = Feed([data].__iter__())
-    return batch
-
-
-def _order_seed() -> int:
-    """A seed for the order of examples: drawn, so that fits differ, and repeated by `keras.utils.set_random_seed`."""
-    import random
-
-    return random.randint(0, 2**31 - 1)
-
-
-def _batch_weight(data: Any) -> Tensor | None:
-    """The sum of the sample weights in a batch `(x, y, sample_weight)`, if it has any."""
-    if not isinstance(data, tuple) or len(data) != 3 or not backend.is_array(data[2]):
-        return None
-    y, weight = data[1], data[2]
-    shape = tuple(weight.shape)
-    per_example = len(shape) == 1 or shape[1:] == (1,)
-    per_step = len(shape) == 2 and hasattr(y, "shape") and tuple(y.shape)[:2] == shape
-    if not (per_example or per_step):
-        return None  # A third part that is no weight: of triplets, for example.
-    return ops.sum(ops.cast(weight, keras.config.floatx()))
 
 
 class _After:

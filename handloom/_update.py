@@ -59,8 +59,8 @@ def minimize(loss_fn: Callable[[], Any], wrt: Wrt, optimizer: keras.Optimizer, *
     if scale is not None:
         gradients = unscaled(gradients, variables, scale)
     by_variable = dict(zip(map(id, variables), gradients, strict=True))
-    for optimizer, group in groups:
-        _apply(optimizer, [by_variable[id(variable)] for variable in group], group)
+    for owner, group in groups:
+        _apply(owner, [by_variable[id(variable)] for variable in group], group)
     return (loss, aux) if has_aux else loss
 
 
@@ -78,9 +78,7 @@ def _groups(optimizer: keras.Optimizer, variables: list[Variable]) -> list[Group
     return [(optimizer, variables)]
 
 
-def _whole_loss(
-    loss_fn: Callable[[], Any], wrt: Wrt, variables: list[Variable], has_aux: bool
-) -> tuple[Tensor, Any]:
+def _whole_loss(loss_fn: Callable[[], Any], wrt: Wrt, variables: list[Variable], has_aux: bool) -> tuple[Tensor, Any]:
     """The loss with the penalties that belong to it and that its function did not read; and the rest."""
     layers = [leaf for leaf in optree.tree_leaves(wrt) if isinstance(leaf, keras.Layer)]
     with losses_of(variables, layers) as losses:
@@ -137,8 +135,8 @@ def _apply(optimizer: keras.Optimizer, gradients: list[Tensor | None], variables
         if "Unknown variable" not in str(error):
             raise
         raise OptimizerError(
-            f"The optimizer {optimizer.name!r} was built for other variables than {[v.path for v in variables]}. Use one "
-            "optimizer for each part, or build it for all parts first: optimizer.build([*a, *b])."
+            f"The optimizer {optimizer.name!r} was built for other variables than {[v.path for v in variables]}. Use "
+            "one optimizer for each part, or build it for all parts first: optimizer.build([*a, *b])."
         ) from error
 
 

@@ -29,7 +29,7 @@ def _replaced(owner: type, name: str, make: Callable[[Any], Any]) -> Iterator[No
             delattr(owner, name)
 
 
-class OwnVariable(keras.Variable):  # type: ignore[name-defined]
+class OwnVariable(keras.Variable):
     """A variable that Handloom keeps for itself. It may be made at any time, by whoever."""
 
 

@@ -152,7 +152,10 @@ def _loop(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [*carried, *used]):
         raise Untraceable("a loop over a number of steps known only at run time is differentiated")
     condition, body = (branch.explicit(used, (), len(carried)) for branch in branches)
-    return while_loop_op(lambda *operands: condition(*operands)[0], body, tuple(carried), tuple(used))
+    results: Sequence[torch.Tensor] = while_loop_op(
+        lambda *operands: condition(*operands)[0], body, tuple(carried), tuple(used)
+    )
+    return results
 
 
 def _fori_loop(lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any) -> Any:

@@ -144,15 +144,16 @@ def _as_attribute(module: fx.GraphModule, node: fx.Node, value: torch.Tensor) ->
 def _keep_results_apart(graph: fx.Graph) -> None:
     """Copies results that are views of variables, arguments or constants, which change or must not be changed."""
     output = next(node for node in graph.nodes if node.op == "output")
-    results = []
-    for result in output.args[0]:
-        if isinstance(result, fx.Node) and _origin(result).op in ("placeholder", "get_attr"):
-            with graph.inserting_before(output):
-                copy = graph.call_function(aten.clone.default, (result,))
-            copy.meta["val"] = result.meta["val"]
-            result = copy
-        results.append(result)
-    output.args = (results,)
+    with graph.inserting_before(output):
+        output.args = ([_apart(graph, result) for result in output.args[0]],)
+
+
+def _apart(graph: fx.Graph, result: Any) -> Any:
+    if not isinstance(result, fx.Node) or _origin(result).op not in ("placeholder", "get_attr"):
+        return result
+    copy = graph.call_function(aten.clone.default, (result,))
+    copy.meta["val"] = result.meta["val"]
+    return copy
 
 
 def _origin(node: fx.Node) -> fx.Node:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from keras.src.backend.torch import random as keras_random
 from keras.src.random.seed_generator import draw_seed
+
 _library = torch.library.Library("handloom", "DEF")
 
 
@@ -39,7 +40,7 @@ def _operation(schema: str) -> Callable[[Callable[..., torch.Tensor]], Callable[
     """Makes a function of a seed an operation that a trace records; the shape comes from running it on no data."""
 
     def define(sample: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        name = schema.split("(")[0]
+        name = schema.split("(", maxsplit=1)[0]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
         def run(*args: Any, seed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -97,7 +98,9 @@ def _late(sampler: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 _OPERATIONS: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
     torch.normal: lambda mean, std, size, **options: _normal(list(size), mean, std, **options),
-    torch.rand: lambda size, seed, device, dtype=torch.float32: _rand(list(size), seed=seed, dtype=dtype, device=device),
+    torch.rand: lambda size, seed, device, dtype=torch.float32: _rand(
+        list(size), seed=seed, dtype=dtype, device=device
+    ),
     torch.randint: lambda low, high, size, **options: _randint(low, high, list(size), **options),
     torch.bernoulli: lambda p, seed: _bernoulli(p.detach(), seed=seed),
     torch.multinomial: lambda p, n, replacement, seed: _multinomial(p.detach(), n, replacement, seed=seed),

@@ -1,7 +1,8 @@
 """TensorFlow: a step becomes one concrete function; variables are captured and changed in place by the graph.
 
 Internals used: AutoGraph's `convert`, because `tf.function` would convert Handloom's own code along with the
-user's, and its rules of what to convert; `tf.__internal__.FuncGraph`, a graph to try a function in; `Variable._value` (see `handloom/_keras.py`).
+user's, and its rules of what to convert; `tf.__internal__.FuncGraph`, a graph to try a function in;
+`Variable._value` (see `handloom/_keras.py`).
 """
 
 from __future__ import annotations
@@ -57,9 +58,7 @@ class TensorFlowBackend(Backend):
     def trace(
         self, fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], *, jit_compile: bool | str
     ) -> TensorFlowProgram | None:
-        function = tf.function(
-            lambda *tensors: list(fn(*tensors)), autograph=False, jit_compile=_with_xla(jit_compile)
-        )
+        function = tf.function(lambda *tensors: list(fn(*tensors)), autograph=False, jit_compile=_with_xla(jit_compile))
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
         try:
             with self._inside("trace"):
@@ -104,7 +103,8 @@ class TensorFlowProgram:
         self._concrete = concrete
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return self._concrete(*tensors)
+        results: list[Tensor] = self._concrete(*tensors)
+        return results
 
 
 class _Sources:
@@ -131,9 +131,10 @@ class _Sources:
 def _row(tape: tf.GradientTape, output: Tensor, sources: list[Tensor]) -> Gradients:
     """The derivatives of one output with respect to each source."""
     try:
-        return tape.jacobian(output, sources)
+        row: Gradients = tape.jacobian(output, sources)
     except ValueError:  # An operation that the vectorized form does not know.
-        return tape.jacobian(output, sources, experimental_use_pfor=False)
+        row = tape.jacobian(output, sources, experimental_use_pfor=False)
+    return row
 
 
 def _with_xla(jit_compile: bool | str) -> bool:

@@ -154,7 +154,9 @@ class TorchProgram:
         inputs = [[tensor.detach().clone() for tensor in [*self._values(), *tensors]] for _ in range(2)]
         with torch.no_grad():
             outputs = [step(*values) for step, values in zip((self._step, kernels), inputs, strict=True)]
-        if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in self._graph.graph.nodes):
+        if any(
+            torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in self._graph.graph.nodes
+        ):
             return True  # It draws its own random numbers.
         pairs = zip([*outputs[0], *inputs[0]], [*outputs[1], *inputs[1]], strict=True)
         return all(torch.allclose(one, two, rtol=1e-2, atol=1e-4, equal_nan=True) for one, two in pairs)

@@ -1,0 +1,130 @@
+"""Data as `keras.Model.fit` takes it: `x`, `y` and weights apart, or a source of all of them."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Mapping
+from typing import Any, cast
+
+from handloom._data import Batch, Feed, is_arrays
+from handloom._keras import Tensor, keras
+from handloom._labels import check_labels, class_weights
+from handloom.backends import backend
+from handloom.errors import DataError
+
+ops = keras.ops
+
+Parts = tuple[Any, Any, Any]
+"""Inputs, targets, sample weights."""
+
+
+def model_feed(
+    model: keras.Model,
+    parts: Parts,
+    batch_size: int | None = None,
+    *,
+    shuffle: bool = False,
+    class_weight: Mapping[int, float] | None = None,
+    labels: bool = True,
+) -> Feed:
+    """A feed over arrays, or over a source of batches given as the inputs.
+
+    Args:
+        model: Whose classes the labels are checked against.
+        parts: Inputs, targets and sample weights; of the last two either may be `None`.
+        batch_size: For arrays.
+        shuffle: For arrays and `PyDataset`s; other sources decide for themselves.
+        class_weight: Weights of examples by their class.
+        labels: Whether there are labels to check.
+
+    Raises:
+        DataError: If the parts do not go together, or a label is outside the classes.
+    """
+    x, y, sample_weight = parts
+    if isinstance(x, Feed):
+        return x
+    if is_arrays(parts):
+        if class_weight is not None:
+            sample_weight = weights_of(y, sample_weight, class_weight)
+        data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        feed = Feed(data, batch_size=batch_size, shuffle=shuffle, seed=_order_seed() if shuffle else 0)
+        if labels:
+            check_labels(model, x, y)
+        return feed
+    if y is not None or sample_weight is not None:
+        raise DataError(
+            f"x gives batches by itself (it is of type {type(x).__name__}), so y and sample_weight must come in them: "
+            "each batch as (x, y) or (x, y, sample_weight)."
+        )
+    by_batch = shuffle and isinstance(x, keras.utils.PyDataset)
+    feed = Feed(x, shuffle=by_batch, seed=_order_seed() if by_batch else 0)
+    feed.prepare(functools.partial(_prepared, model, class_weight, labels))
+    return feed
+
+
+def unpacked(data: Any) -> Parts:
+    return cast(Parts, keras.utils.unpack_x_y_sample_weight(data))
+
+
+def split(parts: Parts, fraction: float) -> tuple[Parts, Parts]:
+    """The arrays without their last part, and that part."""
+    if not is_arrays(parts):
+        raise DataError("validation_split is for arrays; of other data, pass what to validate on as validation_data.")
+    if not 0 < fraction < 1:
+        raise DataError(f"validation_split is a fraction between 0 and 1; received {fraction!r}.")
+    count = len(keras.tree.flatten([part for part in parts if part is not None])[0])
+    first = int(count * (1 - fraction))
+    if first in (0, count):
+        raise DataError(f"validation_split={fraction} leaves no examples on one side of {count}.")
+
+    def part(chosen: slice) -> Parts:
+        def cut(array: Any) -> Any:
+            return None if array is None else getattr(array, "iloc", array)[chosen]
+
+        return cast(Parts, keras.tree.map_structure(cut, parts))
+
+    return part(slice(None, first)), part(slice(first, None))
+
+
+def weights_of(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) -> Any:
+    if sample_weight is not None:
+        raise DataError("Pass class_weight or sample_weight, not both; multiply them into one sample_weight.")
+    return class_weights(y, class_weight)
+
+
+def _prepared(model: keras.Model, class_weight: Mapping[int, float] | None, labels: bool, batch: Any) -> Any:
+    """A batch of a source: its labels checked, its class weights added."""
+    if isinstance(batch, tuple) and 2 <= len(batch) <= 3:
+        x, y, sample_weight = unpacked(batch)
+        if labels:
+            check_labels(model, x, y)
+        if class_weight is not None:
+            return x, y, weights_of(y, sample_weight, class_weight)
+    elif class_weight is not None:
+        raise DataError("class_weight needs labels: batches of the form (x, y).")
+    return batch
+
+
+def as_one_batch(data: Any) -> Batch:
+    """Arrays as one batch of tensors."""
+    [batch] = Feed(iter([data]))
+    return batch
+
+
+def _order_seed() -> int:
+    """A seed for the order of examples: drawn, so that fits differ, and repeated by `keras.utils.set_random_seed`."""
+    return random.randint(0, 2**31 - 1)
+
+
+def batch_weight(data: Any) -> Tensor | None:
+    """The sum of the sample weights in a batch `(x, y, sample_weight)`, if it has any."""
+    if not isinstance(data, tuple) or len(data) != 3 or not backend.is_array(data[2]):
+        return None
+    y, weight = data[1], data[2]
+    shape = tuple(weight.shape)
+    per_example = len(shape) == 1 or shape[1:] == (1,)
+    per_step = len(shape) == 2 and hasattr(y, "shape") and tuple(y.shape)[:2] == shape
+    if not (per_example or per_step):
+        return None  # A third part that is no weight: of triplets, for example.
+    return ops.sum(ops.cast(weight, keras.config.floatx()))
