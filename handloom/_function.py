@@ -164,11 +164,8 @@ class Function:
     def _reason(self, signature: dict[str, str]) -> str:
         if not self._signatures:
             return "first call"
-        differences = [_differences(old, signature) for old in self._signatures]
-        return (
-            "; ".join(min(differences, key=lambda listed: len(listed)))
-            or "another structure or type of the same arguments"
-        )
+        fewest: list[str] = min([_differences(old, signature) for old in self._signatures], key=len)
+        return "; ".join(fewest) or "another structure or type of the same arguments"
 
     def _warn_of_many_values(self, signature: dict[str, str]) -> None:
         for name, description in signature.items():

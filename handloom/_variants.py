@@ -7,16 +7,23 @@ variant of its own for the purpose, which nobody else descends from.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from handloom._keras import keras
 
 
-@functools.cache
-def variant(cls: Any, kind: Any) -> Any:
-    """A class for functional, or sequential, instances of a model class, which itself stays as it is."""
+_made: dict[tuple[type, type], Any] = {}
+
+
+def variant(cls: type, kind: type) -> Any:
+    """The class of the functional, or sequential, instances of a model class."""
+    if (cls, kind) not in _made:
+        _made[cls, kind] = _make(cls, kind)
+    return _made[cls, kind]
+
+
+def _make(cls: type, kind: type) -> type:
     made = type(cls.__name__, (cls, kind), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
     registered = keras.saving.get_registered_name(cls)
     if ">" in registered:
@@ -28,11 +35,12 @@ def variant(cls: Any, kind: Any) -> Any:
 
 
 def is_inputs_and_outputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    given = len(args) + ("inputs" in kwargs) + ("outputs" in kwargs)
-    return given >= 2 and not (len(args) < 2 and "outputs" not in kwargs)
+    """Whether a model's arguments are those of a functional one, as Keras tells."""
+    return len(args) == 2 or ("outputs" in kwargs and (len(args) == 1 or "inputs" in kwargs))
 
 
 def is_list_of_layers(args: Sequence[Any]) -> bool:
+    """Whether a model's arguments are those of a sequential one."""
     return (
         len(args) == 1
         and isinstance(args[0], (list, tuple))

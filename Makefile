@@ -1,0 +1,40 @@
+# `make run` and `make test` are all that a fresh machine with Python 3.11 and make needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+BACKENDS ?= jax tensorflow torch
+INSTALLED := $(VENV)/.installed
+
+.PHONY: run test lint format bench clean
+
+run: $(INSTALLED)  ## Train a GAN on handwritten digits, on the default backend. ARGS="--backend torch" for another.
+	$(BIN)/handloom run gan-digits $(ARGS)
+
+test: lint  ## Lint, then the whole suite on every backend, each in a process of its own. ARGS="-k feed" for a part.
+	set -e; for backend in $(BACKENDS); do \
+	    echo "== $$backend"; KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest $(ARGS); \
+	done
+
+lint: $(INSTALLED)  ## Style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## Mend what a machine can mend.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## What a step costs, beside Keras's fit, a loop by hand and native torch.
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+clean:  ## Remove the virtual environment and what runs left.
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# torch first, and by its exact version: there is a CPU build of just that one.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@

@@ -1,0 +1,46 @@
+"""What every test shares. One process tests one backend, the one in KERAS_BACKEND."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import pytest
+
+import handloom as hl
+
+BACKEND = keras.backend.backend()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "backend(name): runs on this backend only")
+    config.addinivalue_line("markers", "once: does not depend on the backend; runs on one of them only")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = os.environ.get("HANDLOOM_ONCE_ON", "jax")
+    for item in items:
+        only = item.get_closest_marker("backend")
+        if only and BACKEND not in only.args:
+            item.add_marker(pytest.mark.skip(reason=f"for {' and '.join(only.args)}"))
+        if item.get_closest_marker("once") and first != BACKEND:
+            item.add_marker(pytest.mark.skip(reason=f"runs with {first}"))
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Each test begins alike: seeds set, steps compiled, the usual dtype policy, names from one."""
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+    hl.run_eagerly(False)
+    policy = keras.config.dtype_policy()
+    yield
+    keras.config.set_dtype_policy(policy)
+    hl.run_eagerly(False)
+
+
+@pytest.fixture(params=[False, True], ids=["compiled", "op by op"])
+def eagerly(request: pytest.FixtureRequest) -> bool:
+    """Runs a test compiled and op by op."""
+    hl.run_eagerly(request.param)
+    return request.param
