@@ -12,7 +12,6 @@ from typing import Any
 
 from handloom._keras import keras
 
-
 _made: dict[tuple[type, type], Any] = {}
 
 
