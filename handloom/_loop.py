@@ -25,8 +25,9 @@ from handloom._every import Every, every
 from handloom._function import Function
 from handloom._interrupt import Interrupts
 from handloom._keras import Tensor, keras, take_initial_epoch
-from handloom._logs import ReportingStep, Value
+from handloom._logs import Value
 from handloom._progress import Progress
+from handloom._reporting import ReportingStep
 from handloom.callbacks import JSONLogger, progress_display
 from handloom.errors import HandloomWarning, StepError
 

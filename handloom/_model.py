@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +11,6 @@ from typing import Any, cast
 from handloom import _loop
 from handloom._callbacks import Callbacks
 from handloom._every import Every, every
-from handloom._function import Function, run_eagerly
 from handloom._gradients import Wrt, build
 from handloom._keras import (
     Functional,
@@ -21,12 +19,11 @@ from handloom._keras import (
     default_loss,
     in_keras_order,
     keras,
-    layers_of,
     loss_tracker,
 )
 from handloom._labels import check_labels
-from handloom._logs import ReportingStep
-from handloom._model_data import as_one_batch, batch_weight, model_feed, split, unpacked, weights_of
+from handloom._model_data import as_one_batch, model_feed, split, unpacked, weights_of
+from handloom._model_steps import ModelSteps, parts_built
 from handloom._progress import Progress
 from handloom._update import minimize
 from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
@@ -77,7 +74,7 @@ class Model(keras.Model):
                 "for a sequential model, subclass hl.Sequential."
             )
         super().__init__(*args, **kwargs)
-        self._forget_steps()
+        self._start_steps("auto")
 
     # ------------------------------------------------------------------ compile
 
@@ -114,7 +111,7 @@ class Model(keras.Model):
         if isinstance(optimizer, Mapping) and "class_name" not in optimizer:
             optimizer = NamedOptimizers(optimizer)
         super().compile(
-            optimizer=self._with_loss_scaling(optimizer) if auto_scale_loss else optimizer,
+            optimizer=_with_loss_scaling(optimizer, self.dtype_policy) if auto_scale_loss else optimizer,
             loss=loss,
             loss_weights=loss_weights,
             metrics=metrics,
@@ -124,18 +121,17 @@ class Model(keras.Model):
             jit_compile=False if run_eagerly else jit_compile,
             auto_scale_loss=False,
         )
-        self._jit_choice = jit_compile
-        self._forget_steps()
+        self._start_steps(jit_compile)
         if isinstance(self.optimizer, NamedOptimizers):
             self.optimizer.attach(self)
-            if all(layer.built for layer in layers_of(self) if layer is not self):
+            if parts_built(self):
                 self.optimizer.owners()
 
     def get_compile_config(self) -> dict[str, Any]:
         """What `compile` was called with, as a saved model keeps it."""
         config = cast(dict[str, Any], super().get_compile_config())
         # Keras would keep what "auto" came to here; where the model is loaded, it may come to something else.
-        return config | {"jit_compile": self._jit_choice} if config else config
+        return config | {"jit_compile": self._steps.jit_compile} if config else config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was compiled when it was saved."""
@@ -145,13 +141,6 @@ class Model(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
-
-    def _with_loss_scaling(self, optimizer: Any) -> Any:
-        if self.dtype_policy.name != "mixed_float16" or optimizer is None:
-            return optimizer
-        if isinstance(optimizer, NamedOptimizers):
-            return NamedOptimizers({name: _scaling(inner) for name, inner in optimizer.items()}, name=optimizer.name)
-        return _scaling(keras.optimizers.get(optimizer))
 
     # -------------------------------------------------------------------- steps
 
@@ -297,20 +286,20 @@ class Model(keras.Model):
             DataError: If the data is empty, of unequal lengths, or has labels outside the classes.
             StepError: If a step returns no dict of scalars.
         """
-        self._check_compiled("fit", "train_step")
+        _check_compiled(self, "fit", "train_step")
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = split((x, y, sample_weight), validation_split)
-        self._forget_steps_if_changed()
+        self._steps.forget_if_changed()
         feed = model_feed(self, (x, y, sample_weight), batch_size, shuffle=shuffle, class_weight=class_weight)
         validation = None
         if validation_data is not None:
             held_out = model_feed(self, unpacked(validation_data), validation_batch_size or batch_size)
             validation = functools.partial(
-                _loop.evaluate, self._step("test_step"), held_out, model=self, steps=validation_steps
+                _loop.evaluate, self._steps.reporting("test_step"), held_out, model=self, steps=validation_steps
             )
-        with self._mode():
+        with self._steps.running():
             self.history = _loop.train(
-                self._step("train_step"),
+                self._steps.reporting("train_step"),
                 feed,
                 model=self,
                 epochs=epochs,
@@ -341,10 +330,10 @@ class Model(keras.Model):
         Returns:
             The reported values: a dict if `return_dict`, else a list in the order of the metrics, or the only value.
         """
-        self._check_compiled("evaluate", "test_step")
+        _check_compiled(self, "evaluate", "test_step")
         feed = model_feed(self, (x, y, sample_weight), batch_size)
-        with self._mode(), self._hooks(callbacks, verbose, steps or feed.length) as hooks:
-            results = _loop.evaluate(self._step("test_step"), feed, hooks=hooks, model=self, steps=steps)
+        with self._steps.running(), self._hooks(callbacks, verbose, steps or feed.length) as hooks:
+            results = _loop.evaluate(self._steps.reporting("test_step"), feed, hooks=hooks, model=self, steps=steps)
         return results if return_dict else in_keras_order(self, results)
 
     def predict(
@@ -361,8 +350,8 @@ class Model(keras.Model):
             NumPy arrays in the structure of the outputs, the batches joined along their first axis.
         """
         feed = model_feed(self, (x, None, None), batch_size, labels=False)
-        with self._mode(), self._hooks(callbacks, verbose, steps or feed.length) as hooks:
-            return _loop.predict(self._prediction(), feed, hooks=hooks, model=self, steps=steps)
+        with self._steps.running(), self._hooks(callbacks, verbose, steps or feed.length) as hooks:
+            return _loop.predict(self._steps.prediction, feed, hooks=hooks, model=self, steps=steps)
 
     def train_on_batch(
         self,
@@ -373,28 +362,28 @@ class Model(keras.Model):
         return_dict: bool = False,
     ) -> Any:
         """Trains on one batch, given as arrays; returns what is reported of it, as `evaluate` does."""
-        self._check_compiled("train_on_batch", "train_step")
-        self._forget_steps_if_changed()
+        _check_compiled(self, "train_on_batch", "train_step")
+        self._steps.forget_if_changed()
         if class_weight is not None:
             sample_weight = weights_of(y, sample_weight, class_weight)
         return self._on_batch("train_step", (x, y, sample_weight), return_dict)
 
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Evaluates on one batch, given as arrays; returns what is reported of it, as `evaluate` does."""
-        self._check_compiled("test_on_batch", "test_step")
+        _check_compiled(self, "test_on_batch", "test_step")
         return self._on_batch("test_step", (x, y, sample_weight), return_dict)
 
     def predict_on_batch(self, x: Any) -> Any:
         """The model's outputs for one batch, given as arrays, as NumPy arrays."""
-        with self._mode():
-            outputs = self._prediction()(as_one_batch(x))
+        with self._steps.running():
+            outputs = self._steps.prediction(as_one_batch(x))
         return keras.tree.map_structure(ops.convert_to_numpy, outputs)
 
     def _on_batch(self, name: str, parts: tuple[Any, Any, Any], return_dict: bool) -> Any:
         data = keras.utils.pack_x_y_sample_weight(*parts)
         check_labels(self, parts[0], parts[1])
-        with self._mode():
-            step = self._step(name)
+        with self._steps.running():
+            step = self._steps.reporting(name)
             step.start_epoch()
             step.take(as_one_batch(data))
             logs = dict(step.logs)
@@ -402,53 +391,14 @@ class Model(keras.Model):
 
     # ------------------------------------------------------------------ insides
 
-    def _step(self, name: str) -> ReportingStep:
-        """A step of the model, compiled; kept until the model is compiled anew."""
-        if name not in self._steps:
-            step = getattr(self, name)
-            _check_takes_data(step, type(self).__name__)
-            self._steps[name] = ReportingStep(
-                step,
-                unpacks=False,
-                weight=batch_weight,
-                reset_metrics=self.reset_metrics,
-                jit_compile=self._jit_choice,
-            )
-        return cast(ReportingStep, self._steps[name])
-
-    def _prediction(self) -> Function:
-        if "predict_step" not in self._steps:
-            self._steps["predict_step"] = Function(self.predict_step, jit_compile=self._jit_choice)
-        return cast(Function, self._steps["predict_step"])
-
-    def _forget_steps(self) -> None:
-        # Not `setattr`: Keras would look for layers in it.
-        self.__dict__["_steps"] = {}
+    def _start_steps(self, jit_compile: bool | str) -> None:
+        # Not `setattr`: Keras would look for layers in them.
+        self.__dict__["_steps"] = ModelSteps(self, jit_compile)
         self.__dict__["_loss"] = None
-        self.__dict__.setdefault("_jit_choice", "auto")
-        self.__dict__["_trained"] = None
-
-    def _forget_steps_if_changed(self) -> None:
-        """A compiled step trains what was trainable when it was traced."""
-        trained = [id(variable) for variable in self.trainable_variables]
-        if self._trained not in (None, trained) and self._built_when_traced:
-            self._forget_steps()
-        self.__dict__["_trained"] = trained
-        self.__dict__["_built_when_traced"] = all(layer.built for layer in layers_of(self) if layer is not self)
-
-    def _mode(self) -> contextlib.AbstractContextManager[Any]:
-        return run_eagerly(True) if self.run_eagerly else contextlib.nullcontext()
 
     def _hooks(self, callbacks: Any, verbose: str | int, steps: int | None) -> Callbacks:
         listeners = [*_loop.as_list(callbacks), *progress_display(verbose)]
         return Callbacks(listeners, self, {"epochs": 1, "steps": steps, "verbose": verbose})
-
-    def _check_compiled(self, method: str, step: str) -> None:
-        if not self.compiled and getattr(type(self), step) is getattr(Model, step):
-            raise StepError(
-                f"Call compile() before {method}(): {type(self).__name__} uses the default {step}, which needs a loss"
-                f"{' and an optimizer' if step == 'train_step' else ''}."
-            )
 
     def _finish_training(self) -> None:
         optimizer = getattr(self, "optimizer", None)
@@ -468,19 +418,25 @@ class Sequential(Model, keras.Sequential):
     """A `keras.Sequential` that trains by Handloom's loop; see `hl.Model`."""
 
 
+def _with_loss_scaling(optimizer: Any, policy: keras.DTypePolicy) -> Any:
+    if policy.name != "mixed_float16" or optimizer is None:
+        return optimizer
+    if isinstance(optimizer, NamedOptimizers):
+        return NamedOptimizers({name: _scaling(inner) for name, inner in optimizer.items()}, name=optimizer.name)
+    return _scaling(keras.optimizers.get(optimizer))
+
+
 def _scaling(optimizer: keras.Optimizer) -> keras.Optimizer:
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer
     return LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
 
 
-def _check_takes_data(step: Callable[..., Any], model: str) -> None:
-    parameters = inspect.signature(step).parameters.values()
-    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
-    if len(required) > 1:
+def _check_compiled(model: Model, method: str, step: str) -> None:
+    if not model.compiled and getattr(type(model), step) is getattr(Model, step):
         raise StepError(
-            f"{model}.{step.__name__} takes {', '.join(required)}; a step takes one argument, data, on every backend "
-            "(Keras's own way on JAX, train_step(self, state, data), is not needed: read and write variables directly)."
+            f"Call compile() before {method}(): {type(model).__name__} uses the default {step}, which needs a loss"
+            f"{' and an optimizer' if step == 'train_step' else ''}."
         )
 
 

@@ -1,0 +1,240 @@
+"""What steps return, checked, and added on the device to the totals that are reported: part of the compiled step."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import optree
+
+from handloom._function import Function
+from handloom._keras import Tensor, keras
+from handloom._logs import READ_AFTER, Logs, Report, Totals
+from handloom._watch import Metrics, OwnVariable, metrics_used
+from handloom.backends import backend
+from handloom.errors import StepError
+
+ops = keras.ops
+
+Run: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+class ReportingStep:
+    """A step, compiled, together with the report of what it returns.
+
+    Args:
+        step: Takes a batch, or the parts of one. Returns a dict of scalars, of metrics, or of dicts of these.
+        unpacks: Whether the parts of a tuple are the step's arguments.
+        weight: Gives the weight of a batch as a scalar tensor, or `None` to count its examples.
+        reset_metrics: Resets the metrics at the start of an epoch. By default the metrics that the step updates are
+            reset.
+        jit_compile: As for `hl.function`.
+
+    Attributes:
+        function: The step as a compiled function.
+        logs: The values since the start of the epoch, by name.
+        take: Takes one step on a batch; returns before it is computed, where the backend does.
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        *,
+        unpacks: bool,
+        weight: Callable[..., Tensor | None],
+        reset_metrics: Callable[[], None] | None = None,
+        jit_compile: bool | str = "auto",
+    ) -> None:
+        self._unpacks, self._reset_metrics = unpacks, reset_metrics
+        self._totals: dict[Any, Totals] = {}
+        self._renewed: set[int] = set()
+        self._known: dict[Any, tuple[Run, Report]] = {}
+        self._last: list[Report | None] = [None]
+
+        @functools.wraps(step)
+        def reporting(*batch: Any) -> Report:
+            # Op by op, a metric's first update of an epoch is the moment to reset it; a compiled step tells before.
+            with metrics_used(None if backend.nested else self._renew) as metrics:
+                returned = step(*batch)
+            results = _Results(getattr(step, "__name__", "step"), returned, metrics)
+            return results.added_to(self._totals, _examples(batch), weight(*batch))
+
+        self.function = Function(reporting, jit_compile=jit_compile)
+        self.logs = Logs()
+        self.take = self._taking_known_steps()
+
+    def start_epoch(self) -> None:
+        """The values and the metrics start anew."""
+        self.logs.clear()
+        self._renewed.clear()
+        self._known.clear()
+        self._last[0] = None
+        if self._reset_metrics is not None:
+            self._reset_metrics()
+
+    def _taking_known_steps(self) -> Callable[[Any], None]:
+        """The path of a training loop: a batch like one before, a step whose version is known. All else goes around.
+
+        One function, its names bound once: at a few microseconds a step, look-ups and calls count.
+        """
+        known, last, logs, steps, take_new = self._known, self._last, self.logs, self.logs.steps, self._take_new
+
+        def take(batch: Any) -> None:
+            leaves = batch if type(batch) is tuple else (batch,)
+            try:
+                run, report = known[(leaves is batch, *[(leaf.shape, leaf.dtype) for leaf in leaves])]
+            except (KeyError, AttributeError):
+                run = None
+            if run is None or report is not last[0]:
+                take_new(batch)
+                return
+            run(leaves)
+            steps.append(report)
+            if len(steps) >= READ_AFTER:
+                logs.read()
+
+        return take
+
+    def _take_new(self, batch: Any) -> None:
+        """Takes a step on a batch unlike the last one."""
+        version, tensors = self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
+        if not version.compiled:
+            self.logs.steps.append(version.rebuild(version.run(tensors)))
+            return
+        report = self._last[0] = version.static[0]
+        for metric in report.metrics:
+            self._renew(metric)
+        version.run(tensors)
+        self.logs.steps.append(report)
+        leaves = batch if type(batch) is tuple else (batch,)
+        if len(leaves) == len(tensors) and all(map(operator.is_, leaves, tensors)):
+            self._known[(leaves is batch, *[(leaf.shape, leaf.dtype) for leaf in leaves])] = (version.run, report)
+
+    def _renew(self, metric: keras.Metric) -> None:
+        if self._reset_metrics is None and id(metric) not in self._renewed:
+            self._renewed.add(id(metric))
+            metric.reset_state()
+
+
+class _Results:
+    """A step's returned dict, checked and sorted: what each value is, and under which name."""
+
+    def __init__(self, step: str, returned: Any, metrics: Metrics) -> None:
+        if not isinstance(returned, Mapping):
+            raise StepError(
+                f"{step} must return what is to be reported as a dict of scalars, such as {{'loss': loss}}; it "
+                f"returned {_shown(returned)} (of type {type(returned).__name__})."
+            )
+        self._step, self._metrics = step, metrics
+        self._scalars: dict[str, Tensor] = {}
+        self._averaged: set[str] = set()
+        self._arrays: dict[str, Tensor] = {}
+        for name, value in returned.items():
+            self._add(str(name), value)
+
+    def _add(self, name: str, value: Any) -> None:
+        if isinstance(value, keras.Metric):
+            value = value.result()
+            self._metrics.note_result(value)
+        if isinstance(value, Mapping):
+            for inner, inner_value in value.items():  # Keras's way: a metric of several results has their names.
+                self._add(str(inner), inner_value)
+            return
+        is_result = self._metrics.is_result(value)
+        value = self._tensor(name, value)
+        if not len(value.shape):
+            self._scalars[name] = value
+            self._averaged.update(() if is_result else (name,))
+        elif is_result:
+            self._arrays[name] = value
+        else:
+            raise StepError(
+                f"{self._step} returned a tensor of shape {tuple(value.shape)} as {name!r}; what is reported must be "
+                "scalars. Reduce it, for example with keras.ops.mean, or report a keras.Metric."
+            )
+
+    def _tensor(self, name: str, value: Any) -> Tensor:
+        if isinstance(value, (keras.Variable, bool, int, float)) or backend.is_array(value):
+            return ops.convert_to_tensor(value)
+        raise StepError(
+            f"{self._step} returned {_shown(value)} (of type {type(value).__name__}) as {name!r}; what is "
+            "reported must be scalars (tensors or numbers) or keras.Metric objects."
+        )
+
+    def added_to(self, known: dict[Any, Totals], examples: int, weight: Tensor | None) -> Report:
+        """Adds the results to totals, which are made at the first time."""
+        packs: dict[str, list[str]] = {}
+        for name, scalar in self._scalars.items():
+            packs.setdefault(_pack_dtype(scalar, name in self._averaged), []).append(name)
+        totals = [self._add_pack(known, dtype, tuple(names), examples, weight) for dtype, names in packs.items()]
+        totals += [self._keep_array(known, name, array) for name, array in self._arrays.items()]
+        return Report((*self._scalars, *self._arrays), tuple(totals), examples, self._metrics.updated)
+
+    def _add_pack(
+        self, known: dict[Any, Totals], dtype: str, names: tuple[str, ...], examples: int, weight: Tensor | None
+    ) -> Totals:
+        averaged = np.array([name in self._averaged for name in names])
+        weighted = weight is not None and bool(averaged.any())
+        totals = _totals(known, names, averaged, weighted, dtype, (len(names) + weighted,))
+        values = ops.stack([ops.cast(self._scalars[name], dtype) for name in names])
+        if weighted:
+            weight = ops.cast(weight, dtype)
+            # A batch whose weights sum to zero has no part in the mean, whatever its value, even NaN.
+            values = ops.where(ops.logical_and(averaged, ops.equal(weight, 0)), ops.zeros_like(values), values)
+            values = ops.append(values * ops.where(averaged, weight, ops.ones_like(weight)), weight)
+        elif averaged.any():
+            values = values * ops.convert_to_tensor(np.where(averaged, examples, 1), dtype)
+        summed = np.append(averaged, True) if weighted else averaged
+        before = totals.variable.value
+        if not summed.all():
+            before = ops.where(summed, before, ops.zeros_like(before))
+        totals.variable.assign(before + values)
+        return totals
+
+    def _keep_array(self, known: dict[Any, Totals], name: str, array: Tensor) -> Totals:
+        dtype = keras.backend.standardize_dtype(array.dtype)
+        totals = _totals(known, (name,), None, False, dtype, tuple(array.shape))
+        totals.variable.assign(array)
+        return totals
+
+
+def _totals(
+    known: dict[Any, Totals],
+    names: tuple[str, ...],
+    averaged: np.ndarray | None,
+    weighted: bool,
+    dtype: str,
+    shape: tuple[int, ...],
+) -> Totals:
+    """The totals for these names, the same for every version of a step that returns them."""
+    key = (names, None if averaged is None else averaged.tobytes(), weighted, dtype, shape)
+    if key not in known:
+        variable = OwnVariable("zeros", shape=shape, dtype=dtype, trainable=False, autocast=False, name="totals")
+        known[key] = Totals(names, averaged, weighted, variable)
+    return known[key]
+
+
+def _pack_dtype(scalar: Tensor, averaged: bool) -> str:
+    """A dtype that holds the scalar, or its mean, exactly, and that many have in common."""
+    dtype = str(keras.backend.standardize_dtype(scalar.dtype))
+    if dtype == "float64" or (not averaged and "int" in dtype):
+        return dtype
+    return "float32"
+
+
+def _examples(batch: Any) -> int:
+    """The number of examples in a batch: the length of its first array."""
+    for leaf in optree.tree_leaves(batch):
+        if backend.is_array(leaf) and len(leaf.shape):
+            return int(leaf.shape[0])
+    return 1
+
+
+def _shown(value: Any) -> str:
+    if backend.is_array(value):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
