@@ -222,7 +222,7 @@ class Version:
         return self._outputs.get(flat)
 
     def _op_by_op(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        result = self._arguments.call(self._function.python_function, tensors)
+        result = self._arguments.call(backend.with_control_flow(self._function.python_function), tensors)
         if self.fallback_reason:
             self._say_once(self.fallback_reason)
         return [backend.detach(tensor) for tensor in self._outputs.put(result)]

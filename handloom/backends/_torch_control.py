@@ -21,8 +21,9 @@ from keras.src.backend.torch import core
 from torch._higher_order_ops.cond import cond_op
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch._subclasses import FakeTensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from handloom._keras import Variable, keras
 from handloom.backends._scope import Scope
@@ -55,6 +56,45 @@ class _Closure(TorchFunctionMode):
         return self._replacements.get(id(leaf), leaf)
 
 
+class _Writes(TorchDispatchMode):
+    """Notes into which memory operations write. A tensor's version would not tell: `_foreach_` operations skip it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._memory.update(map(_memory, optree.tree_leaves(value)))
+        return func(*args, **(kwargs or {}))
+
+    def into(self, tensor: torch.Tensor) -> bool:
+        return _memory(tensor) in self._memory
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _Copies(Scope):
+    """Gives copies of variables' values, since Keras's torch optimizers write into what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[tuple[Variable, torch.Tensor]] = []
+
+    def get_current_value(self, variable: Variable) -> torch.Tensor:
+        if id(variable) not in self.state_mapping:
+            copy = super().get_current_value(variable).clone()
+            self.read.append((variable, copy))
+            self.state_mapping[id(variable)] = copy
+        return self.state_mapping[id(variable)]
+
+
 class _Branch:
     """A function for a control-flow operation: what it closes over, what it assigns, and its explicit form.
 
@@ -65,10 +105,11 @@ class _Branch:
 
     def __init__(self, fn: Callable[..., Any], carried: Sequence[torch.Tensor]) -> None:
         self._fn = fn
-        with disable_proxy_modes_tracing(), _Closure(carried) as closure, Scope() as scope:
+        with disable_proxy_modes_tracing(), _Writes() as writes, _Closure(carried) as closure, _Copies() as scope:
             self.results, self.structure = optree.tree_flatten(fn(*carried))
             self.results = [closure.replace(core.convert_to_tensor(result)) for result in self.results]
-            self.written = scope.written
+            in_place = [variable for variable, copy in scope.read if writes.into(copy)]
+            self.written = _distinct([*scope.written, *in_place])
             for variable in self.written:
                 closure.replace(scope.get_current_value(variable))
         self.used = list(closure.used.values())
@@ -78,7 +119,7 @@ class _Branch:
 
         def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
             replacements = dict(zip(map(id, used), operands[carried:], strict=True))
-            with _Closure(operands, replacements) as closure, Scope() as scope:
+            with _Closure(operands, replacements) as closure, _Copies() as scope:
                 results = optree.tree_leaves(self._fn(*operands[:carried]))
                 results += [scope.get_current_value(variable) for variable in written]
                 # The operations refuse a result that is one of their arguments.
@@ -101,13 +142,49 @@ def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) ->
     written = _distinct(branches[0].written + branches[1].written)
     used = _distinct(branches[0].used + branches[1].used)
     runs = [branch.explicit(used, written, carried=0) for branch in branches]
-    if not branches[0].results and not written:
-        return None
-    results = cond_op(pred.reshape(()).to(torch.bool), *runs, tuple(used))
-    count = len(results) - len(written)
+    results = _either(pred.reshape(()).to(torch.bool), runs, used)
+    count = len(branches[0].results)
     for variable, value in zip(written, results[count:], strict=True):
         variable.assign(value)
     return optree.tree_unflatten(branches[0].structure, results[:count])
+
+
+def _either(pred: torch.Tensor, runs: Sequence[Callable[..., Any]], used: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The results of one function or the other, both of the tensors in `used`."""
+    graphs = [_traced(run, used) for run in runs]
+    kinds = [result.is_floating_point() for result in _results_of(graphs[0])]
+    if not torch.is_grad_enabled() or all(kinds):
+        return list(cond_op(pred, *graphs, tuple(used))) if kinds else []
+    # The derivative of the operation trips over whole numbers among its results: they come apart.
+    results: dict[int, torch.Tensor] = {}
+    for floating in (True, False):
+        indices = [index for index, kind in enumerate(kinds) if kind is floating]
+        parts = [_traced(_only(graph, indices), used) for graph in graphs]
+        with contextlib.nullcontext() if floating else torch.no_grad():
+            results.update(zip(indices, cond_op(pred, *parts, tuple(used)) if indices else (), strict=True))
+    return [results[index] for index in range(len(kinds))]
+
+
+def _traced(fn: Callable[..., Any], operands: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+    """A function as a graph of its own, in which what it differentiates is spelled out."""
+    with disable_proxy_modes_tracing():
+        module = make_fx(fn)(*operands)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _results_of(module: torch.fx.GraphModule) -> list[torch.Tensor]:
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    return [node.meta["val"] for node in output.args[0]]
+
+
+def _only(fn: Callable[..., Any], indices: Sequence[int]) -> Callable[..., Any]:
+    def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        results = fn(*operands)
+        return tuple(results[index] for index in indices)
+
+    return run
 
 
 def _while_loop(
@@ -182,10 +259,11 @@ _original = {name: getattr(core, name) for name in _compiled}
 @contextlib.contextmanager
 def traceable_control_flow() -> Iterator[None]:
     """Within, `keras.ops.cond`, `while_loop` and `fori_loop` are compiled."""
+    before = {name: getattr(core, name) for name in _compiled}
     for name, function in _compiled.items():
         setattr(core, name, function)
     try:
         yield
     finally:
-        for name, function in _original.items():
+        for name, function in before.items():
             setattr(core, name, function)

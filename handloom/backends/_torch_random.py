@@ -118,13 +118,13 @@ class _Torch:
 @contextlib.contextmanager
 def traceable_random_ops() -> Iterator[None]:
     """Within, `keras.random` draws by the operations above."""
-    original = keras_random.torch_seed_generator
+    before = keras_random.torch_seed_generator, keras_random.torch
 
     def late(seed: Any) -> Any:
-        return original(seed) if keras_random.get_device() == "meta" else _Seed(draw_seed(seed))
+        return before[0](seed) if keras_random.get_device() == "meta" else _Seed(draw_seed(seed))
 
     keras_random.torch_seed_generator, keras_random.torch = late, _Torch()
     try:
         yield
     finally:
-        keras_random.torch_seed_generator, keras_random.torch = original, torch
+        keras_random.torch_seed_generator, keras_random.torch = before

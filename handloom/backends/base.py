@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from handloom._keras import Tensor, Variable
+from handloom._keras import Tensor, Variable, keras
 
 Gradients = list[Tensor | None]
 
@@ -100,12 +100,22 @@ class Backend(abc.ABC):
         """
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """A user's function, made ready to be called inside a trace.
+        """A user's function, made ready for the control flow in it.
 
-        A backend that can compile plain Python `if`, `for` and `while` over tensors rewrites it here; the others
-        return it as it is.
+        A backend that can compile plain Python `if`, `for` and `while` over tensors rewrites it here; one whose
+        `keras.ops.cond` loses what a branch assigns mends that here.
         """
         return fn
+
+    def cond(self, pred: Tensor, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
+        """Runs one of two functions by a condition known when the step runs; either may assign variables.
+
+        Args:
+            pred: A scalar.
+            true_fn: Takes nothing; returns tensors in any structure, of the same shapes and dtypes as the other.
+            false_fn: Likewise.
+        """
+        return keras.ops.cond(pred, true_fn, false_fn)
 
     @abc.abstractmethod
     def create_variables(self, fn: Callable[[], Any]) -> None:

@@ -23,6 +23,7 @@ from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
 from handloom.backends._blame import needs_a_value, users_line
+from handloom.backends._jax_control import assignments_in_branches, cond
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends.base import Backend, Gradients, Program
 from handloom.errors import VariableError
@@ -61,6 +62,12 @@ class JaxBackend(Backend):
             raise needs_a_value(error) from error
         except jax.errors.UnexpectedTracerError as error:
             raise _leaked(error) from error
+
+    def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return assignments_in_branches()(fn)
+
+    def cond(self, pred: Tensor, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
+        return cond(pred, true_fn, false_fn)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._inside("trace"), _unseeded_random_ops(), Scope(creates=True):
@@ -245,10 +252,10 @@ def _row(flat_fn: Callable[..., list[Tensor]], index: int, values: Sequence[Tens
 
 def _leaked(error: Exception) -> VariableError:
     return VariableError(
-        "A variable was assigned inside a function given to an operation (keras.ops.cond, while_loop, scan, map, "
+        "A variable was assigned inside a function given to an operation (keras.ops.while_loop, fori_loop, scan, map, "
         "vectorized_map), from where its new value cannot get out. Return the new value from that function, and "
         f"assign it outside:\n    {users_line(error.__traceback__)}\n"
-        "For example: v.assign(ops.cond(pred, lambda: v + 1, lambda: v.value))."
+        "For example: v.assign(ops.fori_loop(0, 3, lambda i, value: value + i, v.value))."
     )
 
 

@@ -6,10 +6,11 @@ gradients divided by it after. (Micikevicius et al., Mixed Precision Training, 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from handloom._keras import Tensor, Variable, keras
+from handloom.backends import backend
 
 ops = keras.ops
 
@@ -69,18 +70,9 @@ def apply_if_finite(
     """Lets the inner optimizer update with unscaled gradients, unless one is not finite; adapts the scale."""
     inner = optimizer.inner_optimizer
     finite = optimizer.check_finite(gradients)
-    _update_where(finite, lambda: inner.apply(gradients, variables), [*variables, *inner.variables])
+    backend.cond(finite, lambda: inner.apply(gradients, variables), lambda: None)
     steps = ops.where(finite, optimizer.step_counter + 1, 0)
     grows = ops.equal(steps, optimizer.dynamic_growth_steps)
     factor = ops.where(finite, ops.where(grows, 2.0, 1.0), 0.5)
     optimizer.dynamic_scale.assign(optimizer.dynamic_scale * factor)
     optimizer.step_counter.assign(ops.where(grows, 0, steps))
-
-
-def _update_where(condition: Tensor, update: Callable[[], None], variables: Sequence[Variable]) -> None:
-    """Runs an update whose effect on the variables stays only where the condition, a scalar, holds."""
-    # Not `ops.cond`: JAX cannot assign variables inside, and compiled steps on torch update in place.
-    before = [ops.copy(variable.value) for variable in variables]
-    update()
-    for variable, value in zip(variables, before, strict=True):
-        variable.assign(ops.where(condition, variable.value, value))
