@@ -1,0 +1,76 @@
+"""Accumulation that equals the big batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from handloom._keras import Tensor, Variable, keras
+from handloom._weight import weight_of_step
+from handloom.backends import backend
+from handloom.optimizers._wrapper import Wrapper, positive_whole
+
+ops = keras.ops
+
+
+@keras.saving.register_keras_serializable("handloom")
+class Accumulated(Wrapper):
+    """Gathers the gradients of several steps into one update, equal to that of one step on all their examples.
+
+    A gradient counts by the weight of its batch: the number of examples, or what `hl.minimize(..., weight=)` says (the
+    number of tokens, for a loss that is a mean over tokens). Schedules, clipping and averaged weights inside see whole
+    updates only, and the steps in between compute none. A window that is still open at the end of an epoch is updated
+    from what it holds; in a loop of your own, call `flush()`.
+
+    Args:
+        inner_optimizer: The optimizer that updates.
+        steps: Steps to an update.
+        name: Name of the optimizer.
+
+    Raises:
+        ValueError: If `steps` is not a positive whole number.
+    """
+
+    def __init__(self, inner_optimizer: Any, steps: int, name: str | None = None) -> None:
+        super().__init__(inner_optimizer, name=name)
+        self.steps = positive_whole("Accumulated", steps=steps)
+        self._reached: dict[int, Variable] = {}
+
+    def add_slots(self, variables: list[Variable]) -> None:
+        self._sums = self.add_optimizer_variables(variables, "gradient_sum")
+        self._weight = self.add_variable((), name="weight", dtype="float32")
+        self.gathered = self.add_variable((), name="gathered", dtype="int32")
+
+    def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
+        weight = ops.cast(weight_of_step(), "float32")
+        for gradient, variable in zip(gradients, variables, strict=True):
+            if gradient is not None:
+                self._reached[id(variable)] = variable
+                total = self._sum_of(variable)
+                total.assign(total + gradient * ops.cast(weight, total.dtype))
+        self._weight.assign(self._weight + weight)
+        self.gathered.assign(self.gathered + 1)
+        backend.cond(ops.greater_equal(self.gathered, self.steps), self._make_update, _nothing)
+
+    def flush(self) -> None:
+        """Makes the update of a window that is still open; does nothing where none is."""
+        if self.built:
+            backend.cond(ops.greater(self.gathered, 0), self._make_update, _nothing)
+
+    def _make_update(self) -> None:
+        variables = list(self._reached.values())
+        # A window of examples that all weigh nothing asks for no change.
+        weight = ops.where(ops.equal(self._weight, 0), 1.0, self._weight)
+        sums = [self._sum_of(variable) for variable in variables]
+        self.inner_optimizer.apply([total / ops.cast(weight, total.dtype) for total in sums], variables)
+        for kept in [*sums, self._weight, self.gathered]:
+            kept.assign(ops.zeros_like(kept))
+
+    def _sum_of(self, variable: Variable) -> Variable:
+        return self._sums[self._get_variable_index(variable)]
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"steps": self.steps}
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,89 @@
+"""What optimizers around another optimizer have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from handloom._keras import Tensor, Variable, keras
+
+
+class Wrapper(keras.optimizers.Optimizer):
+    """An optimizer around another: what it does not do itself, the inner one does.
+
+    Args:
+        inner_optimizer: The optimizer to wrap.
+        name: Name of the optimizer.
+    """
+
+    def __init__(self, inner_optimizer: Any, name: str | None = None) -> None:
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = keras.optimizers.get(inner_optimizer)
+
+    def build(self, variables: Sequence[Variable]) -> None:
+        """Creates the slots for these variables."""
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        self.add_slots(list(variables))
+        super().build(variables)
+
+    def add_slots(self, variables: list[Variable]) -> None:
+        """Creates what this wrapper itself keeps."""
+
+    def apply(self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Variable] | None = None) -> None:
+        """Updates variables.
+
+        Args:
+            grads: One gradient, or `None`, a variable.
+            trainable_variables: The variables; may be left out once the optimizer is built.
+        """
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        if not self.built:
+            self.build(variables)
+        self._check_variables_are_known(variables)
+        self.update(list(grads), variables)
+
+    def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
+        """What this wrapper does with gradients."""
+        raise NotImplementedError
+
+    @property
+    def variables(self) -> list[Variable]:
+        return [*self._variables, *self.inner_optimizer.variables]
+
+    @property
+    def learning_rate(self) -> Any:
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self) -> Variable:
+        """Number of updates made."""
+        return self.inner_optimizer.iterations
+
+    def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name, "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Wrapper:
+        return cls(**{name: _loaded(value, custom_objects) for name, value in config.items()})
+
+
+def _loaded(value: Any, custom_objects: dict[str, Any] | None) -> Any:
+    if isinstance(value, (dict, list)):
+        return keras.saving.deserialize_keras_object(value, custom_objects)
+    return value
+
+
+def positive_whole(name: str, least: int = 1, **argument: Any) -> int:
+    """The one argument given, if it is a whole number and not too small."""
+    [(key, value)] = argument.items()
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} takes a whole number, at least {least}, as {key}; received {key}={value!r}.")
+    return value
