@@ -15,6 +15,7 @@ import optree
 
 from handloom._keras import Tensor, global_seed_generator, keras
 from handloom._watch import new_variables
+from handloom._weight import step_weight
 from handloom.backends import backend
 from handloom.backends.base import Untraceable
 from handloom.errors import FallbackWarning, RetraceWarning, VariableError
@@ -257,7 +258,9 @@ class _Arguments:
         for index, tensor in zip(self._through, tensors, strict=True):
             leaves[index] = keras.ops.convert_to_tensor(tensor)
         args, kwargs = optree.tree_unflatten(self._structure, leaves)
-        return fn(*args, **kwargs)
+        examples = next((tensor.shape[0] for tensor in tensors if len(tensor.shape)), 1)
+        with step_weight(examples):
+            return fn(*args, **kwargs)
 
 
 class _Outputs:

@@ -50,6 +50,7 @@ if keras.backend.backend() not in BACKENDS:
         f"(it is {os.environ.get('KERAS_BACKEND', 'unset')!r} now; unset, ~/.keras/keras.json decides)."
     )
 
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask  # noqa: E402
 from keras.src.backend.common.stateless_scope import get_stateless_scope  # noqa: E402
 from keras.src.models.functional import Functional  # noqa: E402
 from keras.src.random.seed_generator import global_seed_generator  # noqa: E402
@@ -72,12 +73,14 @@ __all__ = [
     "call_model",
     "current_value",
     "default_loss",
+    "get_keras_mask",
     "global_seed_generator",
     "has_value",
     "in_keras_order",
     "keras",
     "layers_of",
     "loss_tracker",
+    "set_keras_mask",
     "stored_value",
     "take_initial_epoch",
     "value_in",

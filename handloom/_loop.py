@@ -150,6 +150,7 @@ def train(
                     validations.if_due(progress)
                 if model.stop_training:
                     break
+            step.end_epoch()
             progress.end_epoch()
             results = dict(logs)
             results.update(validations.if_due(progress))

@@ -30,6 +30,7 @@ from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
 from handloom.callbacks import progress_display
 from handloom.errors import OptimizerError, StepError
 from handloom.optimizers import LossScaleOptimizer, NamedOptimizers
+from handloom.optimizers._inside import inside
 
 ops = keras.ops
 
@@ -122,10 +123,11 @@ class Model(keras.Model):
             auto_scale_loss=False,
         )
         self._start_steps(jit_compile)
-        if isinstance(self.optimizer, NamedOptimizers):
-            self.optimizer.attach(self)
-            if parts_built(self):
-                self.optimizer.owners()
+        for part in inside(self.optimizer):
+            if isinstance(part, NamedOptimizers):
+                part.attach(self)
+                if parts_built(self):
+                    part.owners()
 
     def get_compile_config(self) -> dict[str, Any]:
         """What `compile` was called with, as a saved model keeps it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -16,8 +17,11 @@ from handloom._logs import READ_AFTER, Logs, Report, Totals
 from handloom._watch import Metrics, OwnVariable, metrics_used
 from handloom.backends import backend
 from handloom.errors import StepError
+from handloom.optimizers._accumulated import Accumulated, windows
 
 ops = keras.ops
+
+_log = logging.getLogger("handloom")
 
 Run: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -53,12 +57,15 @@ class ReportingStep:
         self._renewed: set[int] = set()
         self._known: dict[Any, tuple[Run, Report]] = {}
         self._last: list[Report | None] = [None]
+        self._windows: dict[int, Accumulated] = {}
+        self._flush = Function(_flush, jit_compile=jit_compile)
 
         @functools.wraps(step)
         def reporting(*batch: Any) -> Report:
             # Op by op, a metric's first update of an epoch is the moment to reset it; a compiled step tells before.
-            with metrics_used(None if backend.nested else self._renew) as metrics:
+            with metrics_used(None if backend.nested else self._renew) as metrics, windows() as open_windows:
                 returned = step(*batch)
+            self._windows.update(open_windows)
             results = _Results(getattr(step, "__name__", "step"), returned, metrics)
             return results.added_to(self._totals, _examples(batch), weight(*batch))
 
@@ -74,6 +81,14 @@ class ReportingStep:
         self._last[0] = None
         if self._reset_metrics is not None:
             self._reset_metrics()
+
+    def end_epoch(self) -> None:
+        """Updates from gradients that are gathered and wait for more: none come in this epoch."""
+        for optimizer in self._windows.values():
+            waiting = int(backend.to_numpy(optimizer.gathered.value))
+            if waiting:
+                _log.info("%s: last update of the epoch, from %d of %d steps", optimizer.name, waiting, optimizer.steps)
+                self._flush(optimizer, optimizer.reached)
 
     def _taking_known_steps(self) -> Callable[[Any], None]:
         """The path of a training loop: a batch like one before, a step whose version is known. All else goes around.
@@ -223,6 +238,11 @@ def _pack_dtype(scalar: Tensor, averaged: bool) -> str:
     if dtype == "float64" or (not averaged and "int" in dtype):
         return dtype
     return "float32"
+
+
+def _flush(optimizer: Accumulated, reached: tuple[str, ...]) -> None:
+    del reached  # Static: with other variables, another version.
+    optimizer.flush()
 
 
 def _examples(batch: Any) -> int:

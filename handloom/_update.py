@@ -11,17 +11,25 @@ import optree
 
 from handloom._gradients import Wrt, build, value_and_grad, variables_of
 from handloom._keras import Tensor, Variable, keras, layers_of
-from handloom._watch import losses_of
+from handloom._watch import denominators, losses_of
+from handloom._weight import Weight, step_weight, weight_of_step
 from handloom.errors import GradientError, HandloomWarning, OptimizerError
-from handloom.optimizers._loss_scale import apply_if_finite, unscaled
+from handloom.optimizers._accumulated import Accumulated
+from handloom.optimizers._inside import inside
+from handloom.optimizers._loss_scale import apply_unscaled, unscaled
 from handloom.optimizers._named import NamedOptimizers
 
 ops = keras.ops
 
-Group = tuple[keras.Optimizer, list[Variable]]
 
-
-def minimize(loss_fn: Callable[[], Any], wrt: Wrt, optimizer: keras.Optimizer, *, has_aux: bool = False) -> Any:
+def minimize(
+    loss_fn: Callable[[], Any],
+    wrt: Wrt,
+    optimizer: keras.Optimizer,
+    *,
+    weight: Weight | None = None,
+    has_aux: bool = False,
+) -> Any:
     """Takes one step of an optimizer down a loss, now.
 
     The loss that is minimized includes what belongs to the variables and is easily forgotten: the weight
@@ -34,6 +42,9 @@ def minimize(loss_fn: Callable[[], Any], wrt: Wrt, optimizer: keras.Optimizer, *
             and anything else.
         wrt: What to train: a variable, a layer or model (its trainable variables), or a list, tuple or dict of these.
         optimizer: A Keras optimizer. If it is not built yet, it is built for these variables.
+        weight: How much this gradient counts where several are gathered into one update
+            (`handloom.optimizers.Accumulated`): what the loss was divided by, such as the number of tokens; a number or
+            a scalar tensor. By default what `compute_loss` divided by, or else the number of examples in the batch.
         has_aux: Whether `loss_fn` returns a pair.
 
     Returns:
@@ -45,37 +56,50 @@ def minimize(loss_fn: Callable[[], Any], wrt: Wrt, optimizer: keras.Optimizer, *
     """
     build(wrt, loss_fn)
     variables = variables_of(wrt)
-    groups = _groups(optimizer, variables)
-    scale = _loss_scale([optimizer for optimizer, _ in groups])
+    _build_optimizer(optimizer, variables)
+    scale = _loss_scale(optimizer)
     if scale is None:
         _warn_of_underflow(wrt)
 
     def scaled_loss() -> tuple[Tensor, Any]:
-        loss, aux = _whole_loss(loss_fn, wrt, variables, has_aux)
-        return (loss if scale is None else loss * ops.cast(scale, loss.dtype)), (loss, aux)
+        with denominators() as divided_by:
+            loss, aux = _whole_loss(loss_fn, wrt, variables, has_aux)
+        return (loss if scale is None else loss * ops.cast(scale, loss.dtype)), (loss, aux, divided_by)
 
-    (_, (loss, aux)), gradients = value_and_grad(scaled_loss, wrt=variables, has_aux=True)()
+    (_, (loss, aux, divided_by)), gradients = value_and_grad(scaled_loss, wrt=variables, has_aux=True)()
     _check_reached(gradients, variables)
     if scale is not None:
         gradients = unscaled(gradients, variables, scale)
-    by_variable = dict(zip(map(id, variables), gradients, strict=True))
-    for owner, group in groups:
-        _apply(owner, [by_variable[id(variable)] for variable in group], group)
+    with step_weight(_weight(weight, divided_by, optimizer)):
+        _apply(optimizer, gradients, variables)
     return (loss, aux) if has_aux else loss
 
 
-def _groups(optimizer: keras.Optimizer, variables: list[Variable]) -> list[Group]:
-    """Which optimizer updates which variables."""
+def _weight(given: Weight | None, divided_by: list[Weight], optimizer: keras.Optimizer) -> Weight:
+    """How much the gradient counts: as told, or what the loss was divided by, or the examples in the batch."""
+    if given is not None or not any(isinstance(part, Accumulated) for part in inside(optimizer)):
+        return 1.0 if given is None else given
+    if len(divided_by) > 1:
+        warnings.warn(
+            "Several losses were divided by sums of masks or weights; gradients gathered over several steps count by "
+            "examples then. To weight them otherwise, pass minimize(..., weight=...).",
+            HandloomWarning,
+            stacklevel=3,
+        )
+    return divided_by[0] if len(divided_by) == 1 else weight_of_step()
+
+
+def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise OptimizerError(
             f"minimize() takes a Keras optimizer; received {optimizer!r} (of type {type(optimizer).__name__}). "
             "For example: keras.optimizers.Adam(1e-3)."
         )
-    if isinstance(optimizer, NamedOptimizers):
-        return optimizer.split(variables)
-    if not optimizer.built:
+    if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
         optimizer.build(variables)
-    return [(optimizer, variables)]
+    for part in inside(optimizer):
+        if isinstance(part, NamedOptimizers):
+            part.split(variables)
 
 
 def _whole_loss(loss_fn: Callable[[], Any], wrt: Wrt, variables: list[Variable], has_aux: bool) -> tuple[Tensor, Any]:
@@ -97,13 +121,12 @@ def _pair(result: Any) -> tuple[Any, Any]:
     return result
 
 
-def _loss_scale(optimizers: Sequence[keras.Optimizer]) -> Tensor | None:
+def _loss_scale(optimizer: keras.Optimizer) -> Tensor | None:
     """The factor for the loss: the smallest that any of the optimizers asks for."""
     scales = [
-        optimizer.dynamic_scale.value
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        else optimizer.loss_scale_factor
-        for optimizer in optimizers
+        part.dynamic_scale.value if isinstance(part, keras.optimizers.LossScaleOptimizer) else part.loss_scale_factor
+        for part in inside(optimizer)
+        if part.built
     ]
     asked = [scale for scale in scales if scale is not None]
     return functools.reduce(ops.minimum, asked) if asked else None
@@ -123,14 +146,8 @@ def _warn_of_underflow(wrt: Wrt) -> None:
 
 def _apply(optimizer: keras.Optimizer, gradients: list[Tensor | None], variables: list[Variable]) -> None:
     """Hands unscaled gradients to an optimizer, which clips and applies them."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        apply_if_finite(optimizer, gradients, variables)
-        return
-    factor = optimizer.loss_scale_factor
-    if factor is not None:  # It will divide by this.
-        gradients = [None if gradient is None else gradient * factor for gradient in gradients]
     try:
-        optimizer.apply(gradients, variables)
+        apply_unscaled(optimizer, gradients, variables)
     except ValueError as error:
         if "Unknown variable" not in str(error):
             raise

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from handloom._keras import Layer, Tensor, Variable, keras, layers_of
+from handloom._keras import Layer, Tensor, Variable, get_keras_mask, keras, layers_of
+from handloom._weight import SUM, Weight
 
 
 @contextlib.contextmanager
@@ -170,3 +171,33 @@ def losses_of(variables: list[Variable], layers: list[Layer]) -> Iterator[Losses
 
     with _replaced(keras.Layer, "add_loss", noting_added), _replaced(keras.Layer, "losses", noting_read):
         yield losses
+
+
+@contextlib.contextmanager
+def denominators() -> Iterator[list[Weight]]:
+    """Lists what the Keras losses computed inside were divided by, where that is not the number of examples."""
+    noted: list[Weight] = []
+    thread = threading.get_ident()
+
+    def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(original)
+        def call(self: keras.Loss, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Tensor:
+            if threading.get_ident() == thread:
+                noted.extend(_denominator(self.reduction, y_pred, sample_weight))
+            return original(self, y_true, y_pred, sample_weight)
+
+        return call
+
+    with _replaced(keras.Loss, "__call__", make):
+        yield noted
+
+
+def _denominator(reduction: str | None, y_pred: Any, sample_weight: Any) -> list[Weight]:
+    masks = [mask for mask in map(get_keras_mask, keras.tree.flatten(y_pred)) if mask is not None]
+    counts = [keras.ops.cast(mask, keras.config.floatx()) for mask in masks]
+    if reduction == "sum":
+        return [SUM]
+    if reduction == "mean_with_sample_weight" and sample_weight is not None:
+        weight = keras.ops.convert_to_tensor(sample_weight, keras.config.floatx())
+        return [keras.ops.sum(weight * counts[0] if counts else weight)]
+    return [keras.ops.sum(count) for count in counts]

@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 from handloom._keras import Tensor
 
 Weight: TypeAlias = "Tensor | float"
-"""A number, or a scalar tensor."""
+"""A number, or a scalar tensor; `SUM` for a loss that is divided by nothing."""
+
+SUM = "sum"
 
 
 class _Here(threading.local):
     weight: Any = 1.0
-    noted: list[Any] | None = None
 
 
 _here = _Here()
@@ -34,19 +35,3 @@ def step_weight(weight: Weight) -> Iterator[None]:
 def weight_of_step() -> Weight:
     """How much a gradient counts here; 1 where nobody said."""
     return _here.weight
-
-
-@contextlib.contextmanager
-def noted_weights() -> Iterator[list[Weight]]:
-    """Lists what `note_weight` is told inside."""
-    before, _here.noted = _here.noted, []
-    try:
-        yield _here.noted
-    finally:
-        _here.noted = before
-
-
-def note_weight(weight: Weight) -> None:
-    """Tells whoever differentiates a loss by what it was divided."""
-    if _here.noted is not None:
-        _here.noted.append(weight)

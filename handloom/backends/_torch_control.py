@@ -18,6 +18,7 @@ from typing import Any
 import optree
 import torch
 from keras.src.backend.torch import core
+from torch._guards import detect_fake_mode
 from torch._higher_order_ops.cond import cond_op
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch._subclasses import FakeTensor
@@ -105,7 +106,7 @@ class _Branch:
 
     def __init__(self, fn: Callable[..., Any], carried: Sequence[torch.Tensor]) -> None:
         self._fn = fn
-        with disable_proxy_modes_tracing(), _Writes() as writes, _Closure(carried) as closure, _Copies() as scope:
+        with _aside(), _Writes() as writes, _Closure(carried) as closure, _Copies() as scope:
             self.results, self.structure = optree.tree_flatten(fn(*carried))
             self.results = [closure.replace(core.convert_to_tensor(result)) for result in self.results]
             in_place = [variable for variable, copy in scope.read if writes.into(copy)]
@@ -165,9 +166,21 @@ def _either(pred: torch.Tensor, runs: Sequence[Callable[..., Any]], used: Sequen
     return [results[index] for index in range(len(kinds))]
 
 
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+    """Within, a branch runs without leaving a trace in the step's graph.
+
+    Numbers that it takes out of tensors (a learning rate, for one) are its own affair, too.
+    """
+    mode = detect_fake_mode()
+    shapes = None if mode is None else mode.shape_env
+    with disable_proxy_modes_tracing(), shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext():
+        yield
+
+
 def _traced(fn: Callable[..., Any], operands: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
     """A function as a graph of its own, in which what it differentiates is spelled out."""
-    with disable_proxy_modes_tracing():
+    with _aside():
         module = make_fx(fn)(*operands)
     module.graph.eliminate_dead_code()
     module.recompile()

@@ -1,6 +1,37 @@
-"""Optimizers by name, and loss scaling that cannot be forgotten."""
+"""Optimizers by name and around others: accumulation, averaged weights, transforms, loss scaling."""
 
+from handloom.optimizers._accumulated import Accumulated as Accumulated
+from handloom.optimizers._averaged import Averaged as Averaged
+from handloom.optimizers._averaged import averaged_weights as averaged_weights
+from handloom.optimizers._less_often import UpdateEvery as UpdateEvery
 from handloom.optimizers._loss_scale import LossScaleOptimizer as LossScaleOptimizer
 from handloom.optimizers._named import NamedOptimizers as NamedOptimizers
+from handloom.optimizers._transformed import Transformed as Transformed
+from handloom.optimizers._transforms import AdaptiveClip as AdaptiveClip
+from handloom.optimizers._transforms import AddNoise as AddNoise
+from handloom.optimizers._transforms import Centralize as Centralize
+from handloom.optimizers._transforms import ClipByGlobalNorm as ClipByGlobalNorm
+from handloom.optimizers._transforms import ClipByNorm as ClipByNorm
+from handloom.optimizers._transforms import ClipByValue as ClipByValue
+from handloom.optimizers._transforms import Freeze as Freeze
+from handloom.optimizers._transforms import Multiply as Multiply
+from handloom.optimizers._transforms import global_norm as global_norm
 
-__all__ = ["LossScaleOptimizer", "NamedOptimizers"]
+__all__ = [
+    "Accumulated",
+    "AdaptiveClip",
+    "AddNoise",
+    "Averaged",
+    "Centralize",
+    "ClipByGlobalNorm",
+    "ClipByNorm",
+    "ClipByValue",
+    "Freeze",
+    "LossScaleOptimizer",
+    "Multiply",
+    "NamedOptimizers",
+    "Transformed",
+    "UpdateEvery",
+    "averaged_weights",
+    "global_norm",
+]

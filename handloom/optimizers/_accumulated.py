@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 from handloom._keras import Tensor, Variable, keras
-from handloom._weight import weight_of_step
+from handloom._weight import SUM, weight_of_step
 from handloom.backends import backend
 from handloom.optimizers._wrapper import Wrapper, positive_whole
 
@@ -41,31 +44,39 @@ class Accumulated(Wrapper):
         self.gathered = self.add_variable((), name="gathered", dtype="int32")
 
     def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
-        weight = ops.cast(weight_of_step(), "float32")
+        weight = weight_of_step()
+        factor = ops.cast(1.0 if weight is SUM else weight, "float32")
         for gradient, variable in zip(gradients, variables, strict=True):
             if gradient is not None:
                 self._reached[id(variable)] = variable
                 total = self._sum_of(variable)
-                total.assign(total + gradient * ops.cast(weight, total.dtype))
-        self._weight.assign(self._weight + weight)
+                total.assign(total + gradient * ops.cast(factor, total.dtype))
+        self._weight.assign(factor if weight is SUM else self._weight + factor)
         self.gathered.assign(self.gathered + 1)
+        _note(self)
         backend.cond(ops.greater_equal(self.gathered, self.steps), self._make_update, _nothing)
 
     def flush(self) -> None:
         """Makes the update of a window that is still open; does nothing where none is."""
-        if self.built:
+        if self._reached:
             backend.cond(ops.greater(self.gathered, 0), self._make_update, _nothing)
+
+    @property
+    def reached(self) -> tuple[str, ...]:
+        """The paths of the variables that have had a gradient so far."""
+        return tuple(variable.path for variable in self._reached.values())
 
     def _make_update(self) -> None:
         variables = list(self._reached.values())
         # A window of examples that all weigh nothing asks for no change.
-        weight = ops.where(ops.equal(self._weight, 0), 1.0, self._weight)
+        weight = ops.where(ops.equal(self._weight, 0), 1.0, self._weight.value)
         sums = [self._sum_of(variable) for variable in variables]
-        self.inner_optimizer.apply([total / ops.cast(weight, total.dtype) for total in sums], variables)
+        self.apply_inner([total / ops.cast(weight, total.dtype) for total in sums], variables)
         for kept in [*sums, self._weight, self.gathered]:
-            kept.assign(ops.zeros_like(kept))
+            kept.assign(ops.zeros_like(kept.value))
 
     def _sum_of(self, variable: Variable) -> Variable:
+        self._check_variables_are_known([variable])
         return self._sums[self._get_variable_index(variable)]
 
     def get_config(self) -> dict[str, Any]:
@@ -74,3 +85,24 @@ class Accumulated(Wrapper):
 
 def _nothing() -> None:
     pass
+
+
+_Windows = dict[int, Accumulated]
+_windows: contextvars.ContextVar[_Windows | None] = contextvars.ContextVar("windows", default=None)
+
+
+@contextlib.contextmanager
+def windows() -> Iterator[_Windows]:
+    """Collects the optimizers that gather gradients inside, by id."""
+    gathering: _Windows = {}
+    token = _windows.set(gathering)
+    try:
+        yield gathering
+    finally:
+        _windows.reset(token)
+
+
+def _note(optimizer: Accumulated) -> None:
+    gathering = _windows.get()
+    if gathering is not None:
+        gathering[id(optimizer)] = optimizer

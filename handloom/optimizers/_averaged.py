@@ -61,7 +61,7 @@ class Averaged(Wrapper):
         self._seen = self.add_variable((), name="seen", dtype="int32")
 
     def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
-        self.inner_optimizer.apply(gradients, variables)
+        self.apply_inner(gradients, variables)
         updates = ops.cast(self.iterations, "int32")
         due = ops.logical_and(updates >= self.start + 1, ops.equal((updates - self.start - 1) % self.every, 0))
         backend.cond(ops.logical_and(updates > self._seen, due), self._contribute, lambda: None)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+
+from handloom._keras import keras
+from handloom.optimizers._named import NamedOptimizers
 
 
-def inside(optimizer: Any) -> Iterator[Any]:
-    """An optimizer, and those that it wraps or names, outermost first."""
+def inside(optimizer: keras.Optimizer | None) -> Iterator[keras.Optimizer]:
+    """An optimizer, and those that it wraps or names, outermost first; nothing for `None`."""
+    if optimizer is None:
+        return
     yield optimizer
-    for inner in getattr(optimizer, "by_name", {}).values():
-        yield from inside(inner)
-    inner = getattr(optimizer, "inner_optimizer", None)
-    if inner is not None:
-        yield from inside(inner)
+    if isinstance(optimizer, NamedOptimizers):
+        for inner in optimizer.values():
+            yield from inside(inner)
+    elif isinstance(getattr(optimizer, "inner_optimizer", None), keras.Optimizer):
+        yield from inside(optimizer.inner_optimizer)

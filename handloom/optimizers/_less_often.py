@@ -38,7 +38,7 @@ class UpdateEvery(Wrapper):
     def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
         self._calls.assign(self._calls + 1)
         due = ops.equal(self._calls % self.steps, 0)
-        backend.cond(due, lambda: self.inner_optimizer.apply(gradients, variables), lambda: None)
+        backend.cond(due, lambda: self.apply_inner(gradients, variables), lambda: None)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"steps": self.steps}

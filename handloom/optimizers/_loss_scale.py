@@ -64,13 +64,27 @@ def unscaled(gradients: Sequence[Tensor | None], variables: Sequence[Variable], 
     ]
 
 
+def apply_unscaled(
+    optimizer: keras.Optimizer, gradients: Sequence[Tensor | None], variables: Sequence[Variable]
+) -> None:
+    """Hands an optimizer gradients of a loss that is not scaled, or not any more."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        apply_if_finite(optimizer, gradients, variables)
+        return
+    factor = optimizer.loss_scale_factor
+    if factor is not None:  # It will divide by this.
+        gradients = [None if gradient is None else gradient * factor for gradient in gradients]
+    optimizer.apply(gradients, variables)
+
+
 def apply_if_finite(
     optimizer: keras.optimizers.LossScaleOptimizer, gradients: Sequence[Tensor | None], variables: Sequence[Variable]
 ) -> None:
     """Lets the inner optimizer update with unscaled gradients, unless one is not finite; adapts the scale."""
-    inner = optimizer.inner_optimizer
+    if not optimizer.built:
+        optimizer.build(list(variables))
     finite = optimizer.check_finite(gradients)
-    backend.cond(finite, lambda: inner.apply(gradients, variables), lambda: None)
+    backend.cond(finite, lambda: apply_unscaled(optimizer.inner_optimizer, gradients, variables), lambda: None)
     steps = ops.where(finite, optimizer.step_counter + 1, 0)
     grows = ops.equal(steps, optimizer.dynamic_growth_steps)
     factor = ops.where(finite, ops.where(grows, 2.0, 1.0), 0.5)

@@ -8,6 +8,7 @@ from typing import Any
 
 from handloom._keras import Layer, Tensor, Variable, keras
 from handloom.errors import OptimizerError
+from handloom.optimizers._loss_scale import apply_unscaled
 
 REST = "*"
 
@@ -17,10 +18,11 @@ class NamedOptimizers(keras.optimizers.Optimizer):
     """Optimizers by the name of what they train; `model.optimizer` after `compile(optimizer={...})`.
 
     Each name is an attribute of the model, a dotted path to a layer, a variable, or a list of these; the optimizer
-    owns its trainable variables. `"*"` owns the rest. Every trainable variable has exactly one owner.
+    owns its trainable variables. `"*"` owns the rest. In a pair `(predicate, optimizer)` the predicate says by a
+    variable's path what the optimizer owns, and the name is free. Every trainable variable has exactly one owner.
 
     Args:
-        optimizers: The optimizers by name.
+        optimizers: The optimizers by name, or pairs `(predicate, optimizer)`.
         name: Name of the whole.
 
     Example:
@@ -29,7 +31,9 @@ class NamedOptimizers(keras.optimizers.Optimizer):
 
     def __init__(self, optimizers: Mapping[str, keras.Optimizer], name: str = "named_optimizers") -> None:
         super().__init__(learning_rate=0.0, name=name)
-        self._by_name = {key: _optimizer(key, optimizer) for key, optimizer in optimizers.items()}
+        pairs = {key: value if isinstance(value, tuple) else (None, value) for key, value in optimizers.items()}
+        self._predicates = {key: predicate for key, (predicate, _) in pairs.items() if predicate is not None}
+        self._by_name = {key: _optimizer(key, optimizer) for key, (_, optimizer) in pairs.items()}
         if not self._by_name:
             raise OptimizerError('No optimizer was given. For example: optimizer={"generator": "adam", "*": "sgd"}.')
         self._model: Callable[[], Layer | None] = lambda: None
@@ -49,6 +53,10 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         """Pairs (name, optimizer), in the order given."""
         yield from self._by_name.items()
 
+    def values(self) -> Iterator[keras.Optimizer]:
+        """The optimizers, in the order given."""
+        yield from self._by_name.values()
+
     def attach(self, model: Layer) -> None:
         """Takes the names as attributes of this model from now on."""
         self._model = weakref.ref(model)  # Keras follows attributes when it saves; the model holds this optimizer.
@@ -62,7 +70,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         model = self._model()
         if model is None:
             raise OptimizerError("Several optimizers by name belong to a model: pass them to its compile().")
-        owners = {name: _variables_at(model, name) for name in self._by_name if name != REST}
+        owners = {name: self._variables_of(model, name) for name in self._by_name if name != REST}
         names: dict[int, str] = {}
         for name, variables in owners.items():
             for variable in variables:
@@ -82,6 +90,12 @@ class NamedOptimizers(keras.optimizers.Optimizer):
                 "freeze the layer: layer.trainable = False."
             )
         return {name: owners[name] for name in self._by_name}
+
+    def _variables_of(self, model: Layer, name: str) -> list[Variable]:
+        predicate = self._predicates.get(name)
+        if predicate is None:
+            return _variables_at(model, name)
+        return [variable for variable in model.trainable_variables if predicate(variable.path)]
 
     def split(self, variables: Sequence[Variable]) -> list[tuple[keras.Optimizer, list[Variable]]]:
         """The variables in groups, each with its owner, which is built for all that it owns."""
@@ -116,7 +130,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
             raise OptimizerError("Several optimizers cannot tell whose gradients these are; pass the variables too.")
         gradients = {id(variable): grad for variable, grad in zip(trainable_variables, grads, strict=True)}
         for optimizer, group in self.split(trainable_variables):
-            optimizer.apply([gradients[id(variable)] for variable in group], group)
+            apply_unscaled(optimizer, [gradients[id(variable)] for variable in group], group)
 
     @property
     def variables(self) -> list[Variable]:
@@ -133,13 +147,24 @@ class NamedOptimizers(keras.optimizers.Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
-        return {"name": self.name, "optimizers": {name: serialize(value) for name, value in self._by_name.items()}}
+        optimizers = {name: serialize(value) for name, value in self._by_name.items()}
+        # A predicate is code, which no file holds; what it chose is kept.
+        chosen = {name: [variable.path for variable in self.owners()[name]] for name in self._predicates}
+        return {"name": self.name, "optimizers": optimizers, "paths": chosen}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> NamedOptimizers:
         deserialize = keras.saving.deserialize_keras_object
         optimizers = {name: deserialize(value, custom_objects) for name, value in config["optimizers"].items()}
-        return cls(optimizers, name=config["name"])
+        chosen = {name: (frozenset(paths).__contains__, optimizers[name]) for name, paths in config["paths"].items()}
+        return cls(optimizers | chosen, name=config["name"])
+
+
+def as_optimizer(optimizer: Any) -> keras.Optimizer:
+    """What `compile` takes as an optimizer: one, its name, or several in a dict."""
+    if isinstance(optimizer, Mapping) and "class_name" not in optimizer:
+        return NamedOptimizers(optimizer)
+    return keras.optimizers.get(optimizer)
 
 
 def _optimizer(name: str, optimizer: Any) -> keras.Optimizer:

@@ -39,7 +39,7 @@ class Transformed(Wrapper):
     def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
         for transform in self.transforms:
             gradients = _checked(transform(gradients, variables), variables, transform)
-        self.inner_optimizer.apply(gradients, variables)
+        self.apply_inner(gradients, variables)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"transforms": keras.saving.serialize_keras_object(self.transforms)}

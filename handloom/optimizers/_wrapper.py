@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from handloom._keras import Tensor, Variable, keras
+from handloom.optimizers._loss_scale import apply_unscaled
+from handloom.optimizers._named import NamedOptimizers, as_optimizer
 
 
 class Wrapper(keras.optimizers.Optimizer):
@@ -18,11 +20,12 @@ class Wrapper(keras.optimizers.Optimizer):
 
     def __init__(self, inner_optimizer: Any, name: str | None = None) -> None:
         super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = keras.optimizers.get(inner_optimizer)
+        self.inner_optimizer = as_optimizer(inner_optimizer)
 
     def build(self, variables: Sequence[Variable]) -> None:
         """Creates the slots for these variables."""
-        if not self.inner_optimizer.built:
+        # Optimizers by name build themselves, each when the layers that it owns are there.
+        if not self.inner_optimizer.built and not isinstance(self.inner_optimizer, NamedOptimizers):
             self.inner_optimizer.build(variables)
         self.add_slots(list(variables))
         super().build(variables)
@@ -40,12 +43,15 @@ class Wrapper(keras.optimizers.Optimizer):
         variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
         if not self.built:
             self.build(variables)
-        self._check_variables_are_known(variables)
         self.update(list(grads), variables)
 
     def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
         """What this wrapper does with gradients."""
         raise NotImplementedError
+
+    def apply_inner(self, gradients: Sequence[Tensor | None], variables: Sequence[Variable]) -> None:
+        """Hands gradients on to the inner optimizer."""
+        apply_unscaled(self.inner_optimizer, gradients, variables)
 
     @property
     def variables(self) -> list[Variable]:
