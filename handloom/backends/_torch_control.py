@@ -46,8 +46,11 @@ class _Closure(TorchFunctionMode):
         del types
         args, kwargs = optree.tree_map(self.replace, (tuple(args), kwargs or {}))
         result = func(*args, **kwargs)
-        self._made.update((id(leaf), leaf) for leaf in optree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        self.note_made(result)
         return result
+
+    def note_made(self, result: Any) -> None:
+        self._made.update((id(leaf), leaf) for leaf in optree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
 
     def replace(self, leaf: Any) -> Any:
         if isinstance(leaf, keras.Variable):
@@ -84,13 +87,15 @@ def _memory(tensor: torch.Tensor) -> int:
 class _Copies(Scope):
     """Gives copies of variables' values, since Keras's torch optimizers write into what they are given."""
 
-    def __init__(self) -> None:
+    def __init__(self, closure: _Closure) -> None:
         super().__init__()
         self.read: list[tuple[Variable, torch.Tensor]] = []
+        self._closure = closure
 
     def get_current_value(self, variable: Variable) -> torch.Tensor:
         if id(variable) not in self.state_mapping:
-            copy = super().get_current_value(variable).clone()
+            copy = self._closure.replace(super().get_current_value(variable)).clone()
+            self._closure.note_made(copy)  # It does not see it itself where it is what asks for the value.
             self.read.append((variable, copy))
             self.state_mapping[id(variable)] = copy
         return self.state_mapping[id(variable)]
@@ -106,7 +111,7 @@ class _Branch:
 
     def __init__(self, fn: Callable[..., Any], carried: Sequence[torch.Tensor]) -> None:
         self._fn = fn
-        with _aside(), _Writes() as writes, _Closure(carried) as closure, _Copies() as scope:
+        with _aside(), _Writes() as writes, _Closure(carried) as closure, _Copies(closure) as scope:
             self.results, self.structure = optree.tree_flatten(fn(*carried))
             self.results = [closure.replace(core.convert_to_tensor(result)) for result in self.results]
             in_place = [variable for variable, copy in scope.read if writes.into(copy)]
@@ -120,7 +125,7 @@ class _Branch:
 
         def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
             replacements = dict(zip(map(id, used), operands[carried:], strict=True))
-            with _Closure(operands, replacements) as closure, _Copies() as scope:
+            with _Closure(operands, replacements) as closure, _Copies(closure) as scope:
                 results = optree.tree_leaves(self._fn(*operands[:carried]))
                 results += [scope.get_current_value(variable) for variable in written]
                 # The operations refuse a result that is one of their arguments.
