@@ -18,6 +18,7 @@ from handloom.optimizers._accumulated import Accumulated
 from handloom.optimizers._inside import inside
 from handloom.optimizers._loss_scale import apply_unscaled, unscaled
 from handloom.optimizers._named import NamedOptimizers
+from handloom.optimizers._wrapper import Wrapper
 
 ops = keras.ops
 
@@ -66,7 +67,9 @@ def minimize(
             loss, aux = _whole_loss(loss_fn, wrt, variables, has_aux)
         return (loss if scale is None else loss * ops.cast(scale, loss.dtype)), (loss, aux, divided_by)
 
-    (_, (loss, aux, divided_by)), gradients = value_and_grad(scaled_loss, wrt=variables, has_aux=True)()
+    differentiate = value_and_grad(scaled_loss, wrt=variables, has_aux=True)
+    taken = optimizer.take_gradients(differentiate, variables) if isinstance(optimizer, Wrapper) else differentiate()
+    (_, (loss, aux, divided_by)), gradients = taken
     _check_reached(gradients, variables)
     if scale is not None:
         gradients = unscaled(gradients, variables, scale)

@@ -201,3 +201,24 @@ def _denominator(reduction: str | None, y_pred: Any, sample_weight: Any) -> list
         weight = keras.ops.convert_to_tensor(sample_weight, keras.config.floatx())
         return [keras.ops.sum(weight * counts[0] if counts else weight)]
     return [keras.ops.sum(count) for count in counts]
+
+
+@contextlib.contextmanager
+def assignments_undone() -> Iterator[None]:
+    """Variables that are assigned inside have their values back after."""
+    before: dict[int, tuple[Variable, Tensor]] = {}
+    thread = threading.get_ident()
+
+    def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(original)
+        def assign(self: Variable, value: Any) -> Tensor:
+            if threading.get_ident() == thread and id(self) not in before:
+                before[id(self)] = self, keras.ops.copy(self.value)
+            return original(self, value)
+
+        return assign
+
+    with _replaced(keras.Variable, "assign", make):
+        yield
+    for variable, value in before.values():
+        variable.assign(value)

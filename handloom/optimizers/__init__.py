@@ -6,6 +6,7 @@ from handloom.optimizers._averaged import averaged_weights as averaged_weights
 from handloom.optimizers._less_often import UpdateEvery as UpdateEvery
 from handloom.optimizers._loss_scale import LossScaleOptimizer as LossScaleOptimizer
 from handloom.optimizers._named import NamedOptimizers as NamedOptimizers
+from handloom.optimizers._sharpness import SharpnessAware as SharpnessAware
 from handloom.optimizers._transformed import Transformed as Transformed
 from handloom.optimizers._transforms import AdaptiveClip as AdaptiveClip
 from handloom.optimizers._transforms import AddNoise as AddNoise
@@ -30,6 +31,7 @@ __all__ = [
     "LossScaleOptimizer",
     "Multiply",
     "NamedOptimizers",
+    "SharpnessAware",
     "Transformed",
     "UpdateEvery",
     "averaged_weights",

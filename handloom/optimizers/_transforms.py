@@ -46,7 +46,7 @@ def global_norm(gradients: Gradients) -> Tensor:
     return ops.sqrt(sum(squares[1:], start=squares[0])) if squares else ops.zeros(())
 
 
-def _check_positive(name: str, **values: Any) -> None:
+def check_positive(name: str, **values: Any) -> None:
     for argument, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise ValueError(f"{name} takes a positive {argument}; received {argument}={value!r}.")
@@ -59,7 +59,7 @@ class ClipByValue:
     limit: float
 
     def __post_init__(self) -> None:
-        _check_positive("ClipByValue", limit=self.limit)
+        check_positive("ClipByValue", limit=self.limit)
 
     def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
         return _each(lambda gradient: ops.clip(gradient, -self.limit, self.limit), gradients)
@@ -72,7 +72,7 @@ class ClipByNorm:
     limit: float
 
     def __post_init__(self) -> None:
-        _check_positive("ClipByNorm", limit=self.limit)
+        check_positive("ClipByNorm", limit=self.limit)
 
     def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
         return _each(lambda gradient: gradient * _shrinking(_norm(gradient), self.limit), gradients)
@@ -85,7 +85,7 @@ class ClipByGlobalNorm:
     limit: float
 
     def __post_init__(self) -> None:
-        _check_positive("ClipByGlobalNorm", limit=self.limit)
+        check_positive("ClipByGlobalNorm", limit=self.limit)
 
     def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
         factor = _shrinking(global_norm(gradients), self.limit)
@@ -105,7 +105,7 @@ class AdaptiveClip:
     least: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check_positive("AdaptiveClip", ratio=self.ratio, least=self.least)
+        check_positive("AdaptiveClip", ratio=self.ratio, least=self.least)
 
     def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
         return [
@@ -179,7 +179,7 @@ class AddNoise:
     """
 
     def __init__(self, stddev: float, seed: int = 0) -> None:
-        _check_positive("AddNoise", stddev=stddev)
+        check_positive("AddNoise", stddev=stddev)
         self.stddev, self.seed = stddev, seed
         self._generator = keras.random.SeedGenerator(seed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from handloom._keras import Tensor, Variable, keras
@@ -32,6 +32,13 @@ class Wrapper(keras.optimizers.Optimizer):
 
     def add_slots(self, variables: list[Variable]) -> None:
         """Creates what this wrapper itself keeps."""
+
+    def take_gradients(
+        self, differentiate: Callable[[], tuple[Any, list[Tensor | None]]], variables: list[Variable]
+    ) -> tuple[Any, list[Tensor | None]]:
+        """How gradients are taken: `differentiate` computes a loss, with what belongs to it, and its gradients."""
+        inner = self.inner_optimizer
+        return inner.take_gradients(differentiate, variables) if isinstance(inner, Wrapper) else differentiate()
 
     def apply(self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Variable] | None = None) -> None:
         """Updates variables.
