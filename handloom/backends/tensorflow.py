@@ -1,7 +1,7 @@
 """TensorFlow: a step becomes one concrete function; variables are captured and changed in place by the graph.
 
 Internals used: AutoGraph's `convert`, because `tf.function` would convert Handloom's own code along with the
-user's, and its rules of what to convert; `tf.__internal__.FuncGraph`, a graph to try a function in;
+user's, its rules of what to convert, and its error; `tf.__internal__.FuncGraph`, a graph to try a function in;
 `Variable._value` (see `handloom/_keras.py`).
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.autograph.core import ag_ctx
 from tensorflow.python.autograph.core import config as autograph_config
-from tensorflow.python.autograph.impl.api import convert
+from tensorflow.python.autograph.impl.api import StagingError, convert
 
 from handloom._keras import Tensor, Variable, keras, stored_value
 from handloom.backends._blame import needs_a_value
@@ -67,6 +67,8 @@ class TensorFlowBackend(Backend):
             if not any(word in str(error) for word in _SYMBOLIC):
                 raise
             raise needs_a_value(error) from error
+        except StagingError as error:
+            raise _as_raised(error) from None
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return _convert(fn) if self._nesting.trace else fn
@@ -135,6 +137,13 @@ def _row(tape: tf.GradientTape, output: Tensor, sources: list[Tensor]) -> Gradie
     except ValueError:  # An operation that the vectorized form does not know.
         row = tape.jacobian(output, sources, experimental_use_pfor=False)
     return row
+
+
+def _as_raised(error: StagingError) -> BaseException:
+    """The exception of the user's, or of ours, in place of which AutoGraph raised one of its own."""
+    original: BaseException = error.__context__ or error
+    original.add_note(str(error))  # Where it was raised: the traceback leads through generated code.
+    return original
 
 
 def _with_xla(jit_compile: bool | str) -> bool:
