@@ -104,6 +104,7 @@ class JaxBackend(Backend):
 
 _NEEDS_A_VALUE = (
     jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
 )
