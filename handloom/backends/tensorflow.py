@@ -36,11 +36,12 @@ class TensorFlowBackend(Backend):
     name = "tensorflow"
 
     def is_array(self, leaf: Any) -> bool:
-        if isinstance(leaf, (tf.Variable, keras.Variable)):
+        if isinstance(leaf, keras.Variable):
             return False
         return isinstance(leaf, (np.ndarray, np.generic)) or tf.is_tensor(leaf)
 
     def to_tensor(self, array: Any) -> Tensor:
+        array = _read(array)
         if array.dtype in (np.float64, tf.float64):
             return tf.cast(array, keras.config.floatx())
         return array if tf.is_tensor(array) else tf.constant(array)
@@ -53,7 +54,7 @@ class TensorFlowBackend(Backend):
         return np.asarray(tensor.numpy())
 
     def detach(self, tensor: Tensor) -> Tensor:
-        return tensor
+        return _read(tensor)
 
     def trace(
         self, fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], *, jit_compile: bool | str
@@ -86,6 +87,7 @@ class TensorFlowBackend(Backend):
         sources = _Sources(tensors, variables)
         with self._inside("gradient"), tf.GradientTape(watch_accessed_variables=False) as tape:
             value, aux = fn(*sources.watched_by(tape))
+            value, aux = _read(value), [_read(tensor) for tensor in aux]
         gradients = tape.gradient(value, sources.watched)
         return value, aux, *sources.split(gradients)
 
@@ -96,6 +98,11 @@ class TensorFlowBackend(Backend):
         with self._inside("gradient"), tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             outputs = fn(*sources.watched_by(tape))
         return [sources.split(_row(tape, output, sources.watched)) for output in outputs]
+
+
+def _read(tensor: Tensor) -> Tensor:
+    """The present value of what may be a `tf.Variable`: here, unlike elsewhere, `keras.Variable.value` is one."""
+    return tf.identity(tensor) if isinstance(tensor, (tf.Variable, keras.Variable)) else tensor
 
 
 class TensorFlowProgram:
