@@ -35,9 +35,9 @@ class JaxBackend(Backend):
         return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
     def to_tensor(self, array: Any) -> Tensor:
-        if array.dtype == np.float64:
-            return array.astype(keras.config.floatx())
-        return array
+        if isinstance(array, np.ndarray) and not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
+        return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
 
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         return tensor.shape, jax.dtypes.canonicalize_dtype(tensor.dtype).name

@@ -45,8 +45,8 @@ class TorchBackend(Backend):
 
     def to_tensor(self, array: Any) -> Tensor:
         if not isinstance(array, torch.Tensor):
-            array = np.asarray(array)
-            array = torch.from_numpy(array if array.flags.writeable else array.copy())
+            array = np.require(array, array.dtype.newbyteorder("="), ["C_CONTIGUOUS", "WRITEABLE"])
+            array = torch.from_numpy(array)
         dtype = getattr(torch, keras.config.floatx()) if array.dtype == torch.float64 else array.dtype
         return array.to(device=core.get_device(), dtype=dtype)
 
@@ -60,7 +60,7 @@ class TorchBackend(Backend):
         return np.asarray(tensor.numpy())
 
     def detach(self, tensor: Tensor) -> Tensor:
-        return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
+        return tensor.detach().clone()
 
     def trace(self, fn: Step, tensors: Sequence[Tensor], *, jit_compile: bool | str) -> TorchProgram:
         try:
@@ -73,7 +73,7 @@ class TorchBackend(Backend):
         except Exception as first:
             program = self._trace_with_gradients_recorded(fn, tensors, first)
         if jit_compile is True:
-            program.compile_kernels(tensors)
+            program.compile_kernels(_contiguous(tensors))
         return program
 
     def _trace_with_gradients_recorded(self, fn: Step, tensors: Sequence[Tensor], first: Exception) -> TorchProgram:
@@ -124,6 +124,7 @@ class TorchProgram:
     """A step as one graph over its variables' memory, which it changes in place."""
 
     def __init__(self, fn: Step, tensors: Sequence[Tensor]) -> None:
+        tensors = _contiguous(tensors)
         self._variables = _find_variables(fn, tensors)
         graph = make_fx(
             functools.partial(_run_on, fn, self._variables), tracing_mode="fake", _allow_non_fake_inputs=True
@@ -163,10 +164,15 @@ class TorchProgram:
 
     def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         with self._guard():
-            return self._step(*self._values(), *tensors)
+            return self._step(*self._values(), *_contiguous(tensors))
 
     def _values(self) -> list[Tensor]:
         return [variable._value for variable in self._variables]
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors laid out as a graph expects them: it has the strides of those it was traced with written into it."""
+    return list(map(torch.Tensor.contiguous, tensors))
 
 
 def _find_variables(fn: Step, tensors: Sequence[Tensor]) -> list[Variable]:
