@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import optree
 
-from handloom._keras import Tensor, Variable, keras, layers_of
+from handloom._keras import Tensor, Variable, get_keras_mask, keras, layers_of, set_keras_mask
 from handloom.backends import backend
 from handloom.errors import GradientError
 
@@ -263,17 +263,23 @@ def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
 
 
 class _Rest:
-    """What a function returns besides its value: tensors go through the backend, the rest around it."""
+    """What a function returns besides its value: tensors and their masks go through the backend, the rest around it."""
 
     def put(self, aux: Any) -> list[Tensor]:
         leaves, self._structure = optree.tree_flatten(aux)
         self._leaves = [None if backend.is_array(leaf) else leaf for leaf in leaves]
         self._through = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
-        return [keras.ops.convert_to_tensor(leaves[index]) for index in self._through]
+        masks = [get_keras_mask(leaves[index]) for index in self._through]
+        self._masked = [index for index, mask in zip(self._through, masks, strict=True) if mask is not None]
+        tensors = [keras.ops.convert_to_tensor(leaves[index]) for index in self._through]
+        return tensors + [mask for mask in masks if mask is not None]
 
     def get(self, tensors: Sequence[Tensor]) -> Any:
-        for index, tensor in zip(self._through, tensors, strict=True):
+        count = len(self._through)
+        for index, tensor in zip(self._through, tensors[:count], strict=True):
             self._leaves[index] = tensor
+        for index, mask in zip(self._masked, tensors[count:], strict=True):
+            set_keras_mask(self._leaves[index], mask)
         return optree.tree_unflatten(self._structure, self._leaves)
 
 

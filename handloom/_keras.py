@@ -13,6 +13,7 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order                      |
 | `Model._initial_epoch`       | how `BackupAndRestore` tells the loop where to go on                   |
 | `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
+| `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, which what comes out of a gradient lacks |
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ if keras.backend.backend() not in BACKENDS:
         f"(it is {os.environ.get('KERAS_BACKEND', 'unset')!r} now; unset, ~/.keras/keras.json decides)."
     )
 
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask  # noqa: E402
 from keras.src.backend.common.stateless_scope import get_stateless_scope  # noqa: E402
 from keras.src.models.functional import Functional  # noqa: E402
 from keras.src.random.seed_generator import global_seed_generator  # noqa: E402
@@ -72,12 +74,14 @@ __all__ = [
     "call_model",
     "current_value",
     "default_loss",
+    "get_keras_mask",
     "global_seed_generator",
     "has_value",
     "in_keras_order",
     "keras",
     "layers_of",
     "loss_tracker",
+    "set_keras_mask",
     "stored_value",
     "take_initial_epoch",
     "value_in",

@@ -376,7 +376,7 @@ class Model(keras.Model):
     def predict_on_batch(self, x: Any) -> Any:
         """The model's outputs for one batch, given as arrays, as NumPy arrays."""
         with self._steps.running():
-            outputs = self._steps.prediction(as_one_batch(x))
+            outputs = self._steps.prediction(as_one_batch(keras.utils.pack_x_y_sample_weight(x)))
         return keras.tree.map_structure(ops.convert_to_numpy, outputs)
 
     def _on_batch(self, name: str, parts: tuple[Any, Any, Any], return_dict: bool) -> Any:
