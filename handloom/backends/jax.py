@@ -22,7 +22,7 @@ import numpy as np
 from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
-from handloom.backends._blame import needs_a_value, users_line
+from handloom.backends._blame import frames_of, needs_a_value, users_line
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends.base import Backend, Gradients, Program
 from handloom.errors import VariableError
@@ -58,7 +58,7 @@ class JaxBackend(Backend):
                 written, read = _find_variables(fn, tensors)
                 return _program(fn, tensors, written, read)
         except _NEEDS_A_VALUE as error:
-            raise needs_a_value(error) from error
+            raise needs_a_value(frames_of(error)) from error
         except jax.errors.UnexpectedTracerError as error:
             raise _leaked(error) from error
 
@@ -248,7 +248,7 @@ def _leaked(error: Exception) -> VariableError:
     return VariableError(
         "A variable was assigned inside a function given to an operation (keras.ops.cond, while_loop, scan, map, "
         "vectorized_map), from where its new value cannot get out. Return the new value from that function, and "
-        f"assign it outside:\n    {users_line(error.__traceback__)}\n"
+        f"assign it outside:\n    {users_line(frames_of(error))}\n"
         "For example: v.assign(ops.cond(pred, lambda: v + 1, lambda: v.value))."
     )
 

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
-from handloom.backends._blame import needs_a_value
+from handloom.backends._blame import frames_of, needs_a_value
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends._torch_control import traceable_control_flow
 from handloom.backends._torch_graph import generate, tidy
@@ -69,7 +69,7 @@ class TorchBackend(Backend):
         except HandloomError:
             raise
         except _NeedsValue as error:
-            raise needs_a_value(error) from error
+            raise needs_a_value(frames_of(error)) from error
         except Exception as first:
             program = self._trace_with_gradients_recorded(fn, tensors, first)
         if jit_compile is True:
