@@ -19,6 +19,10 @@ Wrt: TypeAlias = Any
 """A position, a tuple of positions, or Keras variables: a variable, a layer, or a list, tuple or dict of these."""
 
 
+# Not of its module too: AutoGraph would take what stands here for the user's code, and convert it.
+_named_as = functools.partial(functools.wraps, assigned=("__name__", "__qualname__", "__doc__"), updated=())
+
+
 def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = False) -> Callable[..., Any]:
     """Makes a function that computes the value of `fn` and its gradients.
 
@@ -43,7 +47,7 @@ def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = Fals
         `loss, gradients = hl.value_and_grad(lambda: loss_fn(y, model(x)), wrt=model)()`
     """
 
-    @functools.wraps(fn, updated=())
+    @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         sources = _sources(wrt, fn, args)
         rest = _Rest()
@@ -76,7 +80,7 @@ def grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = False) -> Call
     """
     both = value_and_grad(fn, wrt, has_aux=has_aux)
 
-    @functools.wraps(fn, updated=())
+    @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         value, gradients = both(*args, **kwargs)
         return (gradients, value[1]) if has_aux else gradients
@@ -99,7 +103,7 @@ def jacobian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
         GradientError: If the value is not a floating-point tensor, or a source cannot be differentiated.
     """
 
-    @functools.wraps(fn, updated=())
+    @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         sources = _sources(wrt, fn, args)
 
@@ -128,7 +132,7 @@ def hessian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
         GradientError: As `hl.value_and_grad`.
     """
 
-    @functools.wraps(fn, updated=())
+    @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         sources = _sources(wrt, fn, args)
         present: list[bool] = []
