@@ -7,11 +7,13 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 |------------------------------|------------------------------------------------------------------------|
 | `get_stateless_scope`        | a scope of ours must know which scope encloses it                      |
 | `Variable._value`            | `assign` costs ten times more per step, and converts what needs none   |
+| `Variable._shape`, `_dtype`  | of a variable without a value yet, whatever dtype a layer computes in  |
 | `Layer._flatten_layers`      | which layers a layer is made of, at any depth                          |
 | `Functional`                 | not exported; a subclass built from inputs and outputs must become one |
 | `Model._call_has_training_arg`, `_compute_loss`, `_loss_tracker` | what Keras's own default steps use |
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order                      |
 | `Model._initial_epoch`       | how `BackupAndRestore` tells the loop where to go on                   |
+| `Optimizer._trainable_variables` | for what `apply` updates when it is told gradients only            |
 | `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
 | `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, which what comes out of a gradient lacks |
 """

@@ -1,8 +1,9 @@
 """JAX: a step becomes one pure function of its variables' values, jitted, its written state donated.
 
-Internals used: `Variable._value` (see `handloom/_keras.py`) and, while tracing, the check by which
-`keras.random` refuses to draw unseeded numbers under a trace. That check guards against a seed frozen into the
-program; here the global seed generator's state is captured like any other variable, so nothing freezes.
+Internals used: `Variable._value` (see `handloom/_keras.py`); while tracing, the check by which `keras.random` refuses
+to draw unseeded numbers under a trace (it guards against a seed frozen into the program; here the global seed
+generator's state is captured like any other variable, so nothing freezes); `jax.extend.core.jaxpr_as_fun`, to take
+several derivatives of one run; CPython's reference counts, which tell an array that others hold too.
 """
 
 from __future__ import annotations

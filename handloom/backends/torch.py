@@ -4,15 +4,18 @@ Keras code runs once on stand-ins for tensors to find its variables, and once mo
 every operation down to the in-place updates. The graph then runs with no Keras in between; see
 `_torch_graph.py`. What cannot be traced runs op by op.
 
-Internals used: `Variable._value` (see `handloom/_keras.py`); `torch._C._AutoDispatchBelowAutograd`, which skips
-the look at each operation for something to differentiate, where the graph holds its own backward pass already;
-`keras.src.backend.torch.core.get_device`.
+Internals used: `Variable._value` (see `handloom/_keras.py`) and `keras.src.backend.torch.core.get_device`; `make_fx`,
+which records, and `disable_proxy_modes_tracing`, which has it not look; `FakeTensorMode` with `ShapeEnv`, the stand-ins,
+and the logger that shows a traceback where their shapes do not fit; the nodes of autograd with their names, which tell
+what reaches a value; `torch._C._AutoDispatchBelowAutograd`, which skips the look at each operation for something to
+differentiate, where the graph holds its own backward pass already.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -309,8 +312,19 @@ class _NeedsValue(Exception):
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """Where Keras code runs on tensors without values."""
-    with traceable_random_ops(), traceable_control_flow(), _NoValues():
+    with traceable_random_ops(), traceable_control_flow(), _NoValues(), _not_logged():
         yield
+
+
+@contextlib.contextmanager
+def _not_logged() -> Iterator[None]:
+    """Keeps torch from logging an error over many lines that then is raised."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @contextlib.contextmanager
