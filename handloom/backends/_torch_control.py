@@ -7,7 +7,7 @@ with that replaced by arguments. Variables assigned in a branch become results o
 
 Internals used: `keras.src.backend.torch.core.cond`, `while_loop`, `fori_loop` (replaced while tracing) and torch's
 `cond_op` and `while_loop_op` (`torch.cond` and `torch.while_loop` would first compile the branch by other means);
-`FakeTensor`, which tells a tensor of the trace from any other, and `disable_proxy_modes_tracing`, for the run on the side.
+`FakeTensor`, which tells a tensor of the trace from any other; `disable_proxy_modes_tracing`, for the run on the side.
 """
 
 from __future__ import annotations

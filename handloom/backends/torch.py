@@ -5,10 +5,10 @@ every operation down to the in-place updates. The graph then runs with no Keras 
 `_torch_graph.py`. What cannot be traced runs op by op.
 
 Internals used: `Variable._value` (see `handloom/_keras.py`) and `keras.src.backend.torch.core.get_device`; `make_fx`,
-which records, and `disable_proxy_modes_tracing`, which has it not look; `FakeTensorMode` with `ShapeEnv`, the stand-ins,
-and the logger that shows a traceback where their shapes do not fit; the nodes of autograd with their names, which tell
-what reaches a value; `torch._C._AutoDispatchBelowAutograd`, which skips the look at each operation for something to
-differentiate, where the graph holds its own backward pass already.
+which records, and `disable_proxy_modes_tracing`, which has it not look; `FakeTensorMode` with `ShapeEnv`, the
+stand-ins, and the logger that shows a traceback where their shapes do not fit; the nodes of autograd with their names,
+which tell what reaches a value; `torch._C._AutoDispatchBelowAutograd`, which skips the look at each operation for
+something to differentiate, where the graph holds its own backward pass already.
 """
 
 from __future__ import annotations
