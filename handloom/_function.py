@@ -73,11 +73,15 @@ def function(
             and `while` over tensors are compiled).
         VariableError: At a call, if variables are created after the first call, or anew on every call.
     """
-    if jit_compile not in (True, False, "auto"):
-        raise ValueError(f'jit_compile takes True, False or "auto"; received {jit_compile!r}.')
+    check_jit_compile(jit_compile)
     if python_function is None:
         return functools.partial(Function, jit_compile=jit_compile)
     return Function(python_function, jit_compile=jit_compile)
+
+
+def check_jit_compile(jit_compile: bool | str) -> None:
+    if jit_compile not in (True, False, "auto"):
+        raise ValueError(f'jit_compile takes True, False or "auto"; received {jit_compile!r}.')
 
 
 class Function:
@@ -165,6 +169,8 @@ class Function:
         except Untraceable as error:
             version.fallback_reason = str(error)
             reason = f"op by op: {error}"
+        else:
+            reason = reason if version.compiled else "op by op: jit_compile=False leaves nothing else"
         text = ", ".join(f"{name}{description}" for name, description in signature.items())
         self._signatures.append(signature)
         version.trace = Trace(text, time.perf_counter() - started, reason, compiled=version.compiled)
