@@ -183,10 +183,11 @@ _original = {name: getattr(core, name) for name in _compiled}
 @contextlib.contextmanager
 def traceable_control_flow() -> Iterator[None]:
     """Within, `keras.ops.cond`, `while_loop` and `fori_loop` are compiled."""
+    before = {name: getattr(core, name) for name in _compiled}  # A trace may be inside another.
     for name, function in _compiled.items():
         setattr(core, name, function)
     try:
         yield
     finally:
-        for name, function in _original.items():
+        for name, function in before.items():
             setattr(core, name, function)

@@ -4,11 +4,12 @@ Keras code runs once on stand-ins for tensors to find its variables, and once mo
 every operation down to the in-place updates. The graph then runs with no Keras in between; see
 `_torch_graph.py`. What cannot be traced runs op by op.
 
-Internals used: `Variable._value` (see `handloom/_keras.py`) and `keras.src.backend.torch.core.get_device`; `make_fx`,
-which records, and `disable_proxy_modes_tracing`, which has it not look; `FakeTensorMode` with `ShapeEnv`, the
-stand-ins, and the logger that shows a traceback where their shapes do not fit; the nodes of autograd with their names,
-which tell what reaches a value; `torch._C._AutoDispatchBelowAutograd`, which skips the look at each operation for
-something to differentiate, where the graph holds its own backward pass already.
+Internals used: `Variable._value` (see `handloom/_keras.py`), `keras.src.backend.torch.core.get_device` and, while
+tracing, the `core` of `torch_nadam`, which takes numbers out of tensors; `make_fx`, which records, and
+`disable_proxy_modes_tracing`, which has it not look; `FakeTensorMode` with `ShapeEnv`, the stand-ins, and the logger
+that shows a traceback where their shapes do not fit; the nodes of autograd with their names, which tell what reaches a
+value; `torch._C._AutoDispatchBelowAutograd`, which skips the look at each operation for something to differentiate,
+where the graph holds its own backward pass already.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from keras.src.backend.torch import core
+from keras.src.backend.torch.optimizers import torch_nadam
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -312,8 +315,18 @@ class _NeedsValue(Exception):
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """Where Keras code runs on tensors without values."""
-    with traceable_random_ops(), traceable_control_flow(), _NoValues(), _not_logged():
+    with traceable_random_ops(), traceable_control_flow(), _traceable_nadam(), _NoValues(), _not_logged():
         yield
+
+
+@contextlib.contextmanager
+def _traceable_nadam() -> Iterator[None]:
+    """Lets Keras's Nadam divide by tensors, where op by op it makes NumPy numbers of them first."""
+    before, torch_nadam.core = torch_nadam.core, SimpleNamespace(convert_to_numpy=lambda tensor: tensor)
+    try:
+        yield
+    finally:
+        torch_nadam.core = before
 
 
 @contextlib.contextmanager
