@@ -28,7 +28,8 @@ from handloom._keras import Tensor, keras, take_initial_epoch
 from handloom._logs import Value
 from handloom._progress import Progress
 from handloom._reporting import ReportingStep
-from handloom.callbacks import JSONLogger, progress_display
+from handloom.callbacks import JSONLogger
+from handloom.callbacks._display import progress_display
 from handloom.errors import HandloomWarning, StepError
 
 ops = keras.ops

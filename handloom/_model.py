@@ -24,12 +24,12 @@ from handloom._keras import (
 )
 from handloom._labels import check_labels
 from handloom._logs import Value
-from handloom._model_data import as_one_batch, model_feed, split, unpacked, weights_of
+from handloom._model_data import as_one_batch, model_feed, packed, split, unpacked, weights_of
 from handloom._model_steps import ModelSteps, parts_built
 from handloom._progress import Progress
 from handloom._update import minimize
 from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
-from handloom.callbacks import progress_display
+from handloom.callbacks._display import progress_display
 from handloom.errors import OptimizerError, StepError
 from handloom.optimizers import LossScaleOptimizer, NamedOptimizers
 
@@ -378,12 +378,11 @@ class Model(keras.Model):
         return keras.tree.map_structure(ops.convert_to_numpy, outputs)
 
     def _on_batch(self, name: str, parts: tuple[Any, Any, Any], return_dict: bool) -> Any:
-        data = keras.utils.pack_x_y_sample_weight(*parts)
         check_labels(self, parts[0], parts[1])
         with self._steps.running():
             step = self._steps.reporting(name)
             step.start_epoch()
-            step.take(as_one_batch(data))
+            step.take(as_one_batch(packed(parts)))
             logs = dict(step.logs)
         return logs if return_dict else in_keras_order(self, logs)
 
