@@ -55,7 +55,7 @@ def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = Fals
         def call(*tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
             result = backend.with_control_flow(fn)(*sources.arguments(tensors), **kwargs)
             value, aux = _split(result) if has_aux else (result, None)
-            return _scalar(value), rest.put(aux)
+            return scalar(value), rest.put(aux)
 
         value, tensors, *gradients = backend.value_and_grad(call, sources.tensors, sources.variables)
         gradients = sources.mirror(*gradients)
@@ -139,7 +139,7 @@ def hessian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
 
         def first(*tensors: Tensor) -> list[Tensor]:
             def call(*inner: Tensor) -> tuple[Tensor, list[Tensor]]:
-                return _scalar(backend.with_control_flow(fn)(*sources.arguments(inner), **kwargs)), []
+                return scalar(backend.with_control_flow(fn)(*sources.arguments(inner), **kwargs)), []
 
             _, _, of_tensors, of_variables = backend.value_and_grad(call, tensors, sources.variables)
             gradients = [*of_tensors, *of_variables]
@@ -218,7 +218,7 @@ class _Variables:
                 return [gradients[id(variable)] for variable in leaf.trainable_variables]
             return gradients[id(leaf)]
 
-        return optree.tree_map(gradient, self._wrt)
+        return keras.tree.map_structure(gradient, self._wrt)
 
 
 def _sources(wrt: Wrt, fn: Callable[..., Any], args: Sequence[Any]) -> _Positions | _Variables:
@@ -240,7 +240,7 @@ def variables_of(wrt: Wrt) -> list[Variable]:
         GradientError: If there is anything else in it, or nothing to train.
     """
     variables: dict[int, Variable] = {}
-    for leaf in optree.tree_leaves(wrt):
+    for leaf in keras.tree.flatten(wrt):
         if isinstance(leaf, keras.Layer):
             variables.update((id(variable), variable) for variable in leaf.trainable_variables)
         elif isinstance(leaf, keras.Variable):
@@ -261,7 +261,7 @@ def variables_of(wrt: Wrt) -> list[Variable]:
 
 def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
     """Has `fn()` build those of its layers that are in `wrt` and have no variables yet."""
-    layers = [leaf for leaf in optree.tree_leaves(wrt) if isinstance(leaf, keras.Layer)]
+    layers = [leaf for leaf in keras.tree.flatten(wrt) if isinstance(leaf, keras.Layer)]
     if any(not inner.built for layer in layers for inner in layers_of(layer)):
         backend.create_variables(fn)
 
@@ -296,7 +296,12 @@ def _split(result: Any) -> tuple[Any, Any]:
     return result
 
 
-def _scalar(value: Any) -> Tensor:
+def scalar(value: Any) -> Tensor:
+    """What a function to differentiate returned, as a tensor.
+
+    Raises:
+        GradientError: If it is no floating-point scalar.
+    """
     value = _floating(value)
     if len(value.shape):
         raise GradientError(

@@ -455,6 +455,18 @@ def test_an_error_leaves_the_weights_as_they_were():
     close(training(model, optimizer)(X, Y), by_hand(W, B)[0])
 
 
+class Mishap(Exception):
+    pass
+
+
+def test_an_error_of_the_users_own_comes_out_as_it_was_raised(eagerly):
+    def loss_fn(model, x, y):
+        raise Mishap("in the loss")
+
+    with pytest.raises(Mishap, match="in the loss"):
+        training(line(), keras.optimizers.SGD(0.1), loss_fn=loss_fn)(X, Y)
+
+
 def test_variables_not_reached_stay_to_the_bit(eagerly):
     model, optimizer = line(), keras.optimizers.Adam(0.1)
     step = training(model, optimizer, loss_fn=lambda model, x, y: ops.sum(model.layers[-1].kernel ** 2))
@@ -469,9 +481,10 @@ def test_a_loss_that_is_no_scalar_shows_its_shape():
         training(line(), keras.optimizers.SGD(0.1), loss_fn=lambda model, x, y: model(x))(X, Y)
 
 
+@pytest.mark.parametrize("kernel_regularizer", [None, "l2"])
 @pytest.mark.parametrize("loss", [None, (1.0, 2.0), "text"], ids=repr)
-def test_a_loss_that_is_no_tensor_is_shown(loss):
-    model = line()
+def test_a_loss_that_is_no_tensor_is_shown(loss, kernel_regularizer):
+    model = line(kernel_regularizer=kernel_regularizer)
     with pytest.raises(GradientError, match="must return a floating-point tensor; it returned"):
         hl.minimize(lambda: loss, model, keras.optimizers.SGD(0.1))
 

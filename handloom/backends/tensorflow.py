@@ -181,7 +181,9 @@ def _users_frames(error: BaseException) -> Frames:
 
 def _as_raised(error: StagingError) -> BaseException:
     """The exception of the user's, or of ours, in place of which AutoGraph raised one of its own."""
-    original: BaseException = error.__context__ or error
+    original: BaseException = error
+    while isinstance(original, StagingError) and original.__context__ is not None:  # One for each function.
+        original = original.__context__
     original.add_note(str(error))  # Where it was raised: the traceback leads through generated code.
     return original
 
