@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops, regularizers
 
 import handloom as hl
-from handloom.errors import GradientError, HandloomWarning, OptimizerError
+from handloom.errors import FallbackWarning, GradientError, HandloomWarning, OptimizerError
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
@@ -103,12 +103,14 @@ OPTIMIZERS = {
     "clipped by global norm": lambda: keras.optimizers.SGD(0.1, global_clipnorm=0.5),
     "clipped by value": lambda: keras.optimizers.SGD(0.1, clipvalue=0.2),
     "averaged weights": lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_overwrite_frequency=2),
+    "accumulated": lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2),
     "schedule": lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)),
     "Nadam": lambda: keras.optimizers.Nadam(0.05),
     "Ftrl": lambda: keras.optimizers.Ftrl(0.05),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*changes a tensor in place:handloom.errors.FallbackWarning")  # See below.
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_every_option_of_keras_works_as_when_it_is_given_the_gradients(make):
     model, twin = line(), line()
@@ -119,6 +121,17 @@ def test_every_option_of_keras_works_as_when_it_is_given_the_gradients(make):
         optimizer.apply([ops.convert_to_tensor(g) for g in gradients], twin.trainable_variables)
     for own, expected in zip(model.get_weights(), twin.get_weights(), strict=True):
         close(own, expected, rtol=1e-4)
+
+
+@pytest.mark.backend("torch")
+def test_an_update_in_place_in_a_branch_runs_op_by_op_and_says_so():
+    """Keras accumulates gradients in a branch; compiled, what its optimizers for torch change there would be lost."""
+    model = line()
+    step = training(model, keras.optimizers.Adam(0.1, gradient_accumulation_steps=2))
+    with pytest.warns(FallbackWarning, match="changes a tensor in place in a branch"):
+        step(X, Y)
+    step(X, Y)
+    assert np.all(model.get_weights()[0] != W)
 
 
 def test_clipping_by_norm_bounds_each_move(eagerly):

@@ -44,6 +44,9 @@ class _Closure(TorchFunctionMode):
     ) -> Any:
         del types
         args, kwargs = optree.tree_map(self.replace, (tuple(args), kwargs or {}))
+        if _in_place(func) and any(id(leaf) not in self._made for leaf in optree.tree_leaves(args[0])):
+            # As Keras's optimizers do. What a branch changes so would be lost with the branch.
+            raise Untraceable(f"{func.__name__} changes a tensor in place in a branch or loop")
         result = func(*args, **kwargs)
         self._made.update((id(leaf), leaf) for leaf in optree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
         return result
@@ -54,6 +57,14 @@ class _Closure(TorchFunctionMode):
         if isinstance(leaf, FakeTensor) and id(leaf) not in self._made:
             self.used[id(leaf)] = leaf
         return self._replacements.get(id(leaf), leaf)
+
+
+def _in_place(func: Callable[..., Any]) -> bool:
+    """Whether a function of torch's changes its first argument: `add_`, `__iadd__` or `__setitem__`."""
+    name = getattr(func, "__name__", "")
+    if name.endswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}"))
+    return name.endswith("_")
 
 
 class _Branch:

@@ -88,8 +88,7 @@ class TorchBackend(Backend):
             with self._inside("trace"), torch.enable_grad():
                 return TorchProgram(fn, tensors)
         except Exception:
-            reason = str(first).strip().splitlines()
-            raise Untraceable(f"{type(first).__name__}: {reason[0] if reason else ''}") from first
+            raise Untraceable(_reason(first)) from first
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         already = self._nesting.trace > 0
@@ -124,6 +123,15 @@ class TorchBackend(Backend):
             rows = [_reached(output, sources.values, derivative) for output in outputs]
         sources.write()
         return [sources.split(row) for row in rows]
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    # Where a layer or an operation failed, Keras puts above it what was called, and sets the rest in bold.
+    lines = str(error).replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
+    told = [line for line in lines if line.strip() and not line.startswith("Exception encountered when calling")]
+    text = told[0].strip() if told else ""
+    return text if isinstance(error, Untraceable) else f"{type(error).__name__}: {text}"
 
 
 class TorchProgram:
