@@ -39,19 +39,29 @@ def _missing_backend(name: str) -> BackendNotInstalledError:
     )
 
 
+def _strange_backend(name: str | None) -> BackendNotInstalledError:
+    return BackendNotInstalledError(
+        f"Handloom runs on {', '.join(BACKENDS)}; Keras is set to {name!r}. "
+        "Set KERAS_BACKEND before Python starts, for example: KERAS_BACKEND=jax "
+        f"(it is {os.environ.get('KERAS_BACKEND', 'unset')!r} now; unset, ~/.keras/keras.json decides)."
+    )
+
+
 try:
     import keras
 except ModuleNotFoundError as error:
     if error.name in BACKENDS:
         raise _missing_backend(str(error.name)) from error
+    if error.name == os.environ.get("KERAS_BACKEND"):  # One of Keras's, not of ours, and not installed.
+        raise _strange_backend(error.name) from error
     raise
+except ValueError as error:  # Not one of Keras's either.
+    if "Unable to import backend" not in str(error):
+        raise
+    raise _strange_backend(str(error).rpartition(" ")[2]) from error
 
 if keras.backend.backend() not in BACKENDS:
-    raise BackendNotInstalledError(
-        f"Handloom runs on {', '.join(BACKENDS)}; Keras is set to {keras.backend.backend()!r}. "
-        "Set KERAS_BACKEND before Python starts, for example: KERAS_BACKEND=jax "
-        f"(it is {os.environ.get('KERAS_BACKEND', 'unset')!r} now; unset, ~/.keras/keras.json decides)."
-    )
+    raise _strange_backend(keras.backend.backend())
 
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask  # noqa: E402
 from keras.src.backend.common.stateless_scope import get_stateless_scope  # noqa: E402
