@@ -87,6 +87,7 @@ __all__ = [
     "current_value",
     "default_loss",
     "get_keras_mask",
+    "get_stateless_scope",
     "global_seed_generator",
     "has_value",
     "in_keras_order",

@@ -13,6 +13,7 @@ Internals used: `keras.src.backend.torch.core.cond`, `while_loop`, `fori_loop` (
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 
-from handloom._keras import Variable, keras
+from handloom._keras import Variable, get_stateless_scope, keras, value_in
 from handloom.backends._scope import Scope
 from handloom.backends.base import Untraceable
 
@@ -77,7 +78,11 @@ class _Branch:
 
     def __init__(self, fn: Callable[..., Any], carried: Sequence[torch.Tensor]) -> None:
         self._fn = fn
-        with disable_proxy_modes_tracing(), _Closure(carried) as closure, Scope() as scope:
+        # A branch is run again when it is differentiated, then outside of the scope it was written in.
+        self._outer = functools.partial(value_in, get_stateless_scope())
+        with disable_proxy_modes_tracing():
+            carried = [tensor.view_as(tensor) for tensor in carried]  # One may be closed over too.
+        with disable_proxy_modes_tracing(), _Closure(carried) as closure, Scope(outer=self._outer) as scope:
             self.results, self.structure = optree.tree_flatten(fn(*carried))
             self.results = [closure.replace(core.convert_to_tensor(result)) for result in self.results]
             self.written = scope.written
@@ -90,7 +95,7 @@ class _Branch:
 
         def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
             replacements = dict(zip(map(id, used), operands[carried:], strict=True))
-            with _Closure(operands, replacements) as closure, Scope() as scope:
+            with _Closure(operands, replacements) as closure, Scope(outer=self._outer) as scope:
                 results = optree.tree_leaves(self._fn(*operands[:carried]))
                 results += [scope.get_current_value(variable) for variable in written]
                 # The operations refuse a result that is one of their arguments.

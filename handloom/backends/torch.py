@@ -145,6 +145,7 @@ class TorchProgram:
         )
         with _tracing():
             self._graph = graph(*self._values(), *tensors)
+        _check_closed(self._graph)
         tidy(self._graph)
         self._step = generate(self._graph)
         self._guard: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
@@ -182,6 +183,13 @@ class TorchProgram:
 
     def _values(self) -> list[Tensor]:
         return [variable._value for variable in self._variables]
+
+
+def _check_closed(graph: torch.fx.GraphModule) -> None:
+    """Refuses a graph that holds a stand-in: a tensor without values, which some operation was given unseen."""
+    for module in graph.modules():
+        if any(isinstance(value, FakeTensor) for value in [*vars(module).values(), *module.buffers(recurse=False)]):
+            raise Untraceable("a function given to an operation uses a tensor that the operation cannot pass to it")
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
