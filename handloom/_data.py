@@ -111,14 +111,14 @@ class Feed:
         Raises:
             DataError: If it is of another seed, beyond the end, or not a state.
         """
-        if set(state) != {"epoch", "batch", "seed"}:
-            raise DataError(f"A feed's state has the keys epoch, batch and seed; received {state!r}.")
+        if not _is_state(state):
+            raise DataError(f"A feed's state is a dict of whole numbers epoch, batch and seed; received {state!r}.")
         if state["seed"] != self._seed:
             raise DataError(
                 f"The state is of a feed with seed={state['seed']}, this one has seed={self._seed}: the order of its "
                 f"examples would be another. Make it with seed={state['seed']}."
             )
-        if self.length is not None and not 0 <= state["batch"] <= self.length:
+        if self.length is not None and state["batch"] > self.length:
             raise DataError(f"The state is at batch {state['batch']}; this feed has {self.length} batches an epoch.")
         self._epoch, self._batch, self._restored = state["epoch"], state["batch"], True
 
@@ -340,8 +340,16 @@ def _common_length(arrays: Sequence[np.ndarray], paths: Sequence[Sequence[Any]])
     return count
 
 
+def _is_state(state: Any) -> bool:
+    if not isinstance(state, dict) or set(state) != {"epoch", "batch", "seed"}:
+        return False
+    whole = all(isinstance(value, (int, np.integer)) for value in state.values())
+    return whole and min(state["epoch"], state["batch"]) >= 0
+
+
 def _as_tensor(leaf: Any) -> Any:
-    return backend.to_tensor(leaf if backend.is_array(leaf) else np.asarray(leaf))
+    # A source may write its next batch over the last one, which the device perhaps has still to read: hence a copy.
+    return backend.to_tensor(leaf if keras.ops.is_tensor(leaf) else np.array(leaf))
 
 
 def _path(path: Sequence[Any]) -> str:

@@ -9,7 +9,7 @@ import operator
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, cast, overload
 
 import optree
 
@@ -74,11 +74,15 @@ def function(
             and `while` over tensors are compiled).
         VariableError: At a call, if variables are created after the first call, or anew on every call.
     """
-    if jit_compile not in (True, False, "auto"):
-        raise ValueError(f'jit_compile takes True, False or "auto"; received {jit_compile!r}.')
+    check_jit_compile(jit_compile)
     if python_function is None:
         return functools.partial(Function, jit_compile=jit_compile)
     return Function(python_function, jit_compile=jit_compile)
+
+
+def check_jit_compile(jit_compile: bool | str) -> None:
+    if jit_compile not in (True, False, "auto"):
+        raise ValueError(f'jit_compile takes True, False or "auto"; received {jit_compile!r}.')
 
 
 class Function:
@@ -100,20 +104,30 @@ class Function:
         self._versions: dict[Key, Version] = {}
         self._by_raw_key: dict[Key, Version] = {}
         self._signatures: list[dict[str, str]] = []
+        self._reasons_said: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if backend.nested:
-            return self.python_function(*args, **kwargs)
+            return backend.with_control_flow(self.python_function)(*args, **kwargs)
         version, tensors = self.resolve(args, kwargs)
         return version.rebuild(version.run(tensors))
 
     def __get__(self, instance: Any, owner: type) -> Function:
-        if instance is None:
+        if instance is None or not hasattr(self.python_function, "__get__"):
             return self
-        bound = Function(self.python_function.__get__(instance, owner), jit_compile=self._jit_compile)
-        # Not `setattr`: Keras layers look at everything that is set on them.
-        instance.__dict__[self.python_function.__name__] = bound
-        return bound
+        # Kept under a name of its own: `super().step` and `step` are two functions, one of them not under its own name.
+        # Not by `setattr`: Keras layers look at everything that is set on them.
+        name = f"_compiled_{self.__name__}_{id(self):x}"
+        bound = instance.__dict__.get(name)
+        # A copied instance brings the functions of the other.
+        if bound is None or getattr(bound.python_function, "__self__", instance) is not instance:
+            bound = Function(self.python_function.__get__(instance, owner), jit_compile=self._jit_compile)
+            instance.__dict__[name] = bound
+        return cast("Function", bound)
+
+    def __reduce__(self) -> Any:
+        """Copied, and pickled, without its versions, which stay with the process and the instance they are for."""
+        return functools.partial(Function, jit_compile=self._jit_compile), (self.python_function,)
 
     def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Sequence[Tensor]]:
         """The version for these arguments, compiled if need be, and the tensors among them."""
@@ -127,7 +141,7 @@ class Function:
         if version is not None:
             return version, leaves
         version, tensors = self._general(args, kwargs or {})
-        if key is not None and not kwargs and all(map(operator.is_, tensors, leaves)):
+        if key is not None and not kwargs and len(tensors) == len(leaves) and all(map(operator.is_, tensors, leaves)):
             self._by_raw_key[key] = version
         return version, tensors
 
@@ -149,18 +163,39 @@ class Function:
         version = Version(self, arguments)
         if _eagerly:
             return version
-        signature = _described(self.python_function, args, kwargs)
+        signature = version.signature = _described(self.python_function, args, kwargs)
         reason, started = self._reason(signature), time.perf_counter()
         try:
             version.compile(self._jit_compile, first=not self.traces)
         except Untraceable as error:
             version.fallback_reason = str(error)
             reason = f"op by op: {error}"
+        else:
+            reason = reason if version.compiled else "op by op: jit_compile=False leaves nothing else"
         text = ", ".join(f"{name}{description}" for name, description in signature.items())
         self._signatures.append(signature)
-        self.traces.append(Trace(text, time.perf_counter() - started, reason, compiled=version.compiled))
+        version.trace = Trace(text, time.perf_counter() - started, reason, compiled=version.compiled)
+        self.traces.append(version.trace)
         self._warn_of_many_values(signature)
         return version
+
+    def forget(self, version: Version) -> None:
+        """Has a version made anew when it is next asked for."""
+        self._versions = {key: other for key, other in self._versions.items() if other is not version}
+        self._by_raw_key = {key: other for key, other in self._by_raw_key.items() if other is not version}
+        self._signatures = [other for other in self._signatures if other is not version.signature]
+        self.traces[:] = [other for other in self.traces if other is not version.trace]
+
+    def say_once(self, reason: str) -> None:
+        """Warns that a version runs op by op, unless it has been said with that reason."""
+        if reason in self._reasons_said:
+            return
+        self._reasons_said.add(reason)
+        warnings.warn(
+            f"{self.__name__} could not be compiled and runs op by op, which is slower ({reason}).",
+            FallbackWarning,
+            stacklevel=4,
+        )
 
     def _reason(self, signature: dict[str, str]) -> str:
         if not self._signatures:
@@ -170,12 +205,12 @@ class Function:
 
     def _warn_of_many_values(self, signature: dict[str, str]) -> None:
         for name, description in signature.items():
-            values = {old.get(name) for old in self._signatures}
-            static = {value for value in values if value is not None and value.startswith("=")}
-            if description in static and len(static) == _MANY_VALUES:
-                shown = ", ".join(sorted(value[1:] for value in static))
+            values = {old[name] for old in self._signatures[:-1] if name in old}
+            static = sorted({value[1:] for value in {*values, description} if value.startswith("=")})
+            if description not in values and description.startswith("=") and len(static) == _MANY_VALUES:
                 warnings.warn(
-                    f"{self.__name__} has been compiled for {len(static)} values of the argument {name!r}: {shown}. "
+                    f"{self.__name__} has been compiled for {_MANY_VALUES} values of the argument {name!r}: "
+                    f"{', '.join(static)}. "
                     "Python values are static: each new one compiles the function again. If it changes from call to "
                     f"call, pass it as an array, for example np.float32({name}), or keep it in a keras.Variable.",
                     RetraceWarning,
@@ -192,6 +227,8 @@ class Version:
         self._outputs = _Outputs()
         self.compiled = False
         self.fallback_reason = ""
+        self.signature: dict[str, str] = {}
+        self.trace: Trace | None = None
         self.run: Callable[[Sequence[Tensor]], Sequence[Tensor]] = self._op_by_op
 
     def compile(self, jit_compile: bool | str, *, first: bool) -> None:
@@ -200,14 +237,15 @@ class Version:
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             nonlocal runs
-            runs += 1
             python_function = backend.with_control_flow(self._function.python_function)
             with new_variables() as created:
                 try:
-                    return self._outputs.put(self._arguments.call(python_function, tensors))
+                    results = self._outputs.put(self._arguments.call(python_function, tensors))
                 finally:
-                    if created and not (first and runs == 1):
+                    if created and not (first and runs == 0):
                         raise _created_late(self._function.__name__, created, first)
+            runs += 1  # Only now: a backend may try again, in another way, what failed halfway to all variables.
+            return results
 
         program = backend.trace(flat, self._arguments.tensors, jit_compile=jit_compile)
         if program is not None:
@@ -223,18 +261,15 @@ class Version:
         return self._outputs.get(flat)
 
     def _op_by_op(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        result = self._arguments.call(backend.with_control_flow(self._function.python_function), tensors)
+        try:
+            result = self._arguments.call(backend.with_control_flow(self._function.python_function), tensors)
+        except Exception:
+            if self.fallback_reason:  # Perhaps it could not be compiled because of this very error.
+                self._function.forget(self)
+            raise
         if self.fallback_reason:
-            self._say_once(self.fallback_reason)
+            self._function.say_once(self.fallback_reason)
         return [backend.detach(tensor) for tensor in self._outputs.put(result)]
-
-    def _say_once(self, reason: str) -> None:
-        self.fallback_reason = ""
-        warnings.warn(
-            f"{self._function.__name__} could not be compiled and runs op by op, which is slower ({reason}).",
-            FallbackWarning,
-            stacklevel=5,
-        )
 
 
 class _Arguments:

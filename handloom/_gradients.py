@@ -11,12 +11,16 @@ from typing import Any, TypeAlias
 
 import optree
 
-from handloom._keras import Tensor, Variable, keras, layers_of
+from handloom._keras import Tensor, Variable, get_keras_mask, keras, layers_of, set_keras_mask
 from handloom.backends import backend
 from handloom.errors import GradientError
 
 Wrt: TypeAlias = Any
 """A position, a tuple of positions, or Keras variables: a variable, a layer, or a list, tuple or dict of these."""
+
+
+# Not of its module too: AutoGraph would take what stands here for the user's code, and convert it.
+_named_as = functools.partial(functools.wraps, assigned=("__name__", "__qualname__", "__doc__"), updated=())
 
 
 def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = False) -> Callable[..., Any]:
@@ -43,7 +47,7 @@ def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = Fals
         `loss, gradients = hl.value_and_grad(lambda: loss_fn(y, model(x)), wrt=model)()`
     """
 
-    @functools.wraps(fn, updated=())
+    @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         sources = _sources(wrt, fn, args)
         rest = _Rest()
@@ -51,7 +55,7 @@ def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = Fals
         def call(*tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
             result = backend.with_control_flow(fn)(*sources.arguments(tensors), **kwargs)
             value, aux = _split(result) if has_aux else (result, None)
-            return _scalar(value), rest.put(aux)
+            return scalar(value), rest.put(aux)
 
         value, tensors, *gradients = backend.value_and_grad(call, sources.tensors, sources.variables)
         gradients = sources.mirror(*gradients)
@@ -76,7 +80,7 @@ def grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = False) -> Call
     """
     both = value_and_grad(fn, wrt, has_aux=has_aux)
 
-    @functools.wraps(fn, updated=())
+    @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         value, gradients = both(*args, **kwargs)
         return (gradients, value[1]) if has_aux else gradients
@@ -99,7 +103,7 @@ def jacobian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
         GradientError: If the value is not a floating-point tensor, or a source cannot be differentiated.
     """
 
-    @functools.wraps(fn, updated=())
+    @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         sources = _sources(wrt, fn, args)
 
@@ -128,14 +132,14 @@ def hessian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
         GradientError: As `hl.value_and_grad`.
     """
 
-    @functools.wraps(fn, updated=())
+    @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         sources = _sources(wrt, fn, args)
         present: list[bool] = []
 
         def first(*tensors: Tensor) -> list[Tensor]:
             def call(*inner: Tensor) -> tuple[Tensor, list[Tensor]]:
-                return _scalar(backend.with_control_flow(fn)(*sources.arguments(inner), **kwargs)), []
+                return scalar(backend.with_control_flow(fn)(*sources.arguments(inner), **kwargs)), []
 
             _, _, of_tensors, of_variables = backend.value_and_grad(call, tensors, sources.variables)
             gradients = [*of_tensors, *of_variables]
@@ -214,7 +218,7 @@ class _Variables:
                 return [gradients[id(variable)] for variable in leaf.trainable_variables]
             return gradients[id(leaf)]
 
-        return optree.tree_map(gradient, self._wrt)
+        return keras.tree.map_structure(gradient, self._wrt)
 
 
 def _sources(wrt: Wrt, fn: Callable[..., Any], args: Sequence[Any]) -> _Positions | _Variables:
@@ -236,7 +240,7 @@ def variables_of(wrt: Wrt) -> list[Variable]:
         GradientError: If there is anything else in it, or nothing to train.
     """
     variables: dict[int, Variable] = {}
-    for leaf in optree.tree_leaves(wrt):
+    for leaf in keras.tree.flatten(wrt):
         if isinstance(leaf, keras.Layer):
             variables.update((id(variable), variable) for variable in leaf.trainable_variables)
         elif isinstance(leaf, keras.Variable):
@@ -257,23 +261,29 @@ def variables_of(wrt: Wrt) -> list[Variable]:
 
 def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
     """Has `fn()` build those of its layers that are in `wrt` and have no variables yet."""
-    layers = [leaf for leaf in optree.tree_leaves(wrt) if isinstance(leaf, keras.Layer)]
+    layers = [leaf for leaf in keras.tree.flatten(wrt) if isinstance(leaf, keras.Layer)]
     if any(not inner.built for layer in layers for inner in layers_of(layer)):
         backend.create_variables(fn)
 
 
 class _Rest:
-    """What a function returns besides its value: tensors go through the backend, the rest around it."""
+    """What a function returns besides its value: tensors and their masks go through the backend, the rest around it."""
 
     def put(self, aux: Any) -> list[Tensor]:
         leaves, self._structure = optree.tree_flatten(aux)
         self._leaves = [None if backend.is_array(leaf) else leaf for leaf in leaves]
         self._through = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
-        return [keras.ops.convert_to_tensor(leaves[index]) for index in self._through]
+        masks = [get_keras_mask(leaves[index]) for index in self._through]
+        self._masked = [index for index, mask in zip(self._through, masks, strict=True) if mask is not None]
+        tensors = [keras.ops.convert_to_tensor(leaves[index]) for index in self._through]
+        return tensors + [mask for mask in masks if mask is not None]
 
     def get(self, tensors: Sequence[Tensor]) -> Any:
-        for index, tensor in zip(self._through, tensors, strict=True):
+        count = len(self._through)
+        for index, tensor in zip(self._through, tensors[:count], strict=True):
             self._leaves[index] = tensor
+        for index, mask in zip(self._masked, tensors[count:], strict=True):
+            set_keras_mask(self._leaves[index], mask)
         return optree.tree_unflatten(self._structure, self._leaves)
 
 
@@ -286,7 +296,12 @@ def _split(result: Any) -> tuple[Any, Any]:
     return result
 
 
-def _scalar(value: Any) -> Tensor:
+def scalar(value: Any) -> Tensor:
+    """What a function to differentiate returned, as a tensor.
+
+    Raises:
+        GradientError: If it is no floating-point scalar.
+    """
     value = _floating(value)
     if len(value.shape):
         raise GradientError(

@@ -7,12 +7,15 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 |------------------------------|------------------------------------------------------------------------|
 | `get_stateless_scope`        | a scope of ours must know which scope encloses it                      |
 | `Variable._value`            | `assign` costs ten times more per step, and converts what needs none   |
+| `Variable._shape`, `_dtype`  | of a variable without a value yet, whatever dtype a layer computes in  |
 | `Layer._flatten_layers`      | which layers a layer is made of, at any depth                          |
 | `Functional`                 | not exported; a subclass built from inputs and outputs must become one |
 | `Model._call_has_training_arg`, `_compute_loss`, `_loss_tracker` | what Keras's own default steps use |
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order                      |
 | `Model._initial_epoch`       | how `BackupAndRestore` tells the loop where to go on                   |
+| `Optimizer._trainable_variables` | for what `apply` updates when it is told gradients only            |
 | `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
+| `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, which what comes out of a gradient lacks |
 """
 
 from __future__ import annotations
@@ -36,19 +39,29 @@ def _missing_backend(name: str) -> BackendNotInstalledError:
     )
 
 
+def _strange_backend(name: str | None) -> BackendNotInstalledError:
+    return BackendNotInstalledError(
+        f"Handloom runs on {', '.join(BACKENDS)}; Keras is set to {name!r}. "
+        "Set KERAS_BACKEND before Python starts, for example: KERAS_BACKEND=jax "
+        f"(it is {os.environ.get('KERAS_BACKEND', 'unset')!r} now; unset, ~/.keras/keras.json decides)."
+    )
+
+
 try:
     import keras
 except ModuleNotFoundError as error:
     if error.name in BACKENDS:
         raise _missing_backend(str(error.name)) from error
+    if error.name == os.environ.get("KERAS_BACKEND"):  # One of Keras's, not of ours, and not installed.
+        raise _strange_backend(error.name) from error
     raise
+except ValueError as error:  # Not one of Keras's either.
+    if "Unable to import backend" not in str(error):
+        raise
+    raise _strange_backend(str(error).rpartition(" ")[2]) from error
 
 if keras.backend.backend() not in BACKENDS:
-    raise BackendNotInstalledError(
-        f"Handloom runs on {', '.join(BACKENDS)}; Keras is set to {keras.backend.backend()!r}. "
-        "Set KERAS_BACKEND before Python starts, for example: KERAS_BACKEND=jax "
-        f"(it is {os.environ.get('KERAS_BACKEND', 'unset')!r} now; unset, ~/.keras/keras.json decides)."
-    )
+    raise _strange_backend(keras.backend.backend())
 
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask  # noqa: E402
 from keras.src.backend.common.stateless_scope import get_stateless_scope  # noqa: E402
@@ -74,6 +87,7 @@ __all__ = [
     "current_value",
     "default_loss",
     "get_keras_mask",
+    "get_stateless_scope",
     "global_seed_generator",
     "has_value",
     "in_keras_order",

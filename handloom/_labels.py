@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -42,19 +42,36 @@ def check_labels(model: keras.Model, x: Any, y: Any) -> None:
     Raises:
         DataError: If one is not.
     """
-    loss = keras.losses.get(model.loss) if isinstance(model.loss, str) else model.loss
+    label_check(model)(x, y)
+
+
+def label_check(model: keras.Model) -> Callable[[Any, Any], None]:
+    """`check_labels` for one batch after the other: what takes long, counting the model's classes, is done once."""
+    count: list[int | None] = []
+
+    def check(x: Any, y: Any) -> None:
+        if y is None or isinstance(y, (dict, list, tuple)) or not _takes_labels(model.loss):
+            return
+        if not count:
+            count.append(_class_count(model, x))
+        if count[0] is not None:
+            _check_below(count[0], _as_numpy(y), model.loss)
+
+    return check
+
+
+def _takes_labels(loss: Any) -> bool:
+    loss = keras.losses.get(loss) if isinstance(loss, str) else loss
     function = keras.losses.sparse_categorical_crossentropy
-    if y is None or not (isinstance(loss, keras.losses.SparseCategoricalCrossentropy) or loss is function):
-        return
-    if isinstance(y, (dict, list, tuple)):
-        return
-    labels = _as_numpy(y)
-    classes = _class_count(model, x)
-    if classes is None or labels.size == 0 or labels.dtype.kind not in "iuf":
+    return loss is function or isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
+
+
+def _check_below(classes: int, labels: np.ndarray, loss: Any) -> None:
+    if labels.dtype.kind not in "iuf":
         return
     outside = (labels < 0) | (labels >= classes)
-    if outside.any():
-        ignored = loss.get_config().get("ignore_class") if hasattr(loss, "get_config") else None
+    if outside.any() and hasattr(loss, "get_config"):
+        ignored = loss.get_config().get("ignore_class")
         outside &= labels != ignored if ignored is not None else True
     if outside.any():
         where = tuple(int(index) for index in np.argwhere(outside)[0])

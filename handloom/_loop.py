@@ -28,7 +28,8 @@ from handloom._keras import Tensor, keras, take_initial_epoch
 from handloom._logs import Value
 from handloom._progress import Progress
 from handloom._reporting import ReportingStep
-from handloom.callbacks import JSONLogger, progress_display
+from handloom.callbacks import JSONLogger
+from handloom.callbacks._display import progress_display
 from handloom.errors import HandloomWarning, StepError
 
 ops = keras.ops
@@ -126,16 +127,16 @@ def train(
         validations = _Validations(validation, validate_every, hooks)
         batch_begins, batch_ends = hooks.heard("on_train_batch_begin"), hooks.heard("on_train_batch_end")
         passes = feed.stream()
-        hooks.on_train_begin()
+        hooks.on_train_begin({})
         progress.epoch = max(progress.epoch, take_initial_epoch(model))
         while progress.epoch < epochs and not model.stop_training:
             epoch = progress.epoch
             validations.forget()
             step.start_epoch()
-            hooks.on_epoch_begin(epoch)
+            hooks.on_epoch_begin(epoch, {})
             for batch in feed if steps_per_epoch is None else _limited(passes, steps_per_epoch):
                 if batch_begins:
-                    batch_begins(progress.batch)
+                    batch_begins(progress.batch, {})
                 # DO NOT reorder: between here and the release an interrupt would find weights half updated.
                 interrupts.held = True
                 try:
@@ -171,9 +172,9 @@ def evaluate(
     """The loop of evaluation: one pass, or so many steps of it."""
     model.stop_evaluating = False
     step.start_epoch()
-    hooks.on_test_begin()
+    hooks.on_test_begin({})
     for index, batch in enumerate(islice(feed.stream() if steps else feed, steps)):
-        hooks.on_test_batch_begin(index)
+        hooks.on_test_batch_begin(index, {})
         step.take(batch)
         hooks.on_test_batch_end(index, step.logs)
         if model.stop_evaluating:
@@ -188,16 +189,16 @@ def predict(step: Function, feed: Feed, *, hooks: Callbacks, model: Any, steps: 
     outputs: list[list[Any]] = []
     structure = None
     model.stop_predicting = False
-    hooks.on_predict_begin()
+    hooks.on_predict_begin({})
     for index, batch in enumerate(islice(feed.stream() if steps else feed, steps)):
-        hooks.on_predict_batch_begin(index)
+        hooks.on_predict_batch_begin(index, {})
         output = step(batch)
         leaves, structure = optree.tree_flatten(output)
         outputs.append([ops.convert_to_numpy(leaf) for leaf in leaves])
         hooks.on_predict_batch_end(index, {"outputs": output})
         if model.stop_predicting:
             break
-    hooks.on_predict_end()
+    hooks.on_predict_end({})
     assert structure is not None  # A feed without a batch is an error of its own.
     return structure.unflatten([_joined(parts) for parts in zip(*outputs, strict=True)])
 

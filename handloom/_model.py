@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from handloom import _loop
 from handloom._callbacks import Callbacks
+from handloom._data import Feed
 from handloom._every import Every, every
 from handloom._gradients import Wrt, build
 from handloom._keras import (
@@ -22,12 +23,13 @@ from handloom._keras import (
     loss_tracker,
 )
 from handloom._labels import check_labels
-from handloom._model_data import as_one_batch, model_feed, split, unpacked, weights_of
+from handloom._logs import Value
+from handloom._model_data import as_one_batch, model_feed, packed, split, unpacked, weights_of
 from handloom._model_steps import ModelSteps, parts_built
 from handloom._progress import Progress
 from handloom._update import minimize
 from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
-from handloom.callbacks import progress_display
+from handloom.callbacks._display import progress_display
 from handloom.errors import OptimizerError, StepError
 from handloom.optimizers import LossScaleOptimizer, NamedOptimizers
 from handloom.optimizers._inside import inside
@@ -291,14 +293,11 @@ class Model(keras.Model):
         _check_compiled(self, "fit", "train_step")
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = split((x, y, sample_weight), validation_split)
-        self._steps.forget_if_changed()
         feed = model_feed(self, (x, y, sample_weight), batch_size, shuffle=shuffle, class_weight=class_weight)
         validation = None
         if validation_data is not None:
             held_out = model_feed(self, unpacked(validation_data), validation_batch_size or batch_size)
-            validation = functools.partial(
-                _loop.evaluate, self._steps.reporting("test_step"), held_out, model=self, steps=validation_steps
-            )
+            validation = functools.partial(self._validate, held_out, validation_steps)
         with self._steps.running():
             self.history = _loop.train(
                 self._steps.reporting("train_step"),
@@ -307,7 +306,7 @@ class Model(keras.Model):
                 epochs=epochs,
                 initial_epoch=initial_epoch,
                 steps_per_epoch=steps_per_epoch,
-                validation=None if validation is None else (lambda hooks: validation(hooks=hooks)),
+                validation=validation,
                 validate_every=_validation_times(validation_freq),
                 callbacks=callbacks,
                 run_dir=run_dir,
@@ -365,7 +364,6 @@ class Model(keras.Model):
     ) -> Any:
         """Trains on one batch, given as arrays; returns what is reported of it, as `evaluate` does."""
         _check_compiled(self, "train_on_batch", "train_step")
-        self._steps.forget_if_changed()
         if class_weight is not None:
             sample_weight = weights_of(y, sample_weight, class_weight)
         return self._on_batch("train_step", (x, y, sample_weight), return_dict)
@@ -378,16 +376,15 @@ class Model(keras.Model):
     def predict_on_batch(self, x: Any) -> Any:
         """The model's outputs for one batch, given as arrays, as NumPy arrays."""
         with self._steps.running():
-            outputs = self._steps.prediction(as_one_batch(x))
+            outputs = self._steps.prediction(as_one_batch(keras.utils.pack_x_y_sample_weight(x)))
         return keras.tree.map_structure(ops.convert_to_numpy, outputs)
 
     def _on_batch(self, name: str, parts: tuple[Any, Any, Any], return_dict: bool) -> Any:
-        data = keras.utils.pack_x_y_sample_weight(*parts)
         check_labels(self, parts[0], parts[1])
         with self._steps.running():
             step = self._steps.reporting(name)
             step.start_epoch()
-            step.take(as_one_batch(data))
+            step.take(as_one_batch(packed(parts)))
             logs = dict(step.logs)
         return logs if return_dict else in_keras_order(self, logs)
 
@@ -397,6 +394,9 @@ class Model(keras.Model):
         # Not `setattr`: Keras would look for layers in them.
         self.__dict__["_steps"] = ModelSteps(self, jit_compile)
         self.__dict__["_loss"] = None
+
+    def _validate(self, feed: Feed, steps: int | None, hooks: Callbacks) -> dict[str, Value]:
+        return _loop.evaluate(self._steps.reporting("test_step"), feed, hooks=hooks, model=self, steps=steps)
 
     def _hooks(self, callbacks: Any, verbose: str | int, steps: int | None) -> Callbacks:
         listeners = [*_loop.as_list(callbacks), *progress_display(verbose)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from handloom._data import Batch, Feed, is_arrays
 from handloom._keras import Tensor, keras
-from handloom._labels import check_labels, class_weights
+from handloom._labels import check_labels, class_weights, label_check
 from handloom.backends import backend
 from handloom.errors import DataError
 
@@ -42,25 +42,45 @@ def model_feed(
         DataError: If the parts do not go together, or a label is outside the classes.
     """
     x, y, sample_weight = parts
-    if isinstance(x, Feed):
-        return x
     if is_arrays(parts):
         if class_weight is not None:
             sample_weight = weights_of(y, sample_weight, class_weight)
-        data = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        feed = Feed(data, batch_size=batch_size, shuffle=shuffle, seed=_order_seed() if shuffle else 0)
+        feed = Feed(
+            packed((x, y, sample_weight)), batch_size=batch_size, shuffle=shuffle, seed=_order_seed() if shuffle else 0
+        )
         if labels:
             check_labels(model, x, y)
         return feed
+    by_batch = shuffle and isinstance(x, keras.utils.PyDataset)
+    feed = x if isinstance(x, Feed) else Feed(x, shuffle=by_batch, seed=_order_seed() if by_batch else 0)
     if y is not None or sample_weight is not None:
-        raise DataError(
+        raise _not_together(x, y, sample_weight)
+    if feed is not x:
+        feed.prepare(functools.partial(_prepared, class_weight, label_check(model) if labels else None))
+    elif class_weight is not None:
+        raise DataError("class_weight is not applied to an hl.Feed; have its data be (x, y, sample_weight).")
+    return feed
+
+
+def _not_together(x: Any, y: Any, sample_weight: Any) -> DataError:
+    if not is_arrays(x):
+        return DataError(
             f"x gives batches by itself (it is of type {type(x).__name__}), so y and sample_weight must come in them: "
             "each batch as (x, y) or (x, y, sample_weight)."
         )
-    by_batch = shuffle and isinstance(x, keras.utils.PyDataset)
-    feed = Feed(x, shuffle=by_batch, seed=_order_seed() if by_batch else 0)
-    feed.prepare(functools.partial(_prepared, model, class_weight, labels))
-    return feed
+    name, part = ("sample_weight", sample_weight) if y is None or is_arrays(y) else ("y", y)
+    return DataError(
+        f"x is arrays, so {name} must be too; it is of type {type(part).__name__}. Lists of numbers become arrays by "
+        "np.array(...)."
+    )
+
+
+def packed(parts: Parts) -> Any:
+    """The parts as steps take them. Keras's own function would drop weights that come without targets."""
+    x, y, sample_weight = parts
+    if y is None and sample_weight is not None:
+        return x, y, sample_weight
+    return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
 
 def unpacked(data: Any) -> Parts:
@@ -93,12 +113,12 @@ def weights_of(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) ->
     return class_weights(y, class_weight)
 
 
-def _prepared(model: keras.Model, class_weight: Mapping[int, float] | None, labels: bool, batch: Any) -> Any:
+def _prepared(class_weight: Mapping[int, float] | None, check: Callable[[Any, Any], None] | None, batch: Any) -> Any:
     """A batch of a source: its labels checked, its class weights added."""
     if isinstance(batch, tuple) and 2 <= len(batch) <= 3:
         x, y, sample_weight = unpacked(batch)
-        if labels:
-            check_labels(model, x, y)
+        if check is not None:
+            check(x, y)
         if class_weight is not None:
             return x, y, weights_of(y, sample_weight, class_weight)
     elif class_weight is not None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
-from handloom._function import Function, run_eagerly
+from handloom._function import Function, check_jit_compile, run_eagerly
 from handloom._keras import keras, layers_of
 from handloom._model_data import batch_weight
 from handloom._reporting import ReportingStep
 from handloom.errors import StepError
+
+Parts: TypeAlias = dict[int, tuple[Any, bool]]
+"""What steps are compiled for, and whether it is trained, by id: a part's own as long as the part is kept."""
 
 
 class ModelSteps:
@@ -25,12 +29,13 @@ class ModelSteps:
     """
 
     def __init__(self, model: keras.Model, jit_compile: bool | str = "auto") -> None:
+        check_jit_compile(jit_compile)
         self.jit_compile = jit_compile
         self._model = model
         self._reporting: dict[str, ReportingStep] = {}
         self._prediction: Function | None = None
-        self._trained: list[int] | None = None
-        self._all_built = False
+        self._parts: Parts = {}
+        self._running = False
 
     def reporting(self, name: str) -> ReportingStep:
         """The training or test step, with the report of what it returns."""
@@ -53,16 +58,40 @@ class ModelSteps:
             self._prediction = Function(self._model.predict_step, jit_compile=self.jit_compile)
         return self._prediction
 
-    def forget_if_changed(self) -> None:
-        """Forgets steps that train what is no longer trainable, or not what is by now."""
-        trained = [id(variable) for variable in self._model.trainable_variables]
-        if self._trained not in (None, trained) and self._all_built:
-            self._reporting.clear()
-        self._trained, self._all_built = trained, parts_built(self._model)
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Within, steps run as the model was compiled: op by op, if with `run_eagerly=True`.
 
-    def running(self) -> contextlib.AbstractContextManager[Any]:
-        """Within, steps run as the model was compiled: op by op, if with `run_eagerly=True`."""
-        return run_eagerly(True) if self._model.run_eagerly else contextlib.nullcontext()
+        Steps that were compiled for what the model no longer is are forgotten first: for other layers, another
+        optimizer, or to train what by now is frozen.
+        """
+        outermost, self._running = not self._running, True
+        if outermost:
+            self._forget_if_changed()
+        try:
+            with run_eagerly(True) if self._model.run_eagerly else contextlib.nullcontext():
+                yield
+        finally:
+            if outermost:
+                self._running = False
+                self._parts = self._present_parts() | self._parts  # With what the first run has built.
+
+    def _forget_if_changed(self) -> None:
+        present = self._present_parts()
+        if _trained(present) != _trained(self._parts):
+            self._reporting.clear()
+            self._prediction = None
+            self._parts = present
+
+    def _present_parts(self) -> Parts:
+        model = self._model
+        parts = {id(part): (part, part.trainable) for part in [*layers_of(model), *model.variables]}
+        optimizer = getattr(model, "optimizer", None)
+        return parts | {id(optimizer): (optimizer, True)}
+
+
+def _trained(parts: Parts) -> dict[int, bool]:
+    return {key: trained for key, (_, trained) in parts.items()}
 
 
 def parts_built(model: keras.Model) -> bool:
@@ -72,7 +101,11 @@ def parts_built(model: keras.Model) -> bool:
 
 def _check_takes_data(step: Any, model: str) -> None:
     parameters = inspect.signature(step).parameters.values()
-    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    required = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
     if len(required) > 1:
         raise StepError(
             f"{model}.{step.__name__} takes {', '.join(required)}; a step takes one argument, data, on every backend "

@@ -144,6 +144,7 @@ class _Results:
                 f"returned {_shown(returned)} (of type {type(returned).__name__})."
             )
         self._step, self._metrics = step, metrics
+        self._names: dict[str, None] = {}
         self._scalars: dict[str, Tensor] = {}
         self._averaged: set[str] = set()
         self._arrays: dict[str, Tensor] = {}
@@ -160,6 +161,8 @@ class _Results:
             return
         is_result = self._metrics.is_result(value)
         value = self._tensor(name, value)
+        self._forget(name)  # Of one name in two inner dicts, the last value counts: Keras's way.
+        self._names[name] = None
         if not len(value.shape):
             self._scalars[name] = value
             self._averaged.update(() if is_result else (name,))
@@ -170,6 +173,11 @@ class _Results:
                 f"{self._step} returned a tensor of shape {tuple(value.shape)} as {name!r}; what is reported must be "
                 "scalars. Reduce it, for example with keras.ops.mean, or report a keras.Metric."
             )
+
+    def _forget(self, name: str) -> None:
+        self._scalars.pop(name, None)
+        self._arrays.pop(name, None)
+        self._averaged.discard(name)
 
     def _tensor(self, name: str, value: Any) -> Tensor:
         if isinstance(value, (keras.Variable, bool, int, float)) or backend.is_array(value):
@@ -186,7 +194,7 @@ class _Results:
             packs.setdefault(_pack_dtype(scalar, name in self._averaged), []).append(name)
         totals = [self._add_pack(known, dtype, tuple(names), examples, weight) for dtype, names in packs.items()]
         totals += [self._keep_array(known, name, array) for name, array in self._arrays.items()]
-        return Report((*self._scalars, *self._arrays), tuple(totals), examples, self._metrics.updated)
+        return Report(tuple(self._names), tuple(totals), examples, self._metrics.updated)
 
     def _add_pack(
         self, known: dict[Any, Totals], dtype: str, names: tuple[str, ...], examples: int, weight: Tensor | None

@@ -7,9 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import optree
-
-from handloom._gradients import Wrt, build, value_and_grad, variables_of
+from handloom._gradients import Wrt, build, scalar, value_and_grad, variables_of
 from handloom._keras import Tensor, Variable, keras, layers_of
 from handloom._watch import denominators, losses_of
 from handloom._weight import Weight, step_weight, weight_of_step
@@ -107,10 +105,11 @@ def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
 
 def _whole_loss(loss_fn: Callable[[], Any], wrt: Wrt, variables: list[Variable], has_aux: bool) -> tuple[Tensor, Any]:
     """The loss with the penalties that belong to it and that its function did not read; and the rest."""
-    layers = [leaf for leaf in optree.tree_leaves(wrt) if isinstance(leaf, keras.Layer)]
+    layers = [leaf for leaf in keras.tree.flatten(wrt) if isinstance(leaf, keras.Layer)]
     with losses_of(variables, layers) as losses:
         result = loss_fn()
         loss, aux = _pair(result) if has_aux else (result, None)
+        loss = scalar(loss)
         for penalty in losses.left_out():
             loss = loss + ops.cast(ops.sum(penalty), loss.dtype)
     return loss, aux
@@ -136,7 +135,7 @@ def _loss_scale(optimizer: keras.Optimizer) -> Tensor | None:
 
 
 def _warn_of_underflow(wrt: Wrt) -> None:
-    layers = [leaf for leaf in optree.tree_leaves(wrt) if isinstance(leaf, keras.Layer)]
+    layers = [leaf for leaf in keras.tree.flatten(wrt) if isinstance(leaf, keras.Layer)]
     half = next((inner for layer in layers for inner in layers_of(layer) if inner.compute_dtype == "float16"), None)
     if half is not None:
         warnings.warn(

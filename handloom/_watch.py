@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from handloom._keras import Layer, Tensor, Variable, get_keras_mask, keras, layers_of
 from handloom._weight import SUM, Weight
 
@@ -30,6 +32,18 @@ def _replaced(owner: type, name: str, make: Callable[[Any], Any]) -> Iterator[No
             delattr(owner, name)
 
 
+def _is_known(value: Any) -> bool:
+    """Whether the first value of a variable is made of numbers and NumPy arrays."""
+    kinds = (np.ndarray, np.generic, bool, int, float, complex)
+    return all(isinstance(leaf, kinds) for leaf in keras.tree.flatten(value))
+
+
+def _as_initializer(value: Any, dtype: Any) -> tuple[tuple[int, ...], Any, Callable[..., Tensor]]:
+    """Shape, dtype and initializer for a known value: Keras makes variables in a trace from initializers only."""
+    convert = keras.ops.convert_to_tensor
+    return np.shape(value), dtype or convert(value).dtype, lambda _, dtype: convert(value, dtype=dtype)
+
+
 class OwnVariable(keras.Variable):
     """A variable that Handloom keeps for itself. It may be made at any time, by whoever."""
 
@@ -42,10 +56,13 @@ def new_variables() -> Iterator[list[Variable]]:
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
-        def init(self: Variable, *args: Any, **kwargs: Any) -> None:
-            if threading.get_ident() == thread and not isinstance(self, OwnVariable):
-                created.append(self)
-            original(self, *args, **kwargs)
+        def init(self: Variable, initializer: Any, shape: Any = None, dtype: Any = None, **options: Any) -> None:
+            if threading.get_ident() == thread:
+                if not isinstance(self, OwnVariable):
+                    created.append(self)
+                if _is_known(initializer):
+                    shape, dtype, initializer = _as_initializer(initializer, dtype)
+            original(self, initializer, shape, dtype, **options)
 
         return init
 

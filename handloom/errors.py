@@ -18,6 +18,21 @@ A class of its own is deserved where a caller may want to catch just that; each 
 built-in exception that Python programmers expect in its place.
 """
 
+__all__ = [
+    "BackendNotInstalledError",
+    "DataError",
+    "FallbackWarning",
+    "GradientError",
+    "HandloomError",
+    "HandloomWarning",
+    "OptimizerError",
+    "RecipeError",
+    "RetraceWarning",
+    "StepError",
+    "TraceError",
+    "VariableError",
+]
+
 
 class HandloomError(Exception):
     """Base of all errors raised by Handloom itself."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import linecache
 import sysconfig
+import traceback
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 from handloom.errors import TraceError
 
@@ -17,22 +18,29 @@ _NOT_THE_USERS = (
 )
 
 
-def users_line(traceback: TracebackType | None) -> str:
-    """The innermost line of a traceback that is neither ours nor a library's: `file, line 3: code`."""
-    found = ""
-    while traceback is not None:
-        file, line = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
-        if not file.startswith(_NOT_THE_USERS) or "/recipes/" in file:
-            found = f"{file}, line {line}: {linecache.getline(file, line).strip()}"
-        traceback = traceback.tb_next
-    return found or "(line unknown)"
+Frames = Iterable[tuple[str, int]]
+"""File and line of each call on the way to an error, the outermost first."""
 
 
-def needs_a_value(error: BaseException) -> TraceError:
+def frames_of(error: BaseException) -> Frames:
+    """The frames of an error's traceback."""
+    return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+
+
+def users_line(frames: Frames) -> str:
+    """The innermost line that is neither ours nor a library's: `file, line 3: code`."""
+    found = [(file, line) for file, line in frames if not file.startswith(_NOT_THE_USERS) or "/recipes/" in file]
+    if not found:
+        return "(line unknown)"
+    file, line = found[-1]
+    return f"{file}, line {line}: {linecache.getline(file, line).strip()}"
+
+
+def needs_a_value(frames: Frames) -> TraceError:
     """The error for Python control flow over a tensor, or a tensor turned into a number, inside a trace."""
     return TraceError(
         "A compiled step needs the value of a tensor while it is being compiled, when it has none yet:\n"
-        f"    {users_line(error.__traceback__)}\n"
+        f"    {users_line(frames)}\n"
         "Use operations instead of Python here: keras.ops.cond or keras.ops.where for a branch, "
         "keras.ops.while_loop or keras.ops.fori_loop for a loop, keras.ops.cast for a conversion. "
         "To debug, run the step op by op: hl.run_eagerly(True)."

@@ -1,4 +1,8 @@
-"""Variable values during one trace."""
+"""Variable values during one trace.
+
+Internals used: of Keras's `StatelessScope`, which it exports, how variables ask it (`get_current_value`) and tell it
+(`add_update`), its `state_mapping` and its `original_scope`, the scope around it.
+"""
 
 from __future__ import annotations
 

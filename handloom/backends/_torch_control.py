@@ -6,12 +6,14 @@ code closes over it, variables included; so a branch is run once on the side to 
 with that replaced by arguments. Variables assigned in a branch become results of it.
 
 Internals used: `keras.src.backend.torch.core.cond`, `while_loop`, `fori_loop` (replaced while tracing) and torch's
-`cond_op` and `while_loop_op` (`torch.cond` and `torch.while_loop` would first compile the branch by other means).
+`cond_op` and `while_loop_op` (`torch.cond` and `torch.while_loop` would first compile the branch by other means);
+`FakeTensor`, which tells a tensor of the trace from any other; `disable_proxy_modes_tracing`, for the run on the side.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,8 +28,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from handloom._keras import Variable, keras
-from handloom.backends._scope import Scope
+from handloom._keras import Variable, get_stateless_scope, keras, value_in
+from handloom.backends._scope import Reader, Scope
 from handloom.backends.base import Untraceable
 
 
@@ -45,6 +47,9 @@ class _Closure(TorchFunctionMode):
     ) -> Any:
         del types
         args, kwargs = optree.tree_map(self.replace, (tuple(args), kwargs or {}))
+        if _in_place(func) and any(id(leaf) not in self._made for leaf in optree.tree_leaves(args[0])):
+            # What a branch changes so would be lost with the branch.
+            raise Untraceable(f"{func.__name__} changes a tensor in place in a branch or loop")
         result = func(*args, **kwargs)
         self.note_made(result)
         return result
@@ -58,6 +63,14 @@ class _Closure(TorchFunctionMode):
         if isinstance(leaf, FakeTensor) and id(leaf) not in self._made:
             self.used[id(leaf)] = leaf
         return self._replacements.get(id(leaf), leaf)
+
+
+def _in_place(func: Callable[..., Any]) -> bool:
+    """Whether a function of torch's changes its first argument: `add_`, `__iadd__` or `__setitem__`."""
+    name = getattr(func, "__name__", "")
+    if name.endswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}"))
+    return name.endswith("_")
 
 
 class _Writes(TorchDispatchMode):
@@ -87,8 +100,8 @@ def _memory(tensor: torch.Tensor) -> int:
 class _Copies(Scope):
     """Gives copies of variables' values, since Keras's torch optimizers write into what they are given."""
 
-    def __init__(self, closure: _Closure) -> None:
-        super().__init__()
+    def __init__(self, closure: _Closure, outer: Reader) -> None:
+        super().__init__(outer=outer)
         self.read: list[tuple[Variable, torch.Tensor]] = []
         self._closure = closure
 
@@ -111,7 +124,11 @@ class _Branch:
 
     def __init__(self, fn: Callable[..., Any], carried: Sequence[torch.Tensor]) -> None:
         self._fn = fn
-        with _aside(), _Writes() as writes, _Closure(carried) as closure, _Copies(closure) as scope:
+        # A branch is run again when it is differentiated, then outside of the scope it was written in.
+        self._outer = functools.partial(value_in, get_stateless_scope())
+        with _aside():
+            carried = [tensor.view_as(tensor) for tensor in carried]  # One may be closed over too.
+        with _aside(), _Writes() as writes, _Closure(carried) as closure, _Copies(closure, self._outer) as scope:
             self.results, self.structure = optree.tree_flatten(fn(*carried))
             self.results = [closure.replace(core.convert_to_tensor(result)) for result in self.results]
             in_place = [variable for variable, copy in scope.read if writes.into(copy)]
@@ -125,7 +142,7 @@ class _Branch:
 
         def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
             replacements = dict(zip(map(id, used), operands[carried:], strict=True))
-            with _Closure(operands, replacements) as closure, _Copies(closure) as scope:
+            with _Closure(operands, replacements) as closure, _Copies(closure, self._outer) as scope:
                 results = optree.tree_leaves(self._fn(*operands[:carried]))
                 results += [scope.get_current_value(variable) for variable in written]
                 # The operations refuse a result that is one of their arguments.
@@ -277,7 +294,7 @@ _original = {name: getattr(core, name) for name in _compiled}
 @contextlib.contextmanager
 def traceable_control_flow() -> Iterator[None]:
     """Within, `keras.ops.cond`, `while_loop` and `fori_loop` are compiled."""
-    before = {name: getattr(core, name) for name in _compiled}
+    before = {name: getattr(core, name) for name in _compiled}  # A trace may be inside another.
     for name, function in _compiled.items():
         setattr(core, name, function)
     try:

@@ -4,7 +4,8 @@ A traced Keras step holds much that depends on nothing (the number of elements o
 Python numbers) and, run through `torch.fx`, spends a good part of its time in the interpreter's attribute look-ups.
 Both go away here, without changing one bit of the results.
 
-Internals used: `OpOverload._op`, the operator without its Python wrapper.
+Internals used: `OpOverload`, what a graph's operations are, with its `_schema`, which tells what is written in place
+and what is a view, and `_op`, the operator without its Python wrapper.
 """
 
 from __future__ import annotations

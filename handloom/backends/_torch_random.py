@@ -5,7 +5,8 @@ freeze the number, and with it the dropout mask. While a step is traced, `torch_
 back only the seed tensor, and each sampling function that is then called with it becomes one of the operations
 below. They do what Keras does op by op, so that both give the same numbers from the same seed.
 
-Internals used: `keras.src.backend.torch.random`, its `torch_seed_generator` and its view of the module `torch`.
+Internals used: `keras.src.backend.torch.random`, its `torch_seed_generator`, `get_device` and its view of the module
+`torch`; `draw_seed`, which gives the seed as a tensor.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def detach(self, tensor: Tensor) -> Tensor:
-        """The tensor without what would keep the computation that made it alive."""
+        """The tensor by itself: no computation that made it is kept alive, and no variable or array changes it."""
 
     # --------------------------------------------------------------- compiling
 

@@ -1,8 +1,9 @@
 """JAX: a step becomes one pure function of its variables' values, jitted, its written state donated.
 
-Internals used: `Variable._value` (see `handloom/_keras.py`) and, while tracing, the check by which
-`keras.random` refuses to draw unseeded numbers under a trace. That check guards against a seed frozen into the
-program; here the global seed generator's state is captured like any other variable, so nothing freezes.
+Internals used: `Variable._value` (see `handloom/_keras.py`); while tracing, the check by which `keras.random` refuses
+to draw unseeded numbers under a trace (it guards against a seed frozen into the program; here the global seed
+generator's state is captured like any other variable, so nothing freezes); `jax.extend.core.jaxpr_as_fun`, to take
+several derivatives of one run; CPython's reference counts, which tell an array that others hold too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
-from handloom.backends._blame import needs_a_value, users_line
+from handloom.backends._blame import frames_of, needs_a_value, users_line
 from handloom.backends._jax_control import assignments_in_branches, cond
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends.base import Backend, Gradients, Program
@@ -36,9 +37,9 @@ class JaxBackend(Backend):
         return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
 
     def to_tensor(self, array: Any) -> Tensor:
-        if array.dtype == np.float64:
-            return array.astype(keras.config.floatx())
-        return array
+        if isinstance(array, np.ndarray) and not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
+        return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
 
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         return tensor.shape, jax.dtypes.canonicalize_dtype(tensor.dtype).name
@@ -59,7 +60,7 @@ class JaxBackend(Backend):
                 written, read = _find_variables(fn, tensors)
                 return _program(fn, tensors, written, read)
         except _NEEDS_A_VALUE as error:
-            raise needs_a_value(error) from error
+            raise needs_a_value(frames_of(error)) from error
         except jax.errors.UnexpectedTracerError as error:
             raise _leaked(error) from error
 
@@ -111,6 +112,7 @@ class JaxBackend(Backend):
 
 _NEEDS_A_VALUE = (
     jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
 )
@@ -254,7 +256,7 @@ def _leaked(error: Exception) -> VariableError:
     return VariableError(
         "A variable was assigned inside a function given to an operation (keras.ops.while_loop, fori_loop, scan, map, "
         "vectorized_map), from where its new value cannot get out. Return the new value from that function, and "
-        f"assign it outside:\n    {users_line(error.__traceback__)}\n"
+        f"assign it outside:\n    {users_line(frames_of(error))}\n"
         "For example: v.assign(ops.fori_loop(0, 3, lambda i, value: value + i, v.value))."
     )
 

@@ -1,23 +1,25 @@
 """TensorFlow: a step becomes one concrete function; variables are captured and changed in place by the graph.
 
 Internals used: AutoGraph's `convert`, because `tf.function` would convert Handloom's own code along with the
-user's, and its rules of what to convert; `tf.__internal__.FuncGraph`, a graph to try a function in;
-`Variable._value` (see `handloom/_keras.py`).
+user's, its rules of what to convert, its own error, and what it notes of the user's lines on an error that passes
+through; `tf.__internal__.FuncGraph`, a graph to try a function in; `Variable._value` (see `handloom/_keras.py`) and
+`Variable._initialize`, where TensorFlow's variable is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.autograph.core import ag_ctx
 from tensorflow.python.autograph.core import config as autograph_config
-from tensorflow.python.autograph.impl.api import convert
+from tensorflow.python.autograph.impl.api import StagingError, convert
 
 from handloom._keras import Tensor, Variable, keras, stored_value
-from handloom.backends._blame import needs_a_value
+from handloom.backends._blame import Frames, frames_of, needs_a_value
 from handloom.backends._scope import Scope
 from handloom.backends.base import Backend, Gradients
 
@@ -36,11 +38,12 @@ class TensorFlowBackend(Backend):
     name = "tensorflow"
 
     def is_array(self, leaf: Any) -> bool:
-        if isinstance(leaf, (tf.Variable, keras.Variable)):
+        if isinstance(leaf, keras.Variable):
             return False
         return isinstance(leaf, (np.ndarray, np.generic)) or tf.is_tensor(leaf)
 
     def to_tensor(self, array: Any) -> Tensor:
+        array = _read(array)
         if array.dtype in (np.float64, tf.float64):
             return tf.cast(array, keras.config.floatx())
         return array if tf.is_tensor(array) else tf.constant(array)
@@ -53,20 +56,27 @@ class TensorFlowBackend(Backend):
         return np.asarray(tensor.numpy())
 
     def detach(self, tensor: Tensor) -> Tensor:
-        return tensor
+        return _read(tensor)
 
     def trace(
         self, fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], *, jit_compile: bool | str
     ) -> TensorFlowProgram | None:
-        function = tf.function(lambda *tensors: list(fn(*tensors)), autograph=False, jit_compile=_with_xla(jit_compile))
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
+
+        def traced() -> Any:
+            options = {"autograph": False, "jit_compile": _with_xla(jit_compile)}
+            return tf.function(lambda *tensors: list(fn(*tensors)), **options).get_concrete_function(*specs)
+
         try:
-            with self._inside("trace"):
-                return TensorFlowProgram(function.get_concrete_function(*specs))
+            with self._inside("trace"), _variables_made_outside_of_graphs() as made:
+                concrete = traced()
+                return TensorFlowProgram(traced() if made else concrete)
         except (TypeError, NotImplementedError, AttributeError) as error:
             if not any(word in str(error) for word in _SYMBOLIC):
                 raise
-            raise needs_a_value(error) from error
+            raise needs_a_value(_users_frames(error)) from error
+        except StagingError as error:
+            raise _as_raised(error) from None
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return _convert(fn) if self._nesting.trace else fn
@@ -84,6 +94,7 @@ class TensorFlowBackend(Backend):
         sources = _Sources(tensors, variables)
         with self._inside("gradient"), tf.GradientTape(watch_accessed_variables=False) as tape:
             value, aux = fn(*sources.watched_by(tape))
+            value, aux = _read(value), [_read(tensor) for tensor in aux]
         gradients = tape.gradient(value, sources.watched)
         return value, aux, *sources.split(gradients)
 
@@ -94,6 +105,11 @@ class TensorFlowBackend(Backend):
         with self._inside("gradient"), tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             outputs = fn(*sources.watched_by(tape))
         return [sources.split(_row(tape, output, sources.watched)) for output in outputs]
+
+
+def _read(tensor: Tensor) -> Tensor:
+    """The present value of what may be a `tf.Variable`: here, unlike elsewhere, `keras.Variable.value` is one."""
+    return tf.identity(tensor) if isinstance(tensor, (tf.Variable, keras.Variable)) else tensor
 
 
 class TensorFlowProgram:
@@ -135,6 +151,41 @@ def _row(tape: tf.GradientTape, output: Tensor, sources: list[Tensor]) -> Gradie
     except ValueError:  # An operation that the vectorized form does not know.
         row = tape.jacobian(output, sources, experimental_use_pfor=False)
     return row
+
+
+@contextlib.contextmanager
+def _variables_made_outside_of_graphs() -> Iterator[list[Variable]]:
+    """Lists the variables made inside, which have their first value at once, and keep it if the trace fails."""
+    made: list[Variable] = []
+    original = keras.Variable._initialize
+
+    def initialize(self: Variable, value: Any) -> None:
+        made.append(self)
+        with tf.init_scope() if callable(value) else contextlib.nullcontext():
+            original(self, value)
+
+    keras.Variable._initialize = initialize
+    try:
+        yield made
+    finally:
+        keras.Variable._initialize = original
+
+
+def _users_frames(error: BaseException) -> Frames:
+    """The lines that led to an error in converted code, as the user wrote them."""
+    converted = getattr(error.__context__, "ag_error_metadata", None)
+    if converted is None:
+        return frames_of(error)
+    return [(frame.filename, frame.lineno) for frame in reversed(converted.translated_stack)]
+
+
+def _as_raised(error: StagingError) -> BaseException:
+    """The exception of the user's, or of ours, in place of which AutoGraph raised one of its own."""
+    original: BaseException = error
+    while isinstance(original, StagingError) and original.__context__ is not None:  # One for each function.
+        original = original.__context__
+    original.add_note(str(error))  # Where it was raised: the traceback leads through generated code.
+    return original
 
 
 def _with_xla(jit_compile: bool | str) -> bool:

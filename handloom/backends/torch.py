@@ -4,29 +4,35 @@ Keras code runs once on stand-ins for tensors to find its variables, and once mo
 every operation down to the in-place updates. The graph then runs with no Keras in between; see
 `_torch_graph.py`. What cannot be traced runs op by op.
 
-Internals used: `Variable._value` (see `handloom/_keras.py`); `torch._C._AutoDispatchBelowAutograd`, which skips
-the look at each operation for something to differentiate, where the graph holds its own backward pass already;
-`keras.src.backend.torch.core.get_device`.
+Internals used: `Variable._value` (see `handloom/_keras.py`), `keras.src.backend.torch.core.get_device` and, while
+tracing, the `core` of `torch_nadam`, which takes numbers out of tensors; `make_fx`, which records, and
+`disable_proxy_modes_tracing`, which has it not look; `FakeTensorMode` with `ShapeEnv`, the stand-ins, and the logger
+that shows a traceback where their shapes do not fit; the nodes of autograd with their names, which tell what reaches a
+value; `torch._C._AutoDispatchBelowAutograd`, which skips the look at each operation for something to differentiate,
+where the graph holds its own backward pass already.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from keras.src.backend.torch import core
+from keras.src.backend.torch.optimizers import torch_nadam
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
-from handloom.backends._blame import needs_a_value
+from handloom.backends._blame import frames_of, needs_a_value
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends._torch_control import traceable_control_flow
 from handloom.backends._torch_graph import generate, tidy
@@ -45,8 +51,8 @@ class TorchBackend(Backend):
 
     def to_tensor(self, array: Any) -> Tensor:
         if not isinstance(array, torch.Tensor):
-            array = np.asarray(array)
-            array = torch.from_numpy(array if array.flags.writeable else array.copy())
+            array = np.require(array, array.dtype.newbyteorder("="), ["C_CONTIGUOUS", "WRITEABLE"])
+            array = torch.from_numpy(array)
         dtype = getattr(torch, keras.config.floatx()) if array.dtype == torch.float64 else array.dtype
         return array.to(device=core.get_device(), dtype=dtype)
 
@@ -60,7 +66,7 @@ class TorchBackend(Backend):
         return np.asarray(tensor.numpy())
 
     def detach(self, tensor: Tensor) -> Tensor:
-        return tensor.detach() if isinstance(tensor, torch.Tensor) else tensor
+        return tensor.detach().clone()
 
     def trace(self, fn: Step, tensors: Sequence[Tensor], *, jit_compile: bool | str) -> TorchProgram:
         try:
@@ -69,11 +75,11 @@ class TorchBackend(Backend):
         except HandloomError:
             raise
         except _NeedsValue as error:
-            raise needs_a_value(error) from error
+            raise needs_a_value(frames_of(error)) from error
         except Exception as first:
             program = self._trace_with_gradients_recorded(fn, tensors, first)
         if jit_compile is True:
-            program.compile_kernels(tensors)
+            program.compile_kernels(_contiguous(tensors))
         return program
 
     def _trace_with_gradients_recorded(self, fn: Step, tensors: Sequence[Tensor], first: Exception) -> TorchProgram:
@@ -82,8 +88,7 @@ class TorchBackend(Backend):
             with self._inside("trace"), torch.enable_grad():
                 return TorchProgram(fn, tensors)
         except Exception:
-            reason = str(first).strip().splitlines()
-            raise Untraceable(f"{type(first).__name__}: {reason[0] if reason else ''}") from first
+            raise Untraceable(_reason(first)) from first
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         already = self._nesting.trace > 0
@@ -120,16 +125,27 @@ class TorchBackend(Backend):
         return [sources.split(row) for row in rows]
 
 
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    # Where a layer or an operation failed, Keras puts above it what was called, and sets the rest in bold.
+    lines = str(error).replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
+    told = [line for line in lines if line.strip() and not line.startswith("Exception encountered when calling")]
+    text = told[0].strip() if told else ""
+    return text if isinstance(error, Untraceable) else f"{type(error).__name__}: {text}"
+
+
 class TorchProgram:
     """A step as one graph over its variables' memory, which it changes in place."""
 
     def __init__(self, fn: Step, tensors: Sequence[Tensor]) -> None:
+        tensors = _contiguous(tensors)
         self._variables = _find_variables(fn, tensors)
         graph = make_fx(
             functools.partial(_run_on, fn, self._variables), tracing_mode="fake", _allow_non_fake_inputs=True
         )
         with _tracing():
             self._graph = graph(*self._values(), *tensors)
+        _check_closed(self._graph)
         tidy(self._graph)
         self._step = generate(self._graph)
         self._guard: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
@@ -163,10 +179,22 @@ class TorchProgram:
 
     def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         with self._guard():
-            return self._step(*self._values(), *tensors)
+            return self._step(*self._values(), *_contiguous(tensors))
 
     def _values(self) -> list[Tensor]:
         return [variable._value for variable in self._variables]
+
+
+def _check_closed(graph: torch.fx.GraphModule) -> None:
+    """Refuses a graph that holds a stand-in: a tensor without values, which some operation was given unseen."""
+    for module in graph.modules():
+        if any(isinstance(value, FakeTensor) for value in [*vars(module).values(), *module.buffers(recurse=False)]):
+            raise Untraceable("a function given to an operation uses a tensor that the operation cannot pass to it")
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors laid out as a graph expects them: it has the strides of those it was traced with written into it."""
+    return list(map(torch.Tensor.contiguous, tensors))
 
 
 def _find_variables(fn: Step, tensors: Sequence[Tensor]) -> list[Variable]:
@@ -303,8 +331,29 @@ class _NeedsValue(Exception):
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """Where Keras code runs on tensors without values."""
-    with traceable_random_ops(), traceable_control_flow(), _NoValues():
+    with traceable_random_ops(), traceable_control_flow(), _traceable_nadam(), _NoValues(), _not_logged():
         yield
+
+
+@contextlib.contextmanager
+def _traceable_nadam() -> Iterator[None]:
+    """Lets Keras's Nadam divide by tensors, where op by op it makes NumPy numbers of them first."""
+    before, torch_nadam.core = torch_nadam.core, SimpleNamespace(convert_to_numpy=lambda tensor: tensor)
+    try:
+        yield
+    finally:
+        torch_nadam.core = before
+
+
+@contextlib.contextmanager
+def _not_logged() -> Iterator[None]:
+    """Keeps torch from logging an error over many lines that then is raised."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from handloom.callbacks._display import EpochLines as EpochLines
 from handloom.callbacks._display import ProgressBar as ProgressBar
-from handloom.callbacks._display import progress_display as progress_display
 from handloom.callbacks._json_logger import JSONLogger as JSONLogger
 
 __all__ = ["EpochLines", "JSONLogger", "ProgressBar"]

@@ -1,0 +1,478 @@
+"""Rows A: loops written by hand."""
+
+import io
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from rich.console import Console
+from sklearn.model_selection import train_test_split
+
+import handloom as hl
+from handloom.callbacks import ProgressBar
+from tests.rows import curves
+from tests.rows.real_data import diabetes, digits
+
+
+def softmax(logits):
+    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exp / exp.sum(axis=1, keepdims=True)
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def whole_batch_regression_by_hand():
+    """The run `curves.a1` in NumPy: the loss before each of 100 updates by Adam (Kingma and Ba, 2015)."""
+    x, y = (array.astype("float64") for array in diabetes())
+    weights = [weight.astype("float64") for weight in curves.start((10, 16), 16, (16, 1), 1)]
+    means, squares = [0.0] * 4, [0.0] * 4
+    losses = []
+    for step in range(1, 101):
+        w1, b1, w2, b2 = weights
+        hidden = np.tanh(x @ w1 + b1)
+        off = hidden @ w2 + b2 - y
+        losses.append((off**2).mean())
+        slope = 2 * off / off.size
+        inner = slope @ w2.T * (1 - hidden**2)
+        gradients = [x.T @ inner, inner.sum(axis=0), hidden.T @ slope, slope.sum(axis=0)]
+        means = [0.9 * mean + 0.1 * gradient for mean, gradient in zip(means, gradients, strict=True)]
+        squares = [0.999 * square + 0.001 * gradient**2 for square, gradient in zip(squares, gradients, strict=True)]
+        rate = 0.01 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        moved = [rate * mean / (np.sqrt(square) + 1e-7) for mean, square in zip(means, squares, strict=True)]
+        weights = [weight - change for weight, change in zip(weights, moved, strict=True)]
+    return np.array(losses)
+
+
+def test_a1_whole_batch_regression_falls_along_the_curve_of_numpy():
+    losses = curves.a1()["loss"]
+    assert losses[-1] < 0.6 * losses[0]
+    np.testing.assert_allclose(losses, whole_batch_regression_by_hand(), rtol=1e-4)
+
+
+@pytest.mark.once  # Starts three processes.
+def test_a1_whole_batch_regression_has_the_same_curve_on_three_backends():
+    found = curves.on_three_backends()
+    for backend in found:
+        np.testing.assert_allclose(found[backend]["a1/loss"], found["jax"]["a1/loss"], rtol=1e-4, err_msg=backend)
+
+
+def two_headed():
+    inputs = keras.Input((64,))
+    hidden = layers.Dense(32, activation="tanh", name="hidden")(inputs)
+    return keras.Model(inputs, [layers.Dense(10, name="digit")(hidden), layers.Dense(1, name="ink")(hidden)])
+
+
+def two_losses_by_hand(weights, pixels, labels, ink):
+    """The losses of both heads, and the gradients of half their sum with respect to the heads' kernels."""
+    w, b, w_digit, b_digit, w_ink, b_ink = weights
+    hidden = np.tanh(pixels @ w + b)
+    chances, off = softmax(hidden @ w_digit + b_digit), hidden @ w_ink + b_ink - ink
+    losses = [-np.log(chances[range(len(labels)), labels]).mean(), (off**2).mean()]
+    slopes = [(chances - np.eye(10)[labels]) / len(labels), 2 * off / len(labels)]
+    return losses, [0.5 * hidden.T @ slope for slope in slopes]
+
+
+def test_a2_two_outputs_with_two_losses_weighted_a_half_each():
+    pixels, labels = (array[:512] for array in digits())
+    ink = pixels.mean(axis=1, keepdims=True)
+    ink, pixels = (ink - ink.mean()) / ink.std(), pixels - pixels.mean(axis=0)
+    model, optimizer = two_headed(), keras.optimizers.SGD(0.1, momentum=0.9)
+    crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    squared = keras.losses.MeanSquaredError()
+
+    @hl.function
+    def train_step(pixels, labels, ink):
+        def loss_fn():
+            digit_logits, ink_drawn = model(pixels, training=True)
+            losses = crossentropy(labels, digit_logits), squared(ink, ink_drawn)
+            return 0.5 * losses[0] + 0.5 * losses[1], losses
+
+        return hl.minimize(loss_fn, model, optimizer, has_aux=True)
+
+    before = model.get_weights()
+    expected, gradients = two_losses_by_hand(before, pixels, labels, ink)
+    total, losses = train_step(pixels, labels, ink)
+    np.testing.assert_allclose([float(loss) for loss in losses], expected, rtol=1e-4)
+    assert float(total) == pytest.approx(0.5 * expected[0] + 0.5 * expected[1], rel=1e-4)
+    for index, gradient in zip((2, 4), gradients, strict=True):
+        np.testing.assert_allclose(before[index] - model.get_weights()[index], 0.1 * gradient, rtol=1e-3, atol=1e-5)
+    for _ in range(100):
+        _, losses = train_step(pixels, labels, ink)
+    assert float(losses[0]) < 0.5 * np.log(10)  # Of what knowing nothing costs: all digits alike, the mean ink.
+    assert float(losses[1]) < 0.5 * 1
+
+
+def test_a3_a_streaming_metric_is_that_of_its_epoch_when_it_is_reset(eagerly):
+    pixels, labels = (array[:160] for array in digits())
+    model, optimizer = keras.Sequential([keras.Input((64,)), layers.Dense(10)]), keras.optimizers.SGD(0.5)
+    crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    accuracy = keras.metrics.SparseCategoricalAccuracy()
+
+    @hl.function
+    def train_step(pixels, labels):
+        def loss_fn():
+            logits = model(pixels, training=True)
+            return crossentropy(labels, logits), logits
+
+        _, logits = hl.minimize(loss_fn, model, optimizer, has_aux=True)
+        accuracy.update_state(labels, logits)
+        return accuracy.result(), ops.argmax(logits, axis=-1)
+
+    epochs = []
+    for _ in range(3):
+        accuracy.reset_state()
+        right = []
+        for batch in hl.Feed((pixels, labels), batch_size=48):
+            streamed, said = train_step(*batch)
+            right.extend(ops.convert_to_numpy(said) == ops.convert_to_numpy(batch[1]))
+            assert float(streamed) == pytest.approx(np.mean(right), rel=1e-6)
+        epochs.append(float(streamed))
+    assert epochs[0] < epochs[1] < epochs[2]  # So that an epoch more or less would show.
+
+
+def test_a4_a_classifier_tells_digits_apart(capsys):
+    train, test, y_train, y_test = train_test_split(*digits(), test_size=0.2, random_state=0)
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(128, activation="relu"), layers.Dense(10)])
+    optimizer = keras.optimizers.Adam(5e-3)
+    crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    accuracy = keras.metrics.SparseCategoricalAccuracy()
+
+    @hl.function
+    def train_step(pixels, labels):
+        return hl.minimize(lambda: crossentropy(labels, model(pixels, training=True)), model, optimizer)
+
+    @hl.function
+    def test_step(pixels, labels):
+        accuracy.update_state(labels, model(pixels, training=False))
+
+    feed, step = hl.Feed((train, y_train), batch_size=32, shuffle=True), 0
+    for _ in range(5):
+        for batch in feed:
+            loss = train_step(*batch)
+            step += 1
+            if step % 200 == 0:
+                print(f"step {step}: loss {float(loss):.4f}")
+    for batch in hl.Feed((test, y_test)):
+        test_step(*batch)
+    assert step == 5 * len(feed) == 5 * 45
+    assert capsys.readouterr().out.startswith("step 200: loss 0.")
+    assert float(accuracy.result()) > 0.95
+
+
+def softmax_regression_by_hand(pixels, labels, weights, rate, batch_size):
+    """One epoch of SGD in NumPy: for each example its loss, and whether it was told right, when it was seen."""
+    kernel, bias = (weight.astype("float64") for weight in weights)
+    losses, right = [], []
+    for first in range(0, len(pixels), batch_size):
+        x, y = pixels[first : first + batch_size], labels[first : first + batch_size]
+        chances = softmax(x @ kernel + bias)
+        losses.extend(-np.log(chances[range(len(y)), y]))
+        right.extend(chances.argmax(axis=1) == y)
+        slope = (chances - np.eye(10)[y]) / len(y)
+        kernel, bias = kernel - rate * x.T @ slope, bias - rate * slope.sum(axis=0)
+    return np.array(losses), np.array(right)
+
+
+def by_own_loop(step, feed):
+    mean_loss = keras.metrics.Mean()
+    for pixels, labels in feed:
+        logs = step(pixels, labels)
+        mean_loss.update_state(logs["loss"], sample_weight=len(pixels))
+    return float(mean_loss.result()), float(logs["accuracy"])
+
+
+def by_fit(step, feed):
+    history = hl.fit(step.python_function, feed, verbose=0).history
+    return history["loss"][0], history["accuracy"][0]
+
+
+@pytest.mark.parametrize("loop", [by_own_loop, by_fit])
+def test_a5_the_epoch_means_weigh_the_smaller_last_batch_right(loop, eagerly):
+    pixels, labels = (array[:70] for array in digits())
+    order = np.argsort(labels)  # The last batch has digits that no other has, and so a loss of its own.
+    pixels, labels = pixels[order], labels[order]
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(10, kernel_initializer="zeros")])
+    optimizer = keras.optimizers.SGD(0.5)
+    crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    accuracy = keras.metrics.SparseCategoricalAccuracy()
+
+    @hl.function
+    def train_step(pixels, labels):
+        def loss_fn():
+            logits = model(pixels, training=True)
+            return crossentropy(labels, logits), logits
+
+        loss, logits = hl.minimize(loss_fn, model, optimizer, has_aux=True)
+        accuracy.update_state(labels, logits)
+        return {"loss": loss, "accuracy": accuracy.result()}
+
+    losses, right = softmax_regression_by_hand(pixels, labels, model.get_weights(), rate=0.5, batch_size=32)
+    mean_of_batch_means = np.mean([batch.mean() for batch in np.split(losses, [32, 64])])
+    assert mean_of_batch_means != pytest.approx(losses.mean(), rel=1e-2)  # What would be wrong shows.
+    assert loop(train_step, hl.Feed((pixels, labels), batch_size=32)) == pytest.approx(
+        (losses.mean(), right.mean()), rel=1e-4
+    )
+
+
+def test_a6_linear_regression_follows_the_closed_form_for_1000_epochs():
+    """Off the least squares solution, full-batch gradient descent multiplies by (1 - 2 r A'A / n) each time."""
+    random = np.random.default_rng(0)
+    x = random.uniform(-1, 1, 100)
+    y = 2 * x + 1 + random.normal(scale=0.1, size=100)
+    slope, intercept, optimizer = keras.Variable(0.0), keras.Variable(0.0), keras.optimizers.SGD(0.01)
+
+    @hl.function
+    def train_step(x, y):
+        hl.minimize(lambda: ops.mean((slope * x + intercept - y) ** 2), [slope, intercept], optimizer)
+        return slope.value, intercept.value
+
+    found = [[float(value) for value in train_step(x, y)] for _ in range(1000)]
+    a = np.stack([x, np.ones(100)], axis=1)
+    solution = np.linalg.lstsq(a, y)[0]
+    shrink = np.eye(2) - 2 * 0.01 * a.T @ a / 100
+    off, expected = -solution, []
+    for _ in range(1000):
+        off = shrink @ off
+        expected.append(solution + off)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found[-1], [2, 1], atol=0.1)
+
+
+def mean_absolute_error(y, y_pred):
+    return ops.mean(ops.abs(y - y_pred), axis=-1)
+
+
+def test_a7_a_plain_function_as_a_metric_in_a_step_equals_numpy(eagerly):
+    x, y = diabetes()
+    model, optimizer = keras.Sequential([keras.Input((10,)), layers.Dense(1)]), keras.optimizers.SGD(0.1)
+
+    @hl.function
+    def train_step(x, y):
+        def loss_fn():
+            y_pred = model(x, training=True)
+            return ops.mean((y - y_pred) ** 2), ops.mean(mean_absolute_error(y, y_pred))
+
+        return hl.minimize(loss_fn, model, optimizer, has_aux=True)
+
+    for batch in zip(np.split(x, 2), np.split(y, 2), strict=True):
+        kernel, bias = model.get_weights()
+        _, mae = train_step(*batch)
+        assert float(mae) == pytest.approx(np.abs(batch[0] @ kernel + bias - batch[1]).mean(), rel=1e-5)
+
+
+def test_a7_a_plain_function_as_a_compiled_metric_equals_numpy(eagerly):
+    x, y = diabetes()
+    model = hl.Model([layers.Dense(1)])
+    model.compile(loss="mse", metrics=[mean_absolute_error])
+    found = model.evaluate(x, y, verbose=0, return_dict=True)["mean_absolute_error"]
+    kernel, bias = model.get_weights()
+    assert found == pytest.approx(np.abs(x @ kernel + bias - y).mean(), rel=1e-5)
+
+
+def test_a8_a_learning_rate_changed_in_the_loop_counts_at_once_without_a_retrace():
+    w, optimizer = keras.Variable(4.0), keras.optimizers.SGD(0.1)
+
+    @hl.function
+    def train_step():
+        return hl.minimize(lambda: w**2, w, optimizer)
+
+    expected, rate, found = 4.0, 0.1, []
+    for _ in range(30):
+        loss = float(train_step())
+        assert loss == pytest.approx(expected**2, rel=1e-4)
+        expected -= rate * 2 * expected
+        assert float(ops.convert_to_numpy(w)) == pytest.approx(expected, rel=1e-4)
+        found.append(loss)
+        if loss < 1 and rate == 0.1:
+            rate = 0.1 * 0.1
+            optimizer.learning_rate = float(optimizer.learning_rate) * 0.1
+    assert found[-1] < 1 < found[0]
+    assert rate == pytest.approx(0.01)
+    assert len(train_step.traces) == 1
+
+
+def nadam_by_hand(x, y, kernel, steps, rate, penalty):
+    """Linear regression with an l2 penalty and no negative weights, by Nadam (Dozat, 2016): losses, then kernels."""
+    kernel, mean, square, product = kernel.astype("float64"), 0.0, 0.0, 1.0
+    losses, kernels = [], []
+    for step in range(1, steps + 1):
+        off = x @ kernel - y
+        losses.append((off**2).mean() + penalty * (kernel**2).sum())
+        gradient = 2 * x.T @ off / len(x) + 2 * penalty * kernel
+        momentum, next_momentum = (0.9 * (1 - 0.5 * 0.96**when) for when in (step, step + 1))
+        product *= momentum
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        ahead = next_momentum * mean / (1 - product * next_momentum) + (1 - momentum) * gradient / (1 - product)
+        kernel = np.maximum(kernel - rate * ahead / (np.sqrt(square / (1 - 0.999**step)) + 1e-7), 0)
+        kernels.append(kernel)
+    return losses, kernels
+
+
+class Kernels(keras.callbacks.Callback):
+    """Looks at the weights after every batch."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.seen = layer, []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(ops.convert_to_numpy(self.layer.kernel).copy())
+
+
+@pytest.mark.parametrize("adds_them", [True, False], ids=["adds model.losses itself", "leaves them to minimize"])
+def test_a10_an_l2_regularized_net_with_constraints_follows_nadam(adds_them, eagerly):
+    x, y = diabetes()
+    layer = layers.Dense(1, use_bias=False, kernel_regularizer=keras.regularizers.L2(0.1), kernel_constraint="non_neg")
+    model, optimizer = keras.Sequential([keras.Input((10,)), layer]), keras.optimizers.Nadam(0.05)
+    layer.kernel.assign(np.linspace(0, 1, 10)[:, None])
+    losses, kernels = nadam_by_hand(x, y, np.linspace(0, 1, 10)[:, None], steps=20, rate=0.05, penalty=0.1)
+
+    def train_step(x, y):
+        def loss_fn():
+            loss = ops.mean((model(x, training=True) - y) ** 2)
+            return loss + sum(model.losses) if adds_them else loss
+
+        return {"loss": hl.minimize(loss_fn, model, optimizer)}
+
+    looking = Kernels(layer)
+    history = hl.fit(train_step, hl.Feed((x, y), batch_size=442), epochs=20, callbacks=[looking], verbose=0).history
+    np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
+    np.testing.assert_allclose(looking.seen, kernels, rtol=1e-3, atol=1e-5)
+    assert all((kernel >= 0).all() for kernel in looking.seen)
+    assert any((kernel == 0).any() for kernel in kernels[1:])  # The constraint had something to do.
+
+
+def test_a10_a_constraint_holds_after_every_step(eagerly):
+    layer = layers.Dense(16, activation="relu", kernel_constraint=keras.constraints.MaxNorm(0.5))
+    model, optimizer = keras.Sequential([keras.Input((10,)), layer, layers.Dense(1)]), keras.optimizers.Nadam(0.01)
+
+    def train_step(x, y):
+        return {"loss": hl.minimize(lambda: ops.mean((model(x, training=True) - y) ** 2), model, optimizer)}
+
+    looking = Kernels(layer)
+    hl.fit(train_step, hl.Feed(diabetes(), batch_size=64), epochs=2, callbacks=[looking], verbose=0)
+    norms = [np.linalg.norm(kernel, axis=0) for kernel in looking.seen]
+    assert len(norms) == 14
+    assert np.max(norms) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a10_the_training_flag_reaches_dropout_and_batch_normalization(eagerly):
+    normalize, drop = layers.BatchNormalization(momentum=0.9), layers.Dropout(0.5, seed=0)
+    model = keras.Sequential([keras.Input((10,)), normalize, drop])
+    x = diabetes()[0][:200] + 3
+
+    @hl.function
+    def forward(x, training):
+        return model(x, training=training)
+
+    out = ops.convert_to_numpy(forward(x, training=True))
+    mean, variance = x.mean(axis=0), x.var(axis=0)
+    np.testing.assert_allclose(normalize.moving_mean, 0.1 * mean, rtol=1e-4)
+    np.testing.assert_allclose(normalize.moving_variance, 0.9 + 0.1 * variance, rtol=1e-3)
+    kept = out != 0
+    assert kept.mean() == pytest.approx(0.5, abs=0.05)
+    np.testing.assert_allclose(out[kept], (2 * (x - mean) / np.sqrt(variance + 1e-3))[kept], rtol=1e-3, atol=1e-4)
+
+    moved = [ops.convert_to_numpy(statistic) for statistic in (normalize.moving_mean, normalize.moving_variance)]
+    out = ops.convert_to_numpy(forward(x, training=False))
+    np.testing.assert_allclose(out, (x - moved[0]) / np.sqrt(moved[1] + 1e-3), rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(normalize.moving_mean, moved[0])
+
+
+def test_a10_the_status_bar_shows_epochs_steps_speed_and_the_loss():
+    model, optimizer = keras.Sequential([keras.Input((10,)), layers.Dense(1)]), keras.optimizers.Nadam(0.01)
+
+    def train_step(x, y):
+        return {"loss": hl.minimize(lambda: ops.mean((model(x, training=True) - y) ** 2), model, optimizer)}
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    bar = ProgressBar(terminal)
+    history = hl.fit(train_step, hl.Feed(diabetes(), batch_size=64), epochs=2, callbacks=[bar], verbose=0).history
+    shown = terminal.file.getvalue()
+    for words in ("Epoch 1/2", "Epoch 2/2", "7/7", "steps/s", "left", f"loss {history['loss'][1]:.4f}"):
+        assert words in shown
+
+
+RATE = 0.5
+
+
+def clipped(gradient):
+    """At most 1 long."""
+    return gradient / max(np.linalg.norm(gradient), 1)
+
+
+def linear_gan_step_by_hand(weights, real, noise):
+    """Both gradients of a GAN of two linear layers, each clipped by norm, and how long the four were."""
+    a, c, w, b = weights
+    drawn = noise @ a + c
+    on_real, on_drawn = -sigmoid(-(real @ w + b)) / len(real), sigmoid(drawn @ w + b) / len(real)
+    of_critic = [real.T @ on_real + drawn.T @ on_drawn, (on_real + on_drawn).sum(axis=0)]
+    w, b = (weight - RATE * clipped(gradient) for weight, gradient in zip((w, b), of_critic, strict=True))
+    on_drawn = -sigmoid(-(drawn @ w + b)) / len(real) @ w.T
+    of_artist = [noise.T @ on_drawn, on_drawn.sum(axis=0)]
+    a, c = (weight - RATE * clipped(gradient) for weight, gradient in zip((a, c), of_artist, strict=True))
+    return [a, c, w, b], [np.linalg.norm(gradient) for gradient in (*of_artist, *of_critic)]
+
+
+class LinearGAN:
+    """A GAN whose generator and discriminator are one linear layer each, with a step by hand."""
+
+    def __init__(self):
+        self.generator, self.discriminator = layers.Dense(2), layers.Dense(1)
+        self.generator.build((None, 3))
+        self.discriminator.build((None, 2))
+        self.g_optimizer = keras.optimizers.SGD(RATE, clipnorm=1.0)
+        self.d_optimizer = keras.optimizers.SGD(RATE, clipnorm=1.0)
+
+    def get_weights(self):
+        return [*self.generator.get_weights(), *self.discriminator.get_weights()]
+
+    @hl.function
+    def train_step(self, real, noise):
+        def d_loss():
+            drawn = self.generator(noise)
+            judged_real, judged_drawn = self.discriminator(real), self.discriminator(drawn)
+            return ops.mean(ops.softplus(-judged_real)) + ops.mean(ops.softplus(judged_drawn))
+
+        def g_loss():
+            return ops.mean(ops.softplus(-self.discriminator(self.generator(noise))))
+
+        return (
+            hl.minimize(d_loss, self.discriminator, self.d_optimizer),
+            hl.minimize(g_loss, self.generator, self.g_optimizer),
+        )
+
+
+def points_and_noise():
+    random = np.random.default_rng(0)
+    real = random.normal(loc=[6, -2], scale=0.5, size=(64, 2))
+    return real.astype("float32"), random.normal(loc=2, scale=4, size=(64, 3)).astype("float32")
+
+
+def test_a12_a_gan_with_two_gradients_a_step_each_clipped_by_norm(eagerly):
+    gan, (real, noise) = LinearGAN(), points_and_noise()
+    expected, lengths = gan.get_weights(), []
+    for _ in range(10):
+        expected, of_this_step = linear_gan_step_by_hand(expected, real, noise)
+        lengths.append(of_this_step)
+        gan.train_step(real, noise)
+        for found, right in zip(gan.get_weights(), expected, strict=True):
+            np.testing.assert_allclose(found, right, rtol=1e-3, atol=1e-4)
+    long, short = np.max(lengths, axis=0) > 1, np.min(lengths, axis=0) < 1
+    assert long[[0, 2]].all()  # Both kernels had something to clip,
+    assert short[[1, 3]].all()  # both biases had not, at times.
+
+
+@pytest.mark.parametrize("still", ["generator", "discriminator"])
+def test_a12_each_optimizer_moves_only_its_own_network(still, eagerly):
+    gan, (real, noise) = LinearGAN(), points_and_noise()
+    getattr(gan, f"{still[0]}_optimizer").learning_rate = 0.0
+    before = {name: getattr(gan, name).get_weights() for name in ("generator", "discriminator")}
+    for _ in range(3):
+        gan.train_step(real, noise)
+    for name, weights in before.items():
+        for weight, now in zip(weights, getattr(gan, name).get_weights(), strict=True):
+            assert np.array_equal(weight, now) == (name == still)
