@@ -125,10 +125,10 @@ class _Branch:
     def __init__(self, fn: Callable[..., Any], carried: Sequence[torch.Tensor]) -> None:
         self._fn = fn
         # A branch is run again when it is differentiated, then outside of the scope it was written in.
-        self._outer = functools.partial(value_in, get_stateless_scope())
+        self.outer = functools.partial(value_in, get_stateless_scope())
         with _aside():
             carried = [tensor.view_as(tensor) for tensor in carried]  # One may be closed over too.
-        with _aside(), _Writes() as writes, _Closure(carried) as closure, _Copies(closure, self._outer) as scope:
+        with _aside(), _Writes() as writes, _Closure(carried) as closure, _Copies(closure, self.outer) as scope:
             self.results, self.structure = optree.tree_flatten(fn(*carried))
             self.results = [closure.replace(core.convert_to_tensor(result)) for result in self.results]
             in_place = [variable for variable, copy in scope.read if writes.into(copy)]
@@ -142,7 +142,7 @@ class _Branch:
 
         def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
             replacements = dict(zip(map(id, used), operands[carried:], strict=True))
-            with _Closure(operands, replacements) as closure, _Copies(closure, self._outer) as scope:
+            with _Closure(operands, replacements) as closure, _Copies(closure, self.outer) as scope:
                 results = optree.tree_leaves(self._fn(*operands[:carried]))
                 results += [scope.get_current_value(variable) for variable in written]
                 # The operations refuse a result that is one of their arguments.
@@ -163,7 +163,9 @@ def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) ->
             f"received {branches[0].structure} and {branches[1].structure}."
         )
     written = _distinct(branches[0].written + branches[1].written)
-    used = _distinct(branches[0].used + branches[1].used)
+    # What one branch assigns, the other hands on as it was.
+    kept = [branches[0].outer(variable) for variable in written]
+    used = _distinct(branches[0].used + branches[1].used + kept)
     runs = [branch.explicit(used, written, carried=0) for branch in branches]
     results = _either(pred.reshape(()).to(torch.bool), runs, used)
     count = len(branches[0].results)

@@ -199,10 +199,12 @@ def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _find_variables(fn: Step, tensors: Sequence[Tensor]) -> list[Variable]:
     """Runs a step on stand-ins: the variables it reads or writes."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    # Numbers taken out of tensors have no value here, and nothing waits to learn where they came from.
+    shapes = ShapeEnv()
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
     stand_in = functools.partial(fake.from_tensor, static_shapes=True)
     recorder = Recorder(lambda variable: _as_leaf(stand_in(stored_value(variable)), variable))
-    with Scope(outer=recorder, creates=True) as scope, _tracing(), fake:
+    with Scope(outer=recorder, creates=True) as scope, _tracing(), fake, shapes.ignore_fresh_unbacked_symbols():
         fn(*map(stand_in, tensors))
     known = {id(variable): variable for variable in [*recorder.variables, *scope.written]}
     return list(known.values())
