@@ -97,6 +97,7 @@ __all__ = [
     "set_keras_mask",
     "stored_value",
     "take_initial_epoch",
+    "trained_by",
     "value_in",
 ]
 
@@ -146,6 +147,11 @@ def loss_tracker(model: Layer) -> keras.Metric:
 def in_keras_order(model: Layer, logs: dict[str, Any]) -> Any:
     """Reported values as `evaluate` returns them: a list in the order of the metrics, or the only one."""
     return model._flatten_metrics_in_order(logs)
+
+
+def trained_by(optimizer: keras.Optimizer) -> list[Variable]:
+    """The variables that an optimizer was built for."""
+    return list(optimizer._trainable_variables)
 
 
 def take_initial_epoch(model: Any) -> int:

@@ -34,9 +34,13 @@ class _Clock:
     """Speed and time left, from steps taken."""
 
     def __init__(self, steps: int | None, epochs: int) -> None:
-        self._all = steps * epochs if steps else None
+        self._steps, self._epochs = steps, epochs
         self._done = 0
         self._begun = time.perf_counter()
+        self.begin_epoch(0)
+
+    def begin_epoch(self, epoch: int) -> None:
+        self._end = self._done + self._steps * (self._epochs - epoch) if self._steps else None
 
     def step(self) -> None:
         self._done += 1
@@ -46,9 +50,9 @@ class _Clock:
         seconds = max(time.perf_counter() - self._begun, 1e-9)
         speed = self._done / seconds
         shown = f"{speed:.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
-        if self._all is None or not self._done:
+        if self._end is None or not self._done:
             return shown
-        return f"{shown}, {_duration((self._all - self._done) / speed)} left"
+        return f"{shown}, {_duration((self._end - self._done) / speed)} left"
 
 
 class ProgressBar(keras.callbacks.Callback):
@@ -72,6 +76,7 @@ class ProgressBar(keras.callbacks.Callback):
         self._clock = _Clock(self.params.get("steps"), self.params.get("epochs", 1))
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._clock.begin_epoch(epoch)
         self._open(f"Epoch {epoch + 1}/{self.params['epochs']}", self.params.get("steps"))
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -84,7 +89,6 @@ class ProgressBar(keras.callbacks.Callback):
         self._close(logs)
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        self._training = False
         self.close()
 
     def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:
@@ -112,12 +116,16 @@ class ProgressBar(keras.callbacks.Callback):
 
     def close(self) -> None:
         """Takes the bar down; also called when training ends by an exception."""
+        self._training = False
+        self._take_down()
+
+    def _take_down(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def _open(self, title: str, steps: int | None) -> None:
-        self.close()
+        self._take_down()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -140,11 +148,15 @@ class ProgressBar(keras.callbacks.Callback):
     def _close(self, logs: Mapping[str, Any] | None) -> None:
         if self._bar is not None:
             self._refresh(logs)
-        self.close()
+        self._take_down()
 
 
 class EpochLines(keras.callbacks.Callback):
     """One line for each epoch: for logs in a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._training = False
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         self._training = True
@@ -157,10 +169,14 @@ class EpochLines(keras.callbacks.Callback):
         print(f"Epoch {epoch + 1}/{self.params['epochs']}  {duration}  {_values(logs)}", file=sys.stdout, flush=True)
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Training is over; also called when it ends by an exception."""
         self._training = False
 
     def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        if not getattr(self, "_training", False):
+        if not self._training:
             print(f"Evaluated  {_values(logs)}", file=sys.stdout, flush=True)
 
 
@@ -175,8 +191,8 @@ def _number(value: Any) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f}s"
     minutes, seconds = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds}s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

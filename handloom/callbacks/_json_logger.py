@@ -74,7 +74,7 @@ class JSONLogger(keras.callbacks.Callback):
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it."""
-    if isinstance(value, (np.ndarray, list, tuple)):
+    if np.ndim(value):
         return [_plain(item) for item in np.asarray(value).tolist()]
     number = float(value)
     if math.isfinite(number):
