@@ -148,6 +148,7 @@ class _Results:
         self._scalars: dict[str, Tensor] = {}
         self._averaged: set[str] = set()
         self._arrays: dict[str, Tensor] = {}
+        self._ratios: dict[str, tuple[Tensor, Tensor]] = {}
         for name, value in returned.items():
             self._add(str(name), value)
 
@@ -159,32 +160,39 @@ class _Results:
             for inner, inner_value in value.items():  # Keras's way: a metric of several results has their names.
                 self._add(str(inner), inner_value)
             return
-        is_result = self._metrics.is_result(value)
-        value = self._tensor(name, value)
         self._forget(name)  # Of one name in two inner dicts, the last value counts: Keras's way.
         self._names[name] = None
-        if not len(value.shape):
-            self._scalars[name] = value
-            self._averaged.update(() if is_result else (name,))
-        elif is_result:
+        if isinstance(value, tuple) and len(value) == 2:
+            self._ratios[name] = self._scalar(name, value[0]), self._scalar(name, value[1])
+            return
+        is_result = self._metrics.is_result(value)
+        value = self._tensor(name, value)
+        if is_result and len(value.shape):
             self._arrays[name] = value
-        else:
+            return
+        self._scalars[name] = self._scalar(name, value)
+        self._averaged.update(() if is_result else (name,))
+
+    def _forget(self, name: str) -> None:
+        for kind in (self._scalars, self._arrays, self._ratios):
+            kind.pop(name, None)
+        self._averaged.discard(name)
+
+    def _scalar(self, name: str, value: Any) -> Tensor:
+        value = self._tensor(name, value)
+        if len(value.shape):
             raise StepError(
                 f"{self._step} returned a tensor of shape {tuple(value.shape)} as {name!r}; what is reported must be "
                 "scalars. Reduce it, for example with keras.ops.mean, or report a keras.Metric."
             )
-
-    def _forget(self, name: str) -> None:
-        self._scalars.pop(name, None)
-        self._arrays.pop(name, None)
-        self._averaged.discard(name)
+        return value
 
     def _tensor(self, name: str, value: Any) -> Tensor:
         if isinstance(value, (keras.Variable, bool, int, float)) or backend.is_array(value):
             return ops.convert_to_tensor(value)
         raise StepError(
             f"{self._step} returned {_shown(value)} (of type {type(value).__name__}) as {name!r}; what is "
-            "reported must be scalars (tensors or numbers) or keras.Metric objects."
+            "reported must be scalars (tensors or numbers), pairs (sum, weight) of these, or keras.Metric objects."
         )
 
     def added_to(self, known: dict[Any, Totals], examples: int, weight: Tensor | None) -> Report:
@@ -193,6 +201,7 @@ class _Results:
         for name, scalar in self._scalars.items():
             packs.setdefault(_pack_dtype(scalar, name in self._averaged), []).append(name)
         totals = [self._add_pack(known, dtype, tuple(names), examples, weight) for dtype, names in packs.items()]
+        totals += [self._add_ratio(known, name, *pair) for name, pair in self._ratios.items()]
         totals += [self._keep_array(known, name, array) for name, array in self._arrays.items()]
         return Report(tuple(self._names), tuple(totals), examples, self._metrics.updated)
 
@@ -215,6 +224,12 @@ class _Results:
         if not summed.all():
             before = ops.where(summed, before, ops.zeros_like(before))
         totals.variable.assign(before + values)
+        return totals
+
+    def _add_ratio(self, known: dict[Any, Totals], name: str, total: Tensor, weight: Tensor) -> Totals:
+        totals = _totals(known, (name,), np.array([True]), True, "float32", (2,))
+        values = ops.stack([ops.cast(total, "float32"), ops.cast(weight, "float32")])
+        totals.variable.assign(totals.variable.value + values)
         return totals
 
     def _keep_array(self, known: dict[Any, Totals], name: str, array: Tensor) -> Totals:
