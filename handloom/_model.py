@@ -31,7 +31,7 @@ from handloom._update import minimize
 from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
 from handloom.callbacks._display import progress_display
 from handloom.errors import OptimizerError, StepError
-from handloom.optimizers import LossScaleOptimizer, NamedOptimizers
+from handloom.optimizers import LossScaleOptimizer, NamedOptimizers, averaged_weights
 from handloom.optimizers._inside import inside
 
 ops = keras.ops
@@ -325,15 +325,22 @@ class Model(keras.Model):
         steps: int | None = None,
         callbacks: Any = None,
         return_dict: bool = False,
+        weights: str | None = None,
     ) -> Any:
         """Evaluates the model, with Keras's arguments and their meaning; see `fit`.
+
+        With `weights="ema"` it does so with the averages that `handloom.optimizers.Averaged` keeps.
 
         Returns:
             The reported values: a dict if `return_dict`, else a list in the order of the metrics, or the only value.
         """
         _check_compiled(self, "evaluate", "test_step")
         feed = model_feed(self, (x, y, sample_weight), batch_size)
-        with self._steps.running(), self._hooks(callbacks, verbose, steps or feed.length) as hooks:
+        with (
+            self._steps.running(),
+            _weights(self, weights),
+            self._hooks(callbacks, verbose, steps or feed.length) as hooks,
+        ):
             results = _loop.evaluate(self._steps.reporting("test_step"), feed, hooks=hooks, model=self, steps=steps)
         return results if return_dict else in_keras_order(self, results)
 
@@ -344,14 +351,19 @@ class Model(keras.Model):
         verbose: str | int = "auto",
         steps: int | None = None,
         callbacks: Any = None,
+        weights: str | None = None,
     ) -> Any:
-        """The model's outputs, with Keras's arguments and their meaning; see `fit`.
+        """The model's outputs, with Keras's arguments and their meaning; see `fit`. `weights` is as for `evaluate`.
 
         Returns:
             NumPy arrays in the structure of the outputs, the batches joined along their first axis.
         """
         feed = model_feed(self, (x, None, None), batch_size, labels=False)
-        with self._steps.running(), self._hooks(callbacks, verbose, steps or feed.length) as hooks:
+        with (
+            self._steps.running(),
+            _weights(self, weights),
+            self._hooks(callbacks, verbose, steps or feed.length) as hooks,
+        ):
             return _loop.predict(self._steps.prediction, feed, hooks=hooks, model=self, steps=steps)
 
     def train_on_batch(
@@ -440,6 +452,12 @@ def _check_compiled(model: Model, method: str, step: str) -> None:
             f"Call compile() before {method}(): {type(model).__name__} uses the default {step}, which needs a loss"
             f"{' and an optimizer' if step == 'train_step' else ''}."
         )
+
+
+def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextManager[None]:
+    if weights not in (None, "ema"):
+        raise ValueError(f'weights takes None, for the weights as they are, or "ema"; received {weights!r}.')
+    return averaged_weights(model) if weights else contextlib.nullcontext()
 
 
 class _After:

@@ -24,7 +24,7 @@ class Averaged(Wrapper):
     2018). It begins with the weights themselves, not with zeros, so there is no bias to correct. Counted are updates,
     not steps: what an accumulating optimizer inside only gathers does not count.
 
-    `model.evaluate(..., weights="averaged")`, `model.predict(..., weights="averaged")` and
+    `model.evaluate(..., weights="ema")`, `model.predict(..., weights="ema")` and
     `handloom.optimizers.averaged_weights(model)` use the average; the live weights stay.
 
     Args:
