@@ -12,6 +12,7 @@ from handloom import _loop
 from handloom._callbacks import Callbacks
 from handloom._data import Feed
 from handloom._every import Every, every
+from handloom._explain import Explanation, explain, show
 from handloom._gradients import Wrt, build
 from handloom._keras import (
     Functional,
@@ -399,6 +400,16 @@ class Model(keras.Model):
             step.take(as_one_batch(packed(parts)))
             logs = dict(step.logs)
         return logs if return_dict else in_keras_order(self, logs)
+
+    def explain(self) -> Explanation:
+        """Prints which optimizer trains what, how far it is, and what may surprise; returns the same as data.
+
+        Raises:
+            OptimizerError: If a variable is owned by two optimizers or by none.
+        """
+        explanation = explain(self)
+        show(explanation)
+        return explanation
 
     # ------------------------------------------------------------------ insides
 

@@ -1,0 +1,111 @@
+"""What a compiled model will do, said in words and given as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from handloom._keras import Variable, keras
+from handloom.optimizers import NamedOptimizers
+from handloom.optimizers._inside import inside
+
+ops = keras.ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """An optimizer and what it trains.
+
+    Attributes:
+        name: The name it was compiled under; `"*"` for the only one.
+        optimizer: What it is, outermost first: `"Accumulated > Adam"`.
+        learning_rate: At the update to come.
+        updates: Updates made so far.
+        variables: The paths of its variables.
+        parameters: How many numbers they hold.
+    """
+
+    name: str
+    optimizer: str
+    learning_rate: float
+    updates: int
+    variables: tuple[str, ...]
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `Model.explain()` found.
+
+    Attributes:
+        owners: Who trains what.
+        frozen: The paths of the variables that nobody trains.
+        notes: What is right but may surprise.
+    """
+
+    owners: tuple[Owner, ...]
+    frozen: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def explain(model: keras.Model) -> Explanation:
+    """Explains a compiled and built model; see `Model.explain`."""
+    owners = tuple(_owner(name, optimizer, variables) for name, optimizer, variables in _owned(model))
+    frozen = tuple(variable.path for variable in model.non_trainable_weights)
+    return Explanation(owners, frozen, tuple(_notes(model)))
+
+
+def show(explanation: Explanation) -> None:
+    """Prints an explanation as a table, followed by its notes."""
+    table = Table("name", "optimizer", "learning rate", "updates", "variables", "parameters", title="Who trains what")
+    for owner in explanation.owners:
+        numbers = (f"{owner.learning_rate:.3g}", str(owner.updates), str(len(owner.variables)), f"{owner.parameters:,}")
+        table.add_row(owner.name, owner.optimizer, *numbers)
+    console = Console()
+    console.print(table)
+    console.print(f"{len(explanation.frozen)} variables are trained by nobody.")
+    for note in explanation.notes:
+        console.print(f"- {note}", highlight=False)
+
+
+def _owned(model: keras.Model) -> Iterator[tuple[str, keras.Optimizer, list[Variable]]]:
+    optimizer = getattr(model, "optimizer", None)
+    named = next((part for part in inside(optimizer) if isinstance(part, NamedOptimizers)), None)
+    if named is not None:
+        for name, variables in named.owners().items():
+            yield name, named[name], variables
+    elif optimizer is not None:
+        yield "*", optimizer, model.trainable_variables
+
+
+def _owner(name: str, optimizer: keras.Optimizer, variables: list[Variable]) -> Owner:
+    parts = list(inside(optimizer))
+    return Owner(
+        name=name,
+        optimizer=" > ".join(type(part).__name__ for part in parts),
+        learning_rate=float(ops.convert_to_numpy(parts[-1].learning_rate)),
+        updates=int(ops.convert_to_numpy(optimizer.iterations)),
+        variables=tuple(variable.path for variable in variables),
+        parameters=sum(int(ops.size(variable)) for variable in variables),
+    )
+
+
+def _notes(model: keras.Model) -> Iterator[str]:
+    reductions = {getattr(loss, "reduction", "sum_over_batch_size") for loss in keras.tree.flatten(_losses(model))}
+    if "sum_over_batch_size" in reductions or "mean" in reductions:
+        yield (
+            "The loss is divided by the number of examples, the metrics given as weighted_metrics by the sum of the "
+            "sample weights: with weights a loss and a metric of the same formula differ. Other examples' weights do "
+            "not change what an example does. For a loss like the metric: reduction='mean_with_sample_weight'."
+        )
+    if "sum" in reductions:
+        yield "The loss is a sum over examples: larger batches make larger steps."
+
+
+def _losses(model: keras.Model) -> Any:
+    loss = getattr(model, "loss", None)
+    return [] if loss is None else loss
