@@ -56,13 +56,15 @@ def new_variables() -> Iterator[list[Variable]]:
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
-        def init(self: Variable, initializer: Any, shape: Any = None, dtype: Any = None, **options: Any) -> None:
+        def init(
+            self: Variable, initializer: Any, shape: Any = None, dtype: Any = None, *args: Any, **options: Any
+        ) -> None:
             if threading.get_ident() == thread:
                 if not isinstance(self, OwnVariable):
                     created.append(self)
                 if _is_known(initializer):
                     shape, dtype, initializer = _as_initializer(initializer, dtype)
-            original(self, initializer, shape, dtype, **options)
+            original(self, initializer, shape, dtype, *args, **options)
 
         return init
 
@@ -136,7 +138,6 @@ class Losses:
         self._variables = variables
         self._owned = {id(item) for item in [*variables, *(inner for layer in layers for inner in layers_of(layer))]}
         self._added: list[tuple[Layer, Tensor]] = []
-        self._read: set[int] = set()
         self._regularized: set[int] = set()
 
     def left_out(self) -> list[Tensor]:
@@ -146,16 +147,16 @@ class Losses:
             for variable in self._variables
             if variable.regularizer is not None and id(variable) not in self._regularized
         ]
-        return penalties + [loss for layer, loss in self._added if id(layer) not in self._read]
+        return penalties + [loss for _, loss in self._added]
 
     def note_added(self, layer: Layer, loss: Any) -> None:
         if any(id(variable) in self._owned for variable in layer.variables) or id(layer) in self._owned:
             self._added.extend((layer, value) for value in keras.tree.flatten(loss))
 
     def note_read(self, layer: Layer) -> None:
-        for inner in layers_of(layer):
-            self._read.add(id(inner))
-            self._regularized.update(id(variable) for variable in inner.trainable_variables)
+        read = list(layers_of(layer))
+        self._added = [(inner, loss) for inner, loss in self._added if inner not in read]
+        self._regularized.update(id(variable) for inner in read for variable in inner.trainable_variables)
 
 
 @contextlib.contextmanager

@@ -61,13 +61,15 @@ def run(recipe: str, backend: str | None, epochs: int | None, run_dir: Path | No
     """
     path = _recipe_file(recipe)
     backend = _choose_backend(backend)
-    run_dir = _prepared(run_dir, f"{path.stem.replace('_', '-')}-{backend}", fresh)
     click.echo(f"{recipe} on {backend}")
+    function = _main_of(path)  # First, so that an older run is not removed for one that cannot begin.
+    run_dir = _prepared(run_dir, f"{path.stem.replace('_', '-')}-{backend}", fresh)
     begun = time.perf_counter()
-    result = _main_of(path)(run_dir, **({} if epochs is None else {"epochs": epochs}))
+    result = function(run_dir, **({} if epochs is None else {"epochs": epochs}))
     seconds = time.perf_counter() - begun
     record = {"recipe": recipe, "backend": backend, "seconds": round(seconds, 1), "result": result}
-    (run_dir / _RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
+    (run_dir / _RECORD).write_text(text + "\n", encoding="utf-8")
     click.echo(f"{result or 'Done.'}\nIn {seconds:.0f} s. Everything is in {run_dir}{os.sep}: {_contents(run_dir)}")
 
 
@@ -99,6 +101,8 @@ def _choose_backend(backend: str | None) -> str:
     backend = backend or os.environ.get("KERAS_BACKEND") or _configured(installed)
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # It would greet with lines about the processor.
+    if backend not in installed:
+        importlib.import_module("handloom._keras")  # Raises the error that says what to install, or to choose.
     return backend
 
 
@@ -118,7 +122,7 @@ def _prepared(run_dir: Path | None, name: str, fresh: bool) -> Path:
     """The run directory, made: the one asked for, or the first of its name that is free."""
     chosen = run_dir or Path("runs") / name
     if fresh and (chosen / _RECORD).exists():
-        shutil.rmtree(chosen)
+        _empty(chosen)
     if _in_use(chosen):
         if run_dir is not None:
             what = "a run; --fresh empties it" if (chosen / _RECORD).exists() else "files that are of no finished run"
@@ -126,6 +130,15 @@ def _prepared(run_dir: Path | None, name: str, fresh: bool) -> Path:
         chosen = next(path for number in range(2, 10**6) if not _in_use(path := Path("runs") / f"{name}-{number}"))
     chosen.mkdir(parents=True, exist_ok=True)
     return chosen
+
+
+def _empty(run_dir: Path) -> None:
+    """Removes what is in a directory; itself it stays, as it may be where the user stands, or a link."""
+    for path in run_dir.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _in_use(path: Path) -> bool:
@@ -143,16 +156,26 @@ def _main_of(path: Path) -> Callable[..., str | None]:
 
 def _imported(path: Path) -> ModuleType:
     if path.parent == _RECIPES:
-        try:
-            return importlib.import_module(f"handloom.recipes.{path.stem}")
-        except ModuleNotFoundError as error:
-            if error.name not in ("matplotlib", "sklearn"):
-                raise
-            raise RecipeError(
-                f'The recipes need {error.name}, which is not installed: pip install "handloom[recipes]".'
-            ) from error
+        _check_extras()
+        return importlib.import_module(f"handloom.recipes.{path.stem}")
     sys.path.insert(0, str(path.parent.resolve()))  # So that the file finds its neighbours, as under `python FILE.py`.
-    return importlib.import_module(path.stem)
+    # Not by its name, which another module may have, or which may not be one.
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    assert spec is not None  # The name ends in .py.
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # Where Keras and pickle look for the classes in it.
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_extras() -> None:
+    """Now, not when the first curve is drawn, after training."""
+    missing = [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(
+            f'The recipes need {" and ".join(missing)}, not installed here: pip install "handloom[recipes]".'
+        )
 
 
 def _contents(run_dir: Path) -> str:

@@ -237,6 +237,25 @@ def test_worker_threads_read_no_further_ahead_than_they_may():
     feed.close()
 
 
+def test_worker_threads_read_no_further_once_iteration_is_given_up():
+    asked = []
+
+    class Slow(Numbered):
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, index):
+            asked.append(index)
+            time.sleep(0.005)
+            return np.zeros(1)
+
+    before = set(threading.enumerate())
+    for _ in hl.Feed(Slow(workers=2, max_queue_size=100)):
+        break
+    assert eventually(lambda: set(threading.enumerate()) <= before)
+    assert len(asked) < 50
+
+
 # --------------------------------------------------------------------------- structures and dtypes
 
 

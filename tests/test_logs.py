@@ -127,6 +127,21 @@ def test_each_epoch_begins_anew(eagerly):
     assert history["mean"] == [2.0, 7.0]
 
 
+def test_steps_before_an_exception_do_not_count_in_the_next_run(eagerly):
+    class Means(hl.Model):
+        def train_step(self, data):
+            return means(data)
+
+    def fail(batch, logs):
+        if batch == 1:
+            raise RuntimeError("broken")
+
+    model = Means()
+    with pytest.raises(RuntimeError, match="broken"):
+        model.fit(100 * X, batch_size=4, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=fail)], verbose=0)
+    np.testing.assert_allclose(model.fit(X, batch_size=4, verbose=0).history["mean"], [4.5], rtol=1e-6)
+
+
 def test_results_of_validation_are_averages_of_their_own(eagerly):
     history = hl.fit(
         means, hl.Feed(X, batch_size=4), validate=(means, hl.Feed(10 * X, batch_size=4)), verbose=0

@@ -2,8 +2,9 @@
 
 Internals used: `Variable._value` (see `handloom/_keras.py`); while tracing, the check by which `keras.random` refuses
 to draw unseeded numbers under a trace (it guards against a seed frozen into the program; here the global seed
-generator's state is captured like any other variable, so nothing freezes); `jax.extend.core.jaxpr_as_fun`, to take
-several derivatives of one run; CPython's reference counts, which tell an array that others hold too.
+generator's state is captured like any other variable, so nothing freezes); of `jax.extend.core`, `jaxpr_as_fun`, to
+take several derivatives of one run, and `get_opaque_trace_state`, which tells one trace from another; CPython's
+reference counts, which tell an array that others hold too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from handloom.backends._blame import frames_of, needs_a_value, users_line
 from handloom.backends._jax_control import assignments_in_branches, cond
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends.base import Backend, Gradients, Program
-from handloom.errors import VariableError
+from handloom.errors import TraceError, VariableError
 
 
 class JaxBackend(Backend):
@@ -62,7 +63,7 @@ class JaxBackend(Backend):
         except _NEEDS_A_VALUE as error:
             raise needs_a_value(frames_of(error)) from error
         except jax.errors.UnexpectedTracerError as error:
-            raise _leaked(error) from error
+            raise _leaked(users_line(frames_of(error))) from error
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return assignments_in_branches()(fn)
@@ -127,11 +128,14 @@ def _program(
         written_values: list[Tensor], read_values: list[Tensor], tensors: tuple[Tensor, ...]
     ) -> tuple[list[Tensor], list[Tensor]]:
         bindings = zip(written + read, written_values + read_values, strict=True)
-        with Scope(bindings, outer=refuse) as scope:
+        with _OneTrace(bindings, outer=refuse) as scope:
             results = list(fn(*tensors))
         return results, [scope.get_current_value(variable) for variable in written]
 
-    execute = jax.jit(pure, donate_argnums=0).lower(_values(written), _values(read), tuple(tensors)).compile()
+    traced = jax.jit(pure, donate_argnums=0).trace(_values(written), _values(read), tuple(tensors))
+    if len(traced.jaxpr.in_avals) > len(written) + len(read) + len(tensors):
+        raise _leaked("(line unknown)")
+    execute = traced.lower().compile()
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         values = [variable._value for variable in written]
@@ -174,12 +178,37 @@ def _find_variables(
     fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor]
 ) -> tuple[list[Variable], list[Variable]]:
     """Runs a step on shapes alone: the variables it writes, and those it only reads."""
-    recorder = Recorder(stored_value)
-    with Scope(outer=recorder, creates=True) as scope:
-        jax.eval_shape(lambda *tensors: list(fn(*tensors)), *tensors)
-    written = scope.written
+    recorder, written = Recorder(stored_value), list[Variable]()
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        with _OneTrace(outer=recorder) as scope:
+            results = list(fn(*tensors))
+        written.extend(scope.written)
+        return results
+
+    with Scope(creates=True):
+        jax.eval_shape(run, *tensors)
     known = set(map(id, written))
     return written, [variable for variable in recorder.variables if id(variable) not in known]
+
+
+class _OneTrace(Scope):
+    """Refuses what is assigned inside a trace of its own, as that of a loop is: it cannot get out of there."""
+
+    def __enter__(self) -> _OneTrace:
+        super().__enter__()
+        self._trace = jax.extend.core.get_opaque_trace_state()
+        return self
+
+    def add_update(self, update: tuple[Variable, Tensor]) -> None:
+        if jax.extend.core.get_opaque_trace_state() != self._trace:
+            raise VariableError(
+                f"The variable {update[0].path!r} is assigned inside a function given to an operation (keras.ops."
+                "while_loop, fori_loop, scan, map, vectorized_map), from where its new value cannot get out on JAX. "
+                "Return the new value from that function, and assign it outside. For example: "
+                "v.assign(ops.fori_loop(0, 3, lambda index, value: value + index, v.value))."
+            )
+        super().add_update(update)
 
 
 class _Sources:
@@ -193,7 +222,7 @@ class _Sources:
 
     def call(self, fn: Callable[..., Any], flat: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
         """Calls `fn` with the variables at the given values; also returns the new values of what it wrote."""
-        with Scope(zip(self._variables, flat[self._count :], strict=True)) as scope:
+        with _OneTrace(zip(self._variables, flat[self._count :], strict=True)) as scope:
             result = fn(*flat[: self._count])
         self._written = scope.written
         return result, [scope.get_current_value(variable) for variable in self._written]
@@ -252,12 +281,11 @@ def _row(flat_fn: Callable[..., list[Tensor]], index: int, values: Sequence[Tens
     return reached.only([column.reshape(output.shape + column.shape[1:]) for column in columns])
 
 
-def _leaked(error: Exception) -> VariableError:
-    return VariableError(
-        "A variable was assigned inside a function given to an operation (keras.ops.while_loop, fori_loop, scan, map, "
-        "vectorized_map), from where its new value cannot get out. Return the new value from that function, and "
-        f"assign it outside:\n    {users_line(frames_of(error))}\n"
-        "For example: v.assign(ops.fori_loop(0, 3, lambda i, value: value + i, v.value))."
+def _leaked(line: str) -> TraceError:
+    return TraceError(
+        "A tensor of a function that was given to an operation (keras.ops.cond, while_loop, scan, map, vectorized_map) "
+        f"is used outside of that function, where it has no meaning:\n    {line}\n"
+        "Return it from the function instead."
     )
 
 

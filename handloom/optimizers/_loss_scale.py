@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from handloom._keras import Tensor, Variable, keras
+from handloom._keras import Tensor, Variable, keras, trained_by
 from handloom.backends import backend
+from handloom.errors import OptimizerError
 
 ops = keras.ops
 
@@ -46,8 +47,16 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Args:
             grads: One gradient, or `None`, a variable; scaled if and only if the loss went through `scale_loss`.
             trainable_variables: The variables; may be left out once the optimizer is built.
+
+        Raises:
+            OptimizerError: If the optimizer is not built, and is not told the variables.
         """
-        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        if trainable_variables is None and not self.built:
+            raise OptimizerError(
+                "The optimizer is not built, so it cannot tell whose gradients these are. Pass the variables too, or "
+                "build it first: optimizer.build(variables)."
+            )
+        variables = trained_by(self) if trainable_variables is None else list(trainable_variables)
         if not self.built:
             self.build(variables)
         if self._loss_was_scaled:

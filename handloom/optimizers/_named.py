@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from handloom._keras import Layer, Tensor, Variable, keras
+from handloom._keras import Layer, Tensor, Variable, keras, trained_by
 from handloom.errors import OptimizerError
 from handloom.optimizers._loss_scale import apply_unscaled
 
@@ -106,6 +106,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
             group = [variable for variable in owned if id(variable) in wanted]
             if group:
                 _build(optimizer, owned)
+                self.built = True
                 groups.append((optimizer, group))
         found = {id(variable) for _, group in groups for variable in group}
         strange = [variable.path for variable in variables if id(variable) not in found]
@@ -142,8 +143,10 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         raise AttributeError(f"Several optimizers have no one learning rate; use {names}.")
 
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
-        for optimizer, group in self.split(var_list):
-            optimizer.finalize_variable_values(group)
+        del var_list  # Averages are of what each optimizer was built for; before its first update they are zeros.
+        for optimizer in self._by_name.values():
+            if optimizer.built and int(keras.ops.convert_to_numpy(optimizer.iterations)):
+                optimizer.finalize_variable_values(trained_by(optimizer))
 
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
