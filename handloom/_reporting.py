@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -54,8 +55,11 @@ class ReportingStep:
         self._known: dict[Any, tuple[Run, Report]] = {}
         self._last: list[Report | None] = [None]
 
+        check_call = _call_check(step)
+
         @functools.wraps(step)
         def reporting(*batch: Any) -> Report:
+            check_call(*batch)
             # Op by op, a metric's first update of an epoch is the moment to reset it; a compiled step tells before.
             with metrics_used(None if backend.nested else self._renew) as metrics:
                 returned = step(*batch)
@@ -117,6 +121,26 @@ class ReportingStep:
         if self._reset_metrics is None and id(metric) not in self._renewed:
             self._renewed.add(id(metric))
             metric.reset_state()
+
+
+def _call_check(step: Callable[..., Any]) -> Callable[..., None]:
+    """Checks that a step takes the arguments it is about to be called with."""
+    try:
+        signature = inspect.signature(step)
+    except (TypeError, ValueError):  # A builtin, perhaps: it will say so itself.
+        return lambda *_: None
+
+    def check(*batch: Any) -> None:
+        try:
+            signature.bind(*batch)
+        except TypeError as error:
+            raise StepError(
+                f"{getattr(step, '__name__', 'step')}{signature} cannot be called with a batch of {len(batch)} "
+                f"part(s): {error}. A batch that is a tuple is passed as that many arguments, unless the step takes a "
+                "single one."
+            ) from error
+
+    return check
 
 
 class _Results:
