@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import collections
 import itertools
+import numbers
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -266,7 +267,8 @@ def _read_ahead(pool: Executor, read: Callable[[int], Any], indices: Iterable[in
 
 
 def _source(data: Any, batch_size: int | None, shuffle: bool, seed: int, drop_remainder: bool) -> _Source:
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+    whole = isinstance(batch_size, numbers.Integral) and not isinstance(batch_size, bool)
+    if batch_size is not None and not (whole and batch_size > 0):
         raise DataError(f"batch_size takes a positive whole number; received {batch_size!r}.")
     if is_arrays(data):
         return _Arrays(data, batch_size or _DEFAULT_BATCH_SIZE, shuffle, seed, drop_remainder)

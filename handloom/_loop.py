@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import numbers
+import reprlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -81,6 +83,8 @@ def fit(
     Example:
         `hl.fit(train_step, (x, y), epochs=5, validate=(test_step, (x_test, y_test)))`
     """
+    if not isinstance(validate_every, Every):
+        raise TypeError(f"validate_every takes a time such as hl.every(epochs=1); received {validate_every!r}.")
     model = _model_in(state)
     training = reporting(step)
     return train(
@@ -270,7 +274,7 @@ def _validation(validate: Any, model: Any) -> Validation | None:
         return lambda _: _checked_results(validate())
     raise StepError(
         "validate takes a pair (step, data), or a function without arguments that returns a dict of numbers; received "
-        f"{validate!r} (of type {type(validate).__name__})."
+        f"{reprlib.repr(validate)} (of type {type(validate).__name__})."
     )
 
 
@@ -330,8 +334,10 @@ def _weight_at(batch: Sequence[Any], position: int | None) -> Tensor | None:
 
 def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
-        least = 1 if name == "steps_per_epoch" else 0
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
+        least, optional = (1, True) if name == "steps_per_epoch" else (0, False)
+        if count is None and optional:
+            continue
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < least:
             raise ValueError(f"{name} takes a whole number, at least {least}; received {count!r}.")
 
 

@@ -30,6 +30,7 @@ from handloom._model_steps import ModelSteps, parts_built
 from handloom._progress import Progress
 from handloom._update import minimize
 from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
+from handloom._watch import divisors, note_divisor
 from handloom.callbacks._display import progress_display
 from handloom.errors import OptimizerError, StepError
 from handloom.optimizers import LossScaleOptimizer, NamedOptimizers, averaged_weights
@@ -180,6 +181,21 @@ class Model(keras.Model):
         """The model's outputs for one batch; to be overridden."""
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         return call_model(self, x, training=False)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Tensor:
+        """The compiled loss, with regularization and what layers added."""
+        with divisors() as noted:
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        found = noted.distinct()
+        note_divisor(loss, found[0] if len(found) == 1 else None)
+        return loss
 
     @contextlib.contextmanager
     def _reporting(self, loss: Tensor) -> Iterator[None]:

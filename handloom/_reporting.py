@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,8 @@ import optree
 from handloom._function import Function
 from handloom._keras import Tensor, keras
 from handloom._logs import READ_AFTER, Logs, Report, Totals
-from handloom._watch import Metrics, OwnVariable, metrics_used
+from handloom._watch import Divisors, Metrics, OwnVariable, divisors, metrics_used
+from handloom._weight import SUM, Weight
 from handloom.backends import backend
 from handloom.errors import StepError
 from handloom.optimizers._accumulated import Accumulated, windows
@@ -60,13 +62,17 @@ class ReportingStep:
         self._windows: dict[int, Accumulated] = {}
         self._flush = Function(_flush, jit_compile=jit_compile)
 
+        check_call = _call_check(step)
+
         @functools.wraps(step)
         def reporting(*batch: Any) -> Report:
+            check_call(*batch)
             # Op by op, a metric's first update of an epoch is the moment to reset it; a compiled step tells before.
-            with metrics_used(None if backend.nested else self._renew) as metrics, windows() as open_windows:
+            renew = None if backend.nested else self._renew
+            with metrics_used(renew) as metrics, divisors() as divided, windows() as open_windows:
                 returned = step(*batch)
             self._windows.update(open_windows)
-            results = _Results(getattr(step, "__name__", "step"), returned, metrics)
+            results = _Results(getattr(step, "__name__", "step"), returned, metrics, divided)
             return results.added_to(self._totals, _examples(batch), weight(*batch))
 
         self.function = Function(reporting, jit_compile=jit_compile)
@@ -134,16 +140,36 @@ class ReportingStep:
             metric.reset_state()
 
 
+def _call_check(step: Callable[..., Any]) -> Callable[..., None]:
+    """Checks that a step takes the arguments it is about to be called with."""
+    try:
+        signature = inspect.signature(step)
+    except (TypeError, ValueError):  # A builtin, perhaps: it will say so itself.
+        return lambda *_: None
+
+    def check(*batch: Any) -> None:
+        try:
+            signature.bind(*batch)
+        except TypeError as error:
+            raise StepError(
+                f"{getattr(step, '__name__', 'step')}{signature} cannot be called with a batch of {len(batch)} "
+                f"part(s): {error}. A batch that is a tuple is passed as that many arguments, unless the step takes a "
+                "single one."
+            ) from error
+
+    return check
+
+
 class _Results:
     """A step's returned dict, checked and sorted: what each value is, and under which name."""
 
-    def __init__(self, step: str, returned: Any, metrics: Metrics) -> None:
+    def __init__(self, step: str, returned: Any, metrics: Metrics, divided: Divisors) -> None:
         if not isinstance(returned, Mapping):
             raise StepError(
                 f"{step} must return what is to be reported as a dict of scalars, such as {{'loss': loss}}; it "
                 f"returned {_shown(returned)} (of type {type(returned).__name__})."
             )
-        self._step, self._metrics = step, metrics
+        self._step, self._metrics, self._divided = step, metrics, divided
         self._names: dict[str, None] = {}
         self._scalars: dict[str, Tensor] = {}
         self._averaged: set[str] = set()
@@ -166,9 +192,13 @@ class _Results:
             self._ratios[name] = self._scalar(name, value[0]), self._scalar(name, value[1])
             return
         is_result = self._metrics.is_result(value)
-        value = self._tensor(name, value)
+        returned, value = value, self._tensor(name, value)
         if is_result and len(value.shape):
             self._arrays[name] = value
+            return
+        divisor = self._divided.of(returned)
+        if divisor is not None and divisor is not SUM and not is_result:
+            self._ratios[name] = _times(self._scalar(name, value), divisor)
             return
         self._scalars[name] = self._scalar(name, value)
         self._averaged.update(() if is_result else (name,))
@@ -261,6 +291,13 @@ def _pack_dtype(scalar: Tensor, averaged: bool) -> str:
     if dtype == "float64" or (not averaged and "int" in dtype):
         return dtype
     return "float32"
+
+
+def _times(mean: Tensor, divisor: Weight) -> tuple[Tensor, Tensor]:
+    """A mean as the sum that it was, and what that was divided by."""
+    divisor = ops.cast(divisor, "float32")
+    mean = ops.cast(mean, "float32")
+    return ops.where(ops.equal(divisor, 0), ops.zeros_like(mean), mean * divisor), divisor
 
 
 def _flush(optimizer: Accumulated, reached: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from handloom._gradients import Wrt, build, scalar, value_and_grad, variables_of
 from handloom._keras import Tensor, Variable, keras, layers_of
-from handloom._watch import denominators, losses_of
+from handloom._watch import divisors, losses_of, note_divisor
 from handloom._weight import Weight, step_weight, weight_of_step
 from handloom.errors import GradientError, HandloomWarning, OptimizerError
 from handloom.optimizers._accumulated import Accumulated
@@ -61,9 +61,9 @@ def minimize(
         _warn_of_underflow(wrt)
 
     def scaled_loss() -> tuple[Tensor, Any]:
-        with denominators() as divided_by:
+        with divisors() as noted:
             loss, aux = _whole_loss(loss_fn, wrt, variables, has_aux)
-        return (loss if scale is None else loss * ops.cast(scale, loss.dtype)), (loss, aux, divided_by)
+        return (loss if scale is None else loss * ops.cast(scale, loss.dtype)), (loss, aux, noted.distinct())
 
     differentiate = value_and_grad(scaled_loss, wrt=variables, has_aux=True)
     taken = optimizer.take_gradients(differentiate, variables) if isinstance(optimizer, Wrapper) else differentiate()
@@ -71,6 +71,8 @@ def minimize(
     _check_reached(gradients, variables)
     if scale is not None:
         gradients = unscaled(gradients, variables, scale)
+    divisor = divided_by[0] if len(divided_by) == 1 else None
+    note_divisor(loss, divisor)
     with step_weight(_weight(weight, divided_by, optimizer)):
         _apply(optimizer, gradients, variables)
     return (loss, aux) if has_aux else loss
@@ -78,12 +80,12 @@ def minimize(
 
 def _weight(given: Weight | None, divided_by: list[Weight], optimizer: keras.Optimizer) -> Weight:
     """How much the gradient counts: as told, or what the loss was divided by, or the examples in the batch."""
-    if given is not None or not any(isinstance(part, Accumulated) for part in inside(optimizer)):
-        return 1.0 if given is None else given
-    if len(divided_by) > 1:
+    if given is not None:
+        return given
+    if len(divided_by) > 1 and any(isinstance(part, Accumulated) for part in inside(optimizer)):
         warnings.warn(
-            "Several losses were divided by sums of masks or weights; gradients gathered over several steps count by "
-            "examples then. To weight them otherwise, pass minimize(..., weight=...).",
+            "The loss has parts that are divided by different sums of masks or weights. Gradients gathered over "
+            "several steps then count by examples; to weight them otherwise, pass minimize(..., weight=...).",
             HandloomWarning,
             stacklevel=3,
         )

@@ -7,6 +7,7 @@ for as long as a function is traced (or, op by op, runs once), and for the threa
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -191,34 +192,79 @@ def losses_of(variables: list[Variable], layers: list[Layer]) -> Iterator[Losses
         yield losses
 
 
+class Divisors:
+    """What losses were divided by; made by `divisors`."""
+
+    def __init__(self) -> None:
+        self._noted: dict[int, tuple[Tensor, Weight]] = {}  # By id, and kept: an id is a tensor's own while it lives.
+
+    def note(self, loss: Tensor, divisor: Weight) -> None:
+        self._noted[id(loss)] = loss, divisor
+
+    def of(self, loss: Any) -> Weight | None:
+        """What this loss was divided by, if that is known."""
+        return self._noted[id(loss)][1] if id(loss) in self._noted else None
+
+    def distinct(self) -> list[Weight]:
+        """The different divisors."""
+        found = [divisor for _, divisor in self._noted.values()]
+        numbers = {divisor for divisor in found if isinstance(divisor, (int, str))}
+        tensors = {id(divisor): divisor for divisor in found if not isinstance(divisor, (int, str))}
+        return [*numbers, *tensors.values()]
+
+
+_divisors: contextvars.ContextVar[Divisors | None] = contextvars.ContextVar("divisors", default=None)
+
+
 @contextlib.contextmanager
-def denominators() -> Iterator[list[Weight]]:
-    """Lists what the Keras losses computed inside were divided by, where that is not the number of examples."""
-    noted: list[Weight] = []
+def divisors() -> Iterator[Divisors]:
+    """Notes what the Keras losses computed inside were divided by: examples, or the sum of a mask or of weights."""
+    noted = Divisors()
+    masks: dict[int, tuple[Any, Tensor]] = {}
     thread = threading.get_ident()
 
     def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(original)
         def call(self: keras.Loss, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Tensor:
+            loss = original(self, y_true, y_pred, sample_weight)
             if threading.get_ident() == thread:
-                noted.extend(_denominator(self.reduction, y_pred, sample_weight))
-            return original(self, y_true, y_pred, sample_weight)
+                divisor = _divisor(self.reduction, y_pred, sample_weight, masks)
+                if divisor is not None:
+                    noted.note(loss, divisor)
+            return loss
 
         return call
 
-    with _replaced(keras.Loss, "__call__", make):
-        yield noted
+    token = _divisors.set(noted)
+    try:
+        with _replaced(keras.Loss, "__call__", make):
+            yield noted
+    finally:
+        _divisors.reset(token)
 
 
-def _denominator(reduction: str | None, y_pred: Any, sample_weight: Any) -> list[Weight]:
-    masks = [mask for mask in map(get_keras_mask, keras.tree.flatten(y_pred)) if mask is not None]
-    counts = [keras.ops.cast(mask, keras.config.floatx()) for mask in masks]
+def note_divisor(loss: Tensor, divisor: Weight | None) -> None:
+    """Tells whoever watches what a loss was divided by."""
+    noted = _divisors.get()
+    if noted is not None and divisor is not None:
+        noted.note(loss, divisor)
+
+
+def _divisor(
+    reduction: str | None, y_pred: Any, sample_weight: Any, masks: dict[int, tuple[Any, Tensor]]
+) -> Weight | None:
     if reduction == "sum":
-        return [SUM]
+        return SUM
+    mask = next((mask for mask in map(get_keras_mask, keras.tree.flatten(y_pred)) if mask is not None), None)
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
         weight = keras.ops.convert_to_tensor(sample_weight, keras.config.floatx())
-        return [keras.ops.sum(weight * counts[0] if counts else weight)]
-    return [keras.ops.sum(count) for count in counts]
+        return keras.ops.sum(weight if mask is None else weight * keras.ops.cast(mask, weight.dtype))
+    if mask is None:
+        shape = getattr(keras.tree.flatten(y_pred)[0], "shape", ())
+        return shape[0] if len(shape) else None
+    if id(mask) not in masks:  # One number for all the losses under one mask.
+        masks[id(mask)] = mask, keras.ops.sum(keras.ops.cast(mask, keras.config.floatx()))
+    return masks[id(mask)][1]
 
 
 @contextlib.contextmanager

@@ -181,10 +181,12 @@ class EpochLines(keras.callbacks.Callback):
 
 
 def _values(logs: Mapping[str, Any] | None) -> str:
-    return "  ".join(f"{name} {_number(value)}" for name, value in (logs or {}).items())
+    return "  ".join(f"{name} {_shown(value)}" for name, value in (logs or {}).items())
 
 
-def _number(value: Any) -> str:
+def _shown(value: Any) -> str:
+    if isinstance(value, str):  # Which a callback of the user's may have added.
+        return value
     if isinstance(value, np.ndarray):
         return np.array2string(value, precision=4, threshold=4)
     return f"{value:.4g}" if abs(value) < 1e-3 and value else f"{value:.4f}"

@@ -74,6 +74,8 @@ class JSONLogger(keras.callbacks.Callback):
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it."""
+    if isinstance(value, str):  # Which a callback of the user's may have added.
+        return value
     if np.ndim(value):
         return [_plain(item) for item in np.asarray(value).tolist()]
     number = float(value)

@@ -149,6 +149,7 @@ def test_the_bar_does_not_look_at_the_logs_between_refreshes(console, clock):
         (-0.5, "-0.5000"),
         (float("nan"), "nan"),
         (float("-inf"), "-inf"),
+        ("warm", "warm"),
         (np.array([0.5, 0.25]), "[0.5  0.25]"),
         (np.arange(100.0), "[ 0.  1.  2. ... 97. 98. 99.]"),
     ],

@@ -95,11 +95,12 @@ def test_arrays_are_lists_and_what_callbacks_add_is_written_too(tmp_path):
         logs["table"] = np.array([[1.0, np.nan], [np.inf, 2.0]])
         logs["number"] = np.array(0.5)
         logs["integer"] = np.int64(7)
+        logs["note"] = "warm"
 
     run(keras.callbacks.LambdaCallback(on_epoch_end=add), JSONLogger(tmp_path / "log.jsonl"))
     [line] = lines(tmp_path / "log.jsonl")
     assert line["table"] == [[1.0, "NaN"], ["Infinity", 2.0]]
-    assert (line["number"], line["integer"]) == (0.5, 7)
+    assert (line["number"], line["integer"], line["note"]) == (0.5, 7, "warm")
 
 
 def test_lines_are_appended_to_a_file_that_is_there(tmp_path):

@@ -1,0 +1,288 @@
+"""Rows B: own steps inside `fit`."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import handloom as hl
+from handloom.errors import OptimizerError
+from handloom.report import frechet_distance
+from tests.rows.real_data import diabetes, digits
+
+RATE = 0.1
+
+
+def regression_by_hand(x, y, weight=None, epochs=1, batch_size=32):
+    """Linear regression from zero by SGD, in NumPy.
+
+    Returns the errors of all examples when they were seen, by epoch, and kernel and bias in the end.
+    """
+    kernel, bias = np.zeros((x.shape[1], 1)), np.zeros(1)
+    weight = np.ones(len(x)) if weight is None else weight
+    errors = np.empty((epochs, len(x)))
+    for epoch in range(epochs):
+        for first in range(0, len(x), batch_size):
+            batch = slice(first, first + batch_size)
+            off = x[batch] @ kernel + bias - y[batch]
+            errors[epoch, batch] = off[:, 0]
+            slope = 2 * weight[batch, None] * off / len(off)
+            kernel, bias = kernel - RATE * x[batch].T @ slope, bias - RATE * slope.sum(axis=0)
+    return errors, [kernel, bias]
+
+
+def linear():
+    return layers.Dense(1, kernel_initializer="zeros")
+
+
+class OwnStep(hl.Model):
+    """The training step of Keras's guide, by `compute_loss` and the compiled metrics."""
+
+    def train_step(self, data):
+        x, y = data
+
+        def loss_fn():
+            y_pred = self(x, training=True)
+            return self.compute_loss(y=y, y_pred=y_pred), y_pred
+
+        loss, y_pred = self.minimize(loss_fn, has_aux=True)
+        return self.updated_metrics(loss, y, y_pred)
+
+    def test_step(self, data):
+        x, y = data
+        y_pred = self(x, training=False)
+        return self.updated_metrics(self.compute_loss(y=y, y_pred=y_pred), y, y_pred)
+
+    def updated_metrics(self, loss, y, y_pred):
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss, sample_weight=len(y))
+            else:
+                metric.update_state(y, y_pred)
+        return {metric.name: metric.result() for metric in self.metrics}
+
+
+class Subclassed(OwnStep):
+    def __init__(self):
+        super().__init__()
+        self.linear = linear()
+
+    def call(self, x):
+        return self.linear(x)
+
+
+def functional():
+    inputs = keras.Input((32,))
+    return OwnStep(inputs, linear()(inputs))
+
+
+def sequential():
+    return OwnStep([linear()])
+
+
+@pytest.mark.parametrize("build", [functional, sequential, Subclassed])
+def test_b1_a_train_step_with_compute_loss_and_the_compiled_metrics(build):
+    random = np.random.default_rng(0)
+    x = random.uniform(-1, 1, size=(1000, 32)).astype("float32")
+    y = (x @ random.normal(size=(32, 1)) + random.normal(size=(1000, 1))).astype("float32")
+    steps, model = [], build()
+    model.compile(optimizer=keras.optimizers.SGD(RATE), loss="mse", metrics=["mae"])
+    counting = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(batch))
+    history = model.fit(x, y, epochs=2, shuffle=False, callbacks=[counting], verbose=0).history
+    errors, weights = regression_by_hand(x, y, epochs=2)
+    assert steps == [*range(32), *range(32)]
+    assert int(model.optimizer.iterations) == 2 * 32
+    np.testing.assert_allclose(history["loss"], (errors**2).mean(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(history["mae"], np.abs(errors).mean(axis=1), rtol=1e-4)
+    for found, expected in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+class OwnTrackers(hl.Model):
+    """An own loss, and own metrics in `metrics`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_tracker = keras.metrics.Mean(name="loss")
+        self.mae_metric = keras.metrics.MeanAbsoluteError(name="mae")
+
+    @property
+    def metrics(self):
+        return [self.loss_tracker, self.mae_metric]
+
+    def train_step(self, data):
+        x, y = data
+
+        def loss_fn():
+            y_pred = self(x, training=True)
+            return keras.losses.MeanSquaredError()(y, y_pred), y_pred
+
+        loss, y_pred = self.minimize(loss_fn, has_aux=True)
+        self.loss_tracker.update_state(loss, sample_weight=len(x))
+        self.mae_metric.update_state(y, y_pred)
+        return {"loss": self.loss_tracker.result(), "mae": self.mae_metric.result()}
+
+
+def test_b2_own_trackers_are_reset_each_epoch(eagerly):
+    x, y = diabetes()
+    inputs = keras.Input((10,))
+    model = OwnTrackers(inputs, linear()(inputs))
+    model.compile(optimizer=keras.optimizers.SGD(RATE))
+    history = model.fit(x, y, batch_size=128, epochs=3, shuffle=False, verbose=0).history
+    errors, _ = regression_by_hand(x, y, epochs=3, batch_size=128)
+    np.testing.assert_allclose(history["loss"], (errors**2).mean(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(history["mae"], np.abs(errors).mean(axis=1), rtol=1e-4)
+    over_all_epochs = (errors**2).mean(axis=1).cumsum() / [1, 2, 3]
+    assert history["loss"][-1] < 0.95 * over_all_epochs[-1]  # What would be wrong shows.
+
+
+class WeightedStep(hl.Model):
+    def train_step(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+
+        def loss_fn():
+            y_pred = self(x, training=True)
+            return self.compute_loss(y=y, y_pred=y_pred, sample_weight=sample_weight), y_pred
+
+        loss, y_pred = self.minimize(loss_fn, has_aux=True)
+        return self.compute_metrics(x, y, y_pred, sample_weight) | {"loss": loss}
+
+
+@pytest.mark.parametrize("kind", ["sample_weight", "class_weight"])
+def test_b3_weights_in_an_own_step_equal_weighting_by_hand(kind, eagerly):
+    pixels, labels = (array[:200] for array in digits())
+    y = (labels == 8).astype("float32")[:, None]
+    of_class = {0: 0.5, 1: 4.0}
+    weight = np.where(y[:, 0] == 1, of_class[1], of_class[0])
+    model = WeightedStep([linear()])
+    model.compile(optimizer=keras.optimizers.SGD(RATE), loss="mse", metrics=["mae"], weighted_metrics=["mse"])
+    given = {"sample_weight": weight} if kind == "sample_weight" else {"class_weight": of_class}
+    history = model.fit(pixels, y, shuffle=False, verbose=0, **given).history
+
+    [errors], weights = regression_by_hand(pixels, y, weight)
+    for found, expected in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    starts = range(32, 200, 32)
+    losses = [part.mean() for part in np.split(weight * errors**2, starts)]
+    np.testing.assert_allclose(
+        history["loss"], np.average(losses, weights=[part.sum() for part in np.split(weight, starts)]), rtol=1e-4
+    )
+    np.testing.assert_allclose(history["mse"], np.average(errors**2, weights=weight), rtol=1e-4)
+    np.testing.assert_allclose(history["mae"], np.abs(errors).mean(), rtol=1e-4)  # Not a weighted metric.
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": None}], ids=["unsaid", "none"])
+def test_b4_a_model_without_an_optimizer_evaluates_by_its_own_test_step_as_keras_does(optimizer, eagerly):
+    x, y = diabetes()
+    random = np.random.default_rng(0)
+    weights = [random.normal(size=(10, 1)), random.normal(size=1)]
+    results = []
+    for base in (OwnStep, keras.Sequential):
+        model = base([keras.Input((10,)), layers.Dense(1)])
+        model.set_weights(weights)
+        model.compile(**optimizer, loss="mse", metrics=["mae"])
+        results.append(model.evaluate(x, y, verbose=0))
+        results.append(list(model.evaluate(x, y, verbose=0, return_dict=True).values()))
+    off = x @ weights[0] + weights[1] - y
+    np.testing.assert_allclose(results, 4 * [[(off**2).mean(), np.abs(off).mean()]], rtol=1e-4)
+
+
+def test_b4_a_model_compiled_with_no_optimizer_says_so_when_it_is_trained():
+    model = OwnStep([layers.Dense(1)])
+    model.compile(optimizer=None, loss="mse")
+    with pytest.raises(OptimizerError, match=r"has no optimizer\. Compile it with one"):
+        model.fit(*diabetes(), verbose=0)
+
+
+LATENT = 16
+
+
+class GAN(hl.Model):
+    """The GAN of Keras's guide, its labels noisy."""
+
+    def __init__(self, discriminator, generator):
+        super().__init__()
+        self.discriminator, self.generator = discriminator, generator
+        self.d_loss_tracker, self.g_loss_tracker = keras.metrics.Mean(name="d_loss"), keras.metrics.Mean(name="g_loss")
+        self.seed_generator = keras.random.SeedGenerator(0)
+
+    @property
+    def metrics(self):
+        return [self.d_loss_tracker, self.g_loss_tracker]
+
+    def compile(self, d_optimizer, g_optimizer, loss_fn):
+        super().compile()
+        self.d_optimizer, self.g_optimizer, self.loss_fn = d_optimizer, g_optimizer, loss_fn
+
+    def noise(self, count):
+        return keras.random.normal((count, LATENT), seed=self.seed_generator)
+
+    def train_step(self, real):
+        count = real.shape[0]
+        both = ops.concatenate([self.generator(self.noise(count), training=True), real])
+        labels = ops.concatenate([ops.ones((count, 1)), ops.zeros((count, 1))])
+        labels += 0.05 * keras.random.uniform((2 * count, 1), seed=self.seed_generator)
+        noise = self.noise(count)
+
+        def d_loss():
+            return self.loss_fn(labels, self.discriminator(both, training=True))
+
+        def g_loss():
+            judged = self.discriminator(self.generator(noise, training=True), training=True)
+            return self.loss_fn(ops.zeros((count, 1)), judged)
+
+        self.d_loss_tracker.update_state(self.minimize(d_loss, self.discriminator, self.d_optimizer))
+        self.g_loss_tracker.update_state(self.minimize(g_loss, self.generator, self.g_optimizer))
+        return {"d_loss": self.d_loss_tracker.result(), "g_loss": self.g_loss_tracker.result()}
+
+
+def digits_gan():
+    discriminator = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(16, 3, strides=2, padding="same"),
+            layers.LeakyReLU(negative_slope=0.2),
+            layers.Flatten(),
+            layers.Dense(1),
+        ]
+    )
+    generator = keras.Sequential(
+        [
+            keras.Input((LATENT,)),
+            layers.Dense(4 * 4 * 16, use_bias=False),
+            layers.BatchNormalization(momentum=0.9),
+            layers.LeakyReLU(negative_slope=0.2),
+            layers.Reshape((4, 4, 16)),
+            layers.Conv2DTranspose(16, 4, strides=2, padding="same"),
+            layers.LeakyReLU(negative_slope=0.2),
+            layers.Conv2D(1, 3, padding="same", activation="sigmoid"),
+        ]
+    )
+    return GAN(discriminator, generator)
+
+
+def test_b5_a_gan_with_its_own_compile_draws_more_and_more_like_the_data():
+    import tensorflow as tf  # noqa: PLC0415  For its datasets, which every backend reads.
+
+    images = digits()[0].reshape(-1, 8, 8, 1)
+    dataset = tf.data.Dataset.from_tensor_slices(images).shuffle(len(images), seed=0).repeat().batch(64)
+    steps, gan = [], digits_gan()
+    gan.compile(
+        d_optimizer=keras.optimizers.Adam(5e-3, beta_1=0.5),
+        g_optimizer=keras.optimizers.Adam(5e-3, beta_1=0.5),
+        loss_fn=keras.losses.BinaryCrossentropy(from_logits=True),
+    )
+    noise = np.random.default_rng(0).normal(size=(500, LATENT)).astype("float32")
+
+    def distance():
+        drawn = gan.generator.predict(noise, verbose=0)
+        return frechet_distance(drawn.reshape(500, -1), images.reshape(len(images), -1))
+
+    before = distance()
+    counting = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(batch))
+    history = gan.fit(dataset.take(100), callbacks=[counting], verbose=0).history
+    assert steps == list(range(100))
+    assert int(gan.d_optimizer.iterations) == int(gan.g_optimizer.iterations) == 100
+    assert list(history) == ["d_loss", "g_loss"]
+    assert all(np.isfinite(value) and value > 0 for [value] in history.values())
+    assert distance() < 0.7 * before
