@@ -72,8 +72,8 @@ class ReportingStep:
             with metrics_used(renew) as metrics, divisors() as divided, windows() as open_windows:
                 returned = step(*batch)
             self._windows.update(open_windows)
-            results = _Results(getattr(step, "__name__", "step"), returned, metrics, divided)
-            return results.added_to(self._totals, _examples(batch), weight(*batch))
+            name = getattr(step, "__name__", "step")
+            return _Results(name, returned, metrics, divided, _examples(batch), weight(*batch)).added_to(self._totals)
 
         self.function = Function(reporting, jit_compile=jit_compile)
         self.logs = Logs()
@@ -163,13 +163,16 @@ def _call_check(step: Callable[..., Any]) -> Callable[..., None]:
 class _Results:
     """A step's returned dict, checked and sorted: what each value is, and under which name."""
 
-    def __init__(self, step: str, returned: Any, metrics: Metrics, divided: Divisors) -> None:
+    def __init__(
+        self, step: str, returned: Any, metrics: Metrics, divided: Divisors, examples: int, weight: Tensor | None
+    ) -> None:
         if not isinstance(returned, Mapping):
             raise StepError(
                 f"{step} must return what is to be reported as a dict of scalars, such as {{'loss': loss}}; it "
                 f"returned {_shown(returned)} (of type {type(returned).__name__})."
             )
         self._step, self._metrics, self._divided = step, metrics, divided
+        self._examples, self._weight = examples, weight
         self._names: dict[str, None] = {}
         self._scalars: dict[str, Tensor] = {}
         self._averaged: set[str] = set()
@@ -203,6 +206,10 @@ class _Results:
         self._scalars[name] = self._scalar(name, value)
         self._averaged.update(() if is_result else (name,))
 
+    def _weighted_so(self, divisor: Weight) -> bool:
+        """Whether the values of a batch count by this anyway."""
+        return divisor is SUM or (isinstance(divisor, int) and divisor == self._examples and self._weight is None)
+
     def _forget(self, name: str) -> None:
         for kind in (self._scalars, self._arrays, self._ratios):
             kind.pop(name, None)
@@ -225,30 +232,28 @@ class _Results:
             "reported must be scalars (tensors or numbers), pairs (sum, weight) of these, or keras.Metric objects."
         )
 
-    def added_to(self, known: dict[Any, Totals], examples: int, weight: Tensor | None) -> Report:
+    def added_to(self, known: dict[Any, Totals]) -> Report:
         """Adds the results to totals, which are made at the first time."""
         packs: dict[str, list[str]] = {}
         for name, scalar in self._scalars.items():
             packs.setdefault(_pack_dtype(scalar, name in self._averaged), []).append(name)
-        totals = [self._add_pack(known, dtype, tuple(names), examples, weight) for dtype, names in packs.items()]
+        totals = [self._add_pack(known, dtype, tuple(names)) for dtype, names in packs.items()]
         totals += [self._add_ratio(known, name, *pair) for name, pair in self._ratios.items()]
         totals += [self._keep_array(known, name, array) for name, array in self._arrays.items()]
-        return Report(tuple(self._names), tuple(totals), examples, self._metrics.updated)
+        return Report(tuple(self._names), tuple(totals), self._examples, self._metrics.updated)
 
-    def _add_pack(
-        self, known: dict[Any, Totals], dtype: str, names: tuple[str, ...], examples: int, weight: Tensor | None
-    ) -> Totals:
+    def _add_pack(self, known: dict[Any, Totals], dtype: str, names: tuple[str, ...]) -> Totals:
         averaged = np.array([name in self._averaged for name in names])
-        weighted = weight is not None and bool(averaged.any())
+        weighted = self._weight is not None and bool(averaged.any())
         totals = _totals(known, names, averaged, weighted, dtype, (len(names) + weighted,))
         values = ops.stack([ops.cast(self._scalars[name], dtype) for name in names])
         if weighted:
-            weight = ops.cast(weight, dtype)
+            weight = ops.cast(self._weight, dtype)
             # A batch whose weights sum to zero has no part in the mean, whatever its value, even NaN.
             values = ops.where(ops.logical_and(averaged, ops.equal(weight, 0)), ops.zeros_like(values), values)
             values = ops.append(values * ops.where(averaged, weight, ops.ones_like(weight)), weight)
         elif averaged.any():
-            values = values * ops.convert_to_tensor(np.where(averaged, examples, 1), dtype)
+            values = values * ops.convert_to_tensor(np.where(averaged, self._examples, 1), dtype)
         summed = np.append(averaged, True) if weighted else averaged
         before = totals.variable.value
         if not summed.all():

@@ -260,8 +260,8 @@ def _divisor(
         weight = keras.ops.convert_to_tensor(sample_weight, keras.config.floatx())
         return keras.ops.sum(weight if mask is None else weight * keras.ops.cast(mask, weight.dtype))
     if mask is None:
-        shape = getattr(keras.tree.flatten(y_pred)[0], "shape", ())
-        return shape[0] if len(shape) else None
+        shape = tuple(getattr(keras.tree.flatten(y_pred)[0], "shape", ()))
+        return shape[0] if shape else None
     if id(mask) not in masks:  # One number for all the losses under one mask.
         masks[id(mask)] = mask, keras.ops.sum(keras.ops.cast(mask, keras.config.floatx()))
     return masks[id(mask)][1]
