@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -51,7 +52,7 @@ class ReportingStep:
     ) -> None:
         self._unpacks, self._reset_metrics = unpacks, reset_metrics
         self._totals: dict[Any, Totals] = {}
-        self._renewed: set[int] = set()
+        self._renewed: dict[int, keras.Metric] = {}
         self._known: dict[Any, tuple[Run, Report]] = {}
         self._last: list[Report | None] = [None]
 
@@ -78,6 +79,17 @@ class ReportingStep:
         self._last[0] = None
         if self._reset_metrics is not None:
             self._reset_metrics()
+
+    @contextlib.contextmanager
+    def metrics_kept(self) -> Iterator[None]:
+        """Within, another step may start its own epoch with the same metrics; after, they are as they were."""
+        variables = [variable for metric in self._renewed.values() for variable in metric.variables]
+        before = [ops.copy(variable.value) for variable in variables]
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, before, strict=True):
+                variable.assign(value)
 
     def _taking_known_steps(self) -> Callable[[Any], None]:
         """The path of a training loop: a batch like one before, a step whose version is known. All else goes around.
@@ -119,7 +131,7 @@ class ReportingStep:
 
     def _renew(self, metric: keras.Metric) -> None:
         if self._reset_metrics is None and id(metric) not in self._renewed:
-            self._renewed.add(id(metric))
+            self._renewed[id(metric)] = metric
             metric.reset_state()
 
 
