@@ -93,8 +93,8 @@ __all__ = [
     "in_keras_order",
     "keras",
     "layers_of",
-    "loss_tracker",
     "set_keras_mask",
+    "set_loss_tracker",
     "stored_value",
     "take_initial_epoch",
     "trained_by",
@@ -139,9 +139,9 @@ def default_loss(model: Layer, x: Any, y: Any, y_pred: Any, sample_weight: Any, 
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
 
 
-def loss_tracker(model: Layer) -> keras.Metric:
-    """The metric in which Keras's own steps keep the loss, the first of a compiled model's metrics."""
-    return model._loss_tracker
+def set_loss_tracker(model: Layer, metric: keras.Metric) -> None:
+    """Replaces the metric in which Keras's own steps keep the loss, the first of a compiled model's metrics."""
+    model.__dict__["_loss_tracker"] = metric  # As `compile` does it: not as a metric of the model's own.
 
 
 def in_keras_order(model: Layer, logs: dict[str, Any]) -> Any:

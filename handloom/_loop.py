@@ -128,7 +128,7 @@ def train(
         Callbacks(listeners, model, {"epochs": epochs, "steps": steps, "verbose": verbose}) as hooks,
         Interrupts() as interrupts,
     ):
-        validations = _Validations(validation, validate_every, hooks)
+        validations = _Validations(validation, validate_every, hooks, step)
         batch_begins, batch_ends = hooks.heard("on_train_batch_begin"), hooks.heard("on_train_batch_end")
         passes = feed.stream()
         hooks.on_train_begin({})
@@ -242,8 +242,8 @@ def _limited(passes: Iterator[Batch], steps: int) -> Iterator[Batch]:
 class _Validations:
     """Validates when it is time, and keeps the last results for the end of the epoch."""
 
-    def __init__(self, validation: Validation | None, when: Every, hooks: Callbacks) -> None:
-        self._validation, self._when, self._hooks = validation, when, hooks
+    def __init__(self, validation: Validation | None, when: Every, hooks: Callbacks, training: ReportingStep) -> None:
+        self._validation, self._when, self._hooks, self._training = validation, when, hooks, training
         self._results: dict[str, Value] = {}
         self._last_time = time.perf_counter()
         self.within_epochs = validation is not None and getattr(when, "epochs", 0) is None
@@ -253,7 +253,8 @@ class _Validations:
         if self._validation is None:
             return {}
         if self._when.due(progress, time.perf_counter() - self._last_time):
-            results = self._validation(self._hooks)
+            with self._training.metrics_kept():
+                results = self._validation(self._hooks)
             self._results = {f"val_{name}": value for name, value in results.items()}
             self._last_time = time.perf_counter()
         return self._results if progress.batch == 0 else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,16 +21,17 @@ from handloom._keras import (
     default_loss,
     in_keras_order,
     keras,
-    loss_tracker,
+    set_loss_tracker,
 )
 from handloom._labels import check_labels
 from handloom._logs import Value
+from handloom._loss_tracker import LossTracker
 from handloom._model_data import as_one_batch, model_feed, packed, split, unpacked, weights_of
 from handloom._model_steps import ModelSteps, parts_built
 from handloom._progress import Progress
 from handloom._update import minimize
 from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
-from handloom._watch import divisors, note_divisor
+from handloom._watch import divisors, note_loss
 from handloom.callbacks._display import progress_display
 from handloom.errors import OptimizerError, StepError
 from handloom.optimizers import LossScaleOptimizer, NamedOptimizers, averaged_weights
@@ -126,6 +127,7 @@ class Model(keras.Model):
             jit_compile=False if run_eagerly else jit_compile,
             auto_scale_loss=False,
         )
+        set_loss_tracker(self, LossTracker(name="loss"))
         self._start_steps(jit_compile)
         for part in inside(self.optimizer):
             if isinstance(part, NamedOptimizers):
@@ -165,17 +167,15 @@ class Model(keras.Model):
             y_pred = call_model(self, x, training=True)
             return default_loss(self, x, y, y_pred, sample_weight, training=True), y_pred
 
-        loss, y_pred = self.minimize(loss_fn, has_aux=True)
-        with self._reporting(loss):
-            return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
+        _, y_pred = self.minimize(loss_fn, has_aux=True)
+        return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates on one batch; to be overridden. As `train_step`, without training."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         y_pred = call_model(self, x, training=False)
-        loss = default_loss(self, x, y, y_pred, sample_weight, training=False)
-        with self._reporting(loss):
-            return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
+        default_loss(self, x, y, y_pred, sample_weight, training=False)  # Reported, as that of any step.
+        return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
     def predict_step(self, data: Any) -> Any:
         """The model's outputs for one batch; to be overridden."""
@@ -193,29 +193,8 @@ class Model(keras.Model):
         """The compiled loss, with regularization and what layers added."""
         with divisors() as noted:
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        found = noted.distinct()
-        note_divisor(loss, found[0] if len(found) == 1 else None)
+        note_loss(loss, noted.distinct())
         return loss
-
-    @contextlib.contextmanager
-    def _reporting(self, loss: Tensor) -> Iterator[None]:
-        """Within, the loss of the batch is reported itself, in place of Keras's metric of it."""
-        self.__dict__["_loss"] = loss
-        try:
-            yield
-        finally:
-            self.__dict__["_loss"] = None
-
-    def get_metrics_result(self) -> dict[str, Any]:
-        """The results of the model's metrics, by name."""
-        results: dict[str, Any] = {}
-        for metric in self.metrics:
-            if self._loss is not None and metric is loss_tracker(self):
-                results[metric.name] = self._loss
-                continue
-            result = metric.result()
-            results.update(result if isinstance(result, Mapping) else {metric.name: result})
-        return results
 
     def minimize(
         self,
@@ -430,9 +409,8 @@ class Model(keras.Model):
     # ------------------------------------------------------------------ insides
 
     def _start_steps(self, jit_compile: bool | str) -> None:
-        # Not `setattr`: Keras would look for layers in them.
+        # Not `setattr`: Keras would look for layers in it.
         self.__dict__["_steps"] = ModelSteps(self, jit_compile)
-        self.__dict__["_loss"] = None
 
     def _validate(self, feed: Feed, steps: int | None, hooks: Callbacks) -> dict[str, Value]:
         return _loop.evaluate(self._steps.reporting("test_step"), feed, hooks=hooks, model=self, steps=steps)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +16,7 @@ import optree
 from handloom._function import Function
 from handloom._keras import Tensor, keras
 from handloom._logs import READ_AFTER, Logs, Report, Totals
+from handloom._loss_tracker import LossTracker
 from handloom._watch import Divisors, Metrics, OwnVariable, divisors, metrics_used
 from handloom._weight import SUM, Weight
 from handloom.backends import backend
@@ -56,7 +58,7 @@ class ReportingStep:
     ) -> None:
         self._unpacks, self._reset_metrics = unpacks, reset_metrics
         self._totals: dict[Any, Totals] = {}
-        self._renewed: set[int] = set()
+        self._renewed: dict[int, keras.Metric] = {}
         self._known: dict[Any, tuple[Run, Report]] = {}
         self._last: list[Report | None] = [None]
         self._windows: dict[int, Accumulated] = {}
@@ -95,6 +97,17 @@ class ReportingStep:
             if waiting:
                 _log.info("%s: last update of the epoch, from %d of %d steps", optimizer.name, waiting, optimizer.steps)
                 self._flush(optimizer, optimizer.reached)
+
+    @contextlib.contextmanager
+    def metrics_kept(self) -> Iterator[None]:
+        """Within, another step may start its own epoch with the same metrics; after, they are as they were."""
+        variables = [variable for metric in self._renewed.values() for variable in metric.variables]
+        before = [ops.copy(variable.value) for variable in variables]
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, before, strict=True):
+                variable.assign(value)
 
     def _taking_known_steps(self) -> Callable[[Any], None]:
         """The path of a training loop: a batch like one before, a step whose version is known. All else goes around.
@@ -136,7 +149,7 @@ class ReportingStep:
 
     def _renew(self, metric: keras.Metric) -> None:
         if self._reset_metrics is None and id(metric) not in self._renewed:
-            self._renewed.add(id(metric))
+            self._renewed[id(metric)] = metric
             metric.reset_state()
 
 
@@ -183,18 +196,23 @@ class _Results:
 
     def _add(self, name: str, value: Any) -> None:
         if isinstance(value, keras.Metric):
-            value = value.result()
-            self._metrics.note_result(value)
+            metric, value = value, value.result()
+            self._metrics.note_result(value, metric)
         if isinstance(value, Mapping):
             for inner, inner_value in value.items():  # Keras's way: a metric of several results has their names.
                 self._add(str(inner), inner_value)
             return
+        if self._is_unused_tracker(value):
+            losses = self._divided.losses
+            if len(losses) != 1:
+                return  # Of several losses none is the one; and 0 would be wrong.
+            value = losses[0]
         self._forget(name)  # Of one name in two inner dicts, the last value counts: Keras's way.
         self._names[name] = None
         if isinstance(value, tuple) and len(value) == 2:
             self._ratios[name] = self._scalar(name, value[0]), self._scalar(name, value[1])
             return
-        is_result = self._metrics.is_result(value)
+        is_result = self._metrics.source(value) is not None
         returned, value = value, self._tensor(name, value)
         if is_result and len(value.shape):
             self._arrays[name] = value
@@ -205,6 +223,11 @@ class _Results:
             return
         self._scalars[name] = self._scalar(name, value)
         self._averaged.update(() if is_result else (name,))
+
+    def _is_unused_tracker(self, value: Any) -> bool:
+        """Whether a value is the result of the model's loss tracker, in which the step has not kept its loss."""
+        metric = self._metrics.source(value)
+        return isinstance(metric, LossTracker) and metric not in self._metrics.updated
 
     def _weighted_so(self, divisor: Weight) -> bool:
         """Whether the values of a batch count by this anyway."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from handloom._gradients import Wrt, build, scalar, value_and_grad, variables_of
 from handloom._keras import Tensor, Variable, keras, layers_of
-from handloom._watch import divisors, losses_of, note_divisor
+from handloom._watch import divisors, losses_of, note_loss
 from handloom._weight import Weight, step_weight, weight_of_step
 from handloom.errors import GradientError, HandloomWarning, OptimizerError
 from handloom.optimizers._accumulated import Accumulated
@@ -71,8 +71,7 @@ def minimize(
     _check_reached(gradients, variables)
     if scale is not None:
         gradients = unscaled(gradients, variables, scale)
-    divisor = divided_by[0] if len(divided_by) == 1 else None
-    note_divisor(loss, divisor)
+    note_loss(loss, divided_by)
     with step_weight(_weight(weight, divided_by, optimizer)):
         _apply(optimizer, gradients, variables)
     return (loss, aux) if has_aux else loss

@@ -79,7 +79,8 @@ class Metrics:
     def __init__(self, on_update: Callable[[keras.Metric], None] | None = None) -> None:
         self._on_update = on_update
         self._updated: dict[int, keras.Metric] = {}
-        self._results: dict[int, Any] = {}  # By id, and kept: an id is a tensor's own only as long as it lives.
+        # By id, and kept: an id is a tensor's own only as long as it lives.
+        self._results: dict[int, tuple[Any, keras.Metric]] = {}
 
     @property
     def updated(self) -> tuple[keras.Metric, ...]:
@@ -91,12 +92,12 @@ class Metrics:
             self._on_update(metric)
         self._updated[id(metric)] = metric
 
-    def note_result(self, result: Any) -> None:
-        self._results.update((id(leaf), leaf) for leaf in keras.tree.flatten(result))
+    def note_result(self, result: Any, metric: keras.Metric) -> None:
+        self._results.update((id(leaf), (leaf, metric)) for leaf in keras.tree.flatten(result))
 
-    def is_result(self, tensor: Any) -> bool:
-        """Whether a tensor is the result of some metric."""
-        return id(tensor) in self._results
+    def source(self, tensor: Any) -> keras.Metric | None:
+        """The metric whose result a tensor is, if it is one."""
+        return self._results[id(tensor)][1] if id(tensor) in self._results else None
 
 
 @contextlib.contextmanager
@@ -120,7 +121,7 @@ def metrics_used(on_update: Callable[[keras.Metric], None] | None = None) -> Ite
                     metrics.note_update(self)
                 value = attribute(*args, **kwargs)
                 if name == "result":
-                    metrics.note_result(value)
+                    metrics.note_result(value, self)
                 return value
 
             return noted
@@ -193,10 +194,15 @@ def losses_of(variables: list[Variable], layers: list[Layer]) -> Iterator[Losses
 
 
 class Divisors:
-    """What losses were divided by; made by `divisors`."""
+    """What losses were divided by; made by `divisors`.
+
+    Attributes:
+        losses: The losses that were minimized inside, or computed by a model's `compute_loss`.
+    """
 
     def __init__(self) -> None:
         self._noted: dict[int, tuple[Tensor, Weight]] = {}  # By id, and kept: an id is a tensor's own while it lives.
+        self.losses: list[Tensor] = []
 
     def note(self, loss: Tensor, divisor: Weight) -> None:
         self._noted[id(loss)] = loss, divisor
@@ -243,11 +249,14 @@ def divisors() -> Iterator[Divisors]:
         _divisors.reset(token)
 
 
-def note_divisor(loss: Tensor, divisor: Weight | None) -> None:
-    """Tells whoever watches what a loss was divided by."""
+def note_loss(loss: Tensor, divided_by: list[Weight]) -> None:
+    """Tells whoever watches of a step's loss, and the different numbers that its parts were divided by."""
     noted = _divisors.get()
-    if noted is not None and divisor is not None:
-        noted.note(loss, divisor)
+    if noted is None:
+        return
+    noted.losses.append(loss)
+    if len(divided_by) == 1:
+        noted.note(loss, divided_by[0])
 
 
 def _divisor(

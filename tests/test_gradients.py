@@ -252,6 +252,19 @@ def test_a_layer_that_the_function_builds_can_be_differentiated_at_once():
     close(by_bias, [2])
 
 
+@pytest.mark.parametrize("transform", [hl.grad, hl.jacobian])
+def test_a_layer_that_is_built_inside_has_its_values_and_all_effects_happen_once(transform):
+    dense = layers.Dense(1, kernel_initializer="ones")
+    counter = keras.Variable(0.0, trainable=False)
+
+    def fn(x):
+        counter.assign_add(1.0)
+        return ops.sum(dense(x) ** 2)
+
+    close(transform(fn)(np.array([[1.0, 2.0]])), [[6, 6]])
+    close(counter.numpy(), 1)
+
+
 def test_building_a_layer_draws_no_numbers_twice():
     keras.utils.set_random_seed(1)
     dense = layers.Dense(1)

@@ -283,6 +283,17 @@ def test_validation_runs_when_it_is_due_and_an_epoch_reports_its_last(when, step
     assert history.get("val_step") == reported
 
 
+def test_validation_within_an_epoch_leaves_the_metrics_of_training_alone(eagerly):
+    metric = keras.metrics.Mean()
+
+    def step(x):
+        metric.update_state(x)
+        return {"metric": metric}
+
+    history = fit(step, epochs=2, validate=(step, X + 100), validate_every=hl.every(steps=3)).history
+    assert history == {"metric": [19.5, 19.5], "val_metric": [119.5, 119.5]}
+
+
 def test_callbacks_hear_of_validation():
     events = []
     fit(validate=(mean, hl.Feed(X, batch_size=20)), callbacks=[Hearing(events)])

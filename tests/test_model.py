@@ -9,7 +9,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.errors import DataError, OptimizerError, StepError
+from handloom.errors import OptimizerError, StepError
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 3)).astype("float32")
@@ -237,18 +237,6 @@ def test_a_step_gets_just_the_data_that_was_given():
         ([(40, 3), (40, 1)],),
         ([(40, 3), (40, 1)], (40, 1)),
     ]
-
-
-def test_class_weights_reach_an_own_step_as_sample_weights():
-    class Weighted(hl.Model):
-        def train_step(self, data):
-            _, y, sample_weight = data
-            return {"weighted": ops.sum(ops.cast(y, "float32") * sample_weight) / ops.sum(sample_weight)}
-
-    labels = (X[:, 0] > 0.3).astype("int32")
-    weights = np.where(labels == 1, 4.0, 0.5)
-    [reported] = fit(Weighted(), y=labels, class_weight={0: 0.5, 1: 4.0}, batch_size=25)["weighted"]
-    np.testing.assert_allclose(reported, np.average(labels, weights=weights), rtol=1e-5)
 
 
 class GAN(hl.Model):
@@ -684,34 +672,17 @@ def test_statistics_and_seeds_change_once_a_step(eagerly):
     np.testing.assert_array_equal(ops.convert_to_numpy(dropout.seed_generator.state) - seed, moved)
 
 
-# ----------------------------------------------------------------------- data
+# ----------------------------------------------------------------------- runs
 
 
-def test_fit_shuffles_anew_each_epoch_and_repeats_with_the_seed():
-    class Order(hl.Model):
-        """The first number in a batch tells the order."""
-
-        def train_step(self, data):
-            return {"first": data[0, 0]}
-
-    numbers = np.arange(40, dtype="float32")[:, None]
-    orders = []
-    for _ in range(2):
-        keras.utils.set_random_seed(3)
-        orders.append(Order().fit(numbers, batch_size=40, epochs=4, verbose=0).history["first"])
-    assert orders[0] == orders[1]
-    assert len(set(orders[0])) > 1
-    assert Order().fit(numbers, batch_size=40, shuffle=False, verbose=0).history["first"] == [0]
-
-
-def test_steps_per_epoch_goes_on_where_the_last_epoch_ended():
-    class First(hl.Model):
-        def train_step(self, data):
-            return {"first": data[0, 0]}
-
-    numbers = np.arange(40, dtype="float32")[:, None]
-    history = First().fit(numbers, batch_size=10, epochs=4, steps_per_epoch=3, shuffle=False, verbose=0).history
-    np.testing.assert_allclose(history["first"], [10, 40 / 3, 50 / 3, 20], rtol=1e-6)
+def test_steps_in_one_execution_change_no_number():
+    histories = []
+    for steps in (1, 4):
+        keras.utils.set_random_seed(0)
+        model = mlp()
+        model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"], steps_per_execution=steps)
+        histories.append(fit(model))
+    assert histories[0] == histories[1]
 
 
 def test_evaluate_and_predict_take_a_number_of_steps():
@@ -727,38 +698,6 @@ def test_evaluate_and_predict_take_a_number_of_steps():
     assert model.evaluate(numbers, batch_size=10, steps=2, verbose=0) == 9.5
     np.testing.assert_array_equal(model.predict(numbers, batch_size=15, verbose=0), numbers)
     np.testing.assert_array_equal(model.predict(numbers, batch_size=15, steps=2, verbose=0), numbers[:30])
-
-
-@pytest.mark.once
-def test_validation_split_takes_the_last_part():
-    class Means(hl.Model):
-        def train_step(self, data):
-            return {"mean": ops.mean(data[0])}
-
-        test_step = train_step
-
-    numbers = np.arange(40, dtype="float32")[:, None]
-    history = Means().fit(numbers, numbers, batch_size=40, validation_split=0.25, verbose=0).history
-    assert (history["mean"], history["val_mean"]) == ([14.5], [34.5])
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("fraction", [1.5, -0.1, 0.99])
-def test_a_split_that_leaves_a_side_empty_is_an_error(fraction):
-    model = mlp()
-    model.compile("sgd", "mse")
-    with pytest.raises(DataError, match=r"validation_split(=0.99 leaves no examples| is a fraction between 0 and 1)"):
-        fit(model, validation_split=fraction)
-
-
-@pytest.mark.once
-def test_class_and_sample_weights_together_are_an_error():
-    model = mlp()
-    model.compile("sgd", "mse")
-    with pytest.raises(DataError, match="Pass class_weight or sample_weight, not both"):
-        fit(model, sample_weight=WEIGHTS, class_weight={0: 1.0})
-    with pytest.raises(DataError, match="Pass class_weight or sample_weight, not both"):
-        model.train_on_batch(X, Y, sample_weight=WEIGHTS, class_weight={0: 1.0})
 
 
 def test_a_run_directory_holds_the_log(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -11,9 +12,9 @@ from pathlib import Path
 from handloom.errors import TraceError
 
 _NOT_THE_USERS = (
-    str(Path(__file__).resolve().parents[1]),
-    sysconfig.get_paths()["purelib"],
-    sysconfig.get_paths()["stdlib"],
+    str(Path(__file__).resolve().parents[1]) + os.sep,
+    sysconfig.get_paths()["purelib"] + os.sep,
+    sysconfig.get_paths()["stdlib"] + os.sep,
     "<frozen",
 )
 

@@ -3,8 +3,8 @@
 Internals used: `Variable._value` (see `handloom/_keras.py`); while tracing, the check by which `keras.random` refuses
 to draw unseeded numbers under a trace (it guards against a seed frozen into the program; here the global seed
 generator's state is captured like any other variable, so nothing freezes); of `jax.extend.core`, `jaxpr_as_fun`, to
-take several derivatives of one run, and `get_opaque_trace_state`, which tells one trace from another; CPython's
-reference counts, which tell an array that others hold too.
+take several derivatives of one run, and `get_opaque_trace_state`, which tells one trace from another; `Compiled._call`,
+the executable without its Python wrapper; CPython's reference counts, which tell an array that others hold too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any
 
 import jax
@@ -122,36 +122,43 @@ _NEEDS_A_VALUE = (
 def _program(
     fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], written: list[Variable], read: list[Variable]
 ) -> Program:
-    """A step as one executable: (written state, read state, tensors) -> (results, new written state)."""
+    """A step as one executable: (written state, read state, tensors) -> [*new written state, *results]."""
 
-    def pure(
-        written_values: list[Tensor], read_values: list[Tensor], tensors: tuple[Tensor, ...]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def pure(written_values: list[Tensor], read_values: list[Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
         bindings = zip(written + read, written_values + read_values, strict=True)
         with _OneTrace(bindings, outer=refuse) as scope:
             results = list(fn(*tensors))
-        return results, [scope.get_current_value(variable) for variable in written]
+        return [*(scope.get_current_value(variable) for variable in written), *results]
 
     traced = jax.jit(pure, donate_argnums=0).trace(_values(written), _values(read), tuple(tensors))
     if len(traced.jaxpr.in_avals) > len(written) + len(read) + len(tensors):
         raise _leaked("(line unknown)")
-    execute = traced.lower().compile()
+    compiled = traced.lower().compile()
+    native: Callable[..., list[Tensor]] | None = None
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        nonlocal native
         values = [variable._value for variable in written]
-        if values and max(map(sys.getrefcount, values)) > _HELD_BY_VARIABLE:
+        if native is None:
+            # The first call leads through Python, where an interrupt can come at any point: copies are donated. And
+            # after an interrupt all calls would lead there, if the next one did not begin anew.
+            values, compiled._call = jax.device_put(values, may_alias=False), None
+        elif values and max(map(sys.getrefcount, values)) > _HELD_BY_VARIABLE:
             values = _unshared(values)
-        # The donated values are gone once the executable has run. What it returns therefore lands in a list that
-        # exists already, and from there in the variables, with no Python in between that an interrupt could stop.
-        done: list[tuple[list[Tensor], list[Tensor]]] = []
-        try:
-            done.extend(map(execute, (values,), ([variable._value for variable in read],), (tuple(tensors),)))
-        finally:
-            for _, news in done:
-                deque(map(setattr, written, repeat("_value"), news), maxlen=0)
-        return done[0][0]
+        arguments = (values,), ([variable._value for variable in read],), (tuple(tensors),)
+        # The donated values are gone once the executable has run. In one call, with no Python in between that an
+        # interrupt could stop, it runs and what it returns goes into the variables.
+        returned = chain.from_iterable(map(native or compiled, *arguments))
+        deque(map(setattr, written, repeat("_value"), returned), maxlen=0)
+        results = list(returned)
+        if native is None and isinstance(compiled._call, _NATIVE):
+            native = compiled._call
+        return results
 
     return run
+
+
+_NATIVE = type(jax.jit(lambda: None))
 
 
 def _values(variables: list[Variable]) -> list[Tensor]:
