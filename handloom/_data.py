@@ -70,10 +70,10 @@ class Feed:
         self._seed = seed
 
     def __iter__(self) -> Iterator[Batch]:
-        start = self._batch if self._restored or not self._source.repeatable else 0
-        self._restored = False
-        given = start
-        for batch in self._source.batches(self._epoch, start):
+        restored, self._restored = self._restored, False
+        # A source that can be read once goes on where it stands, unless it is a new one in the place of another.
+        given = self._batch if restored or not self._source.repeatable else 0
+        for batch in self._source.batches(self._epoch, given if restored or self._source.repeatable else 0):
             given += 1
             self._batch = given
             yield batch
@@ -203,8 +203,7 @@ class _Batches(_Source):
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         del epoch  # Such a source decides by itself on its order.
-        skipped = start if self.repeatable else 0
-        return map(self._as_batch, itertools.islice(iter(self._iterate()), skipped, None))
+        return map(self._as_batch, itertools.islice(iter(self._iterate()), start, None))
 
 
 class _PyDataset(_Source):

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import optree
 
 from handloom._keras import Tensor, Variable, get_keras_mask, keras, layers_of, set_keras_mask
@@ -167,7 +168,8 @@ class _Positions:
                 )
         self._positions = [position % len(args) for position in positions]
         self._single = single
-        self._args = list(args)
+        others = set(range(len(args))) - set(self._positions)
+        self._args = [_with_tensors(argument) if index in others else argument for index, argument in enumerate(args)]
         leaves, self._structure = optree.tree_flatten([args[position] for position in self._positions])
         self._leaves = leaves
         self._is_variable = [isinstance(leaf, keras.Variable) for leaf in leaves]
@@ -343,6 +345,15 @@ def _source_tensor(leaf: Any, fn: Callable[..., Any]) -> Tensor:
             f"arguments have gradients. Convert it first: keras.ops.cast(x, {keras.config.floatx()!r})."
         )
     return tensor
+
+
+def _with_tensors(argument: Any) -> Any:
+    """An argument that is not differentiated, its arrays as tensors: then it goes with what is."""
+
+    def converted(leaf: Any) -> Any:
+        return keras.ops.convert_to_tensor(backend.to_tensor(leaf)) if isinstance(leaf, np.ndarray) else leaf
+
+    return optree.tree_map(converted, argument)
 
 
 def _check_distinct(variables: Sequence[Variable]) -> None:
