@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -167,15 +167,17 @@ class Model(keras.Model):
             y_pred = call_model(self, x, training=True)
             return default_loss(self, x, y, y_pred, sample_weight, training=True), y_pred
 
-        _, y_pred = self.minimize(loss_fn, has_aux=True)
-        return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
+        loss, y_pred = self.minimize(loss_fn, has_aux=True)
+        with self._reporting(loss):
+            return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates on one batch; to be overridden. As `train_step`, without training."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         y_pred = call_model(self, x, training=False)
-        default_loss(self, x, y, y_pred, sample_weight, training=False)  # Reported, as that of any step.
-        return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
+        loss = default_loss(self, x, y, y_pred, sample_weight, training=False)
+        with self._reporting(loss):
+            return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
     def predict_step(self, data: Any) -> Any:
         """The model's outputs for one batch; to be overridden."""
@@ -195,6 +197,26 @@ class Model(keras.Model):
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         note_loss(loss, noted.distinct())
         return loss
+
+    @contextlib.contextmanager
+    def _reporting(self, loss: Tensor) -> Iterator[None]:
+        """Within, the loss of the batch is reported itself, in place of Keras's metric of it."""
+        self.__dict__["_loss"] = loss
+        try:
+            yield
+        finally:
+            self.__dict__["_loss"] = None
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """The results of the model's metrics, by name."""
+        results: dict[str, Any] = {}
+        for metric in self.metrics:
+            if self._loss is not None and isinstance(metric, LossTracker):
+                results[metric.name] = self._loss
+                continue
+            result = metric.result()
+            results.update(result if isinstance(result, Mapping) else {metric.name: result})
+        return results
 
     def minimize(
         self,
@@ -411,6 +433,7 @@ class Model(keras.Model):
     def _start_steps(self, jit_compile: bool | str) -> None:
         # Not `setattr`: Keras would look for layers in it.
         self.__dict__["_steps"] = ModelSteps(self, jit_compile)
+        self.__dict__["_loss"] = None
 
     def _validate(self, feed: Feed, steps: int | None, hooks: Callbacks) -> dict[str, Value]:
         return _loop.evaluate(self._steps.reporting("test_step"), feed, hooks=hooks, model=self, steps=steps)

@@ -18,7 +18,7 @@ from handloom._keras import Tensor, keras
 from handloom._logs import READ_AFTER, Logs, Report, Totals
 from handloom._loss_tracker import LossTracker
 from handloom._watch import Divisors, Metrics, OwnVariable, divisors, metrics_used
-from handloom._weight import SUM, Weight
+from handloom._weight import Weight
 from handloom.backends import backend
 from handloom.errors import StepError
 from handloom.optimizers._accumulated import Accumulated, windows
@@ -218,8 +218,11 @@ class _Results:
             self._arrays[name] = value
             return
         divisor = self._divided.of(returned)
-        if divisor is not None and divisor is not SUM and not is_result:
-            self._ratios[name] = _times(self._scalar(name, value), divisor)
+        # By the examples, or by the weights given, as everything. But a loss that Keras computed from weights was not
+        # always divided by them.
+        if divisor is not None and divisor.by != "nothing" and self._weight is not None and not is_result:
+            by = divisor.value if divisor.by == "weights" else self._examples
+            self._ratios[name] = _times(self._scalar(name, value), by)
             return
         self._scalars[name] = self._scalar(name, value)
         self._averaged.update(() if is_result else (name,))
@@ -228,10 +231,6 @@ class _Results:
         """Whether a value is the result of the model's loss tracker, in which the step has not kept its loss."""
         metric = self._metrics.source(value)
         return isinstance(metric, LossTracker) and metric not in self._metrics.updated
-
-    def _weighted_so(self, divisor: Weight) -> bool:
-        """Whether the values of a batch count by this anyway."""
-        return divisor is SUM or (isinstance(divisor, int) and divisor == self._examples and self._weight is None)
 
     def _forget(self, name: str) -> None:
         for kind in (self._scalars, self._arrays, self._ratios):

@@ -10,7 +10,7 @@ from typing import Any
 from handloom._gradients import Wrt, build, scalar, value_and_grad, variables_of
 from handloom._keras import Tensor, Variable, keras, layers_of
 from handloom._watch import divisors, losses_of, note_loss
-from handloom._weight import Weight, step_weight, weight_of_step
+from handloom._weight import Divisor, Weight, step_weight, weight_of_step
 from handloom.errors import GradientError, HandloomWarning, OptimizerError
 from handloom.optimizers._accumulated import Accumulated
 from handloom.optimizers._inside import inside
@@ -63,7 +63,8 @@ def minimize(
     def scaled_loss() -> tuple[Tensor, Any]:
         with divisors() as noted:
             loss, aux = _whole_loss(loss_fn, wrt, variables, has_aux)
-        return (loss if scale is None else loss * ops.cast(scale, loss.dtype)), (loss, aux, noted.distinct())
+        scaled = loss if scale is None else loss * ops.cast(scale, loss.dtype)
+        return scaled, (loss, aux, noted.distinct())
 
     differentiate = value_and_grad(scaled_loss, wrt=variables, has_aux=True)
     taken = optimizer.take_gradients(differentiate, variables) if isinstance(optimizer, Wrapper) else differentiate()
@@ -77,7 +78,7 @@ def minimize(
     return (loss, aux) if has_aux else loss
 
 
-def _weight(given: Weight | None, divided_by: list[Weight], optimizer: keras.Optimizer) -> Weight:
+def _weight(given: Weight | None, divided_by: list[Divisor], optimizer: keras.Optimizer) -> Weight:
     """How much the gradient counts: as told, or what the loss was divided by, or the examples in the batch."""
     if given is not None:
         return given
@@ -88,7 +89,7 @@ def _weight(given: Weight | None, divided_by: list[Weight], optimizer: keras.Opt
             HandloomWarning,
             stacklevel=3,
         )
-    return divided_by[0] if len(divided_by) == 1 else weight_of_step()
+    return divided_by[0].value if len(divided_by) == 1 else weight_of_step()
 
 
 def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from handloom._keras import Layer, Tensor, Variable, get_keras_mask, keras, layers_of
-from handloom._weight import SUM, Weight
+from handloom._weight import SUM, Divisor, Weight
 
 
 @contextlib.contextmanager
@@ -201,22 +201,24 @@ class Divisors:
     """
 
     def __init__(self) -> None:
-        self._noted: dict[int, tuple[Tensor, Weight]] = {}  # By id, and kept: an id is a tensor's own while it lives.
+        self._noted: dict[int, tuple[Tensor, Divisor]] = {}  # By id, and kept: an id is a tensor's own while it lives.
         self.losses: list[Tensor] = []
 
-    def note(self, loss: Tensor, divisor: Weight) -> None:
+    def note(self, loss: Tensor, divisor: Divisor) -> None:
         self._noted[id(loss)] = loss, divisor
 
-    def of(self, loss: Any) -> Weight | None:
+    def of(self, loss: Any) -> Divisor | None:
         """What this loss was divided by, if that is known."""
         return self._noted[id(loss)][1] if id(loss) in self._noted else None
 
-    def distinct(self) -> list[Weight]:
+    def distinct(self) -> list[Divisor]:
         """The different divisors."""
         found = [divisor for _, divisor in self._noted.values()]
-        numbers = {divisor for divisor in found if isinstance(divisor, (int, str))}
-        tensors = {id(divisor): divisor for divisor in found if not isinstance(divisor, (int, str))}
-        return [*numbers, *tensors.values()]
+        return list({(divisor.by, _identity(divisor.value)): divisor for divisor in found}.values())
+
+
+def _identity(value: Weight) -> Any:
+    return value if isinstance(value, (int, str)) else id(value)
 
 
 _divisors: contextvars.ContextVar[Divisors | None] = contextvars.ContextVar("divisors", default=None)
@@ -249,7 +251,7 @@ def divisors() -> Iterator[Divisors]:
         _divisors.reset(token)
 
 
-def note_loss(loss: Tensor, divided_by: list[Weight]) -> None:
+def note_loss(loss: Tensor, divided_by: list[Divisor]) -> None:
     """Tells whoever watches of a step's loss, and the different numbers that its parts were divided by."""
     noted = _divisors.get()
     if noted is None:
@@ -261,19 +263,20 @@ def note_loss(loss: Tensor, divided_by: list[Weight]) -> None:
 
 def _divisor(
     reduction: str | None, y_pred: Any, sample_weight: Any, masks: dict[int, tuple[Any, Tensor]]
-) -> Weight | None:
+) -> Divisor | None:
     if reduction == "sum":
-        return SUM
+        return Divisor("nothing", SUM)
     mask = next((mask for mask in map(get_keras_mask, keras.tree.flatten(y_pred)) if mask is not None), None)
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
         weight = keras.ops.convert_to_tensor(sample_weight, keras.config.floatx())
-        return keras.ops.sum(weight if mask is None else weight * keras.ops.cast(mask, weight.dtype))
+        weight = weight if mask is None else weight * keras.ops.cast(mask, weight.dtype)
+        return Divisor("weights", keras.ops.sum(weight))
     if mask is None:
         shape = tuple(getattr(keras.tree.flatten(y_pred)[0], "shape", ()))
-        return shape[0] if shape else None
+        return Divisor("examples", shape[0]) if shape else None
     if id(mask) not in masks:  # One number for all the losses under one mask.
         masks[id(mask)] = mask, keras.ops.sum(keras.ops.cast(mask, keras.config.floatx()))
-    return masks[id(mask)][1]
+    return Divisor("mask", masks[id(mask)][1])
 
 
 @contextlib.contextmanager

@@ -185,10 +185,11 @@ def test_a_compute_loss_that_knows_nothing_of_training_is_called_too():
 
 def test_a_compiled_model_keeps_its_loss_in_the_first_of_its_metrics():
     model = regressor()
-    tracker = _keras.loss_tracker(model)
-    assert isinstance(tracker, keras.metrics.Mean)
+    assert model.metrics[0].name == "loss"
+    tracker = keras.metrics.Mean(name="loss")
+    _keras.set_loss_tracker(model, tracker)
     assert model.metrics[0] is tracker
-    assert tracker.name == "loss"
+    assert [metric.name for metric in model.metrics].count("loss") == 1
 
 
 def test_reported_values_come_in_the_order_of_the_metrics():

@@ -265,12 +265,28 @@ def test_a_mask_reaches_the_metrics_in_training_as_in_evaluation():
         np.testing.assert_allclose(logs["sparse_categorical_crossentropy"], crossentropy, rtol=1e-5)
 
 
-def test_a_loss_is_averaged_by_sample_weights():
-    """Keras averages batches by their numbers of examples, its weighted metrics by their weights."""
-    _, ours = pair(mlp, MSE)
+class WithLossReturned(hl.Model):
+    def test_step(self, data):
+        x, y, weights = data
+        return {"loss": self.compute_loss(x, y, self(x), weights)}
+
+
+@pytest.mark.parametrize("cls", [hl.Model, WithLossReturned])
+def test_a_weighted_loss_over_several_batches_is_keras_s(cls):
+    """Keras divides a weighted loss by the examples; so is its mean over batches, also as a step returns it."""
     weights = np.linspace(0, 3, 40, dtype="float32")
-    squares = (ours.predict(X, verbose=0) - Y)[:, 0] ** 2
-    batches = [slice(0, 25), slice(25, 40)]
-    losses = [np.mean((squares * weights)[batch]) for batch in batches]
-    reported = ours.evaluate(X, Y, batch_size=25, sample_weight=weights, verbose=0)
-    np.testing.assert_allclose(reported, np.average(losses, weights=[weights[b].sum() for b in batches]), rtol=1e-5)
+    model = mlp(cls)
+    model.compile(**MSE)
+    squares = (model.predict(X, verbose=0) - Y)[:, 0] ** 2
+    reported = model.evaluate(X, Y, batch_size=25, sample_weight=weights, verbose=0)
+    np.testing.assert_allclose(reported, np.mean(squares * weights), rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [hl.Model, WithLossReturned])
+def test_a_loss_divided_by_its_weights_is_over_several_batches_too(cls):
+    weights = np.linspace(0, 3, 40, dtype="float32")
+    model = mlp(cls)
+    model.compile(loss=keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"))
+    squares = (model.predict(X, verbose=0) - Y)[:, 0] ** 2
+    reported = model.evaluate(X, Y, batch_size=25, sample_weight=weights, verbose=0)
+    np.testing.assert_allclose(reported, np.average(squares, weights=weights), rtol=1e-5)

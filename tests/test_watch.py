@@ -175,7 +175,7 @@ def test_a_metric_that_is_called_is_noted():
     with metrics_used() as used:
         result = metric([1.0], [3.0])
     assert used.updated == (metric,)
-    assert used.is_result(result)
+    assert used.source(result) is not None
 
 
 def test_a_metric_of_the_users_own_is_noted():
@@ -195,7 +195,7 @@ def test_a_metric_of_the_users_own_is_noted():
         metric.update_state(ops.ones(3))
         result = metric.result()
     assert used.updated == (metric,)
-    assert used.is_result(result["count"])
+    assert used.source(result["count"]) is not None
 
 
 def test_metrics_inside_a_metric_are_noted_too():
@@ -211,9 +211,9 @@ def test_results_are_told_from_other_tensors():
     metric.update_state(5.0)
     with metrics_used() as used:
         result = metric.result()
-    assert used.is_result(result)
-    assert not used.is_result(other)
-    assert not used.is_result(result + 0)
+    assert used.source(result) is not None
+    assert used.source(other) is None
+    assert used.source(result + 0) is None
     assert used.updated == ()
 
 
