@@ -26,7 +26,7 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 
-from handloom._keras import Variable, get_stateless_scope, keras, value_in
+from handloom._keras import Variable, current_value, get_stateless_scope, keras, value_in
 from handloom.backends._scope import Scope
 from handloom.backends.base import Untraceable
 
@@ -116,7 +116,8 @@ def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) ->
             f"received {branches[0].structure} and {branches[1].structure}."
         )
     written = _distinct(branches[0].written + branches[1].written)
-    used = _distinct(branches[0].used + branches[1].used)
+    # A variable that one branch assigns, the other hands through.
+    used = _distinct([*branches[0].used, *branches[1].used, *map(current_value, written)])
     runs = [branch.explicit(used, written, carried=0) for branch in branches]
     if not branches[0].results and not written:
         return None
