@@ -163,9 +163,8 @@ def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) ->
             f"received {branches[0].structure} and {branches[1].structure}."
         )
     written = _distinct(branches[0].written + branches[1].written)
-    # What one branch assigns, the other hands on as it was.
-    kept = [branches[0].outer(variable) for variable in written]
-    used = _distinct(branches[0].used + branches[1].used + kept)
+    # A variable that one branch assigns, the other hands through.
+    used = _distinct([*branches[0].used, *branches[1].used, *map(branches[0].outer, written)])
     runs = [branch.explicit(used, written, carried=0) for branch in branches]
     results = _either(pred.reshape(()).to(torch.bool), runs, used)
     count = len(branches[0].results)

@@ -61,16 +61,11 @@ class TensorFlowBackend(Backend):
     def trace(
         self, fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], *, jit_compile: bool | str
     ) -> TensorFlowProgram | None:
+        function = tf.function(lambda *tensors: list(fn(*tensors)), autograph=False, jit_compile=_with_xla(jit_compile))
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
-
-        def traced() -> Any:
-            options = {"autograph": False, "jit_compile": _with_xla(jit_compile)}
-            return tf.function(lambda *tensors: list(fn(*tensors)), **options).get_concrete_function(*specs)
-
         try:
-            with self._inside("trace"), _variables_made_outside_of_graphs() as made:
-                concrete = traced()
-                return TensorFlowProgram(traced() if made else concrete)
+            with self._inside("trace"), _variables_made_outside_of_graphs():
+                return TensorFlowProgram(function.get_concrete_function(*specs))
         except (TypeError, NotImplementedError, AttributeError) as error:
             if not any(word in str(error) for word in _SYMBOLIC):
                 raise
@@ -154,19 +149,17 @@ def _row(tape: tf.GradientTape, output: Tensor, sources: list[Tensor]) -> Gradie
 
 
 @contextlib.contextmanager
-def _variables_made_outside_of_graphs() -> Iterator[list[Variable]]:
-    """Lists the variables made inside, which have their first value at once, and keep it if the trace fails."""
-    made: list[Variable] = []
+def _variables_made_outside_of_graphs() -> Iterator[None]:
+    """Variables made inside have their first value at once, and keep it if the trace fails."""
     original = keras.Variable._initialize
 
     def initialize(self: Variable, value: Any) -> None:
-        made.append(self)
         with tf.init_scope() if callable(value) else contextlib.nullcontext():
             original(self, value)
 
     keras.Variable._initialize = initialize
     try:
-        yield made
+        yield
     finally:
         keras.Variable._initialize = original
 
