@@ -76,6 +76,8 @@ def _in_place(func: Callable[..., Any]) -> bool:
 class _Writes(TorchDispatchMode):
     """Notes into which memory operations write. A tensor's version would not tell: `_foreach_` operations skip it."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self._memory: set[int] = set()
@@ -84,7 +86,9 @@ class _Writes(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        # Control flow inside has no schema, and writes into nothing.
+        arguments = func._schema.arguments if isinstance(func, torch._ops.OpOverload) else ()
+        for argument, value in zip(arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self._memory.update(map(_memory, optree.tree_leaves(value)))
         return func(*args, **(kwargs or {}))
