@@ -26,7 +26,6 @@ from torch._higher_order_ops.while_loop import while_loop_op
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from handloom._keras import Variable, get_stateless_scope, keras, value_in
 from handloom.backends._scope import Reader, Scope
@@ -34,35 +33,75 @@ from handloom.backends.base import Untraceable
 
 
 class _Closure(TorchFunctionMode):
-    """Notes which tensors a function uses that it did not make itself, or replaces those by others."""
+    """Notes which tensors a function uses that it did not make itself, or replaces those by others.
+
+    Keras's torch optimizers write into variables' values. A value that is written into becomes a copy, which from then
+    on stands for it, and which the variable is assigned.
+    """
 
     def __init__(self, known: Sequence[torch.Tensor], replacements: dict[int, torch.Tensor] | None = None) -> None:
         super().__init__()
         self.used: dict[int, torch.Tensor] = {}
+        self.values: dict[int, Variable] = {}
+        self.assigned: list[tuple[Variable, torch.Tensor]] = []
         self._replacements = replacements or {}
+        self._copies: dict[int, torch.Tensor] = {}
         self._made: dict[int, torch.Tensor] = {id(tensor): tensor for tensor in known}
+
+    def __enter__(self) -> _Closure:
+        _open.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        _open.pop()
+        super().__exit__(*details)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
         args, kwargs = optree.tree_map(self.replace, (tuple(args), kwargs or {}))
-        if _in_place(func) and any(id(leaf) not in self._made for leaf in optree.tree_leaves(args[0])):
-            # What a branch changes so would be lost with the branch.
-            raise Untraceable(f"{func.__name__} changes a tensor in place in a branch or loop")
+        if _in_place(func):
+            args = (optree.tree_map(functools.partial(self._copy_of, func), args[0]), *args[1:])
         result = func(*args, **kwargs)
-        self.note_made(result)
+        self.note_made(optree.tree_leaves(result))
         return result
 
-    def note_made(self, result: Any) -> None:
-        self._made.update((id(leaf), leaf) for leaf in optree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+    def note_made(self, leaves: Sequence[Any]) -> None:
+        self._made.update((id(leaf), leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
     def replace(self, leaf: Any) -> Any:
         if isinstance(leaf, keras.Variable):
             leaf = leaf.value
-        if isinstance(leaf, FakeTensor) and id(leaf) not in self._made:
+        if isinstance(leaf, FakeTensor) and id(leaf) not in self._made and id(leaf) not in self._copies:
             self.used[id(leaf)] = leaf
-        return self._replacements.get(id(leaf), leaf)
+        leaf = self._replacements.get(id(leaf), leaf)
+        return self._copies.get(id(leaf), leaf)
+
+    def _copy_of(self, func: Callable[..., Any], leaf: Any) -> Any:
+        """What may be written into in place of this."""
+        if not isinstance(leaf, torch.Tensor) or (id(leaf) in self._made and id(leaf) not in self.values):
+            return leaf
+        if id(leaf) not in self.values:
+            raise Untraceable(f"{func.__name__} changes a tensor in place in a branch or loop")
+        copy = self._copies[id(leaf)] = leaf.clone()
+        self._made[id(copy)] = copy
+        self.assigned.append((self.values[id(leaf)], copy))
+        return copy
+
+
+_open: list[_Closure] = []
+
+
+def _as_seen_here(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors as the function around sees them, if it is a branch itself: control-flow operations it does not see."""
+    return [_open[-1].replace(tensor) for tensor in tensors] if _open else list(tensors)
+
+
+def _show_made(results: Sequence[torch.Tensor]) -> None:
+    if _open:
+        _open[-1].note_made(results)
 
 
 def _in_place(func: Callable[..., Any]) -> bool:
@@ -73,49 +112,27 @@ def _in_place(func: Callable[..., Any]) -> bool:
     return name.endswith("_")
 
 
-class _Writes(TorchDispatchMode):
-    """Notes into which memory operations write. A tensor's version would not tell: `_foreach_` operations skip it."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._memory: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        del types
-        # Control flow inside has no schema, and writes into nothing.
-        arguments = func._schema.arguments if isinstance(func, torch._ops.OpOverload) else ()
-        for argument, value in zip(arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self._memory.update(map(_memory, optree.tree_leaves(value)))
-        return func(*args, **(kwargs or {}))
-
-    def into(self, tensor: torch.Tensor) -> bool:
-        return _memory(tensor) in self._memory
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-class _Copies(Scope):
-    """Gives copies of variables' values, since Keras's torch optimizers write into what they are given."""
+class _Values(Scope):
+    """Tells a closure which of the tensors that it sees are the values of variables."""
 
     def __init__(self, closure: _Closure, outer: Reader) -> None:
         super().__init__(outer=outer)
-        self.read: list[tuple[Variable, torch.Tensor]] = []
         self._closure = closure
 
     def get_current_value(self, variable: Variable) -> torch.Tensor:
-        if id(variable) not in self.state_mapping:
-            copy = self._closure.replace(super().get_current_value(variable)).clone()
-            self._closure.note_made(copy)  # It does not see it itself where it is what asks for the value.
-            self.read.append((variable, copy))
-            self.state_mapping[id(variable)] = copy
-        return self.state_mapping[id(variable)]
+        self._take_assigned()
+        value = self._closure.replace(super().get_current_value(variable))
+        self._closure.values[id(value)] = variable
+        return value
+
+    @property
+    def written(self) -> list[Variable]:
+        self._take_assigned()
+        return super().written
+
+    def _take_assigned(self) -> None:
+        while self._closure.assigned:
+            self.add_update(self._closure.assigned.pop(0))
 
 
 class _Branch:
@@ -132,11 +149,10 @@ class _Branch:
         self.outer = functools.partial(value_in, get_stateless_scope())
         with _aside():
             carried = [tensor.view_as(tensor) for tensor in carried]  # One may be closed over too.
-        with _aside(), _Writes() as writes, _Closure(carried) as closure, _Copies(closure, self.outer) as scope:
+        with _aside(), _Closure(carried) as closure, _Values(closure, self.outer) as scope:
             self.results, self.structure = optree.tree_flatten(fn(*carried))
             self.results = [closure.replace(core.convert_to_tensor(result)) for result in self.results]
-            in_place = [variable for variable, copy in scope.read if writes.into(copy)]
-            self.written = _distinct([*scope.written, *in_place])
+            self.written = scope.written
             for variable in self.written:
                 closure.replace(scope.get_current_value(variable))
         self.used = list(closure.used.values())
@@ -146,7 +162,7 @@ class _Branch:
 
         def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
             replacements = dict(zip(map(id, used), operands[carried:], strict=True))
-            with _Closure(operands, replacements) as closure, _Copies(closure, self.outer) as scope:
+            with _Closure(operands, replacements) as closure, _Values(closure, self.outer) as scope:
                 results = optree.tree_leaves(self._fn(*operands[:carried]))
                 results += [scope.get_current_value(variable) for variable in written]
                 # The operations refuse a result that is one of their arguments.
@@ -170,7 +186,8 @@ def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) ->
     # A variable that one branch assigns, the other hands through.
     used = _distinct([*branches[0].used, *branches[1].used, *map(branches[0].outer, written)])
     runs = [branch.explicit(used, written, carried=0) for branch in branches]
-    results = _either(pred.reshape(()).to(torch.bool), runs, used)
+    results = _either(pred.reshape(()).to(torch.bool), runs, _as_seen_here(used))
+    _show_made(results)
     count = len(branches[0].results)
     for variable, value in zip(written, results[count:], strict=True):
         variable.assign(value)
@@ -180,7 +197,9 @@ def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) ->
 def _either(pred: torch.Tensor, runs: Sequence[Callable[..., Any]], used: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The results of one function or the other, both of the tensors in `used`."""
     graphs = [_traced(run, used) for run in runs]
-    kinds = [result.is_floating_point() for result in _results_of(graphs[0])]
+    examples = _results_of(graphs[0])
+    _show_made(examples)
+    kinds = [example.is_floating_point() for example in examples]
     if not torch.is_grad_enabled() or all(kinds):
         return list(cond_op(pred, *graphs, tuple(used))) if kinds else []
     # The derivative of the operation trips over whole numbers among its results: they come apart.
@@ -270,8 +289,9 @@ def _loop(
         raise Untraceable("a loop over a number of steps known only at run time is differentiated")
     condition, body = (branch.explicit(used, (), len(carried)) for branch in branches)
     results: Sequence[torch.Tensor] = while_loop_op(
-        lambda *operands: condition(*operands)[0], body, tuple(carried), tuple(used)
+        lambda *operands: condition(*operands)[0], body, tuple(_as_seen_here(carried)), tuple(_as_seen_here(used))
     )
+    _show_made(results)
     return results
 
 
