@@ -194,8 +194,8 @@ def test_compiled_to_run_eagerly_python_runs_on_every_batch():
     model = make(run_eagerly=True)
     model.fit(X, Y, batch_size=4, epochs=3, verbose=0)
     model.evaluate(X, Y, batch_size=4, verbose=0)
-    model.predict(X, batch_size=2, verbose=0)
-    assert model.ran == {"train": 6, "test": 2, "predict": 4}
+    model.predict(X, batch_size=4, verbose=0)
+    assert model.ran == {"train": 6, "test": 2, "predict": 2}
 
 
 def test_run_eagerly_may_be_switched_on_the_model():
