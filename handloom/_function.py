@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import operator
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ Key: TypeAlias = Any
 """What tells two versions of a function apart: structure, shapes and dtypes, static values."""
 
 _MANY_VALUES = 6
+
+# What is replaced in Keras while a step is traced is replaced for all threads.
+_ONE_TRACE_AT_A_TIME = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +160,9 @@ class Function:
                 f"others: {error}. Pass tensors, arrays, numbers, strings, or structures of these."
             ) from error
         if version is None:
-            version = self._versions[key] = self._new_version(arguments, args, kwargs)
+            with _ONE_TRACE_AT_A_TIME:
+                version = self._versions.get(key) or self._new_version(arguments, args, kwargs)
+                self._versions[key] = version
         return version, arguments.tensors
 
     def _new_version(self, arguments: _Arguments, args: Sequence[Any], kwargs: dict[str, Any]) -> Version:

@@ -94,9 +94,21 @@ NAMED = {"optimizer": "sgd", "loss": {"value": "mse", "kind": "sparse_categorica
 LISTED = {"optimizer": "sgd", "loss": ["mse", "mae"]}
 
 CASES = {
-    "metrics": (mlp, MSE | {"metrics": ["mae", keras.metrics.RootMeanSquaredError]}, X, Y, {}),
+    "metrics and a last smaller batch": (
+        mlp,
+        MSE | {"metrics": ["mae", keras.metrics.RootMeanSquaredError]},
+        X,
+        Y,
+        {"batch_size": 25},
+    ),
     "sample weights": (mlp, MSE | {"metrics": ["mae"], "weighted_metrics": ["mae"]}, X, Y, {"sample_weight": WEIGHTS}),
-    "labels": (classifier, SPARSE | {"metrics": ["accuracy"]}, X, LABELS, {}),
+    "labels with class weights": (
+        classifier,
+        SPARSE | {"metrics": ["accuracy"], "weighted_metrics": ["accuracy"]},
+        X,
+        LABELS,
+        {"class_weight": {0: 0.5, 1: 3.0}, "batch_size": 40},
+    ),
     "inputs and outputs by name": (
         by_name,
         NAMED | {"loss_weights": {"value": 0.3, "kind": 2.0}, "metrics": {"value": "mae", "kind": ["accuracy"]}},
@@ -156,27 +168,19 @@ def test_the_default_step_trains_and_reports_as_keras_does(case):
     assert_same_weights(theirs, ours)
 
 
-def test_a_last_smaller_batch_counts_by_its_examples():
-    theirs, ours = pair(mlp, MSE | {"metrics": ["mae"]})
-    arguments = {"batch_size": 25, "shuffle": False, "verbose": 0}
-    assert_alike(theirs.fit(X, Y, **arguments).history, ours.fit(X, Y, **arguments).history)
-
-
-def test_class_weights_are_those_of_keras():
-    theirs, ours = pair(classifier, SPARSE | {"weighted_metrics": ["accuracy"]})
-    arguments = {"batch_size": 40, "epochs": 2, "shuffle": False, "verbose": 0, "class_weight": {0: 0.5, 1: 3.0}}
-    assert_alike(theirs.fit(X, LABELS, **arguments).history, ours.fit(X, LABELS, **arguments).history)
-    assert_same_weights(theirs, ours)
+def decaying(rate):
+    return keras.optimizers.schedules.ExponentialDecay(rate, 2, 0.5)
 
 
 @pytest.mark.parametrize(
     "optimizer",
     [
-        lambda: keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True, clipnorm=0.5),
-        lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1, use_ema=True, ema_overwrite_frequency=3),
-        lambda: keras.optimizers.RMSprop(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5), global_clipnorm=1.0),
+        lambda: keras.optimizers.SGD(decaying(0.1), momentum=0.9, nesterov=True, clipnorm=0.5),
+        lambda: keras.optimizers.AdamW(
+            0.01, weight_decay=0.1, use_ema=True, ema_overwrite_frequency=3, global_clipnorm=1.0
+        ),
     ],
-    ids=["nesterov, clipnorm", "weight decay, ema", "schedule, global clipnorm"],
+    ids=["nesterov, schedule, clipnorm", "weight decay, ema, global clipnorm"],
 )
 def test_an_optimizer_steps_as_in_keras(optimizer):
     theirs, ours = pair(mlp, lambda: {"optimizer": optimizer(), "loss": "mse"})
@@ -188,11 +192,8 @@ def test_an_optimizer_steps_as_in_keras(optimizer):
 
 
 VALIDATIONS = {
-    "a pair": {"validation_data": (X[:20], Y[:20])},
-    "weights": {"validation_data": (X[:20], Y[:20], WEIGHTS[:20])},
-    "a split": {"validation_split": 0.5},
-    "steps": {"validation_data": (X, Y), "validation_steps": 1},
-    "another batch size": {"validation_data": (X, Y), "validation_batch_size": 40},
+    "weights and another batch size": {"validation_data": (X, Y, WEIGHTS), "validation_batch_size": 40},
+    "a split and a number of steps": {"validation_split": 0.5, "validation_batch_size": 10, "validation_steps": 1},
 }
 
 
@@ -205,7 +206,6 @@ def test_validation_is_reported_as_by_keras(validation):
 
 FORMATS = {
     "one value": (mlp, MSE, X, Y),
-    "several": (mlp, MSE | {"metrics": ["mae", "mse"]}, X, Y),
     "several outputs": (
         by_name,
         NAMED | {"metrics": {"value": ["mae"], "kind": "accuracy"}},
@@ -238,10 +238,10 @@ def test_a_metric_reports_each_batch_anew_on_batches():
     assert ours.test_on_batch(X[:20], Y[:20]) == alone
 
 
-@pytest.mark.parametrize("build", [mlp, by_name, in_order], ids=["a tensor", "a dict", "a list"])
+@pytest.mark.parametrize("build", [by_name, in_order], ids=["a dict", "a list"])
 def test_predictions_have_the_structure_and_values_of_keras(build):
     theirs, ours = pair(build, MSE)
-    x = {mlp: X, by_name: {"left": X, "right": Y}, in_order: [X, Y]}[build]
+    x = {"left": X, "right": Y} if build is by_name else [X, Y]
     expected, predicted = theirs.predict_on_batch(x), ours.predict(x, batch_size=25, verbose=0)
     keras.tree.assert_same_structure(predicted, expected)
     keras.tree.map_structure(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), predicted, expected)

@@ -172,9 +172,8 @@ def test_a_class_that_is_not_registered_is_loaded_when_it_is_named(tmp_path):
         np.testing.assert_allclose(loaded.predict(X, verbose=0), 2 * predicted(model), rtol=1e-6)
 
 
-@pytest.mark.parametrize("make", KINDS)
-def test_weights_go_into_a_model_whose_steps_are_compiled(make, tmp_path):
-    model, other = make(), make()
+def test_weights_go_into_a_model_whose_steps_are_compiled(tmp_path):
+    model, other = functional(), functional()
     for each in (model, other):
         each.compile("adam", "mse")
         fit(each)
@@ -231,10 +230,8 @@ def test_a_clone_has_weights_of_its_own_and_trains():
     assert not np.array_equal(clone.get_weights()[0], before[0])
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("make", KINDS)
-def test_a_deep_copy_trains_apart_from_the_original(make):
-    model = make()
+def test_a_deep_copy_trains_apart_from_the_original():
+    model = functional()
     model.compile("adam", "mse")
     fit(model)
     twin = copy.deepcopy(model)

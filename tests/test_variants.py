@@ -226,6 +226,7 @@ def test_a_subclassed_model_and_its_class_are_registered_under_one_name():
         ((), {"inputs": "in"}, False),
         ((), {"outputs": "out"}, False),
         ((), {"name": "model"}, False),
+        (("in", "out", "more"), {}, False),
     ],
 )
 def test_inputs_and_outputs_are_recognized_as_keras_does(args, kwargs, expected):

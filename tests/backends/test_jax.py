@@ -190,6 +190,15 @@ def test_python_may_be_called_from_a_step_on_purpose():
     assert seen[-3:] == [1, 2, 3]
 
 
+def test_a_mask_whose_size_depends_on_the_data_is_an_error():
+    def positive(x):
+        return x[x > 0]
+
+    line = positive.__code__.co_firstlineno + 1
+    with pytest.raises(TraceError, match=rf"line {line}: return x\[x > 0\](?s:.*)keras\.ops\.where"):
+        hl.function(positive)(ones(3))
+
+
 # ------------------------------------------------------------------- random numbers
 
 

@@ -123,10 +123,11 @@ def test_random_numbers_are_drawn_anew():
 
 
 def test_uninitialized_memory_is_new_each_time():
-    step, _ = step_of(lambda x: [torch.empty(3).copy_(x)], torch.ones(3))
-    [first], [second] = step(torch.ones(3)), step(2 * torch.ones(3))
-    np.testing.assert_array_equal(first, np.ones(3))
-    np.testing.assert_array_equal(second, 2 * np.ones(3))
+    step, operations = step_of(lambda x: [torch.empty(3).copy_(x), torch.empty(3)], torch.ones(3))
+    first, second = step(torch.ones(3)), step(2 * torch.ones(3))
+    np.testing.assert_array_equal(first[0], np.ones(3))
+    np.testing.assert_array_equal(second[0], 2 * np.ones(3))
+    assert operations.count("empty") == 2
 
 
 @pytest.mark.parametrize("view", [lambda x: x, lambda x: x.T, lambda x: x[0], lambda x: x.detach().view(-1)])
