@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -168,16 +168,14 @@ class Model(keras.Model):
             return default_loss(self, x, y, y_pred, sample_weight, training=True), y_pred
 
         loss, y_pred = self.minimize(loss_fn, has_aux=True)
-        with self._reporting(loss):
-            return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
+        return _with_loss(self.compute_metrics(x, y, y_pred, sample_weight=sample_weight), loss)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates on one batch; to be overridden. As `train_step`, without training."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         y_pred = call_model(self, x, training=False)
         loss = default_loss(self, x, y, y_pred, sample_weight, training=False)
-        with self._reporting(loss):
-            return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
+        return _with_loss(self.compute_metrics(x, y, y_pred, sample_weight=sample_weight), loss)
 
     def predict_step(self, data: Any) -> Any:
         """The model's outputs for one batch; to be overridden."""
@@ -197,26 +195,6 @@ class Model(keras.Model):
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         note_loss(loss, noted.distinct())
         return loss
-
-    @contextlib.contextmanager
-    def _reporting(self, loss: Tensor) -> Iterator[None]:
-        """Within, the loss of the batch is reported itself, in place of Keras's metric of it."""
-        self.__dict__["_loss"] = loss
-        try:
-            yield
-        finally:
-            self.__dict__["_loss"] = None
-
-    def get_metrics_result(self) -> dict[str, Any]:
-        """The results of the model's metrics, by name."""
-        results: dict[str, Any] = {}
-        for metric in self.metrics:
-            if self._loss is not None and isinstance(metric, LossTracker):
-                results[metric.name] = self._loss
-                continue
-            result = metric.result()
-            results.update(result if isinstance(result, Mapping) else {metric.name: result})
-        return results
 
     def minimize(
         self,
@@ -243,20 +221,11 @@ class Model(keras.Model):
         """
         wrt = self if wrt is None else wrt
         if optimizer is None:
-            optimizer = self._compiled_optimizer()
+            optimizer = _compiled_optimizer(self)
             build(wrt, loss_fn)
             if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
                 optimizer.build(self.trainable_variables)  # All of them: a later step may train another part.
         return minimize(loss_fn, wrt, optimizer, has_aux=has_aux)
-
-    def _compiled_optimizer(self) -> keras.Optimizer:
-        optimizer = getattr(self, "optimizer", None)
-        if optimizer is None:
-            raise OptimizerError(
-                f"{type(self).__name__} has no optimizer. Compile it with one, compile(optimizer='adam', ...), or pass "
-                "one: minimize(..., optimizer=...)."
-            )
-        return optimizer
 
     # --------------------------------------------------------------------- runs
 
@@ -433,7 +402,6 @@ class Model(keras.Model):
     def _start_steps(self, jit_compile: bool | str) -> None:
         # Not `setattr`: Keras would look for layers in it.
         self.__dict__["_steps"] = ModelSteps(self, jit_compile)
-        self.__dict__["_loss"] = None
 
     def _validate(self, feed: Feed, steps: int | None, hooks: Callbacks) -> dict[str, Value]:
         return _loop.evaluate(self._steps.reporting("test_step"), feed, hooks=hooks, model=self, steps=steps)
@@ -458,6 +426,21 @@ class Model(keras.Model):
 @keras.saving.register_keras_serializable("handloom")
 class Sequential(Model, keras.Sequential):
     """A `keras.Sequential` that trains by Handloom's loop; see `hl.Model`."""
+
+
+def _compiled_optimizer(model: Model) -> keras.Optimizer:
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        raise OptimizerError(
+            f"{type(model).__name__} has no optimizer. Compile it with one, compile(optimizer='adam', ...), or pass "
+            "one: minimize(..., optimizer=...)."
+        )
+    return optimizer
+
+
+def _with_loss(results: dict[str, Any], loss: Tensor) -> dict[str, Any]:
+    """What is reported, with the loss of the batch itself in place of the metric that nobody updated with it."""
+    return results | {"loss": loss} if "loss" in results else results
 
 
 def _with_loss_scaling(optimizer: Any, policy: keras.DTypePolicy) -> Any:

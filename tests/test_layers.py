@@ -23,11 +23,12 @@ TESTS = Path(__file__).parent
 LAYERS = [
     {"errors", "_every", "_progress", "_interrupt"},
     {"_keras"},
-    {"backends", "_watch"},
+    {"_weight"},
+    {"backends", "_watch", "_loss_tracker"},
     {"_gradients", "_function", "_update", "optimizers"},
     {"_data", "_labels", "_logs", "_reporting", "_callbacks", "callbacks", "report"},
     {"_loop"},
-    {"_model", "_model_data", "_model_steps", "_variants"},
+    {"_model", "_model_data", "_model_steps", "_variants", "_explain"},
     {"recipes", "cli"},
 ]
 # What names a backend: the messages about one that is missing, and the choices of the command line.

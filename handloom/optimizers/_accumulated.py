@@ -40,6 +40,7 @@ class Accumulated(Wrapper):
 
     def add_slots(self, variables: list[Variable]) -> None:
         self._sums = self.add_optimizer_variables(variables, "gradient_sum")
+        self._places = {id(variable): place for place, variable in enumerate(variables)}
         self._weight = self.add_variable((), name="weight", dtype="float32")
         self.gathered = self.add_variable((), name="gathered", dtype="int32")
 
@@ -76,8 +77,9 @@ class Accumulated(Wrapper):
             kept.assign(ops.zeros_like(kept.value))
 
     def _sum_of(self, variable: Variable) -> Variable:
-        self._check_variables_are_known([variable])
-        return self._sums[self._get_variable_index(variable)]
+        if id(variable) not in self._places:
+            raise ValueError(f"Unknown variable: {variable.path}.")  # As Keras's own optimizers say it.
+        return self._sums[self._places[id(variable)]]
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"steps": self.steps}

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from handloom._keras import Tensor, Variable, keras
+from handloom._keras import Tensor, Variable, keras, trained_by
 from handloom.backends import backend
 from handloom.errors import OptimizerError
 from handloom.optimizers._inside import inside
@@ -76,7 +76,7 @@ class Averaged(Wrapper):
 
     def pairs(self) -> list[tuple[Variable, Variable]]:
         """Pairs (average, variable)."""
-        pairs = zip(self._averages, self._trainable_variables, strict=True)
+        pairs = zip(self._averages, trained_by(self), strict=True)
         return [(average, variable) for average, variable in pairs if average is not None]
 
     def get_config(self) -> dict[str, Any]:

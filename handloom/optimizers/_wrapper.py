@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from handloom._keras import Tensor, Variable, keras
+from handloom._keras import Tensor, Variable, keras, trained_by
 from handloom.optimizers._loss_scale import apply_unscaled
 from handloom.optimizers._named import NamedOptimizers, as_optimizer
 
@@ -47,7 +47,7 @@ class Wrapper(keras.optimizers.Optimizer):
             grads: One gradient, or `None`, a variable.
             trainable_variables: The variables; may be left out once the optimizer is built.
         """
-        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        variables = list(trained_by(self) if trainable_variables is None else trainable_variables)
         if not self.built:
             self.build(variables)
         self.update(list(grads), variables)
