@@ -33,16 +33,24 @@ class Accumulated(Wrapper):
         ValueError: If `steps` is not a positive whole number.
     """
 
+    gathered: Variable
+    _sums: list[Variable]
+    _places: dict[int, int]
+    _weight: Variable
+    _reached: dict[int, Variable]
+
     def __init__(self, inner_optimizer: Any, steps: int, name: str | None = None) -> None:
         super().__init__(inner_optimizer, name=name)
         self.steps = positive_whole("Accumulated", steps=steps)
-        self._reached: dict[int, Variable] = {}
+        self.keep(_reached={})
 
     def add_slots(self, variables: list[Variable]) -> None:
-        self._sums = self.add_optimizer_variables(variables, "gradient_sum")
-        self._places = {id(variable): place for place, variable in enumerate(variables)}
-        self._weight = self.add_variable((), name="weight", dtype="float32")
-        self.gathered = self.add_variable((), name="gathered", dtype="int32")
+        self.keep(
+            _sums=self.add_optimizer_variables(variables, "gradient_sum"),
+            _places={id(variable): place for place, variable in enumerate(variables)},
+            _weight=self.add_variable((), name="weight", dtype="float32"),
+            gathered=self.add_variable((), name="gathered", dtype="int32"),
+        )
 
     def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
         weight = weight_of_step()

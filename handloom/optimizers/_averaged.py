@@ -9,6 +9,7 @@ from typing import Any
 from handloom._keras import Tensor, Variable, keras, trained_by
 from handloom.backends import backend
 from handloom.errors import OptimizerError
+from handloom.optimizers._accumulated import Accumulated
 from handloom.optimizers._inside import inside
 from handloom.optimizers._wrapper import Wrapper, positive_whole
 
@@ -22,7 +23,7 @@ class Averaged(Wrapper):
     With `decay` an exponential moving average, `average <- decay * average + (1 - decay) * weights` (Polyak and
     Juditsky, 1992); with `decay=None` the plain mean of the weights (Izmailov et al., Stochastic Weight Averaging,
     2018). It begins with the weights themselves, not with zeros, so there is no bias to correct. Counted are updates,
-    not steps: what an accumulating optimizer inside only gathers does not count.
+    not steps: `Accumulated(Averaged(optimizer), 4)` averages after every fourth.
 
     `model.evaluate(..., weights="ema")`, `model.predict(..., weights="ema")` and
     `handloom.optimizers.averaged_weights(model)` use the average; the live weights stay.
@@ -35,8 +36,12 @@ class Averaged(Wrapper):
         name: Name of the optimizer.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or the inner optimizer accumulates.
     """
+
+    contributions: Variable
+    _averages: list[Variable]
+    _seen: Variable
 
     def __init__(
         self,
@@ -52,13 +57,20 @@ class Averaged(Wrapper):
                 f"Averaged takes a decay between 0 and 1, or None for the plain mean; received decay={decay!r}."
             )
         super().__init__(inner_optimizer, name=name)
+        if any(isinstance(part, Accumulated) for part in inside(self.inner_optimizer)):
+            raise ValueError(
+                "Averaged around Accumulated would miss the update of a last, short window; put it inside: "
+                "Accumulated(Averaged(optimizer), steps)."
+            )
         self.decay, self.every = decay, positive_whole("Averaged", every=every)
         self.start = positive_whole("Averaged", least=0, start=start)
 
     def add_slots(self, variables: list[Variable]) -> None:
-        self._averages = self.add_optimizer_variables(variables, "average")
-        self.contributions = self.add_variable((), name="contributions", dtype="int32")
-        self._seen = self.add_variable((), name="seen", dtype="int32")
+        self.keep(
+            _averages=self.add_optimizer_variables(variables, "average"),
+            contributions=self.add_variable((), name="contributions", dtype="int32"),
+            _seen=self.add_variable((), name="seen", dtype="int32"),
+        )
 
     def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
         self.apply_inner(gradients, variables)

@@ -27,13 +27,15 @@ class UpdateEvery(Wrapper):
         ValueError: If `steps` is not a positive whole number.
     """
 
+    _calls: Variable
+
     def __init__(self, inner_optimizer: Any, steps: int, name: str | None = None) -> None:
         super().__init__(inner_optimizer, name=name)
         self.steps = positive_whole("UpdateEvery", steps=steps)
 
     def add_slots(self, variables: list[Variable]) -> None:
         del variables  # One counter for all.
-        self._calls = self.add_variable((), name="calls", dtype="int32")
+        self.keep(_calls=self.add_variable((), name="calls", dtype="int32"))
 
     def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
         self._calls.assign(self._calls + 1)

@@ -23,6 +23,7 @@ def _transform(cls: _T) -> _T:
     """A transform that is its own configuration."""
     made: Any = dataclasses.dataclass(frozen=True)(cls)
     made.get_config = lambda self: {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    made.from_config = classmethod(lambda cls, config: cls(**config))
     registered: _T = keras.saving.register_keras_serializable("handloom")(made)
     return registered
 
@@ -192,3 +193,7 @@ class AddNoise:
 
     def get_config(self) -> dict[str, Any]:
         return {"stddev": self.stddev, "seed": self.seed}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> AddNoise:
+        return cls(**config)

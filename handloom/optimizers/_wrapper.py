@@ -33,6 +33,10 @@ class Wrapper(keras.optimizers.Optimizer):
     def add_slots(self, variables: list[Variable]) -> None:
         """Creates what this wrapper itself keeps."""
 
+    def keep(self, **slots: Any) -> None:
+        """Sets attributes. Not by `setattr`: Keras would count the variables among them once more."""
+        self.__dict__.update(slots)
+
     def take_gradients(
         self, differentiate: Callable[[], tuple[Any, list[Tensor | None]]], variables: list[Variable]
     ) -> tuple[Any, list[Tensor | None]]:

@@ -1,0 +1,166 @@
+"""Accumulation equals the big batch."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import handloom as hl
+from handloom.errors import HandloomWarning
+from handloom.optimizers import Accumulated, Averaged, ClipByGlobalNorm, Transformed
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(26, 4)).astype("float32")
+Y = (X @ [[1.0], [-2.0], [0.5], [1.0]]).astype("float32")
+OPTIMIZERS = {
+    "SGD": lambda: keras.optimizers.SGD(0.05),
+    "momentum": lambda: keras.optimizers.SGD(0.02, momentum=0.9),
+    "Adam": lambda: keras.optimizers.Adam(0.01),
+    "clipped": lambda: keras.optimizers.SGD(0.05, global_clipnorm=0.5),
+    "scheduled": lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.05, 1, 0.5)),
+}
+
+
+def net(optimizer, loss="mse", regularizer=None):
+    keras.utils.set_random_seed(0)
+    model = hl.Model([keras.Input((4,)), layers.Dense(3, "tanh"), layers.Dense(1, kernel_regularizer=regularizer)])
+    model.compile(optimizer, loss)
+    return model
+
+
+def same_weights(one, other):
+    for mine, theirs in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_it_equals_the_big_batch_the_short_last_window_included(kind, steps):
+    big, small = (
+        net(OPTIMIZERS[kind](), regularizer="l2"),
+        net(Accumulated(OPTIMIZERS[kind](), steps), regularizer="l2"),
+    )
+    big.fit(X, Y, batch_size=4 * steps, epochs=2, shuffle=False, verbose=0)
+    small.fit(X, Y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    same_weights(small, big)
+    assert int(small.optimizer.iterations.value) == int(big.optimizer.iterations.value)
+
+
+def test_op_by_op_too():
+    hl.run_eagerly(True)
+    big, small = net("adam"), net(Accumulated("adam", 3))
+    big.fit(X, Y, batch_size=12, shuffle=False, verbose=0)
+    small.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
+    same_weights(small, big)
+
+
+def test_a_masked_loss_counts_by_its_tokens():
+    tokens = np.where(np.arange(6) < RANDOM.integers(1, 7, size=(10, 1)), RANDOM.integers(1, 9, size=(10, 6)), 0)
+    targets = RANDOM.normal(size=(10, 6, 1)).astype("float32")
+
+    def model(optimizer):
+        keras.utils.set_random_seed(0)
+        made = hl.Model([keras.Input((6,), dtype="int32"), layers.Embedding(9, 3, mask_zero=True), layers.Dense(1)])
+        made.compile(optimizer, "mse")
+        return made
+
+    big, small = model(keras.optimizers.SGD(0.1)), model(Accumulated(keras.optimizers.SGD(0.1), 5))
+    big.fit(tokens, targets, batch_size=10, epochs=2, shuffle=False, verbose=0)
+    small.fit(tokens, targets, batch_size=2, epochs=2, shuffle=False, verbose=0)
+    same_weights(small, big)
+
+
+def test_a_loss_divided_by_its_weights_counts_by_them():
+    loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+    weights = RANDOM.uniform(0, 3, 26).astype("float32")
+    big, small = net(keras.optimizers.SGD(0.05), loss), net(Accumulated(keras.optimizers.SGD(0.05), 7), loss)
+    big.fit(X, Y, sample_weight=weights, batch_size=28, shuffle=False, verbose=0)
+    small.fit(X, Y, sample_weight=weights, batch_size=4, shuffle=False, verbose=0)
+    same_weights(small, big)
+
+
+def test_a_sum_is_not_divided():
+    loss = keras.losses.MeanSquaredError(reduction="sum")
+    big, small = net(keras.optimizers.SGD(0.01), loss), net(Accumulated(keras.optimizers.SGD(0.01), 7), loss)
+    big.fit(X, Y, batch_size=28, shuffle=False, verbose=0)
+    small.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
+    same_weights(small, big)
+
+
+def test_a_step_may_say_what_its_loss_was_divided_by():
+    weight = keras.Variable(1.0)
+    optimizer = Accumulated(keras.optimizers.SGD(1.0), 2)
+
+    @hl.function
+    def step(value, count):
+        return hl.minimize(lambda: weight * value, weight, optimizer, weight=count)
+
+    step(np.float32(1.0), np.float32(3.0))
+    assert float(ops.convert_to_numpy(weight.value)) == 1
+    step(np.float32(5.0), np.float32(1.0))
+    assert float(ops.convert_to_numpy(weight.value)) == 1 - (3 * 1 + 1 * 5) / 4
+
+
+def test_in_a_loop_of_ones_own_a_window_is_flushed_by_hand():
+    weight = keras.Variable(1.0)
+    optimizer = Accumulated(keras.optimizers.SGD(1.0), 4)
+    step = hl.function(lambda value: hl.minimize(lambda: weight * value, weight, optimizer))
+    optimizer.flush()  # Nothing is gathered yet.
+    for value in (1.0, 2.0):
+        step(np.float32(value))
+    optimizer.flush()
+    optimizer.flush()
+    assert float(ops.convert_to_numpy(weight.value)) == 1 - 1.5
+    assert int(optimizer.iterations.value) == 1
+
+
+def test_transforms_inside_see_whole_updates():
+    clipped = Transformed(keras.optimizers.SGD(1.0), [ClipByGlobalNorm(0.1)])
+    big, small = net(clipped), net(Accumulated(Transformed(keras.optimizers.SGD(1.0), [ClipByGlobalNorm(0.1)]), 7))
+    big.fit(X, Y, batch_size=28, shuffle=False, verbose=0)
+    small.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
+    same_weights(small, big)
+
+
+def test_averages_count_updates_not_steps():
+    big, small = net(Averaged("sgd", 0.5)), net(Accumulated(Averaged("sgd", 0.5), 2))
+    big.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
+    small.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
+    assert int(small.optimizer.inner_optimizer.contributions.value) == 4
+    averages = [model.evaluate(X, Y, weights="ema", verbose=0) for model in (big, small)]
+    np.testing.assert_allclose(averages[0], averages[1], rtol=1e-5)
+
+
+def test_averages_around_it_are_refused_with_the_cure():
+    with pytest.raises(ValueError, match=r"put it inside: Accumulated\(Averaged\(optimizer\), steps\)"):
+        Averaged(Accumulated("sgd", 2))
+
+
+def test_it_is_saved_and_goes_on(tmp_path):
+    model = net(Accumulated("adam", 3))
+    model.fit(X[:16], Y[:16], batch_size=4, shuffle=False, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.steps == 3
+    for either in (model, loaded):
+        either.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
+    same_weights(loaded, model)
+
+
+def test_losses_divided_by_different_sums_are_told():
+    tokens = np.array([[1, 2, 0], [3, 0, 0]])
+    embedding, optimizer = layers.Embedding(4, 1, mask_zero=True), Accumulated("sgd", 2)
+    mse = keras.losses.MeanSquaredError()
+
+    def loss():
+        found = embedding(tokens)
+        return mse(np.ones((2, 3, 1), "float32"), found) + mse(np.ones((3, 1), "float32"), ops.copy(found)[0])
+
+    with pytest.warns(HandloomWarning, match=r"divided by different sums.*minimize\(\.\.\., weight="):
+        hl.minimize(loss, embedding, optimizer)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True, "2"])
+def test_a_number_of_steps_that_is_none_is_refused(steps):
+    with pytest.raises(ValueError, match=r"Accumulated takes a whole number, at least 1, as steps; received steps="):
+        Accumulated("sgd", steps)
