@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -443,7 +443,7 @@ def _check_compiled(model: Model, method: str, step: str) -> None:
 class _After:
     """When to validate, as a list of epochs."""
 
-    def __init__(self, epochs: Sequence[int]) -> None:
+    def __init__(self, epochs: Iterable[int]) -> None:
         self._epochs = set(epochs)
 
     def due(self, progress: Progress, seconds_since: float = 0.0) -> bool:
@@ -452,6 +452,6 @@ class _After:
 
 
 def _validation_times(validation_freq: int | Sequence[int]) -> Every:
-    if isinstance(validation_freq, int):
-        return every(epochs=validation_freq)
-    return cast(Every, _After(validation_freq))
+    if isinstance(validation_freq, Iterable):
+        return cast(Every, _After(validation_freq))
+    return every(epochs=int(validation_freq))
