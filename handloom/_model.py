@@ -78,6 +78,11 @@ class Model(keras.Model):
         super().__init__(*args, **kwargs)
         self._start_steps("auto")
 
+    def __reduce__(self) -> Any:
+        """Pickled and copied as Keras does, but by a class that a module knows by name: a variant is not."""
+        rebuild, contents = super().__reduce__()
+        return getattr(Model, rebuild.__name__), contents
+
     # ------------------------------------------------------------------ compile
 
     def compile(
