@@ -109,6 +109,8 @@ class Function:
         self._by_raw_key: dict[Key, Version] = {}
         self._signatures: list[dict[str, str]] = []
         self._reasons_said: set[str] = set()
+        self._kept_as = f"_compiled_{self.__name__}_{id(self):x}"
+        self._definition: Function | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if backend.nested:
@@ -121,12 +123,12 @@ class Function:
             return self
         # Kept under a name of its own: `super().step` and `step` are two functions, one of them not under its own name.
         # Not by `setattr`: Keras layers look at everything that is set on them.
-        name = f"_compiled_{self.__name__}_{id(self):x}"
-        bound = instance.__dict__.get(name)
+        bound = instance.__dict__.get(self._kept_as)
         # A copied instance brings the functions of the other.
         if bound is None or getattr(bound.python_function, "__self__", instance) is not instance:
             bound = Function(self.python_function.__get__(instance, owner), jit_compile=self._jit_compile)
-            instance.__dict__[name] = bound
+            bound._definition = self  # Alive, it is the only one of its name.
+            instance.__dict__[self._kept_as] = bound
         return cast("Function", bound)
 
     def __reduce__(self) -> Any:

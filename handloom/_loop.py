@@ -177,7 +177,7 @@ def evaluate(
     model.stop_evaluating = False
     step.start_epoch()
     hooks.on_test_begin({})
-    for index, batch in enumerate(islice(feed.stream() if steps else feed, steps)):
+    for index, batch in enumerate(_one_pass(feed, steps)):
         hooks.on_test_batch_begin(index, {})
         step.take(batch)
         hooks.on_test_batch_end(index, step.logs)
@@ -194,7 +194,7 @@ def predict(step: Function, feed: Feed, *, hooks: Callbacks, model: Any, steps: 
     structure = None
     model.stop_predicting = False
     hooks.on_predict_begin({})
-    for index, batch in enumerate(islice(feed.stream() if steps else feed, steps)):
+    for index, batch in enumerate(_one_pass(feed, steps)):
         hooks.on_predict_batch_begin(index, {})
         output = step(batch)
         leaves, structure = optree.tree_flatten(output)
@@ -236,6 +236,18 @@ def _limited(passes: Iterator[Batch], steps: int) -> Iterator[Batch]:
             "that returns a new iterator each time, or set steps_per_epoch to what there is.",
             HandloomWarning,
             stacklevel=3,
+        )
+
+
+def _one_pass(feed: Feed, steps: int | None) -> Iterator[Batch]:
+    """One pass, or so many steps of it."""
+    given = 0
+    for batch in islice(feed, steps or None):
+        given += 1
+        yield batch
+    if steps and given < steps:
+        warnings.warn(
+            f"The data ran out after {given} of {steps} steps: it gives no more.", HandloomWarning, stacklevel=3
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +81,11 @@ class Model(keras.Model):
             )
         super().__init__(*args, **kwargs)
         self._start_steps("auto")
+
+    def __reduce__(self) -> Any:
+        """Pickled and copied as Keras does, but by a class that a module knows by name: a variant is not."""
+        rebuild, contents = super().__reduce__()
+        return getattr(Model, rebuild.__name__), contents
 
     # ------------------------------------------------------------------ compile
 
@@ -474,7 +479,7 @@ def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextMan
 class _After:
     """When to validate, as a list of epochs."""
 
-    def __init__(self, epochs: Sequence[int]) -> None:
+    def __init__(self, epochs: Iterable[int]) -> None:
         self._epochs = set(epochs)
 
     def due(self, progress: Progress, seconds_since: float = 0.0) -> bool:
@@ -483,6 +488,6 @@ class _After:
 
 
 def _validation_times(validation_freq: int | Sequence[int]) -> Every:
-    if isinstance(validation_freq, int):
-        return every(epochs=validation_freq)
-    return cast(Every, _After(validation_freq))
+    if isinstance(validation_freq, Iterable):
+        return cast(Every, _After(validation_freq))
+    return every(epochs=int(validation_freq))

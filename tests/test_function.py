@@ -545,6 +545,17 @@ def test_a_method_under_two_names_is_compiled_under_one():
     assert both.fast is both.fast
 
 
+def test_a_method_may_be_defined_anew():
+    class Changing:
+        pass
+
+    changing = Changing()
+    for n in range(20):
+        Changing.step = hl.function(lambda self, n=n: n)
+        if n % 2 == 0:  # What is not used is gone at once, and the next one may be where it was.
+            close(changing.step(), n)
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 def test_a_copied_instance_has_functions_of_its_own(copied):
     first = Counter(0)

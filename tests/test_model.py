@@ -9,7 +9,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.errors import OptimizerError, StepError
+from handloom.errors import HandloomWarning, OptimizerError, StepError
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 3)).astype("float32")
@@ -697,6 +697,10 @@ def test_evaluate_and_predict_take_a_number_of_steps():
     assert model.evaluate(numbers, batch_size=10, steps=2, verbose=0) == 9.5
     np.testing.assert_array_equal(model.predict(numbers, batch_size=15, verbose=0), numbers)
     np.testing.assert_array_equal(model.predict(numbers, batch_size=15, steps=2, verbose=0), numbers[:30])
+    with pytest.warns(HandloomWarning, match="ran out after 4 of 7 steps"):
+        assert model.evaluate(numbers, batch_size=10, steps=7, verbose=0) == 19.5
+    with pytest.warns(HandloomWarning, match="ran out after 3 of 4 steps"):
+        np.testing.assert_array_equal(model.predict(numbers, batch_size=15, steps=4, verbose=0), numbers)
 
 
 def test_a_run_directory_holds_the_log(tmp_path):

@@ -343,7 +343,9 @@ def test_epochs_are_counted_from_the_initial_one():
     assert fit(model, epochs=3, initial_epoch=3).epoch == []
 
 
-@pytest.mark.parametrize(("frequency", "values"), [(2, [2, 4]), ([1, 4], [1, 4]), ((3,), [3]), (6, None)])
+@pytest.mark.parametrize(
+    ("frequency", "values"), [(2, [2, 4]), (np.int64(3), [3]), ([1, 4], [1, 4]), ((3,), [3]), (6, None)]
+)
 def test_validation_runs_as_often_as_it_is_asked_to(frequency, values):
     history = fit(Scripted(range(9)), epochs=5, validation_data=(X, Y), validation_freq=frequency).history
     assert history.get("val_steps") == values

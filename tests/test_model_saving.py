@@ -1,6 +1,7 @@
 """`hl.Model`s saved, loaded and copied as Keras models."""
 
 import copy
+import pickle
 
 import keras
 import numpy as np
@@ -228,6 +229,18 @@ def test_a_clone_has_weights_of_its_own_and_trains():
     fit(clone)
     assert_same_arrays(before, model.get_weights())
     assert not np.array_equal(clone.get_weights()[0], before[0])
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("make", KINDS)
+def test_a_model_is_pickled(make):
+    model = make()
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    twin = pickle.loads(pickle.dumps(model))
+    assert type(twin) is type(model)
+    assert_same_arrays([predicted(model)], [predicted(twin)])
+    assert_same_arrays(model.optimizer.variables, twin.optimizer.variables)
 
 
 def test_a_deep_copy_trains_apart_from_the_original():
