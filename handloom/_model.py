@@ -303,7 +303,7 @@ class Model(keras.Model):
                 callbacks=callbacks,
                 run_dir=run_dir,
                 verbose=verbose,
-                finish=self._finish_training,
+                finish=functools.partial(_finish_training, self),
             )
         return self.history
 
@@ -331,7 +331,7 @@ class Model(keras.Model):
         with (
             self._steps.running(),
             _weights(self, weights),
-            self._hooks(callbacks, verbose, steps or feed.length) as hooks,
+            _hooks(self, callbacks, verbose, steps or feed.length) as hooks,
         ):
             results = _loop.evaluate(self._steps.reporting("test_step"), feed, hooks=hooks, model=self, steps=steps)
         return results if return_dict else in_keras_order(self, results)
@@ -354,7 +354,7 @@ class Model(keras.Model):
         with (
             self._steps.running(),
             _weights(self, weights),
-            self._hooks(callbacks, verbose, steps or feed.length) as hooks,
+            _hooks(self, callbacks, verbose, steps or feed.length) as hooks,
         ):
             return _loop.predict(self._steps.prediction, feed, hooks=hooks, model=self, steps=steps)
 
@@ -411,15 +411,6 @@ class Model(keras.Model):
     def _validate(self, feed: Feed, steps: int | None, hooks: Callbacks) -> dict[str, Value]:
         return _loop.evaluate(self._steps.reporting("test_step"), feed, hooks=hooks, model=self, steps=steps)
 
-    def _hooks(self, callbacks: Any, verbose: str | int, steps: int | None) -> Callbacks:
-        listeners = [*_loop.as_list(callbacks), *progress_display(verbose)]
-        return Callbacks(listeners, self, {"epochs": 1, "steps": steps, "verbose": verbose})
-
-    def _finish_training(self) -> None:
-        optimizer = getattr(self, "optimizer", None)
-        if optimizer is not None and optimizer.built:
-            optimizer.finalize_variable_values(self.trainable_variables)
-
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Model:
         """Makes the model that `get_config` describes."""
@@ -431,6 +422,17 @@ class Model(keras.Model):
 @keras.saving.register_keras_serializable("handloom")
 class Sequential(Model, keras.Sequential):
     """A `keras.Sequential` that trains by Handloom's loop; see `hl.Model`."""
+
+
+def _finish_training(model: Model) -> None:
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and optimizer.built:
+        optimizer.finalize_variable_values(model.trainable_variables)
+
+
+def _hooks(model: Model, callbacks: Any, verbose: str | int, steps: int | None) -> Callbacks:
+    listeners = [*_loop.as_list(callbacks), *progress_display(verbose)]
+    return Callbacks(listeners, model, {"epochs": 1, "steps": steps, "verbose": verbose})
 
 
 def _compiled_optimizer(model: Model) -> keras.Optimizer:
