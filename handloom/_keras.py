@@ -15,6 +15,7 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 | `Model._initial_epoch`       | how `BackupAndRestore` tells the loop where to go on                   |
 | `Optimizer._trainable_variables` | for what `apply` updates when it is told gradients only            |
 | `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
+| `global_state`               | has a variable whose initializer failed, and would fail in each later scope |
 | `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, which what comes out of a gradient lacks |
 """
 
@@ -63,6 +64,7 @@ except ValueError as error:  # Not one of Keras's either.
 if keras.backend.backend() not in BACKENDS:
     raise _strange_backend(keras.backend.backend())
 
+from keras.src.backend.common import global_state  # noqa: E402
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask  # noqa: E402
 from keras.src.backend.common.stateless_scope import get_stateless_scope  # noqa: E402
 from keras.src.models.functional import Functional  # noqa: E402
@@ -86,6 +88,7 @@ __all__ = [
     "call_model",
     "current_value",
     "default_loss",
+    "forget_uninitialized",
     "get_keras_mask",
     "get_stateless_scope",
     "global_seed_generator",
@@ -116,6 +119,11 @@ def stored_value(variable: Variable) -> Tensor:
 def has_value(variable: Variable) -> bool:
     """Whether a variable is initialized."""
     return variable._value is not None
+
+
+def forget_uninitialized() -> None:
+    """Has Keras not initialize again, at the end of the next scope, what it could not initialize."""
+    global_state.set_global_attribute("uninitialized_variables", [])
 
 
 def value_in(scope: keras.StatelessScope | None, variable: Variable) -> Tensor:

@@ -7,8 +7,9 @@ Internals used: of Keras's `StatelessScope`, which it exports, how variables ask
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from handloom._keras import Tensor, Variable, has_value, keras, value_in
+from handloom._keras import Tensor, Variable, forget_uninitialized, has_value, keras, value_in
 from handloom.errors import VariableError
 
 Reader = Callable[[Variable], Tensor]
@@ -45,6 +46,13 @@ class Scope(keras.StatelessScope):
         self.incomplete = False
         self._outer = outer or self._enclosing
         self._written: dict[int, Variable] = {}
+
+    def __exit__(self, *args: Any) -> None:
+        try:
+            super().__exit__(*args)
+        except BaseException:
+            forget_uninitialized()
+            raise
 
     def get_current_value(self, variable: Variable) -> Tensor:
         value = self.state_mapping.get(id(variable))

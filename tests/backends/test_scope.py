@@ -102,6 +102,17 @@ def test_only_the_outermost_scope_initializes():
     np.testing.assert_array_equal(variable.numpy(), np.ones(2))
 
 
+def test_an_initializer_that_fails_fails_once():
+    def broken(shape, dtype=None):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"), Scope(creates=True):
+        keras.Variable(broken, shape=(2,))
+    with Scope(creates=True):
+        variable = keras.Variable("ones", shape=(2,))
+    np.testing.assert_array_equal(variable.numpy(), np.ones(2))
+
+
 def test_it_is_noted_when_a_value_is_read_that_does_not_exist_yet():
     with Scope(creates=True) as scope:
         variable = keras.Variable("ones", shape=(2,))
