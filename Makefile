@@ -11,9 +11,10 @@ INSTALLED := $(VENV)/.installed
 run: $(INSTALLED)  ## Train a GAN on handwritten digits, on the default backend. ARGS="--backend torch" for another.
 	$(BIN)/handloom run gan-digits $(ARGS)
 
+# One thread an operation: on a shared machine, threads that wait for each other cost tests more than they save.
 test: lint  ## Lint, then the whole suite on every backend, each in a process of its own. ARGS="-k feed" for a part.
 	set -e; for backend in $(BACKENDS); do \
-	    echo "== $$backend"; KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest $(ARGS); \
+	    echo "== $$backend"; OMP_NUM_THREADS=1 KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest $(ARGS); \
 	done
 
 lint: $(INSTALLED)  ## Style and types.
