@@ -25,7 +25,7 @@ from handloom._keras import (
 )
 from handloom._labels import check_labels
 from handloom._logs import Value
-from handloom._loss_tracker import LossTracker
+from handloom._loss_tracker import LossTracker, holding
 from handloom._model_data import as_one_batch, model_feed, packed, split, unpacked, weights_of
 from handloom._model_steps import ModelSteps, parts_built
 from handloom._progress import Progress
@@ -173,14 +173,16 @@ class Model(keras.Model):
             return default_loss(self, x, y, y_pred, sample_weight, training=True), y_pred
 
         loss, y_pred = self.minimize(loss_fn, has_aux=True)
-        return _with_loss(self.compute_metrics(x, y, y_pred, sample_weight=sample_weight), loss)
+        with holding(self, loss):
+            return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates on one batch; to be overridden. As `train_step`, without training."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         y_pred = call_model(self, x, training=False)
         loss = default_loss(self, x, y, y_pred, sample_weight, training=False)
-        return _with_loss(self.compute_metrics(x, y, y_pred, sample_weight=sample_weight), loss)
+        with holding(self, loss):
+            return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
     def predict_step(self, data: Any) -> Any:
         """The model's outputs for one batch; to be overridden."""
@@ -443,11 +445,6 @@ def _compiled_optimizer(model: Model) -> keras.Optimizer:
             "one: minimize(..., optimizer=...)."
         )
     return optimizer
-
-
-def _with_loss(results: dict[str, Any], loss: Tensor) -> dict[str, Any]:
-    """What is reported, with the loss of the batch itself in place of the metric that nobody updated with it."""
-    return results | {"loss": loss} if "loss" in results else results
 
 
 def _with_loss_scaling(optimizer: Any, policy: keras.DTypePolicy) -> Any:

@@ -212,7 +212,7 @@ class _Results:
         if isinstance(value, tuple) and len(value) == 2:
             self._ratios[name] = self._scalar(name, value[0]), self._scalar(name, value[1])
             return
-        is_result = self._metrics.source(value) is not None
+        is_result = self._metrics.source(value) is not None and not self._is_loss(value)
         returned, value = value, self._tensor(name, value)
         if is_result and len(value.shape):
             self._arrays[name] = value
@@ -230,7 +230,11 @@ class _Results:
     def _is_unused_tracker(self, value: Any) -> bool:
         """Whether a value is the result of the model's loss tracker, in which the step has not kept its loss."""
         metric = self._metrics.source(value)
-        return isinstance(metric, LossTracker) and metric not in self._metrics.updated
+        return isinstance(metric, LossTracker) and metric not in self._metrics.updated and not self._is_loss(value)
+
+    def _is_loss(self, value: Any) -> bool:
+        """Whether a value is a loss of the step itself, though a metric hands it out."""
+        return any(value is loss for loss in self._divided.losses)
 
     def _forget(self, name: str) -> None:
         for kind in (self._scalars, self._arrays, self._ratios):

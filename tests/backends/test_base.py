@@ -245,6 +245,8 @@ def test_outside_of_a_trace_control_flow_is_pythons():
     assert float(backend.with_control_flow(lambda x: x + 1 if x > 0 else x)(x)) == 3
 
 
+# What TensorFlow's own Python does to a call that is interrupted is not ours; the loop lets none be.
+@pytest.mark.backend("jax", "torch")
 def test_an_interrupt_leaves_each_variable_with_its_old_or_its_new_value():
     one, two = keras.Variable(np.zeros(64, "float32")), keras.Variable(np.zeros(64, "float32"))
 
@@ -254,6 +256,7 @@ def test_an_interrupt_leaves_each_variable_with_its_old_or_its_new_value():
         return [ops.sum(one)]
 
     program, tensor, armed = compiled(fn, ones(64)), backend.to_tensor(ones(64)), []
+    program([tensor])  # A first call may build what the later ones use; within the loop none is interrupted.
 
     def interrupt(*_):
         if armed:
