@@ -109,10 +109,10 @@ def jacobian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         sources = _sources(wrt, fn, args)
 
-        def call(*tensors: Tensor) -> list[Tensor]:
-            return [_floating(backend.with_control_flow(fn)(*sources.arguments(tensors), **kwargs))]
+        def call(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            return [_floating(backend.with_control_flow(fn)(*sources.arguments(tensors), **kwargs))], []
 
-        [row] = backend.jacobian(call, sources.tensors, sources.variables)
+        _, _, [row] = backend.jacobian(call, sources.tensors, sources.variables)
         return sources.mirror(*row)
 
     return wrapped
@@ -139,16 +139,16 @@ def hessian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
         sources = _sources(wrt, fn, args)
         present: list[bool] = []
 
-        def first(*tensors: Tensor) -> list[Tensor]:
+        def first(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             def call(*inner: Tensor) -> tuple[Tensor, list[Tensor]]:
                 return scalar(backend.with_control_flow(fn)(*sources.arguments(inner), **kwargs)), []
 
             _, _, of_tensors, of_variables = backend.value_and_grad(call, tensors, sources.variables)
             gradients = [*of_tensors, *of_variables]
             present[:] = [gradient is not None for gradient in gradients]
-            return [gradient for gradient in gradients if gradient is not None]
+            return [gradient for gradient in gradients if gradient is not None], []
 
-        rows = iter(backend.jacobian(first, sources.tensors, sources.variables))
+        rows = iter(backend.jacobian(first, sources.tensors, sources.variables)[2])
         nothing: tuple[list[None], list[None]] = ([None] * len(sources.tensors), [None] * len(sources.variables))
         mirrored = [sources.mirror(*(next(rows) if found else nothing)) for found in present]
         count = len(sources.tensors)

@@ -55,6 +55,37 @@ def tidy(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+_library = torch.library.Library("handloom_marks", "DEF")
+_library.define("mark(Tensor value, str name) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("mark", lambda value, name: value.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("handloom_marks::mark", lambda value, name: torch.empty_like(value), lib=_library)
+mark = torch.ops.handloom_marks.mark.default
+
+
+def take_marks(module: fx.GraphModule) -> set[str]:
+    """Removes the marks from a graph; returns the names of those from which no way leads to a result or a variable."""
+    graph, unused, used = module.graph, set[str](), set[str]()
+    for node in [node for node in graph.nodes if node.target is mark]:
+        (used if _leads_on(node) else unused).add(str(node.args[1]))
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    module.recompile()
+    return unused - used
+
+
+def _leads_on(node: fx.Node) -> bool:
+    """Whether a result, or what is written in place, depends on a node."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        reached = waiting.pop()
+        if reached.op == "output" or getattr(getattr(reached.target, "_schema", None), "is_mutable", False):
+            return True
+        following = set(reached.users) - seen
+        seen |= following
+        waiting.extend(following)
+    return False
+
+
 def _written_in_place(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose memory some operation writes into, themselves or through a view of theirs."""
     written: set[fx.Node] = set()

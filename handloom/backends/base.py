@@ -78,7 +78,12 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def trace(
-        self, fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], *, jit_compile: bool | str
+        self,
+        fn: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        *,
+        jit_compile: bool | str,
+        unused: Callable[[str], None] = lambda name: None,
     ) -> Program | None:
         """Compiles `fn(*tensors)` for the shapes and dtypes of `tensors`, finding its variables by itself.
 
@@ -90,6 +95,8 @@ class Backend(abc.ABC):
             tensors: One set of arguments, from `to_tensor`.
             jit_compile: `True` for the backend's kernel compiler (XLA, Inductor), `False` to do without,
                 `"auto"` for what is known to be best.
+            unused: Called with the name of each mark (see `marked`) on which nothing depends that the program returns
+                or writes.
 
         Returns:
             The program; `None` where `jit_compile=False` leaves nothing but running op by op.
@@ -116,6 +123,17 @@ class Backend(abc.ABC):
             false_fn: Likewise.
         """
         return keras.ops.cond(pred, true_fn, false_fn)
+
+    def marked(self, tensor: Tensor, name: str) -> Tensor:
+        """The same tensor, marked in the program that is traced; outside of a trace just the same.
+
+        `trace` tells which marks nothing depends on. One in a branch or a loop is not followed, and counts as used.
+        """
+        return self._mark(tensor, name) if self._nesting.trace else tensor
+
+    @abc.abstractmethod
+    def _mark(self, tensor: Tensor, name: str) -> Tensor:
+        """An identity that can be found again, by its name, in the program that is traced."""
 
     @abc.abstractmethod
     def create_variables(self, fn: Callable[[], Any]) -> None:
@@ -146,18 +164,22 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def jacobian(
-        self, fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], variables: Sequence[Variable]
-    ) -> list[tuple[Gradients, Gradients]]:
+        self,
+        fn: Callable[..., tuple[list[Tensor], list[Tensor]]],
+        tensors: Sequence[Tensor],
+        variables: Sequence[Variable],
+    ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
         """The derivatives of several outputs of any shape.
 
         Args:
-            fn: Returns a list of floating-point tensors. What it does to variables happens exactly once.
+            fn: Returns a list of floating-point tensors, the outputs, and a list of further tensors. What it does to
+                variables happens exactly once.
             tensors: As for `value_and_grad`.
             variables: As for `value_and_grad`.
 
         Returns:
-            For each output, a pair as the last two of `value_and_grad`; a derivative has shape
-            `output.shape + source.shape`.
+            The outputs; the further tensors; for each output a pair as the last two of `value_and_grad`, in which a
+            derivative has shape `output.shape + source.shape`.
         """
 
     # ------------------------------------------------------------------ nesting

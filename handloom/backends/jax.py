@@ -21,6 +21,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
@@ -52,14 +53,19 @@ class JaxBackend(Backend):
         return tensor
 
     def trace(
-        self, fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], *, jit_compile: bool | str
+        self,
+        fn: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        *,
+        jit_compile: bool | str,
+        unused: Callable[[str], None] = lambda name: None,
     ) -> Program | None:
         if jit_compile is False:
             return None
         try:
             with self._inside("trace"), _unseeded_random_ops():
                 written, read = _find_variables(fn, tensors)
-                return _program(fn, tensors, written, read)
+                return _program(fn, tensors, written, read, unused)
         except _NEEDS_A_VALUE as error:
             raise needs_a_value(frames_of(error)) from error
         except jax.errors.UnexpectedTracerError as error:
@@ -70,6 +76,9 @@ class JaxBackend(Backend):
 
     def cond(self, pred: Tensor, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
         return cond(pred, true_fn, false_fn)
+
+    def _mark(self, tensor: Tensor, name: str) -> Tensor:
+        return checkpoint_name(tensor, _MARK + name)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._inside("trace"), _unseeded_random_ops(), Scope(creates=True):
@@ -96,19 +105,22 @@ class JaxBackend(Backend):
         return value, aux, *sources.split(gradients)
 
     def jacobian(
-        self, fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], variables: Sequence[Variable]
-    ) -> list[tuple[Gradients, Gradients]]:
+        self,
+        fn: Callable[..., tuple[list[Tensor], list[Tensor]]],
+        tensors: Sequence[Tensor],
+        variables: Sequence[Variable],
+    ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
         sources = _Sources(tensors, variables)
         with self._inside("gradient"), Scope(creates=True) as scope:
             trace = jax.make_jaxpr(functools.partial(sources.call, fn), return_shape=True)
-            closed, (outputs, _) = trace(sources.values)
+            closed, shapes = trace(sources.values)
             flat_fn = jax.extend.core.jaxpr_as_fun(closed)
+            (outputs, aux), news = jax.tree.unflatten(jax.tree.structure(shapes), flat_fn(*sources.values))
             rows = [_row(flat_fn, index, sources.values) for index in range(len(outputs))]
-            news = flat_fn(*sources.values)[len(outputs) :]
         if scope.incomplete:
             return self.jacobian(fn, tensors, variables)
         sources.write(news)
-        return [sources.split(row) for row in rows]
+        return outputs, aux, [sources.split(row) for row in rows]
 
 
 _NEEDS_A_VALUE = (
@@ -120,7 +132,11 @@ _NEEDS_A_VALUE = (
 
 
 def _program(
-    fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], written: list[Variable], read: list[Variable]
+    fn: Callable[..., Sequence[Tensor]],
+    tensors: Sequence[Tensor],
+    written: list[Variable],
+    read: list[Variable],
+    unused: Callable[[str], None],
 ) -> Program:
     """A step as one executable: (written state, read state, tensors) -> [*new written state, *results]."""
 
@@ -133,6 +149,8 @@ def _program(
     traced = jax.jit(pure, donate_argnums=0).trace(_values(written), _values(read), tuple(tensors))
     if len(traced.jaxpr.in_avals) > len(written) + len(read) + len(tensors):
         raise _leaked("(line unknown)")
+    for name in _unused_marks(traced.jaxpr.jaxpr):
+        unused(name)
     compiled = traced.lower().compile()
     native: Callable[..., list[Tensor]] | None = None
 
@@ -159,6 +177,22 @@ def _program(
 
 
 _NATIVE = type(jax.jit(lambda: None))
+
+
+_MARK = "handloom: "
+
+
+def _unused_marks(jaxpr: Any) -> set[str]:
+    """The names of marks from which no way leads to what a program returns."""
+    needed, marks, used = set(map(id, jaxpr.outvars)), set(), set()
+    for equation in reversed(jaxpr.eqns):
+        is_needed = bool(equation.effects) or any(id(output) in needed for output in equation.outvars)
+        needed.update(map(id, equation.invars) if is_needed else ())
+        name = str(equation.params.get("name", ""))
+        if equation.primitive.name == "name" and name.startswith(_MARK):
+            marks.add(name.removeprefix(_MARK))
+            used.update([name.removeprefix(_MARK)] if is_needed else [])
+    return marks - used
 
 
 def _values(variables: list[Variable]) -> list[Tensor]:

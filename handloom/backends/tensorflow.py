@@ -59,22 +59,33 @@ class TensorFlowBackend(Backend):
         return _read(tensor)
 
     def trace(
-        self, fn: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor], *, jit_compile: bool | str
+        self,
+        fn: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        *,
+        jit_compile: bool | str,
+        unused: Callable[[str], None] = lambda name: None,
     ) -> TensorFlowProgram | None:
         function = tf.function(lambda *tensors: list(fn(*tensors)), autograph=False, jit_compile=_with_xla(jit_compile))
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
         try:
             with self._inside("trace"), _variables_made_outside_of_graphs():
-                return TensorFlowProgram(function.get_concrete_function(*specs))
+                program = TensorFlowProgram(function.get_concrete_function(*specs))
         except (TypeError, NotImplementedError, AttributeError) as error:
             if not any(word in str(error) for word in _SYMBOLIC):
                 raise
             raise needs_a_value(_users_frames(error)) from error
         except StagingError as error:
             raise _as_raised(error) from None
+        for name in program.unused_marks():
+            unused(name)
+        return program
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return _convert(fn) if self._nesting.trace else fn
+
+    def _mark(self, tensor: Tensor, name: str) -> Tensor:
+        return tf.identity(tensor, name=_MARK + name.encode().hex())
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._inside("trace"), Scope(creates=True), tf.__internal__.FuncGraph("shapes").as_default():
@@ -94,12 +105,16 @@ class TensorFlowBackend(Backend):
         return value, aux, *sources.split(gradients)
 
     def jacobian(
-        self, fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], variables: Sequence[Variable]
-    ) -> list[tuple[Gradients, Gradients]]:
+        self,
+        fn: Callable[..., tuple[list[Tensor], list[Tensor]]],
+        tensors: Sequence[Tensor],
+        variables: Sequence[Variable],
+    ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
         sources = _Sources(tensors, variables)
         with self._inside("gradient"), tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-            outputs = fn(*sources.watched_by(tape))
-        return [sources.split(_row(tape, output, sources.watched)) for output in outputs]
+            outputs, aux = fn(*sources.watched_by(tape))
+            outputs, aux = list(map(_read, outputs)), list(map(_read, aux))
+        return outputs, aux, [sources.split(_row(tape, output, sources.watched)) for output in outputs]
 
 
 def _read(tensor: Tensor) -> Tensor:
@@ -116,6 +131,40 @@ class TensorFlowProgram:
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         results: list[Tensor] = self._concrete(*tensors)
         return results
+
+    def unused_marks(self) -> set[str]:
+        """The names of marks from which no way leads to a result or a variable."""
+        graph, unused, used = self._concrete.graph, set(), set()
+        results = {tensor.op for tensor in graph.outputs}
+        for operation in graph.get_operations():
+            mark = _marked_as(operation)
+            if mark is not None:
+                (used if _leads_to(operation, results) else unused).add(mark)
+        return unused - used
+
+
+_MARK = "handloom_mark_"
+
+
+def _marked_as(operation: tf.Operation) -> str | None:
+    """The name of a mark, if an operation is one."""
+    code = operation.name.rpartition("/")[2].removeprefix(_MARK)
+    if operation.type != "Identity" or code == operation.name.rpartition("/")[2]:
+        return None
+    return bytes.fromhex(code.partition("_")[0]).decode()  # TensorFlow numbers names that it has seen before.
+
+
+def _leads_to(operation: tf.Operation, results: set[tf.Operation]) -> bool:
+    """Whether a result, or what an operation leaves behind, depends on an operation."""
+    seen, waiting = {operation}, [operation]
+    while waiting:
+        reached = waiting.pop()
+        if reached in results or reached.op_def.is_stateful:
+            return True
+        following = {user for output in reached.outputs for user in output.consumers()} - seen
+        seen |= following
+        waiting.extend(following)
+    return False
 
 
 class _Sources:

@@ -35,7 +35,7 @@ from handloom._keras import Tensor, Variable, current_value, keras, stored_value
 from handloom.backends._blame import frames_of, needs_a_value
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends._torch_control import traceable_control_flow
-from handloom.backends._torch_graph import generate, tidy
+from handloom.backends._torch_graph import generate, mark, take_marks, tidy
 from handloom.backends._torch_random import traceable_random_ops
 from handloom.backends.base import Backend, Gradients, Untraceable
 from handloom.errors import FallbackWarning, HandloomError
@@ -68,7 +68,14 @@ class TorchBackend(Backend):
     def detach(self, tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
-    def trace(self, fn: Step, tensors: Sequence[Tensor], *, jit_compile: bool | str) -> TorchProgram:
+    def trace(
+        self,
+        fn: Step,
+        tensors: Sequence[Tensor],
+        *,
+        jit_compile: bool | str,
+        unused: Callable[[str], None] = lambda name: None,
+    ) -> TorchProgram:
         try:
             with self._inside("trace"), torch.no_grad():
                 program = TorchProgram(fn, tensors)
@@ -78,6 +85,8 @@ class TorchBackend(Backend):
             raise needs_a_value(frames_of(error)) from error
         except Exception as first:
             program = self._trace_with_gradients_recorded(fn, tensors, first)
+        for name in program.unused_marks:
+            unused(name)
         if jit_compile is True:
             program.compile_kernels(_contiguous(tensors))
         return program
@@ -89,6 +98,9 @@ class TorchBackend(Backend):
                 return TorchProgram(fn, tensors)
         except Exception:
             raise Untraceable(_reason(first)) from first
+
+    def _mark(self, tensor: Tensor, name: str) -> Tensor:
+        return mark(tensor, name)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         already = self._nesting.trace > 0
@@ -113,16 +125,21 @@ class TorchBackend(Backend):
         return value, aux, *sources.split(gradients)
 
     def jacobian(
-        self, fn: Callable[..., list[Tensor]], tensors: Sequence[Tensor], variables: Sequence[Variable]
-    ) -> list[tuple[Gradients, Gradients]]:
+        self,
+        fn: Callable[..., tuple[list[Tensor], list[Tensor]]],
+        tensors: Sequence[Tensor],
+        variables: Sequence[Variable],
+    ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
         keep = self._nesting.gradient > 0
         sources = _Sources(tensors, variables, keep)
         with self._inside("gradient"), torch.enable_grad():
-            outputs = sources.call(fn)
+            outputs, aux = sources.call(fn)
             derivative = functools.partial(_jacobian, keep=keep)
             rows = [_reached(output, sources.values, derivative) for output in outputs]
         sources.write()
-        return [sources.split(row) for row in rows]
+        if not keep:
+            outputs, aux = [tensor.detach() for tensor in outputs], [tensor.detach() for tensor in aux]
+        return outputs, aux, [sources.split(row) for row in rows]
 
 
 def _reason(error: Exception) -> str:
@@ -146,6 +163,7 @@ class TorchProgram:
         with _tracing():
             self._graph = graph(*self._values(), *tensors)
         _check_closed(self._graph)
+        self.unused_marks = take_marks(self._graph)
         tidy(self._graph)
         self._step = generate(self._graph)
         self._guard: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd

@@ -416,9 +416,11 @@ def test_the_derivatives_of_several_outputs():
 
     def fn(x):
         count.assign_add(1.0)
-        return [x * x, ops.sum(w), ops.ones(2)]
+        return [x * x, ops.sum(w), ops.ones(2)], [x + 1]
 
-    (of_square, of_square_by_w), (none, of_sum), (nothing, nothing_by_w) = backend.jacobian(fn, [x], [w])
+    outputs, aux, rows = backend.jacobian(fn, [x], [w])
+    (of_square, of_square_by_w), (none, of_sum), (nothing, nothing_by_w) = rows
+    close(ops.concatenate([outputs[0], outputs[1][None], outputs[2], *aux]), [1, 4, 9, 3, 1, 1, 2, 3, 4])
     close(of_square[0], np.diag([2, 4, 6]))
     close(of_sum[0], ones(2))
     assert (of_square_by_w, none, nothing, nothing_by_w) == ([None], [None], [None], [None])
@@ -427,7 +429,7 @@ def test_the_derivatives_of_several_outputs():
 
 def test_a_derivative_has_the_shapes_of_both():
     x = backend.to_tensor(X)
-    [([derivative], [])] = backend.jacobian(lambda x: [ops.transpose(x)], [x], [])
+    _, _, [([derivative], [])] = backend.jacobian(lambda x: ([ops.transpose(x)], []), [x], [])
     assert backend.signature(derivative) == ((3, 2, 2, 3), "float32")
     close(ops.sum(derivative), 6)
 
@@ -436,8 +438,57 @@ def test_a_derivative_has_the_shapes_of_both():
 @given(arrays.arrays("float32", (2, 3), elements=st.floats(-2, 2, width=32)))
 def test_the_derivative_of_a_linear_map_is_the_map(matrix):
     x = backend.to_tensor(ones(3))
-    [([derivative], [])] = backend.jacobian(lambda x: [ops.matmul(matrix, x)], [x], [])
+    _, _, [([derivative], [])] = backend.jacobian(lambda x: ([ops.matmul(matrix, x)], []), [x], [])
     close(derivative, matrix)
+
+
+# ------------------------------------------------------------------------------- marks
+
+
+def unused_marks(fn, *arrays):
+    names = []
+    tensors = [backend.to_tensor(np.float32(array)) for array in arrays]
+    program = backend.trace(fn, tensors, jit_compile="auto", unused=names.append)
+    return names, program(tensors)
+
+
+def test_a_mark_that_leads_to_a_result_or_a_variable_is_used():
+    kept = keras.Variable(1.0)
+
+    def fn(x, y, z):
+        kept.assign(kept + backend.marked(x, "assigned") * 2)
+        backend.marked(y, "dropped") * 3
+        return [ops.exp(backend.marked(z, "returned"))]
+
+    names, [result] = unused_marks(fn, 1, 2, 3)
+    assert names == ["dropped"]
+    close([kept, result], [3, np.exp(3)], 1e-6)
+
+
+def test_a_mark_is_followed_through_gradients():
+    w = keras.Variable(2.0)
+
+    def fn(x, y):
+        def loss():
+            return w**2 * backend.marked(x, "of the loss (1)"), [backend.marked(y, "of what is not looked at")]
+
+        _, _, _, [gradient] = backend.value_and_grad(loss, [], [w])
+        w.assign(w - gradient)
+        return []
+
+    names, _ = unused_marks(fn, 0.25, 1)
+    assert names == ["of what is not looked at"]
+    close(w, 1)
+
+
+def test_one_of_several_marks_of_a_name_suffices():
+    names, _ = unused_marks(lambda x, y: [backend.marked(y, "both") + 0 * len([backend.marked(x, "both")])], 1, 2)
+    assert names == []
+
+
+def test_outside_of_a_trace_a_mark_is_nothing():
+    x = backend.to_tensor(np.float32(1))
+    assert backend.marked(x, "x") is x
 
 
 # ----------------------------------------------------------------------------- nesting
@@ -454,7 +505,7 @@ def test_it_is_known_what_runs_inside_what():
     assert not backend.nested
     compiled(lambda x: [look(x)], np.float32(1))
     backend.value_and_grad(lambda x: (look(x), []), [x], [])
-    backend.jacobian(lambda x: [look(x)], [x], [])
+    backend.jacobian(lambda x: ([look(x)], []), [x], [])
     backend.create_variables(look)
     assert len(seen) >= 4
     assert all(seen)
