@@ -94,6 +94,10 @@ class Feed:
         """Has a function applied to each batch that a source gives, before it becomes tensors. Not to arrays."""
         self._source.transform = transform
 
+    def check(self, look: Callable[[Any], None]) -> None:
+        """Has a function look at each batch, before it becomes tensors, and raise an error where it must."""
+        self._source.look = look
+
     @property
     def length(self) -> int | None:
         """Batches in an epoch, `None` if the source does not know."""
@@ -149,12 +153,14 @@ class _Source(abc.ABC):
         length: Batches in a pass, `None` if unknown.
         repeatable: Whether there can be more than one pass.
         transform: Applied to a batch before it becomes tensors.
+        look: Shown each batch then.
     """
 
     name: str
     length: int | None = None
     repeatable = True
     transform: Callable[[Any], Any] = staticmethod(lambda batch: batch)
+    look: Callable[[Any], None] | None = None
 
     @abc.abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
@@ -163,6 +169,8 @@ class _Source(abc.ABC):
     def _as_batch(self, batch: Any) -> Batch:
         """What a source gave, as tensors of the backend."""
         batch = self.transform(tuple(batch) if isinstance(batch, list) else batch)
+        if self.look is not None:
+            self.look(batch)
         leaves, structure = optree.tree_flatten(batch)
         return structure.unflatten([_as_tensor(leaf) for leaf in leaves])
 
@@ -192,6 +200,8 @@ class _Arrays(_Source):
         for first in range(start * size, (self.length or 0) * size, size):
             chosen: Any = slice(first, first + size) if order is None else order[first : first + size]
             leaves = [array[chosen] for array in arrays]
+            if self.look is not None:
+                self.look(unflatten(leaves))
             yield unflatten(leaves if self._as_they_are else map(backend.to_tensor, leaves))
 
 

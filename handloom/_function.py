@@ -227,7 +227,12 @@ class Function:
 
 
 class Version:
-    """One version of a function: for one structure, one set of shapes and dtypes, one set of static values."""
+    """One version of a function: for one structure, one set of shapes and dtypes, one set of static values.
+
+    Attributes:
+        compiled: Whether it is; else it runs op by op.
+        unused: The names of marks (see `Backend.marked`) on which nothing depends.
+    """
 
     def __init__(self, function: Function, arguments: _Arguments) -> None:
         self._function = function
@@ -235,6 +240,7 @@ class Version:
         self._outputs = _Outputs()
         self.compiled = False
         self.fallback_reason = ""
+        self.unused: list[str] = []
         self.signature: dict[str, str] = {}
         self.trace: Trace | None = None
         self.run: Callable[[Sequence[Tensor]], Sequence[Tensor]] = self._op_by_op
@@ -255,7 +261,7 @@ class Version:
             runs += 1  # Only now: a backend may try again, in another way, what failed halfway to all variables.
             return results
 
-        program = backend.trace(flat, self._arguments.tensors, jit_compile=jit_compile)
+        program = backend.trace(flat, self._arguments.tensors, jit_compile=jit_compile, unused=self.unused.append)
         if program is not None:
             self.run, self.compiled = program, True
 

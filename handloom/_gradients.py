@@ -13,7 +13,7 @@ import numpy as np
 import optree
 
 from handloom._keras import Tensor, Variable, get_keras_mask, keras, layers_of, set_keras_mask
-from handloom._watch import divisors
+from handloom._watch import divisors, losses_in_step
 from handloom.backends import backend
 from handloom.errors import GradientError
 
@@ -266,7 +266,7 @@ def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
     """Has `fn()` build those of its layers that are in `wrt` and have no variables yet."""
     layers = [leaf for leaf in keras.tree.flatten(wrt) if isinstance(leaf, keras.Layer)]
     if any(not inner.built for layer in layers for inner in layers_of(layer)):
-        with divisors():  # What is noted of losses here is not of the step itself.
+        with divisors(), losses_in_step():  # What is noted of losses here is not of the step itself.
             backend.create_variables(fn)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,8 +23,11 @@ def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray:
         Weights of shape `(examples,)`, in `keras.config.floatx()`.
 
     Raises:
-        DataError: If there are no labels, or those of several outputs.
+        DataError: If there are no labels, or those of several outputs, or a weight is negative or not finite.
     """
+    wrong = {label: weight for label, weight in class_weight.items() if not 0 <= weight < math.inf}
+    if wrong:
+        raise DataError(f"class_weight takes finite numbers, 0 or more; received {wrong}.")
     if y is None or isinstance(y, (dict, list, tuple)):
         raise DataError("class_weight needs the labels of one output as y; for several outputs, pass sample_weight.")
     labels = _as_numpy(y)

@@ -52,12 +52,14 @@ class Report:
         totals: Where the values are.
         examples: Number of examples in the batch, by which averages are weighted unless by sample weights.
         metrics: The metrics that the step updates.
+        unused: What the step was given and did not use, in words.
     """
 
     names: tuple[str, ...]
     totals: tuple[Totals, ...]
     examples: int
     metrics: tuple[keras.Metric, ...]
+    unused: tuple[str, ...] = ()
 
 
 class Logs(Mapping[str, Value]):

@@ -26,10 +26,11 @@ from handloom._data import Batch, Feed
 from handloom._every import Every, every
 from handloom._function import Function
 from handloom._interrupt import Interrupts
-from handloom._keras import Tensor, keras, take_initial_epoch
+from handloom._keras import keras, take_initial_epoch
 from handloom._logs import Value
 from handloom._progress import Progress
 from handloom._reporting import ReportingStep
+from handloom._sample_weight import check_weights, weighed_at, weights_in
 from handloom.callbacks import JSONLogger
 from handloom.callbacks._display import progress_display
 from handloom.errors import HandloomWarning, StepError
@@ -86,10 +87,9 @@ def fit(
     if not isinstance(validate_every, Every):
         raise TypeError(f"validate_every takes a time such as hl.every(epochs=1); received {validate_every!r}.")
     model = _model_in(state)
-    training = reporting(step)
     return train(
-        training,
-        as_feed(data),
+        reporting(step),
+        feed_for(step, data, training=True),
         model=model,
         epochs=epochs,
         steps_per_epoch=steps_per_epoch,
@@ -211,17 +211,30 @@ def reporting(step: Callable[..., Any], **options: Any) -> ReportingStep:
     """A plain step, to be called with batches and reported."""
     if not callable(step):
         raise StepError(f"A step is a function of a batch; received {step!r} (of type {type(step).__name__}).")
+    position = _position_of_weights(step)
+    return ReportingStep(step, unpacks=_unpacks(step), weighed=lambda *batch: weighed_at(batch, position), **options)
+
+
+def feed_for(step: Callable[..., Any], data: Any, *, training: bool = False) -> Feed:
+    """Data as a feed, its sample weights checked; a feed is one already, and left as it is."""
+    if isinstance(data, Feed):
+        return data
+    feed, position = Feed(data), _position_of_weights(step)
+    if position is not None:
+        feed.check(lambda batch: check_weights(weights_in(None, *batch[position : position + 1]), training=training))
+    return feed
+
+
+def _unpacks(step: Callable[..., Any]) -> bool:
+    """Whether the parts of a batch are the arguments of a step."""
     parameters = _parameters(step)
     required = [parameter for parameter in parameters if parameter.default is parameter.empty]
-    unpacks = len(required) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
-    names = [parameter.name for parameter in parameters]
-    position = names.index("sample_weight") if unpacks and "sample_weight" in names else None
-    return ReportingStep(step, unpacks=unpacks, weight=lambda *batch: _weight_at(batch, position), **options)
+    return len(required) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
 
 
-def as_feed(data: Any) -> Feed:
-    """Data as a feed; a feed is one already."""
-    return data if isinstance(data, Feed) else Feed(data)
+def _position_of_weights(step: Callable[..., Any]) -> int | None:
+    names = [parameter.name for parameter in _parameters(step)]
+    return names.index("sample_weight") if "sample_weight" in names and _unpacks(step) else None
 
 
 def _limited(passes: Iterator[Batch], steps: int) -> Iterator[Batch]:
@@ -281,7 +294,7 @@ def _validation(validate: Any, model: Any) -> Validation | None:
     if validate is None:
         return None
     if isinstance(validate, Sequence) and len(validate) == 2 and callable(validate[0]):
-        step, feed = reporting(validate[0]), as_feed(validate[1])
+        step, feed = reporting(validate[0]), feed_for(*validate)
         return lambda hooks: evaluate(step, feed, hooks=hooks, model=model)
     if callable(validate):
         return lambda _: _checked_results(validate())
@@ -337,12 +350,6 @@ def _parameters(step: Callable[..., Any]) -> list[inspect.Parameter]:
         return []
     named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
     return [parameter for parameter in parameters if parameter.kind not in named]
-
-
-def _weight_at(batch: Sequence[Any], position: int | None) -> Tensor | None:
-    if position is None or position >= len(batch) or batch[position] is None:
-        return None
-    return ops.sum(ops.cast(batch[position], keras.config.floatx()))
 
 
 def _check_counts(**counts: int | None) -> None:

@@ -281,13 +281,16 @@ class Model(keras.Model):
             The history: `history.history[name]` is a list with one value an epoch.
 
         Raises:
-            DataError: If the data is empty, of unequal lengths, or has labels outside the classes.
+            DataError: If the data is empty, of unequal lengths, has labels outside the classes or negative weights, or
+                when the weights of a batch sum to zero.
             StepError: If a step returns no dict of scalars.
         """
         _check_compiled(self, "fit", "train_step")
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = split((x, y, sample_weight), validation_split)
-        feed = model_feed(self, (x, y, sample_weight), batch_size, shuffle=shuffle, class_weight=class_weight)
+        feed = model_feed(
+            self, (x, y, sample_weight), batch_size, shuffle=shuffle, class_weight=class_weight, training=True
+        )
         validation = None
         if validation_data is not None:
             held_out = model_feed(self, unpacked(validation_data), validation_batch_size or batch_size)
@@ -390,7 +393,7 @@ class Model(keras.Model):
         with self._steps.running():
             step = self._steps.reporting(name)
             step.start_epoch()
-            step.take(as_one_batch(packed(parts)))
+            step.take(as_one_batch(packed(parts), training=name == "train_step"))
             logs = dict(step.logs)
         return logs if return_dict else in_keras_order(self, logs)
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from handloom._data import Batch, Feed, is_arrays
-from handloom._keras import Tensor, keras
+from handloom._keras import keras
 from handloom._labels import check_labels, class_weights, label_check
-from handloom.backends import backend
+from handloom._sample_weight import check_weights, weights_in
 from handloom.errors import DataError
 
 ops = keras.ops
@@ -27,6 +27,7 @@ def model_feed(
     shuffle: bool = False,
     class_weight: Mapping[int, float] | None = None,
     labels: bool = True,
+    training: bool = False,
 ) -> Feed:
     """A feed over arrays, or over a source of batches given as the inputs.
 
@@ -37,9 +38,11 @@ def model_feed(
         shuffle: For arrays and `PyDataset`s; other sources decide for themselves.
         class_weight: Weights of examples by their class.
         labels: Whether there are labels to check.
+        training: Whether it is to be trained on.
 
     Raises:
-        DataError: If the parts do not go together, or a label is outside the classes.
+        DataError: If the parts do not go together, a label is outside the classes, or a weight is negative; when a
+            batch is read to train on, if its weights sum to zero.
     """
     x, y, sample_weight = parts
     if is_arrays(parts):
@@ -50,6 +53,10 @@ def model_feed(
         )
         if labels:
             check_labels(model, x, y)
+        weights = weights_in(y, sample_weight)
+        check_weights(weights, training=False)
+        if training and not all(array.all() for array in weights):
+            feed.check(functools.partial(_check_batch, training=True))
         return feed
     by_batch = shuffle and isinstance(x, keras.utils.PyDataset)
     feed = x if isinstance(x, Feed) else Feed(x, shuffle=by_batch, seed=_order_seed() if by_batch else 0)
@@ -57,6 +64,7 @@ def model_feed(
         raise _not_together(x, y, sample_weight)
     if feed is not x:
         feed.prepare(functools.partial(_prepared, class_weight, label_check(model) if labels else None))
+        feed.check(functools.partial(_check_batch, training=training))
     elif class_weight is not None:
         raise DataError("class_weight is not applied to an hl.Feed; have its data be (x, y, sample_weight).")
     return feed
@@ -126,25 +134,19 @@ def _prepared(class_weight: Mapping[int, float] | None, check: Callable[[Any, An
     return batch
 
 
-def as_one_batch(data: Any) -> Batch:
+def _check_batch(batch: Any, *, training: bool) -> None:
+    if isinstance(batch, tuple) and len(batch) == 3:
+        check_weights(weights_in(batch[1], batch[2]), training=training)
+
+
+def as_one_batch(data: Any, *, training: bool = False) -> Batch:
     """Arrays as one batch of tensors."""
-    [batch] = Feed(iter([data]))
+    feed = Feed(iter([data]))
+    feed.check(functools.partial(_check_batch, training=training))
+    [batch] = feed
     return batch
 
 
 def _order_seed() -> int:
     """A seed for the order of examples: drawn, so that fits differ, and repeated by `keras.utils.set_random_seed`."""
     return random.randint(0, 2**31 - 1)
-
-
-def batch_weight(data: Any) -> Tensor | None:
-    """The sum of the sample weights in a batch `(x, y, sample_weight)`, if it has any."""
-    if not isinstance(data, tuple) or len(data) != 3 or not backend.is_array(data[2]):
-        return None
-    y, weight = data[1], data[2]
-    shape = tuple(weight.shape)
-    per_example = len(shape) == 1 or shape[1:] == (1,)
-    per_step = len(shape) == 2 and hasattr(y, "shape") and tuple(y.shape)[:2] == shape
-    if not (per_example or per_step):
-        return None  # A third part that is no weight: of triplets, for example.
-    return ops.sum(ops.cast(weight, keras.config.floatx()))

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from handloom._function import Function, check_jit_compile, run_eagerly
 from handloom._keras import keras, layers_of
-from handloom._model_data import batch_weight
 from handloom._reporting import ReportingStep
+from handloom._sample_weight import weighed
 from handloom.errors import StepError
 
 Parts: TypeAlias = dict[int, tuple[Any, bool]]
@@ -45,7 +45,7 @@ class ModelSteps:
             self._reporting[name] = ReportingStep(
                 step,
                 unpacks=False,
-                weight=batch_weight,
+                weighed=weighed,
                 reset_metrics=self._model.reset_metrics,
                 jit_compile=self.jit_compile,
             )

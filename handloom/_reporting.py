@@ -7,7 +7,8 @@ import functools
 import inspect
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,10 +18,19 @@ from handloom._function import Function
 from handloom._keras import Tensor, keras
 from handloom._logs import READ_AFTER, Logs, Report, Totals
 from handloom._loss_tracker import LossTracker
-from handloom._watch import Divisors, Metrics, OwnVariable, divisors, metrics_used
+from handloom._sample_weight import WEIGHTS
+from handloom._watch import (
+    Divisors,
+    Metrics,
+    OwnVariable,
+    divisors,
+    losses_in_step,
+    masks_marked,
+    metrics_used,
+)
 from handloom._weight import Weight
 from handloom.backends import backend
-from handloom.errors import StepError
+from handloom.errors import HandloomWarning, StepError
 from handloom.optimizers._accumulated import Accumulated, windows
 
 ops = keras.ops
@@ -36,7 +46,8 @@ class ReportingStep:
     Args:
         step: Takes a batch, or the parts of one. Returns a dict of scalars, of metrics, or of dicts of these.
         unpacks: Whether the parts of a tuple are the step's arguments.
-        weight: Gives the weight of a batch as a scalar tensor, or `None` to count its examples.
+        weighed: Gives a batch as the step is to have it, its sample weights marked, and their sum, a scalar tensor, or
+            `None` to count its examples.
         reset_metrics: Resets the metrics at the start of an epoch. By default the metrics that the step updates are
             reset.
         jit_compile: As for `hl.function`.
@@ -52,7 +63,7 @@ class ReportingStep:
         step: Callable[..., Any],
         *,
         unpacks: bool,
-        weight: Callable[..., Tensor | None],
+        weighed: Callable[..., tuple[Sequence[Any], Tensor | None]],
         reset_metrics: Callable[[], None] | None = None,
         jit_compile: bool | str = "auto",
     ) -> None:
@@ -62,6 +73,7 @@ class ReportingStep:
         self._known: dict[Any, tuple[Run, Report]] = {}
         self._last: list[Report | None] = [None]
         self._windows: dict[int, Accumulated] = {}
+        self._said_unused: set[str] = set()
         self._flush = Function(_flush, jit_compile=jit_compile)
 
         check_call = _call_check(step)
@@ -69,13 +81,20 @@ class ReportingStep:
         @functools.wraps(step)
         def reporting(*batch: Any) -> Report:
             check_call(*batch)
+            parts, weight = weighed(*batch)
             # Op by op, a metric's first update of an epoch is the moment to reset it; a compiled step tells before.
             renew = None if backend.nested else self._renew
-            with metrics_used(renew) as metrics, divisors() as divided, windows() as open_windows:
-                returned = step(*batch)
+            with (
+                metrics_used(renew) as metrics,
+                divisors() as divided,
+                windows() as open_windows,
+                losses_in_step() as losses,
+                masks_marked(backend.marked),
+            ):
+                returned = step(*parts)
             self._windows.update(open_windows)
-            name = getattr(step, "__name__", "step")
-            return _Results(name, returned, metrics, divided, _examples(batch), weight(*batch)).added_to(self._totals)
+            results = _Results(self.function.__name__, returned, metrics, divided, _examples(batch), weight)
+            return results.added_to(self._totals, unused=tuple(losses.unused()))
 
         self.function = Function(reporting, jit_compile=jit_compile)
         self.logs = Logs()
@@ -136,9 +155,12 @@ class ReportingStep:
         """Takes a step on a batch unlike the last one."""
         version, tensors = self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
         if not version.compiled:
-            self.logs.steps.append(version.rebuild(version.run(tensors)))
+            report = version.rebuild(version.run(tensors))
+            self._say_unused(report.unused)
+            self.logs.steps.append(report)
             return
         report = self._last[0] = version.static[0]
+        self._say_unused([*version.unused, *report.unused])
         for metric in report.metrics:
             self._renew(metric)
         version.run(tensors)
@@ -147,10 +169,31 @@ class ReportingStep:
         if len(leaves) == len(tensors) and all(map(operator.is_, leaves, tensors)):
             self._known[(leaves is batch, *[(leaf.shape, leaf.dtype) for leaf in leaves])] = (version.run, report)
 
+    def _say_unused(self, names: Iterable[str]) -> None:
+        """Warns, once each, of what the step was given and did not use."""
+        for name in names:
+            if name not in self._said_unused:
+                self._said_unused.add(name)
+                cure = next(cure for start, cure in _CURES.items() if name.startswith(start))
+                warnings.warn(f"{self.function.__name__} does not use {name}: {cure}", HandloomWarning, stacklevel=4)
+
     def _renew(self, metric: keras.Metric) -> None:
         if self._reset_metrics is None and id(metric) not in self._renewed:
             self._renewed[id(metric)] = metric
             metric.reset_state()
+
+
+# By how the name of what is not used begins.
+_CURES = {
+    WEIGHTS: "every example counts alike in its losses and metrics. Pass them on, for example as compute_loss(x, y, "
+    "y_pred, sample_weight), or do not give them.",
+    "the mask of": "what it masks counts like the rest. A Keras loss heeds the mask of y_pred if it is given just what "
+    "the layer returned; in a loss of your own multiply by it (layer.compute_mask(inputs)).",
+    "the losses added by": "they are in no loss that it minimizes. Use minimize(), which includes them, or add "
+    "sum(layer.losses) to the loss.",
+    "the regularizer of": "an optimizer updates the variable down a loss without it. Use minimize(), which includes "
+    "it, or add sum(layer.losses) to the loss.",
+}
 
 
 def _call_check(step: Callable[..., Any]) -> Callable[..., None]:
@@ -258,7 +301,7 @@ class _Results:
             "reported must be scalars (tensors or numbers), pairs (sum, weight) of these, or keras.Metric objects."
         )
 
-    def added_to(self, known: dict[Any, Totals]) -> Report:
+    def added_to(self, known: dict[Any, Totals], unused: tuple[str, ...]) -> Report:
         """Adds the results to totals, which are made at the first time."""
         packs: dict[str, list[str]] = {}
         for name, scalar in self._scalars.items():
@@ -266,7 +309,7 @@ class _Results:
         totals = [self._add_pack(known, dtype, tuple(names)) for dtype, names in packs.items()]
         totals += [self._add_ratio(known, name, *pair) for name, pair in self._ratios.items()]
         totals += [self._keep_array(known, name, array) for name, array in self._arrays.items()]
-        return Report(tuple(self._names), tuple(totals), self._examples, self._metrics.updated)
+        return Report(tuple(self._names), tuple(totals), self._examples, self._metrics.updated, unused)
 
     def _add_pack(self, known: dict[Any, Totals], dtype: str, names: tuple[str, ...]) -> Totals:
         averaged = np.array([name in self._averaged for name in names])

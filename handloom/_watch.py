@@ -10,12 +10,21 @@ import contextlib
 import contextvars
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from handloom._keras import Layer, Tensor, Variable, get_keras_mask, keras, layers_of
+from handloom._keras import (
+    Layer,
+    Tensor,
+    Variable,
+    get_keras_mask,
+    keras,
+    layers_of,
+    set_keras_mask,
+    trained_by,
+)
 from handloom._weight import SUM, Divisor, Weight
 
 
@@ -133,6 +142,116 @@ def metrics_used(on_update: Callable[[keras.Metric], None] | None = None) -> Ite
         yield metrics
 
 
+class StepLosses:
+    """Which added losses and regularizers are in no loss of a step that trains; made by `losses_in_step`."""
+
+    def __init__(self) -> None:
+        self._added: dict[int, Layer] = {}
+        self._updated: dict[int, Variable] = {}
+        self._counted: set[int] = set()
+
+    def note_added(self, layer: Layer) -> None:
+        self._added[id(layer)] = layer
+
+    def note_counted(self, *items: Layer | Variable) -> None:
+        self._counted.update(map(id, items))
+
+    def note_updated(self, variables: Iterable[Variable]) -> None:
+        self._updated.update((id(variable), variable) for variable in variables)
+
+    def unused(self) -> list[str]:
+        """What is in no loss, in words; nothing, unless an optimizer was applied."""
+        if not self._updated:
+            return []
+        layers = [layer for key, layer in self._added.items() if key not in self._counted]
+        variables = [variable for key, variable in self._updated.items() if key not in self._counted]
+        regularized = [variable.path for variable in variables if variable.regularizer is not None]
+        return [f"the losses added by {layer.name!r}" for layer in layers] + [
+            f"the regularizer of {path!r}" for path in regularized
+        ]
+
+
+_step_losses: contextvars.ContextVar[StepLosses | None] = contextvars.ContextVar("step_losses", default=None)
+
+
+@contextlib.contextmanager
+def losses_in_step() -> Iterator[StepLosses]:
+    """Notes which losses layers add inside, which of them are read or minimized, and what optimizers update."""
+    losses = StepLosses()
+
+    def noting_added(original: Callable[[Layer, Any], None]) -> Callable[[Layer, Any], None]:
+        @functools.wraps(original)
+        def add_loss(self: Layer, loss: Any) -> None:
+            original(self, loss)
+            if _step_losses.get() is losses:
+                losses.note_added(self)
+
+        return add_loss
+
+    def noting_read(original: property) -> property:
+        def read(self: Layer) -> list[Tensor]:
+            if _step_losses.get() is losses:
+                losses.note_counted(
+                    *(item for inner in layers_of(self) for item in [inner, *inner.trainable_variables])
+                )
+            found: list[Tensor] = original.fget(self)  # type: ignore[misc]
+            return found
+
+        return property(read, doc=original.__doc__)
+
+    def noting_updated(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def apply(self: keras.Optimizer, grads: Any, trainable_variables: Any = None) -> None:
+            if _step_losses.get() is losses:
+                losses.note_updated(trained_by(self) if trainable_variables is None else trainable_variables)
+            original(self, grads, trainable_variables)
+
+        return apply
+
+    token = _step_losses.set(losses)
+    try:
+        with (
+            _replaced(keras.Layer, "add_loss", noting_added),
+            _replaced(keras.Layer, "losses", noting_read),
+            _replaced(keras.optimizers.Optimizer, "apply", noting_updated),
+        ):
+            yield losses
+    finally:
+        _step_losses.reset(token)
+
+
+@contextlib.contextmanager
+def masks_marked(mark: Callable[[Tensor, str], Tensor]) -> Iterator[None]:
+    """Marks the masks of what layers return that a step calls itself.
+
+    Args:
+        mark: Takes a mask and its name, returns the mask to put in its place.
+    """
+    thread, depth = threading.get_ident(), 0
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(self: Layer, *args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            if threading.get_ident() != thread:
+                return original(self, *args, **kwargs)
+            depth += 1
+            try:
+                outputs = original(self, *args, **kwargs)
+            finally:
+                depth -= 1
+            for output in keras.tree.flatten(outputs) if depth == 0 else ():
+                mask = get_keras_mask(output)
+                if mask is not None:
+                    set_keras_mask(output, mark(mask, f"the mask of what {self.name!r} returns"))
+            return outputs
+
+        return call
+
+    with _replaced(keras.Layer, "__call__", make):
+        yield
+
+
 class Losses:
     """What a loss function left out of the losses that belong to it; made by `losses_of`."""
 
@@ -143,7 +262,10 @@ class Losses:
         self._regularized: set[int] = set()
 
     def left_out(self) -> list[Tensor]:
-        """The regularization and added losses that the function did not read itself."""
+        """The regularization and added losses that the function did not read itself; they now count."""
+        step = _step_losses.get()
+        if step is not None:
+            step.note_counted(*self._variables, *(layer for layer, _ in self._added))
         penalties = [
             variable.regularizer(variable)
             for variable in self._variables

@@ -83,7 +83,7 @@ class Backend(abc.ABC):
         tensors: Sequence[Tensor],
         *,
         jit_compile: bool | str,
-        unused: Callable[[str], None] = lambda name: None,
+        unused: Callable[[str], None] = lambda _: None,
     ) -> Program | None:
         """Compiles `fn(*tensors)` for the shapes and dtypes of `tensors`, finding its variables by itself.
 

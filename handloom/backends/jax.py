@@ -58,7 +58,7 @@ class JaxBackend(Backend):
         tensors: Sequence[Tensor],
         *,
         jit_compile: bool | str,
-        unused: Callable[[str], None] = lambda name: None,
+        unused: Callable[[str], None] = lambda _: None,
     ) -> Program | None:
         if jit_compile is False:
             return None
@@ -184,7 +184,7 @@ _MARK = "handloom: "
 
 def _unused_marks(jaxpr: Any) -> set[str]:
     """The names of marks from which no way leads to what a program returns."""
-    needed, marks, used = set(map(id, jaxpr.outvars)), set(), set()
+    needed, marks, used = set(map(id, jaxpr.outvars)), set[str](), set[str]()
     for equation in reversed(jaxpr.eqns):
         is_needed = bool(equation.effects) or any(id(output) in needed for output in equation.outvars)
         needed.update(map(id, equation.invars) if is_needed else ())

@@ -64,7 +64,7 @@ class TensorFlowBackend(Backend):
         tensors: Sequence[Tensor],
         *,
         jit_compile: bool | str,
-        unused: Callable[[str], None] = lambda name: None,
+        unused: Callable[[str], None] = lambda _: None,
     ) -> TensorFlowProgram | None:
         function = tf.function(lambda *tensors: list(fn(*tensors)), autograph=False, jit_compile=_with_xla(jit_compile))
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
@@ -134,7 +134,7 @@ class TensorFlowProgram:
 
     def unused_marks(self) -> set[str]:
         """The names of marks from which no way leads to a result or a variable."""
-        graph, unused, used = self._concrete.graph, set(), set()
+        graph, unused, used = self._concrete.graph, set[str](), set[str]()
         results = {tensor.op for tensor in graph.outputs}
         for operation in graph.get_operations():
             mark = _marked_as(operation)

@@ -74,7 +74,7 @@ class TorchBackend(Backend):
         tensors: Sequence[Tensor],
         *,
         jit_compile: bool | str,
-        unused: Callable[[str], None] = lambda name: None,
+        unused: Callable[[str], None] = lambda _: None,
     ) -> TorchProgram:
         try:
             with self._inside("trace"), torch.no_grad():
