@@ -157,6 +157,28 @@ def hessian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
     return wrapped
 
 
+def gradients_of_each(
+    fn: Callable[[], tuple[list[Tensor], Any]], variables: list[Variable]
+) -> tuple[Any, list[list[Tensor | None]]]:
+    """Differentiates several scalars in one run.
+
+    Args:
+        fn: Returns a list of scalars and anything else.
+        variables: What to differentiate with respect to.
+
+    Returns:
+        What else `fn` returned, and for each scalar a list of gradients.
+    """
+    rest = _Rest()
+
+    def call() -> tuple[list[Tensor], list[Tensor]]:
+        outputs, aux = fn()
+        return outputs, rest.put(aux)
+
+    _, tensors, rows = backend.jacobian(call, [], variables)
+    return rest.get(tensors), [gradients for _, gradients in rows]
+
+
 class _Positions:
     """Arguments as sources of a gradient."""
 
@@ -298,6 +320,21 @@ def _split(result: Any) -> tuple[Any, Any]:
             f"received {type(result).__name__}: {_described(result)}."
         )
     return result
+
+
+def vector(value: Any) -> Tensor:
+    """What a function with several losses returned, as a tensor of shape `(losses,)`.
+
+    Raises:
+        GradientError: If it is no such floating-point tensor.
+    """
+    value = _floating(value)
+    if len(value.shape) != 1:
+        raise GradientError(
+            "An optimizer that looks at several losses (PCGrad) needs them as one vector, keras.ops.stack([a, b]); the "
+            f"function returned a tensor of shape {tuple(value.shape)}."
+        )
+    return value
 
 
 def scalar(value: Any) -> Tensor:

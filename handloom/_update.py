@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from handloom._gradients import Wrt, build, scalar, value_and_grad, variables_of
+from handloom._gradients import Wrt, build, gradients_of_each, scalar, value_and_grad, variables_of, vector
 from handloom._keras import Tensor, Variable, keras, layers_of
 from handloom._watch import divisors, losses_of, note_loss
 from handloom._weight import Divisor, Weight, step_weight, weight_of_step
+from handloom.backends import backend
 from handloom.errors import GradientError, HandloomWarning, OptimizerError
 from handloom.optimizers._accumulated import Accumulated
 from handloom.optimizers._inside import inside
@@ -60,15 +62,9 @@ def minimize(
     if scale is None:
         _warn_of_underflow(wrt)
 
-    def scaled_loss() -> tuple[Tensor, Any]:
-        with divisors() as noted:
-            loss, aux = _whole_loss(loss_fn, wrt, variables, has_aux)
-        scaled = loss if scale is None else loss * ops.cast(scale, loss.dtype)
-        return scaled, (loss, aux, noted.distinct())
-
-    differentiate = value_and_grad(scaled_loss, wrt=variables, has_aux=True)
+    differentiate = _Differentiate(loss_fn, wrt, variables, scale, has_aux)
     taken = optimizer.take_gradients(differentiate, variables) if isinstance(optimizer, Wrapper) else differentiate()
-    (_, (loss, aux, divided_by)), gradients = taken
+    (loss, aux, divided_by), gradients = taken
     _check_reached(gradients, variables)
     if scale is not None:
         gradients = unscaled(gradients, variables, scale)
@@ -76,6 +72,49 @@ def minimize(
     with step_weight(_weight(weight, divided_by, optimizer)):
         _apply(optimizer, gradients, variables)
     return (loss, aux) if has_aux else loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Differentiate:
+    """A loss function with all that belongs to it, to be differentiated: see `optimizers._wrapper.Differentiate`."""
+
+    loss_fn: Callable[[], Any]
+    wrt: Wrt
+    variables: list[Variable]
+    scale: Tensor | None
+    has_aux: bool
+
+    def __call__(self) -> tuple[Any, list[Tensor | None]]:
+        def scaled_loss() -> tuple[Tensor, Any]:
+            loss, penalties, aux, divided_by = self._parts(scalar)
+            loss = sum(penalties, start=loss)
+            return self._scaled(loss), (loss, aux, divided_by)
+
+        (_, result), gradients = value_and_grad(scaled_loss, wrt=self.variables, has_aux=True)()
+        return result, gradients
+
+    def each(self) -> tuple[Any, list[list[Tensor | None]], list[Tensor | None]]:
+        def scaled_losses() -> tuple[list[Tensor], Any]:
+            losses, penalties, aux, divided_by = self._parts(vector)
+            penalty = sum(penalties, start=ops.zeros((), losses.dtype))
+            scaled = [self._scaled(loss) for loss in [*ops.unstack(losses), penalty]]
+            return scaled, (ops.sum(losses) + penalty, aux, divided_by)
+
+        result, [*gradients, of_penalties] = gradients_of_each(scaled_losses, self.variables)
+        return result, gradients, of_penalties
+
+    def _parts(self, as_loss: Callable[[Any], Tensor]) -> tuple[Tensor, list[Tensor], Any, list[Divisor]]:
+        """The loss, the penalties that belong to it and that its function did not read, the rest, the divisors."""
+        layers = [leaf for leaf in keras.tree.flatten(self.wrt) if isinstance(leaf, keras.Layer)]
+        with divisors() as noted, losses_of(self.variables, layers) as losses:
+            result = backend.with_control_flow(self.loss_fn)()
+            loss, aux = _pair(result) if self.has_aux else (result, None)
+            loss = as_loss(loss)
+            penalties = [ops.cast(ops.sum(penalty), loss.dtype) for penalty in losses.left_out()]
+        return loss, penalties, aux, noted.distinct()
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scale is None else loss * ops.cast(self.scale, loss.dtype)
 
 
 def _weight(given: Weight | None, divided_by: list[Divisor], optimizer: keras.Optimizer) -> Weight:
@@ -103,18 +142,6 @@ def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
     for part in inside(optimizer):
         if isinstance(part, NamedOptimizers):
             part.split(variables)
-
-
-def _whole_loss(loss_fn: Callable[[], Any], wrt: Wrt, variables: list[Variable], has_aux: bool) -> tuple[Tensor, Any]:
-    """The loss with the penalties that belong to it and that its function did not read; and the rest."""
-    layers = [leaf for leaf in keras.tree.flatten(wrt) if isinstance(leaf, keras.Layer)]
-    with losses_of(variables, layers) as losses:
-        result = loss_fn()
-        loss, aux = _pair(result) if has_aux else (result, None)
-        loss = scalar(loss)
-        for penalty in losses.left_out():
-            loss = loss + ops.cast(ops.sum(penalty), loss.dtype)
-    return loss, aux
 
 
 def _pair(result: Any) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ from handloom.optimizers._averaged import averaged_weights as averaged_weights
 from handloom.optimizers._less_often import UpdateEvery as UpdateEvery
 from handloom.optimizers._loss_scale import LossScaleOptimizer as LossScaleOptimizer
 from handloom.optimizers._named import NamedOptimizers as NamedOptimizers
+from handloom.optimizers._pcgrad import PCGrad as PCGrad
 from handloom.optimizers._sharpness import SharpnessAware as SharpnessAware
 from handloom.optimizers._transformed import Transformed as Transformed
 from handloom.optimizers._transforms import AdaptiveClip as AdaptiveClip
@@ -31,6 +32,7 @@ __all__ = [
     "LossScaleOptimizer",
     "Multiply",
     "NamedOptimizers",
+    "PCGrad",
     "SharpnessAware",
     "Transformed",
     "UpdateEvery",

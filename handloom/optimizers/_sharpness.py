@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from handloom._keras import Tensor, Variable, keras
 from handloom._watch import assignments_undone
 from handloom.optimizers._transforms import check_positive, global_norm
-from handloom.optimizers._wrapper import Wrapper
+from handloom.optimizers._wrapper import Differentiate, Wrapper
 
 ops = keras.ops
 
@@ -34,7 +33,7 @@ class SharpnessAware(Wrapper):
         self.radius = radius
 
     def take_gradients(
-        self, differentiate: Callable[[], tuple[Any, list[Tensor | None]]], variables: list[Variable]
+        self, differentiate: Differentiate, variables: list[Variable]
     ) -> tuple[Any, list[Tensor | None]]:
         result, gradients = differentiate()
         weights = [ops.copy(variable.value) for variable in variables]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from handloom._keras import Tensor, Variable, keras, trained_by
 from handloom.optimizers._loss_scale import apply_unscaled
 from handloom.optimizers._named import NamedOptimizers, as_optimizer
+
+
+class Differentiate(Protocol):
+    """A loss function, ready to be run and differentiated, as often as an optimizer likes."""
+
+    def __call__(self) -> tuple[Any, list[Tensor | None]]:
+        """Computes the loss with what belongs to it, and its gradients, one a variable."""
+        ...
+
+    def each(self) -> tuple[Any, list[list[Tensor | None]], list[Tensor | None]]:
+        """The same of a loss function that returns a vector: the gradients of each loss, and of all penalties."""
+        ...
 
 
 class Wrapper(keras.optimizers.Optimizer):
@@ -38,9 +50,9 @@ class Wrapper(keras.optimizers.Optimizer):
         self.__dict__.update(slots)
 
     def take_gradients(
-        self, differentiate: Callable[[], tuple[Any, list[Tensor | None]]], variables: list[Variable]
+        self, differentiate: Differentiate, variables: list[Variable]
     ) -> tuple[Any, list[Tensor | None]]:
-        """How gradients are taken: `differentiate` computes a loss, with what belongs to it, and its gradients."""
+        """How gradients are taken: what `differentiate` computes, and the gradients to update with."""
         inner = self.inner_optimizer
         return inner.take_gradients(differentiate, variables) if isinstance(inner, Wrapper) else differentiate()
 
