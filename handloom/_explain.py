@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from handloom._keras import Variable, keras
-from handloom.optimizers import NamedOptimizers
+from handloom.optimizers import LossScaleOptimizer, NamedOptimizers
 from handloom.optimizers._inside import inside
 
 ops = keras.ops
@@ -56,7 +56,7 @@ def explain(model: keras.Model) -> Explanation:
     """Explains a compiled and built model; see `Model.explain`."""
     owners = tuple(_owner(name, optimizer, variables) for name, optimizer, variables in _owned(model))
     frozen = tuple(variable.path for variable in model.non_trainable_weights)
-    return Explanation(owners, frozen, tuple(_notes(model)))
+    return Explanation(owners, frozen, (*_notes(model), *_skipped(model)))
 
 
 def show(explanation: Explanation) -> None:
@@ -104,6 +104,14 @@ def _notes(model: keras.Model) -> Iterator[str]:
         )
     if "sum" in reductions:
         yield "The loss is a sum over examples: larger batches make larger steps."
+
+
+def _skipped(model: keras.Model) -> Iterator[str]:
+    for part in inside(getattr(model, "optimizer", None)):
+        count = int(ops.convert_to_numpy(part.skipped)) if isinstance(part, LossScaleOptimizer) and part.built else 0
+        if count:
+            scale = float(ops.convert_to_numpy(part.dynamic_scale))
+            yield f"{count} updates were skipped: a gradient was not finite. The loss scale is {scale:g} now."
 
 
 def _losses(model: keras.Model) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from handloom import _loop
 from handloom._callbacks import Callbacks
+from handloom._compile import attach, compiled_optimizer, finish_training, prepared
 from handloom._data import Feed
 from handloom._every import Every, every
 from handloom._explain import Explanation, explain, show
@@ -26,16 +27,15 @@ from handloom._keras import (
 from handloom._labels import check_labels
 from handloom._logs import Value
 from handloom._loss_tracker import LossTracker, holding
-from handloom._model_data import as_one_batch, model_feed, packed, split, unpacked, weights_of
-from handloom._model_steps import ModelSteps, parts_built
+from handloom._model_data import Parts, as_one_batch, model_feed, packed, split, unpacked, weights_of
+from handloom._model_steps import ModelSteps
 from handloom._progress import Progress
 from handloom._update import minimize
 from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
 from handloom._watch import divisors, note_loss
 from handloom.callbacks._display import progress_display
-from handloom.errors import OptimizerError, StepError
-from handloom.optimizers import LossScaleOptimizer, NamedOptimizers, averaged_weights
-from handloom.optimizers._inside import inside
+from handloom.errors import StepError
+from handloom.optimizers import NamedOptimizers, averaged_weights
 
 ops = keras.ops
 
@@ -106,7 +106,8 @@ class Model(keras.Model):
         Args:
             optimizer: As for Keras, or a dict of optimizers by what they train: `{"generator": ..., "*": ...}`. Each
                 name is an attribute of the model (dotted paths allowed) whose trainable variables that optimizer
-                owns; `"*"` owns the rest. `None` for a model that is only evaluated.
+                owns; `"*"` owns the rest. `None` for a model that is only evaluated. `gradient_accumulation_steps` of
+                a Keras optimizer is done by `handloom.optimizers.Accumulated`.
             loss: As for Keras, like all that follow.
             loss_weights: Factors of the losses of several outputs.
             metrics: Metrics that ignore sample weights.
@@ -119,10 +120,8 @@ class Model(keras.Model):
         Raises:
             OptimizerError: If a variable is owned by two optimizers or by none.
         """
-        if isinstance(optimizer, Mapping) and "class_name" not in optimizer:
-            optimizer = NamedOptimizers(optimizer)
         super().compile(
-            optimizer=_with_loss_scaling(optimizer, self.dtype_policy) if auto_scale_loss else optimizer,
+            optimizer=prepared(optimizer, self.dtype_policy, auto_scale_loss=auto_scale_loss),
             loss=loss,
             loss_weights=loss_weights,
             metrics=metrics,
@@ -134,11 +133,7 @@ class Model(keras.Model):
         )
         set_loss_tracker(self, LossTracker(name="loss"))
         self._start_steps(jit_compile)
-        for part in inside(self.optimizer):
-            if isinstance(part, NamedOptimizers):
-                part.attach(self)
-                if parts_built(self):
-                    part.owners()
+        attach(self.optimizer, self)
 
     def get_compile_config(self) -> dict[str, Any]:
         """What `compile` was called with, as a saved model keeps it."""
@@ -228,7 +223,7 @@ class Model(keras.Model):
         """
         wrt = self if wrt is None else wrt
         if optimizer is None:
-            optimizer = _compiled_optimizer(self)
+            optimizer = compiled_optimizer(self)
             build(wrt, loss_fn)
             if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
                 optimizer.build(self.trainable_variables)  # All of them: a later step may train another part.
@@ -308,7 +303,7 @@ class Model(keras.Model):
                 callbacks=callbacks,
                 run_dir=run_dir,
                 verbose=verbose,
-                finish=functools.partial(_finish_training, self),
+                finish=functools.partial(finish_training, self),
             )
         return self.history
 
@@ -375,27 +370,18 @@ class Model(keras.Model):
         _check_compiled(self, "train_on_batch", "train_step")
         if class_weight is not None:
             sample_weight = weights_of(y, sample_weight, class_weight)
-        return self._on_batch("train_step", (x, y, sample_weight), return_dict)
+        return _on_batch(self, self._steps, "train_step", (x, y, sample_weight), return_dict)
 
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
         """Evaluates on one batch, given as arrays; returns what is reported of it, as `evaluate` does."""
         _check_compiled(self, "test_on_batch", "test_step")
-        return self._on_batch("test_step", (x, y, sample_weight), return_dict)
+        return _on_batch(self, self._steps, "test_step", (x, y, sample_weight), return_dict)
 
     def predict_on_batch(self, x: Any) -> Any:
         """The model's outputs for one batch, given as arrays, as NumPy arrays."""
         with self._steps.running():
             outputs = self._steps.prediction(as_one_batch(keras.utils.pack_x_y_sample_weight(x)))
         return keras.tree.map_structure(ops.convert_to_numpy, outputs)
-
-    def _on_batch(self, name: str, parts: tuple[Any, Any, Any], return_dict: bool) -> Any:
-        check_labels(self, parts[0], parts[1])
-        with self._steps.running():
-            step = self._steps.reporting(name)
-            step.start_epoch()
-            step.take(as_one_batch(packed(parts), training=name == "train_step"))
-            logs = dict(step.logs)
-        return logs if return_dict else in_keras_order(self, logs)
 
     def explain(self) -> Explanation:
         """Prints which optimizer trains what, how far it is, and what may surprise; returns the same as data.
@@ -429,39 +415,19 @@ class Sequential(Model, keras.Sequential):
     """A `keras.Sequential` that trains by Handloom's loop; see `hl.Model`."""
 
 
-def _finish_training(model: Model) -> None:
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and optimizer.built:
-        optimizer.finalize_variable_values(model.trainable_variables)
+def _on_batch(model: Model, steps: ModelSteps, name: str, parts: Parts, return_dict: bool) -> Any:
+    check_labels(model, parts[0], parts[1])
+    with steps.running():
+        step = steps.reporting(name)
+        step.start_epoch()
+        step.take(as_one_batch(packed(parts), training=name == "train_step"))
+        logs = dict(step.logs)
+    return logs if return_dict else in_keras_order(model, logs)
 
 
 def _hooks(model: Model, callbacks: Any, verbose: str | int, steps: int | None) -> Callbacks:
     listeners = [*_loop.as_list(callbacks), *progress_display(verbose)]
     return Callbacks(listeners, model, {"epochs": 1, "steps": steps, "verbose": verbose})
-
-
-def _compiled_optimizer(model: Model) -> keras.Optimizer:
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None:
-        raise OptimizerError(
-            f"{type(model).__name__} has no optimizer. Compile it with one, compile(optimizer='adam', ...), or pass "
-            "one: minimize(..., optimizer=...)."
-        )
-    return optimizer
-
-
-def _with_loss_scaling(optimizer: Any, policy: keras.DTypePolicy) -> Any:
-    if policy.name != "mixed_float16" or optimizer is None:
-        return optimizer
-    if isinstance(optimizer, NamedOptimizers):
-        return NamedOptimizers({name: _scaling(inner) for name, inner in optimizer.items()}, name=optimizer.name)
-    return _scaling(keras.optimizers.get(optimizer))
-
-
-def _scaling(optimizer: keras.Optimizer) -> keras.Optimizer:
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return optimizer
-    return LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
 
 
 def _check_compiled(model: Model, method: str, step: str) -> None:

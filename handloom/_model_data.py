@@ -10,7 +10,7 @@ from typing import Any, cast
 from handloom._data import Batch, Feed, is_arrays
 from handloom._keras import keras
 from handloom._labels import check_labels, class_weights, label_check
-from handloom._sample_weight import check_weights, weights_in
+from handloom._sample_weight import check_weights, weights_in, weights_in_batch
 from handloom.errors import DataError
 
 ops = keras.ops
@@ -135,8 +135,7 @@ def _prepared(class_weight: Mapping[int, float] | None, check: Callable[[Any, An
 
 
 def _check_batch(batch: Any, *, training: bool) -> None:
-    if isinstance(batch, tuple) and len(batch) == 3:
-        check_weights(weights_in(batch[1], batch[2]), training=training)
+    check_weights(weights_in_batch(batch), training=training)
 
 
 def as_one_batch(data: Any, *, training: bool = False) -> Batch:

@@ -42,7 +42,7 @@ def weighed_at(batch: Sequence[Any], position: int | None) -> tuple[Sequence[Any
 def _is_weight(sample_weight: Tensor, y: Any) -> bool:
     """Whether the third part of a batch is weights. Of triplets, for example, it is not."""
     shape = tuple(sample_weight.shape)
-    per_example = len(shape) == 1 or shape[1:] == (1,)
+    per_example = len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)
     per_step = len(shape) == 2 and hasattr(y, "shape") and tuple(y.shape)[:2] == shape
     return per_example or per_step
 
@@ -83,13 +83,17 @@ def check_weights(weights: Sequence[np.ndarray], *, training: bool) -> None:
 
 
 def weights_in(y: Any, sample_weight: Any) -> list[np.ndarray]:
-    """The arrays of weights, in host memory, among what was given as such to a model."""
-    if sample_weight is None:
+    """The arrays of weights, in host memory, in what was given to a model as such."""
+    arrays = [_on_host(leaf) for leaf in optree.tree_leaves(sample_weight)]
+    several = len(arrays) > 1
+    return [array for array in arrays if array.dtype.kind in "biuf" and (several or _is_weight(array, y))]
+
+
+def weights_in_batch(batch: Any) -> list[np.ndarray]:
+    """The same, in a batch of a source: only what can be nothing else, one weight for each example."""
+    if type(batch) is not tuple or len(batch) != 3:
         return []
-    several = optree.tree_structure(sample_weight) == optree.tree_structure(y)
-    leaves = optree.tree_leaves(sample_weight) if several else [sample_weight]
-    arrays = [array for array in map(_on_host, leaves) if array.ndim and array.dtype.kind in "biuf"]
-    return [array for array in arrays if several or _is_weight(array, y)]
+    return [weights for weights in weights_in(None, batch[2]) if _is_weight(weights, None)]
 
 
 def _on_host(leaf: Any) -> np.ndarray:

@@ -137,6 +137,12 @@ def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
             f"minimize() takes a Keras optimizer; received {optimizer!r} (of type {type(optimizer).__name__}). "
             "For example: keras.optimizers.Adam(1e-3)."
         )
+    if optimizer.use_ema and optimizer.gradient_accumulation_steps:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} has use_ema and gradient_accumulation_steps: Keras moves the averages on "
+            "steps that update nothing. Have handloom.optimizers.Accumulated(optimizer, "
+            f"{optimizer.gradient_accumulation_steps}) accumulate, and not the optimizer itself."
+        )
     if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
         optimizer.build(variables)
     for part in inside(optimizer):

@@ -28,7 +28,7 @@ LAYERS = [
     {"_gradients", "_function", "_update", "optimizers"},
     {"_data", "_labels", "_sample_weight", "_logs", "_reporting", "_callbacks", "callbacks", "report"},
     {"_loop"},
-    {"_model", "_model_data", "_model_steps", "_variants", "_explain"},
+    {"_model", "_compile", "_model_data", "_model_steps", "_variants", "_explain"},
     {"recipes", "cli"},
 ]
 # What names a backend: the messages about one that is missing, and the choices of the command line.

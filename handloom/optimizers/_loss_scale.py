@@ -30,11 +30,21 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         dynamic_growth_steps: After so many updates in a row with finite gradients the scale is doubled. A gradient
             that is not finite halves it, and the update is skipped.
         name: Name of the optimizer.
+
+    Attributes:
+        skipped: How many updates were skipped, a variable; there once the optimizer is built.
     """
+
+    skipped: Variable
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loss_was_scaled = False
+
+    def build(self, var_list: Sequence[Variable]) -> None:
+        """Creates the slots for these variables."""
+        super().build(var_list)
+        self.skipped = self.add_variable((), name="skipped", dtype="int32")
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """Multiplies the loss by the present scale; the gradients given to `apply` next are divided by it."""
@@ -99,3 +109,5 @@ def apply_if_finite(
     factor = ops.where(finite, ops.where(grows, 2.0, 1.0), 0.5)
     optimizer.dynamic_scale.assign(optimizer.dynamic_scale * factor)
     optimizer.step_counter.assign(ops.where(grows, 0, steps))
+    if isinstance(optimizer, LossScaleOptimizer):
+        optimizer.skipped.assign(optimizer.skipped + ops.cast(ops.logical_not(finite), "int32"))

@@ -57,6 +57,12 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         """The optimizers, in the order given."""
         yield from self._by_name.values()
 
+    def with_each(self, change: Callable[[keras.Optimizer], keras.Optimizer]) -> NamedOptimizers:
+        """The same names, for what a function makes of each optimizer."""
+        changed = {name: change(optimizer) for name, optimizer in self._by_name.items()}
+        pairs = {name: (predicate, changed[name]) for name, predicate in self._predicates.items()}
+        return NamedOptimizers(changed | pairs, name=self.name)
+
     def attach(self, model: Layer) -> None:
         """Takes the names as attributes of this model from now on."""
         self._model = weakref.ref(model)  # Keras follows attributes when it saves; the model holds this optimizer.

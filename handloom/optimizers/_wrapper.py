@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from handloom._keras import Tensor, Variable, keras, trained_by
+from handloom.optimizers._inside import inside
 from handloom.optimizers._loss_scale import apply_unscaled
 from handloom.optimizers._named import NamedOptimizers, as_optimizer
 
@@ -33,6 +34,17 @@ class Wrapper(keras.optimizers.Optimizer):
     def __init__(self, inner_optimizer: Any, name: str | None = None) -> None:
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = as_optimizer(inner_optimizer)
+        self._check_sees_updates()
+
+    def _check_sees_updates(self) -> None:
+        for part in inside(self.inner_optimizer):
+            if part.gradient_accumulation_steps:
+                kind, steps = type(part).__name__, part.gradient_accumulation_steps
+                raise ValueError(
+                    f"{type(self).__name__} is around {kind}(gradient_accumulation_steps={steps}) and would see the "
+                    "gradients of single steps. Have handloom.optimizers.Accumulated gather them around all of it: "
+                    f"Accumulated({type(self).__name__}({kind}(...), ...), {steps})."
+                )
 
     def build(self, variables: Sequence[Variable]) -> None:
         """Creates the slots for these variables."""

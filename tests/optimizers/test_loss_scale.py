@@ -129,7 +129,8 @@ def test_a_run_is_that_of_keras_s_own_used_statelessly(eagerly):
         step(tensor(gradient))
         weights, state = theirs.stateless_apply(state, [tensor(gradient)], weights)
         close(variable.numpy(), weights[0])
-        for own, expected in zip(ours.variables, state, strict=True):
+        common = [own for own in ours.variables if own is not ours.skipped]
+        for own, expected in zip(common, state, strict=True):
             close(own.numpy(), expected)
 
 

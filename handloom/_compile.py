@@ -1,0 +1,81 @@
+"""What `compile` makes of an optimizer, and what a model does with the one it was compiled with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from handloom._keras import keras
+from handloom._model_steps import parts_built
+from handloom.errors import OptimizerError
+from handloom.optimizers import Accumulated, LossScaleOptimizer, NamedOptimizers
+from handloom.optimizers._inside import inside
+from handloom.optimizers._named import as_optimizer
+
+
+def prepared(optimizer: Any, policy: keras.DTypePolicy, *, auto_scale_loss: bool) -> keras.Optimizer | None:
+    """The optimizer of a model, from what was given for it.
+
+    Args:
+        optimizer: An optimizer, its name, a dict of several, or `None`.
+        policy: The model's dtype policy.
+        auto_scale_loss: Whether to scale the loss under the policy `mixed_float16`.
+    """
+    if optimizer is None:
+        return None
+    changed = _each(as_optimizer(optimizer), _accumulating)
+    return _each(changed, _scaling) if auto_scale_loss and policy.name == "mixed_float16" else changed
+
+
+def attach(optimizer: keras.Optimizer | None, model: keras.Model) -> None:
+    """Tells optimizers by name whose names they have."""
+    for part in inside(optimizer):
+        if isinstance(part, NamedOptimizers):
+            part.attach(model)
+            if parts_built(model):
+                part.owners()
+
+
+def compiled_optimizer(model: keras.Model) -> keras.Optimizer:
+    """The optimizer that a model was compiled with.
+
+    Raises:
+        OptimizerError: If there is none.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        raise OptimizerError(
+            f"{type(model).__name__} has no optimizer. Compile it with one, compile(optimizer='adam', ...), or pass "
+            "one: minimize(..., optimizer=...)."
+        )
+    return optimizer
+
+
+def finish_training(model: keras.Model) -> None:
+    """What an optimizer does at the end of training: Keras's own put their averages in the place of the weights."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and optimizer.built:
+        optimizer.finalize_variable_values(model.trainable_variables)
+
+
+def _each(optimizer: keras.Optimizer, change: Callable[[keras.Optimizer], keras.Optimizer]) -> keras.Optimizer:
+    return optimizer.with_each(change) if isinstance(optimizer, NamedOptimizers) else change(optimizer)
+
+
+def _accumulating(optimizer: keras.Optimizer) -> keras.Optimizer:
+    """Does by `Accumulated` what a Keras optimizer was asked to do as `gradient_accumulation_steps`.
+
+    Keras's way counts batches alike whatever their size, leaves a last short window waiting, and moves the averages of
+    `use_ema` on steps that update nothing.
+    """
+    steps = optimizer.gradient_accumulation_steps
+    if not steps:
+        return optimizer
+    optimizer.gradient_accumulation_steps = None
+    return Accumulated(optimizer, steps)
+
+
+def _scaling(optimizer: keras.Optimizer) -> keras.Optimizer:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer
+    return LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
