@@ -44,19 +44,22 @@ class Explanation:
     Attributes:
         owners: Who trains what.
         frozen: The paths of the variables that nobody trains.
+        reported: For each step that has run, how an epoch's value comes of those of its batches, by reported name. All
+            values count from the start of the epoch, also those of a bar or a batch's logs.
         notes: What is right but may surprise.
     """
 
     owners: tuple[Owner, ...]
     frozen: tuple[str, ...]
+    reported: dict[str, dict[str, str]]
     notes: tuple[str, ...]
 
 
-def explain(model: keras.Model) -> Explanation:
+def explain(model: keras.Model, reported: dict[str, dict[str, str]]) -> Explanation:
     """Explains a compiled and built model; see `Model.explain`."""
     owners = tuple(_owner(name, optimizer, variables) for name, optimizer, variables in _owned(model))
     frozen = tuple(variable.path for variable in model.non_trainable_weights)
-    return Explanation(owners, frozen, (*_notes(model), *_skipped(model)))
+    return Explanation(owners, frozen, reported, (*_notes(model), *_skipped(model)))
 
 
 def show(explanation: Explanation) -> None:
@@ -68,6 +71,11 @@ def show(explanation: Explanation) -> None:
     console = Console()
     console.print(table)
     console.print(f"{len(explanation.frozen)} variables are trained by nobody.")
+    for step, reductions in explanation.reported.items():
+        table = Table("name", "value of an epoch", title=f"What {step} reports")
+        for name, reduction in reductions.items():
+            table.add_row(name, reduction)
+        console.print(table)
     for note in explanation.notes:
         console.print(f"- {note}", highlight=False)
 

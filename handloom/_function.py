@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast, overload
 
+import numpy as np
 import optree
 
 from handloom._keras import Tensor, global_seed_generator, keras
@@ -19,7 +20,7 @@ from handloom._watch import new_variables
 from handloom._weight import step_weight
 from handloom.backends import backend
 from handloom.backends.base import Untraceable
-from handloom.errors import FallbackWarning, RetraceWarning, VariableError
+from handloom.errors import FallbackWarning, HandloomWarning, RetraceWarning, VariableError
 
 Key: TypeAlias = Any
 """What tells two versions of a function apart: structure, shapes and dtypes, static values."""
@@ -173,6 +174,7 @@ class Function:
             return version
         signature = version.signature = _described(self.python_function, args, kwargs)
         reason, started = self._reason(signature), time.perf_counter()
+        drawn = _numpys_draws()
         try:
             version.compile(self._jit_compile, first=not self.traces)
         except Untraceable as error:
@@ -185,7 +187,17 @@ class Function:
         version.trace = Trace(text, time.perf_counter() - started, reason, compiled=version.compiled)
         self.traces.append(version.trace)
         self._warn_of_many_values(signature)
+        if version.compiled and _numpys_draws() != drawn:
+            self._warn_of_frozen_draws()
         return version
+
+    def _warn_of_frozen_draws(self) -> None:
+        warnings.warn(
+            f"{self.__name__} drew from np.random while it was compiled: those numbers are constants now, the same in "
+            "each step. Use keras.random, which draws anew each time, or draw outside and pass an array.",
+            HandloomWarning,
+            stacklevel=6,
+        )
 
     def forget(self, version: Version) -> None:
         """Has a version made anew when it is next asked for."""
@@ -341,6 +353,12 @@ def _static_key(leaf: Any) -> Key:
     if isinstance(leaf, (keras.Variable, keras.Layer)):
         return type(leaf), id(leaf)
     return type(leaf), leaf  # 2 and 2.0 and True are equal, but not the same to a function.
+
+
+def _numpys_draws() -> tuple[Any, ...]:
+    """Where NumPy's global random numbers stand."""
+    _, key, position, *rest = np.random.get_state()
+    return hash(np.asarray(key).tobytes()), position, *rest
 
 
 def _created_late(name: str, created: list[Any], first: bool) -> VariableError:

@@ -16,11 +16,14 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 | `Optimizer._trainable_variables` | for what `apply` updates when it is told gradients only            |
 | `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
 | `global_state`               | has a variable whose initializer failed, and would fail in each later scope |
+| `GLOBAL_SEED_GENERATOR`      | its name there: `set_random_seed` replaces it, but compiled steps hold the one before |
+| `Layer._seed_generators`     | what dropout and noise draw from, to be seeded for a run                |
 | `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, which what comes out of a gradient lacks |
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -68,7 +71,7 @@ from keras.src.backend.common import global_state  # noqa: E402
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask  # noqa: E402
 from keras.src.backend.common.stateless_scope import get_stateless_scope  # noqa: E402
 from keras.src.models.functional import Functional  # noqa: E402
-from keras.src.random.seed_generator import global_seed_generator  # noqa: E402
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator  # noqa: E402
 
 Variable: TypeAlias = Any
 """A `keras.Variable`. Keras has no type annotations, so this one only tells the reader."""
@@ -94,8 +97,10 @@ __all__ = [
     "global_seed_generator",
     "has_value",
     "in_keras_order",
+    "keep_global_seed_generator",
     "keras",
     "layers_of",
+    "seed_generators_of",
     "set_keras_mask",
     "set_loss_tracker",
     "stored_value",
@@ -124,6 +129,23 @@ def has_value(variable: Variable) -> bool:
 def forget_uninitialized() -> None:
     """Has Keras not initialize again, at the end of the next scope, what it could not initialize."""
     global_state.set_global_attribute("uninitialized_variables", [])
+
+
+def seed_generators_of(layer: Layer) -> list[keras.random.SeedGenerator]:
+    """The seed generators of a layer itself, in the order of their making."""
+    return list(layer._seed_generators)
+
+
+@contextlib.contextmanager
+def keep_global_seed_generator() -> Iterator[None]:
+    """Within, Keras may make a new global seed generator; after, it is the one from before, with the state of the new.
+
+    Compiled steps hold the one from before.
+    """
+    before = global_seed_generator()
+    yield
+    before.state.assign(global_seed_generator().state)
+    global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, before)
 
 
 def value_in(scope: keras.StatelessScope | None, variable: Variable) -> Tensor:

@@ -52,6 +52,8 @@ class Report:
         totals: Where the values are.
         examples: Number of examples in the batch, by which averages are weighted unless by sample weights.
         metrics: The metrics that the step updates.
+        sources: The metrics whose results it returns, by name.
+        reductions: How an epoch's value comes of those of the steps, by name, in words.
         unused: What the step was given and did not use, in words.
     """
 
@@ -59,6 +61,8 @@ class Report:
     totals: tuple[Totals, ...]
     examples: int
     metrics: tuple[keras.Metric, ...]
+    sources: Mapping[str, keras.Metric] = dataclasses.field(default_factory=dict)
+    reductions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
 
 
@@ -66,7 +70,7 @@ class Logs(Mapping[str, Value]):
     """What the steps of an epoch reported so far, as one value each: a dict that reads itself when it is looked at.
 
     A scalar's value is the mean over the steps, weighted by examples (or sample weights); a metric's is its last
-    result.
+    result. A metric that no step has updated is not in it.
 
     Attributes:
         steps: What each step reported whose results still stand in the totals.
@@ -77,15 +81,20 @@ class Logs(Mapping[str, Value]):
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
         self._last: dict[str, Value] = {}
+        self._sources: dict[str, keras.Metric] = {}
+        self._updated: dict[int, keras.Metric] = {}
+        self._not_updated: set[str] = set()
 
     def clear(self) -> None:
         """Forgets everything."""
         self.read()
-        for values in (self._sums, self._weights, self._last):
+        for values in (self._sums, self._weights, self._last, self._sources, self._updated, self._not_updated):
             values.clear()
 
     def __getitem__(self, name: str) -> Value:
         self.read()
+        if name in self._not_updated:
+            raise KeyError(name)
         if name not in self._sums:
             return self._last[name]
         weight = self._weights[name]
@@ -93,11 +102,11 @@ class Logs(Mapping[str, Value]):
 
     def __iter__(self) -> Iterator[str]:
         self.read()
-        return iter(self._last)
+        return (name for name in self._last if name not in self._not_updated)
 
     def __len__(self) -> int:
         self.read()
-        return len(self._last)
+        return len(self._last) - len(self._not_updated)
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -112,8 +121,13 @@ class Logs(Mapping[str, Value]):
                 self._last.setdefault(name, math.nan)
             for totals in report.totals:
                 examples[totals] += count * report.examples
+            self._sources.update(report.sources)
+            self._updated.update((id(metric), metric) for metric in report.metrics)
         for totals, count in examples.items():
             self._take(totals, count)
+        if steps:
+            idle = {name: metric for name, metric in self._sources.items() if id(metric) not in self._updated}
+            self._not_updated = {name for name, metric in idle.items() if _is_as_reset(metric)}
 
     def _take(self, totals: Totals, examples: int) -> None:
         values = np.array(backend.to_numpy(totals.variable.value))
@@ -127,3 +141,15 @@ class Logs(Mapping[str, Value]):
             if averaged:
                 self._sums[name] = self._sums.get(name, 0.0) + float(value)
                 self._weights[name] = self._weights.get(name, 0.0) + weight
+
+
+def _is_as_reset(metric: keras.Metric) -> bool:
+    """Whether a metric has the state of one that was never updated. Its user may update it outside of steps."""
+    before = [np.array(backend.to_numpy(variable.value)) for variable in metric.variables]
+    metric.reset_state()
+    as_reset = [backend.to_numpy(variable.value) for variable in metric.variables]
+    if all(map(np.array_equal, before, as_reset)):
+        return True
+    for variable, value in zip(metric.variables, before, strict=True):
+        variable.assign(value)
+    return False

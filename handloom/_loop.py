@@ -31,6 +31,7 @@ from handloom._logs import Value
 from handloom._progress import Progress
 from handloom._reporting import ReportingStep
 from handloom._sample_weight import check_weights, weighed_at, weights_in
+from handloom._seed import seed_run
 from handloom.callbacks import JSONLogger
 from handloom.callbacks._display import progress_display
 from handloom.errors import HandloomWarning, StepError
@@ -52,6 +53,7 @@ def fit(
     callbacks: Iterable[keras.callbacks.Callback] = (),
     run_dir: str | Path | None = None,
     verbose: str | int = "auto",
+    seed: int | None = None,
 ) -> keras.callbacks.History:
     """Trains with any step: calls it on each batch, and does what surrounds it.
 
@@ -73,6 +75,9 @@ def fit(
         run_dir: A directory for `log.jsonl`. By default nothing is written anywhere.
         verbose: 0 for silence, 1 for a progress bar, 2 for a line an epoch; `"auto"` for a bar in a terminal and lines
             elsewhere.
+        seed: One number for all that is random in the run: the order of data, unseeded random operations, and of what
+            is in `state` dropout, noise and the initial weights of layers not yet built. What has a seed of its own
+            keeps it. The random states of Python, NumPy and the backend are set by it.
 
     Returns:
         The history: `history.history[name]` is a list with one value an epoch.
@@ -86,6 +91,7 @@ def fit(
     """
     if not isinstance(validate_every, Every):
         raise TypeError(f"validate_every takes a time such as hl.every(epochs=1); received {validate_every!r}.")
+    seed_run(seed, state)
     model = _model_in(state)
     return train(
         reporting(step),

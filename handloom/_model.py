@@ -30,6 +30,7 @@ from handloom._loss_tracker import LossTracker, holding
 from handloom._model_data import Parts, as_one_batch, model_feed, packed, split, unpacked, weights_of
 from handloom._model_steps import ModelSteps
 from handloom._progress import Progress
+from handloom._seed import seed_run
 from handloom._update import minimize
 from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
 from handloom._watch import divisors, note_loss
@@ -250,6 +251,7 @@ class Model(keras.Model):
         validation_batch_size: int | None = None,
         validation_freq: int | Sequence[int] = 1,
         run_dir: str | Path | None = None,
+        seed: int | None = None,
     ) -> keras.callbacks.History:
         """Trains the model, with Keras's arguments and their meaning.
 
@@ -271,6 +273,7 @@ class Model(keras.Model):
             validation_batch_size: By default `batch_size`.
             validation_freq: Validate every so many epochs, or after the epochs listed (counted from 1).
             run_dir: A directory for `log.jsonl`. By default nothing is written anywhere.
+            seed: One number for all that is random in the run, as for `hl.fit`.
 
         Returns:
             The history: `history.history[name]` is a list with one value an epoch.
@@ -281,6 +284,7 @@ class Model(keras.Model):
             StepError: If a step returns no dict of scalars.
         """
         _check_compiled(self, "fit", "train_step")
+        seed_run(seed, self)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = split((x, y, sample_weight), validation_split)
         feed = model_feed(
@@ -384,12 +388,15 @@ class Model(keras.Model):
         return keras.tree.map_structure(ops.convert_to_numpy, outputs)
 
     def explain(self) -> Explanation:
-        """Prints which optimizer trains what, how far it is, and what may surprise; returns the same as data.
+        """Prints who trains what, how reported values come of those of batches, and what may surprise.
+
+        Returns:
+            The same as data.
 
         Raises:
             OptimizerError: If a variable is owned by two optimizers or by none.
         """
-        explanation = explain(self)
+        explanation = explain(self, self._steps.reductions)
         show(explanation)
         return explanation
 

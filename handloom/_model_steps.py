@@ -52,6 +52,11 @@ class ModelSteps:
         return self._reporting[name]
 
     @property
+    def reductions(self) -> dict[str, dict[str, str]]:
+        """How each reported value is reduced, by step and name; of the steps that have run."""
+        return {name: dict(step.reductions) for name, step in self._reporting.items() if step.reductions}
+
+    @property
     def prediction(self) -> Function:
         """The prediction step."""
         if self._prediction is None:

@@ -55,6 +55,7 @@ class ReportingStep:
     Attributes:
         function: The step as a compiled function.
         logs: The values since the start of the epoch, by name.
+        reductions: How an epoch's value comes of those of the steps, by name, in words; of the steps taken so far.
         take: Takes one step on a batch; returns before it is computed, where the backend does.
     """
 
@@ -74,6 +75,7 @@ class ReportingStep:
         self._last: list[Report | None] = [None]
         self._windows: dict[int, Accumulated] = {}
         self._said_unused: set[str] = set()
+        self.reductions: dict[str, str] = {}
         self._flush = Function(_flush, jit_compile=jit_compile)
 
         check_call = _call_check(step)
@@ -156,11 +158,11 @@ class ReportingStep:
         version, tensors = self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
         if not version.compiled:
             report = version.rebuild(version.run(tensors))
-            self._say_unused(report.unused)
+            self._note(report, report.unused)
             self.logs.steps.append(report)
             return
         report = self._last[0] = version.static[0]
-        self._say_unused([*version.unused, *report.unused])
+        self._note(report, [*version.unused, *report.unused])
         for metric in report.metrics:
             self._renew(metric)
         version.run(tensors)
@@ -169,9 +171,10 @@ class ReportingStep:
         if len(leaves) == len(tensors) and all(map(operator.is_, leaves, tensors)):
             self._known[(leaves is batch, *[(leaf.shape, leaf.dtype) for leaf in leaves])] = (version.run, report)
 
-    def _say_unused(self, names: Iterable[str]) -> None:
-        """Warns, once each, of what the step was given and did not use."""
-        for name in names:
+    def _note(self, report: Report, unused: Iterable[str]) -> None:
+        """Keeps how values are reduced; warns, once each, of what the step was given and did not use."""
+        self.reductions.update(report.reductions)
+        for name in unused:
             if name not in self._said_unused:
                 self._said_unused.add(name)
                 cure = next(cure for start, cure in _CURES.items() if name.startswith(start))
@@ -234,6 +237,8 @@ class _Results:
         self._averaged: set[str] = set()
         self._arrays: dict[str, Tensor] = {}
         self._ratios: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sources: dict[str, keras.Metric] = {}
+        self._reductions: dict[str, str] = {}
         for name, value in returned.items():
             self._add(str(name), value)
 
@@ -254,21 +259,25 @@ class _Results:
         self._names[name] = None
         if isinstance(value, tuple) and len(value) == 2:
             self._ratios[name] = self._scalar(name, value[0]), self._scalar(name, value[1])
+            self._reductions[name] = "sum over sum of weights"
             return
-        is_result = self._metrics.source(value) is not None and not self._is_loss(value)
+        metric = None if self._is_loss(value) else self._metrics.source(value)
         returned, value = value, self._tensor(name, value)
-        if is_result and len(value.shape):
-            self._arrays[name] = value
+        if metric is not None:
+            self._sources[name], self._reductions[name] = metric, f"result of {type(metric).__name__}"
+            (self._arrays if len(value.shape) else self._scalars)[name] = value
             return
+        self._reductions[name] = f"mean over {'examples' if self._weight is None else 'sample weights'}"
         divisor = self._divided.of(returned)
         # By the examples, or by the weights given, as everything. But a loss that Keras computed from weights was not
         # always divided by them.
-        if divisor is not None and divisor.by != "nothing" and self._weight is not None and not is_result:
-            by = divisor.value if divisor.by == "weights" else self._examples
-            self._ratios[name] = _times(self._scalar(name, value), by)
+        if divisor is not None and divisor.by != "nothing" and self._weight is not None:
+            by_weights = divisor.by == "weights"
+            self._ratios[name] = _times(self._scalar(name, value), divisor.value if by_weights else self._examples)
+            self._reductions[name] = f"mean over {'sample weights' if by_weights else 'examples'}"
             return
         self._scalars[name] = self._scalar(name, value)
-        self._averaged.update(() if is_result else (name,))
+        self._averaged.add(name)
 
     def _is_unused_tracker(self, value: Any) -> bool:
         """Whether a value is the result of the model's loss tracker, in which the step has not kept its loss."""
@@ -280,7 +289,7 @@ class _Results:
         return any(value is loss for loss in self._divided.losses)
 
     def _forget(self, name: str) -> None:
-        for kind in (self._scalars, self._arrays, self._ratios):
+        for kind in (self._scalars, self._arrays, self._ratios, self._sources):
             kind.pop(name, None)
         self._averaged.discard(name)
 
@@ -309,7 +318,15 @@ class _Results:
         totals = [self._add_pack(known, dtype, tuple(names)) for dtype, names in packs.items()]
         totals += [self._add_ratio(known, name, *pair) for name, pair in self._ratios.items()]
         totals += [self._keep_array(known, name, array) for name, array in self._arrays.items()]
-        return Report(tuple(self._names), tuple(totals), self._examples, self._metrics.updated, unused)
+        return Report(
+            tuple(self._names),
+            tuple(totals),
+            self._examples,
+            self._metrics.updated,
+            self._sources,
+            self._reductions,
+            unused,
+        )
 
     def _add_pack(self, known: dict[Any, Totals], dtype: str, names: tuple[str, ...]) -> Totals:
         averaged = np.array([name in self._averaged for name in names])

@@ -246,6 +246,96 @@ def test_nan_of_one_epoch_is_gone_in_the_next():
     np.testing.assert_array_equal(history["x"], [np.nan, 1.0])
 
 
+# ------------------------------------------------------- metrics that nothing updates
+
+
+def test_a_metric_that_no_step_updates_is_absent(eagerly):
+    idle, busy = keras.metrics.Mean(name="idle"), keras.metrics.Mean(name="busy")
+
+    def step(x):
+        busy.update_state(x)
+        return {"idle": idle, "busy": busy, "also idle": idle.result()}
+
+    history = reported(step, X, epochs=2)
+    assert set(history) == {"busy"}
+    assert history["busy"] == [4.5, 4.5]
+
+
+def test_a_metric_that_is_updated_outside_of_steps_is_reported(eagerly):
+    seen = keras.metrics.Sum(name="seen")
+
+    class Counts(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.update_state([1.0])
+
+    history = hl.fit(lambda x: {"seen": seen}, hl.Feed(X, batch_size=4), callbacks=[Counts()], verbose=0).history
+    assert history["seen"] == [2.0]  # As the last of three steps found it.
+
+
+def test_a_metric_whose_state_its_updates_leave_alone_is_reported(eagerly):
+    hits = keras.metrics.TruePositives(name="hits")
+
+    def step(x):
+        hits.update_state(0 * x, 0 * x)
+        return {"hits": hits}
+
+    assert reported(step, X)["hits"] == [0.0]
+
+
+def test_a_metric_that_a_model_resets_but_does_not_update_this_epoch_is_absent():
+    class TwoKinds(hl.Model):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.sums = keras.metrics.Mean(name="rows"), keras.metrics.Mean(name="sums")
+
+        def train_step(self, data):
+            (self.sums if len(data.shape) == 1 else self.rows).update_state(data)
+            return {"rows": self.rows, "sums": self.sums}
+
+    one, two = X, X[:, None]
+    epochs = iter([[two], [one, two], [one]])
+    model = TwoKinds()
+    model.compile()
+    seen = []
+
+    class Keep(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(set(logs))
+
+    model.fit(lambda: iter(next(epochs)), epochs=3, callbacks=[Keep()], verbose=0)
+    assert seen == [{"rows"}, {"rows", "sums"}, {"sums"}]
+
+
+def test_how_each_value_is_reduced_is_known(eagerly):
+    precision = keras.metrics.Precision(name="precision")
+
+    class Reporting(hl.Model):
+        def train_step(self, data):
+            x, y, weight = data
+            precision.update_state(y > 0, x > 0)
+            mean = ops.sum(weight * y[:, 0]) / ops.sum(weight)
+            error = keras.losses.MeanSquaredError()(y, x)
+            return {"mean": mean, "pair": (ops.sum(y), 3.0), "precision": precision, "error": error}
+
+        def test_step(self, data):
+            return {"mean": ops.mean(data[1])}
+
+    model = Reporting()
+    model.compile()
+    assert model.explain().reported == {}
+    model.fit(X[:, None], X[:, None], sample_weight=np.ones(10, "float32"), verbose=0)
+    model.evaluate(X[:, None], X[:, None], verbose=0)
+    assert model.explain().reported == {
+        "train_step": {
+            "mean": "mean over sample weights",
+            "pair": "sum over sum of weights",
+            "precision": "result of Precision",
+            "error": "mean over examples",
+        },
+        "test_step": {"mean": "mean over examples"},
+    }
+
+
 def test_inner_dicts_report_their_own_names():
     values = {"a": 1.0, "group": {"b": 2.0, "deeper": {"c": 3.0}}}
     assert reported(lambda x: values) == {"a": [1.0], "b": [2.0], "c": [3.0]}

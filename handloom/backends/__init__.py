@@ -3,8 +3,9 @@
 import importlib
 
 from handloom._keras import keras
+from handloom.backends._seeds import seed_sources_of_data
 from handloom.backends.base import Backend
 
 backend: Backend = importlib.import_module(f"handloom.backends.{keras.backend.backend()}").backend
 
-__all__ = ["Backend", "backend"]
+__all__ = ["Backend", "backend", "seed_sources_of_data"]
