@@ -26,7 +26,7 @@ LAYERS = [
     {"_weight"},
     {"backends", "_watch", "_loss_tracker"},
     {"_gradients", "_function", "_update", "optimizers"},
-    {"_data", "_labels", "_logs", "_reporting", "_callbacks", "callbacks", "report"},
+    {"_data", "_labels", "_logs", "_reporting", "_callbacks", "callbacks", "_trained", "report"},
     {"_loop"},
     {"_model", "_model_data", "_model_steps", "_variants", "_explain"},
     {"recipes", "cli"},

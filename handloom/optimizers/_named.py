@@ -57,6 +57,11 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         """The optimizers, in the order given."""
         yield from self._by_name.values()
 
+    @property
+    def optimizers(self) -> list[keras.Optimizer]:
+        """The optimizers, where Keras's own callbacks look for several."""
+        return list(self._by_name.values())
+
     def attach(self, model: Layer) -> None:
         """Takes the names as attributes of this model from now on."""
         self._model = weakref.ref(model)  # Keras follows attributes when it saves; the model holds this optimizer.
