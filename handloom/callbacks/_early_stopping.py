@@ -14,8 +14,9 @@ class EarlyStopping(Monitored, keras.callbacks.EarlyStopping):
 
     Keras's own, with these differences: its state can be saved and restored; a NaN is worse than any number (with
     Keras nothing is better than a NaN in the first epoch); epochs that do not report the value, because validation is
-    rarer, do not count and do not warn; a name that ends in `_loss` needs no `mode`, nor does that of a metric of
-    the model's own; in `hl.fit` several models are restored together.
+    rarer, do not count and do not warn; what improves but never reaches the `baseline` is stopped, as Keras says but
+    does not do; a name that ends in `_loss` needs no `mode`, nor does that of a metric of the model's own; in `hl.fit`
+    several models are restored together.
 
     Restored are the weights of the model, all of them, and not the optimizer's variables.
 
@@ -25,7 +26,7 @@ class EarlyStopping(Monitored, keras.callbacks.EarlyStopping):
         patience: So many epochs without an improvement stop the training.
         verbose: 1 to print when it acts.
         mode: `"min"`, `"max"`, or `"auto"` to go by the name of the value.
-        baseline: A value to be improved upon before patience is renewed.
+        baseline: A value to be improved upon; until it is, each epoch uses up patience.
         restore_best_weights: Whether the weights of the best epoch are restored at the end.
         start_from_epoch: Epochs at the beginning that do not count.
 
@@ -39,6 +40,9 @@ class EarlyStopping(Monitored, keras.callbacks.EarlyStopping):
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self.settle_direction()
         super().on_epoch_end(epoch, logs)
+        if self.wait >= max(self.patience, 1) and epoch > 0:  # Of a baseline not reached, too.
+            self.stopped_epoch = epoch
+            self.model.stop_training = True
 
     def get_monitor_value(self, logs: Mapping[str, Any] | None) -> float | None:
         """The value that is watched, `None` if this epoch has none."""
