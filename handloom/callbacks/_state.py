@@ -30,7 +30,7 @@ class Stateful:
             state: From `state()`. To be given back after `on_train_begin`, which begins anew.
         """
         for name in self.carries:
-            setattr(self, name, _plain(state[name]))
+            setattr(self, name, _restored(state[name]))
 
 
 def callback_state(callback: keras.callbacks.Callback) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def restore_callback(callback: keras.callbacks.Callback, state: dict[str, Any]) 
         callback.restore(state)
         return
     for name, value in state.items():
-        setattr(callback, name, _plain(value))
+        setattr(callback, name, _restored(value))
 
 
 def _speaks_for_itself(callback: Any) -> bool:
@@ -91,11 +91,18 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A copy, which later changes do not reach."""
+    """A copy, which later changes do not reach; NumPy's scalars as arrays, which keep their dtype."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, np.generic):
-        return value.item()
-    return value.copy() if isinstance(value, np.ndarray) else value
+    return np.array(value) if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def _restored(value: Any) -> Any:
+    """The same the other way."""
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _restored(inner) for key, inner in value.items()}
+    return value.copy()[()] if isinstance(value, np.ndarray) else value

@@ -28,6 +28,11 @@ class Scripted(hl.Model):
         return {"loss": value}
 
 
+def number(variable):
+    """A variable's value. Not `float(variable)`, of which torch warns."""
+    return float(ops.convert_to_numpy(variable))
+
+
 def run(model, *callbacks, epochs=None, **options):
     """A step an epoch, as long as the script goes on."""
     epochs = epochs or model.script.shape[0]

@@ -9,7 +9,7 @@ import handloom as hl
 from handloom.callbacks import LearningRateScheduler
 from handloom.errors import OptimizerError
 from handloom.optimizers import Accumulated
-from tests.callbacks.scripted import X
+from tests.callbacks.scripted import X, number
 from tests.callbacks.test_reduce_lr_on_plateau import TwoParts
 
 
@@ -23,7 +23,7 @@ def sums(schedule, *, optimizer=None, epochs=3, steps=2, **options):
         hl.minimize(lambda: -weight, [weight], optimizer)
         return {"loss": ops.mean(x)}
 
-    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(float(weight)))
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(number(weight)))
     scheduler = LearningRateScheduler(schedule, **options)
     feed = hl.Feed(np.zeros((steps, 1), "float32"), batch_size=1)
     state = {"weight": weight, "optimizer": optimizer}

@@ -9,7 +9,7 @@ import handloom as hl
 from handloom.callbacks import ReduceLROnPlateau
 from handloom.errors import OptimizerError
 from handloom.optimizers import Accumulated
-from tests.callbacks.scripted import Scripted, X, run
+from tests.callbacks.scripted import Scripted, X, number, run
 
 NAN = np.nan
 
@@ -55,7 +55,7 @@ def test_the_next_update_uses_the_new_rate(eagerly):
         hl.minimize(lambda: -weight, [weight], optimizer)  # Each update adds the rate.
         return {"loss": ops.mean(x)}
 
-    note = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: values.append(float(weight)))
+    note = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: values.append(number(weight)))
     plateau = ReduceLROnPlateau("loss", factor=0.5, patience=1)
     hl.fit(step, X, epochs=4, state={"w": weight, "o": optimizer}, callbacks=[note, plateau], verbose=0)
     assert values == [1, 2, 2.5, 2.75]
