@@ -49,11 +49,14 @@ class JSONLogger(Periodic):
 
     def state(self) -> dict[str, Any]:
         """What the callback carries between hooks, as JSON values."""
-        return super().state() | {"seconds": time.perf_counter() - self._begun}
+        seconds = time.perf_counter() - self._begun
+        return super().state() | {"seconds": seconds, "bytes": self._path.stat().st_size}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from there; to be called after `on_train_begin`."""
+        """Goes on from there, without the lines written since; to be called after `on_train_begin`."""
         super().restore(state)
+        if self._file is not None and self._path.stat().st_size > state["bytes"]:
+            self._file.truncate(state["bytes"])
         self._begun = time.perf_counter() - state["seconds"]
 
     def within_epoch(self, logs: Mapping[str, Any]) -> None:

@@ -27,20 +27,24 @@ class StopOnNonFinite(Periodic):
 
     def __init__(self, every: Every = every(steps=100)) -> None:
         super().__init__(every)
+        self._stopped = False
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        super().on_train_begin(logs)
+        self._stopped = False
 
     def within_epoch(self, logs: Mapping[str, Any]) -> None:
         self._look(self.progress.epoch, logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         super().on_epoch_end(epoch, logs)
-        if not self.model.stop_training:
-            self._look(epoch, logs or {})
+        self._look(epoch, logs or {})
 
     def _look(self, epoch: int, logs: Mapping[str, Any]) -> None:
         wrong = [f"{name} is {_shown(value)}" for name, value in logs.items() if not _is_finite(value)]
-        if not wrong:
+        if not wrong or self._stopped:
             return
-        self.model.stop_training = True
+        self._stopped = self.model.stop_training = True
         warnings.warn(
             f"Training stops in epoch {epoch} (from 0) after step {self.progress.step}: {', '.join(wrong)}. Try a "
             "lower learning rate, or clip gradients: handloom.optimizers.Transformed(optimizer, [ClipByGlobalNorm(1.0)]"

@@ -133,6 +133,19 @@ def test_the_json_log_goes_on_counting(tmp_path):
     assert lines(tmp_path / "halves.jsonl")[1][-1] >= 1000
 
 
+def test_lines_written_after_the_state_was_taken_are_written_again_not_twice(tmp_path):
+    first = JSONLogger(tmp_path / "log.jsonl")
+    feed(first, LOGS[:2], fresh())
+    state = first.state()
+    first.on_epoch_end(2, {"loss": 99.0})
+    first.close()
+    second = JSONLogger(tmp_path / "log.jsonl")
+    feed(second, LOGS[2:4], fresh(), first=2, state=state)
+    second.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["epoch"], line["loss"]) for line in lines] == [(0, 5.0), (1, 4.0), (2, 4.5), (3, 4.2)]
+
+
 def test_a_row_written_after_the_state_was_taken_is_written_again_not_twice(tmp_path):
     first = CSVLogger(tmp_path / "log.csv")
     feed(first, LOGS[:2], fresh())

@@ -37,6 +37,11 @@ def test_it_warns_once_and_names_epoch_and_step():
     assert len(warned) == 1
 
 
+def test_it_says_so_also_where_another_callback_stops_first():
+    with pytest.warns(HandloomWarning, match="loss is nan"):
+        run(Scripted([NAN, NAN, 1]), hl.callbacks.EarlyStopping("loss", baseline=-1.0), StopOnNonFinite())
+
+
 def test_while_all_is_well_it_says_nothing():
     assert steps_taken([1.0] * 8, StopOnNonFinite(hl.every(steps=1)), epochs=2) == 8
 
