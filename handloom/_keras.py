@@ -12,6 +12,7 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 | `Functional`                 | not exported; a subclass built from inputs and outputs must become one |
 | `Model._call_has_training_arg`, `_compute_loss`, `_loss_tracker` | what Keras's own default steps use |
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order                      |
+| `Metric._direction`          | whether more of a metric is better, which callbacks that watch it must know |
 | `Model._initial_epoch`       | how `BackupAndRestore` tells the loop where to go on                   |
 | `Optimizer._trainable_variables` | for what `apply` updates when it is told gradients only            |
 | `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
@@ -91,6 +92,7 @@ __all__ = [
     "call_model",
     "current_value",
     "default_loss",
+    "direction_of",
     "forget_uninitialized",
     "get_keras_mask",
     "get_stateless_scope",
@@ -172,6 +174,11 @@ def default_loss(model: Layer, x: Any, y: Any, y_pred: Any, sample_weight: Any, 
 def set_loss_tracker(model: Layer, metric: keras.Metric) -> None:
     """Replaces the metric in which Keras's own steps keep the loss, the first of a compiled model's metrics."""
     model.__dict__["_loss_tracker"] = metric  # As `compile` does it: not as a metric of the model's own.
+
+
+def direction_of(metric: keras.Metric) -> str | None:
+    """Whether a metric is better when it goes "up" or "down"; `None` where Keras does not say."""
+    return getattr(metric, "_direction", None)
 
 
 def in_keras_order(model: Layer, logs: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TypeAlias
 
 import numpy as np
@@ -66,18 +66,25 @@ class Report:
     unused: tuple[str, ...] = ()
 
 
-class Logs(Mapping[str, Value]):
+class Logs(MutableMapping[str, Value]):
     """What the steps of an epoch reported so far, as one value each: a dict that reads itself when it is looked at.
 
     A scalar's value is the mean over the steps, weighted by examples (or sample weights); a metric's is its last
-    result. A metric that no step has updated is not in it.
+    result, and a metric that no step has updated is not in it. What a callback writes here the callbacks after it see,
+    until the next step.
 
     Attributes:
         steps: What each step reported whose results still stand in the totals.
+        seconds_compiling: How much of the epoch's time went into compiling steps.
     """
 
     def __init__(self) -> None:
         self.steps: list[Report] = []
+        self.seconds_compiling = 0.0
+        self._steps_read = 0
+        self._examples_read = 0
+        self._added: dict[str, Value] = {}
+        self._added_at = 0
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
         self._last: dict[str, Value] = {}
@@ -88,11 +95,26 @@ class Logs(Mapping[str, Value]):
     def clear(self) -> None:
         """Forgets everything."""
         self.read()
-        for values in (self._sums, self._weights, self._last, self._sources, self._updated, self._not_updated):
+        self.seconds_compiling, self._steps_read, self._examples_read = 0.0, 0, 0
+        for values in (self._sums, self._weights, self._last, self._added):
             values.clear()
+        for noted in (self._sources, self._updated, self._not_updated):
+            noted.clear()
+
+    @property
+    def examples(self) -> int:
+        """Number of examples in the steps so far; known without waiting for them."""
+        return self._examples_read + sum(report.examples for report in self.steps)
+
+    def reported(self) -> dict[str, Value]:
+        """The values as a dict, without what callbacks added."""
+        self._added.clear()
+        return dict(self)
 
     def __getitem__(self, name: str) -> Value:
         self.read()
+        if name in self._now_added():
+            return self._added[name]
         if name in self._not_updated:
             raise KeyError(name)
         if name not in self._sums:
@@ -102,17 +124,37 @@ class Logs(Mapping[str, Value]):
 
     def __iter__(self) -> Iterator[str]:
         self.read()
-        return (name for name in self._last if name not in self._not_updated)
+        return iter(self._shown())
 
     def __len__(self) -> int:
         self.read()
-        return len(self._last) - len(self._not_updated)
+        return len(self._shown())
+
+    def _shown(self) -> dict[str, None]:
+        return dict.fromkeys([*(name for name in self._last if name not in self._not_updated), *self._now_added()])
+
+    def __setitem__(self, name: str, value: Value) -> None:
+        self._now_added()[name] = value
+        self._added_at = self._steps_so_far()
+
+    def __delitem__(self, name: str) -> None:
+        del self._now_added()[name]
 
     def __repr__(self) -> str:
         return repr(dict(self))
 
+    def _now_added(self) -> dict[str, Value]:
+        # Asked for rather than forgotten at each step, which would cost each step something.
+        if self._added and self._added_at != self._steps_so_far():
+            self._added.clear()
+        return self._added
+
+    def _steps_so_far(self) -> int:
+        return self._steps_read + len(self.steps)
+
     def read(self) -> None:
         """Moves what stands in the totals here, and sets them back to zero."""
+        self._examples_read, self._steps_read = self.examples, self._steps_so_far()
         steps = collections.Counter(self.steps)
         self.steps.clear()
         examples: collections.Counter[Totals] = collections.Counter()

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import inspect
 import numbers
 import reprlib
@@ -32,6 +32,7 @@ from handloom._progress import Progress
 from handloom._reporting import ReportingStep
 from handloom._sample_weight import check_weights, weighed_at, weights_in
 from handloom._seed import seed_run
+from handloom._trained import trained
 from handloom.callbacks import JSONLogger
 from handloom.callbacks._display import progress_display
 from handloom.errors import HandloomWarning, StepError
@@ -67,7 +68,8 @@ def fit(
         epochs: Number of epochs.
         steps_per_epoch: Steps in an epoch; by default one pass over the data. With it, passes follow on each other.
         state: What the step trains, in any structure: `{"model": model, "optimizer": optimizer}`. Callbacks find the
-            first model in it as `self.model`.
+            model in it as `self.model`; several models (or layers and variables alone) as one model that has each
+            under its name; the optimizer as `self.model.optimizer`, several as `self.model.optimizer[name]`.
         validate: A pair `(step, data)`, whose results are reported as `val_...`, or a function without arguments that
             returns such a dict.
         validate_every: When to validate.
@@ -92,19 +94,19 @@ def fit(
     if not isinstance(validate_every, Every):
         raise TypeError(f"validate_every takes a time such as hl.every(epochs=1); received {validate_every!r}.")
     seed_run(seed, state)
-    model = _model_in(state)
-    return train(
-        reporting(step),
-        feed_for(step, data, training=True),
-        model=model,
-        epochs=epochs,
-        steps_per_epoch=steps_per_epoch,
-        validation=_validation(validate, model),
-        validate_every=validate_every,
-        callbacks=callbacks,
-        run_dir=run_dir,
-        verbose=verbose,
-    )
+    with trained(state) as model:
+        return train(
+            reporting(step),
+            feed_for(step, data, training=True),
+            model=model,
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            validation=_validation(validate, model),
+            validate_every=validate_every,
+            callbacks=callbacks,
+            run_dir=run_dir,
+            verbose=verbose,
+        )
 
 
 def train(
@@ -163,7 +165,7 @@ def train(
                     break
             step.end_epoch()
             progress.end_epoch()
-            results = dict(logs)
+            results = logs.reported()
             results.update(validations.if_due(progress))
             hooks.on_epoch_end(epoch, results)
         finish()
@@ -189,7 +191,7 @@ def evaluate(
         hooks.on_test_batch_end(index, step.logs)
         if model.stop_evaluating:
             break
-    results = dict(step.logs)
+    results = step.logs.reported()
     hooks.on_test_end(results)
     return results
 
@@ -303,11 +305,18 @@ def _validation(validate: Any, model: Any) -> Validation | None:
         step, feed = reporting(validate[0]), feed_for(*validate)
         return lambda hooks: evaluate(step, feed, hooks=hooks, model=model)
     if callable(validate):
-        return lambda _: _checked_results(validate())
+        return functools.partial(_asked, validate)
     raise StepError(
         "validate takes a pair (step, data), or a function without arguments that returns a dict of numbers; received "
         f"{reprlib.repr(validate)} (of type {type(validate).__name__})."
     )
+
+
+def _asked(validate: Callable[[], Any], hooks: Callbacks) -> dict[str, Value]:
+    hooks.on_test_begin({})
+    results = _checked_results(validate())
+    hooks.on_test_end(results)
+    return results
 
 
 def _checked_results(results: Any) -> dict[str, Value]:
@@ -317,24 +326,6 @@ def _checked_results(results: Any) -> dict[str, Value]:
             f"{results!r}."
         )
     return {str(name): float(ops.convert_to_numpy(value)) for name, value in results.items()}
-
-
-@dataclasses.dataclass
-class _Nobody:
-    """Stands for the model of callbacks where a plain step names none."""
-
-    stop_training: bool = False
-    stop_evaluating: bool = False
-    optimizer: Any = None
-    history: Any = None
-    _initial_epoch: int | None = None
-
-
-def _model_in(state: Any) -> Any:
-    leaves = optree.tree_leaves(state)
-    models = [leaf for leaf in leaves if isinstance(leaf, keras.Model)]
-    optimizers = [leaf for leaf in leaves if isinstance(leaf, keras.optimizers.Optimizer)]
-    return models[0] if models else _Nobody(optimizer=optimizers[0] if optimizers else None)
 
 
 def _writers(run_dir: str | Path | None) -> list[keras.callbacks.Callback]:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 import operator
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -155,6 +156,12 @@ class ReportingStep:
 
     def _take_new(self, batch: Any) -> None:
         """Takes a step on a batch unlike the last one."""
+        begun, versions = time.perf_counter(), len(self.function.traces)
+        self._take_any(batch)
+        if len(self.function.traces) != versions:  # Backends compile when a version is made, or when it first runs.
+            self.logs.seconds_compiling += time.perf_counter() - begun
+
+    def _take_any(self, batch: Any) -> None:
         version, tensors = self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
         if not version.compiled:
             report = version.rebuild(version.run(tensors))

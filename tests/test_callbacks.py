@@ -215,6 +215,34 @@ def test_callbacks_of_a_plain_step_find_the_model_in_its_state():
     assert diary.model is made
 
 
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_train_batch_begin", "on_train_batch_end"])
+def test_weights_written_in_a_hook_count_in_the_next_step_of_a_plain_step(hook, eagerly):
+    weight = keras.Variable(1.0, trainable=False)
+    written = []
+
+    def write(*_):
+        if not written:
+            written.append(True)
+            weight.assign(5.0)
+
+    def add_one(x):
+        before = ops.copy(weight.value)
+        weight.assign(weight + 1)
+        return {"before": before}
+
+    callback = keras.callbacks.Callback()
+    setattr(callback, hook, write)
+    feed = hl.Feed(X[:3], batch_size=3)
+    history = hl.fit(add_one, feed, epochs=2, state=weight, callbacks=[callback], verbose=0).history
+    assert history["before"] == ([1, 5] if hook == "on_train_batch_end" else [5, 6])
+
+
+def test_validation_by_a_function_calls_the_hooks_of_a_test_too():
+    diary = Diary()
+    run(diary, validate=lambda: {"loss": 1.0})
+    assert diary.entries[-4:] == ["test begins", "test ends", "epoch 0 ends", "train ends"]
+
+
 def test_callbacks_of_a_step_without_a_model_can_still_stop_it():
     class Stop(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):

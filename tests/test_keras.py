@@ -311,3 +311,9 @@ def test_a_backend_that_is_none_of_ours_is_named_with_those_that_are(backend):
     message = said(backend, hidden=["openvino"])
     assert message.startswith(f"Handloom runs on jax, tensorflow, torch; Keras is set to '{backend}'.")
     assert "KERAS_BACKEND=jax" in message
+
+
+def test_a_metric_says_which_way_is_better():
+    assert _keras.direction_of(keras.metrics.BinaryAccuracy()) == "up"
+    assert _keras.direction_of(keras.metrics.MeanSquaredError()) == "down"
+    assert _keras.direction_of(keras.metrics.Mean()) is None

@@ -167,3 +167,56 @@ def test_sums_read_by_a_callback_are_of_double_precision():
     values = np.array([2.0**30] + [1.0] * 9, "float32")
     history = hl.fit(means, hl.Feed(values, batch_size=1), callbacks=[Watcher()], verbose=0).history
     assert history["mean"] == [(2.0**30 + 9) / 10]
+
+
+# ------------------------------------------------------- what callbacks write
+
+
+def fit_with(*hooks, **options):
+    """Calls functions of the logs after each step."""
+    heard = [lambda batch, logs, hook=hook: hook(logs) for hook in hooks]
+    listeners = [keras.callbacks.LambdaCallback(on_train_batch_end=hear) for hear in heard]
+    return hl.fit(means, hl.Feed(X, batch_size=4), callbacks=listeners, verbose=0, **options).history
+
+
+def test_what_a_callback_writes_those_after_it_see_until_the_next_step(eagerly):
+    before, after = [], []
+
+    def write(logs):
+        before.append(dict(logs))
+        logs["twice"] = 2 * logs["mean"]
+        logs.update(mean=-1.0)
+
+    history = fit_with(write, lambda logs: after.append(dict(logs)))
+    assert before == [{"mean": 1.5}, {"mean": 3.5}, {"mean": 4.5}]
+    assert after == [{"mean": -1.0, "twice": value} for value in (3.0, 7.0, 9.0)]
+    assert history == {"mean": [4.5]}
+
+
+def test_what_was_written_can_be_taken_back():
+    seen = []
+
+    def write(logs):
+        logs["extra"] = 1.0
+        seen.append((len(logs), logs.pop("extra"), "extra" in logs, len(logs)))
+        with pytest.raises(KeyError):
+            del logs["mean"]
+
+    fit_with(write)
+    assert seen == [(2, 1.0, False, 1)] * 3
+
+
+def test_examples_are_counted_without_reading(eagerly):
+    counts = []
+    fit_with(lambda logs: counts.append((logs.examples, len(logs.steps))), epochs=2)
+    assert counts == [(4, 1), (8, 2), (10, 3)] * 2
+    counts.clear()
+    fit_with(lambda logs: logs["mean"], lambda logs: counts.append((logs.examples, len(logs.steps))))
+    assert counts == [(4, 0), (8, 0), (10, 0)]
+
+
+def test_compiling_has_its_time_and_known_steps_none():
+    seconds = []
+    fit_with(lambda logs: seconds.append(logs.seconds_compiling), epochs=2)
+    assert 0 < seconds[0] == seconds[1] < seconds[2]  # The last batch is a smaller one.
+    assert seconds[3:] == [0, 0, 0]

@@ -1,7 +1,29 @@
-"""Callbacks that Handloom adds to Keras's own, all of which work unchanged."""
+"""Callbacks: Keras's own, all of which work unchanged, mended where they need it; and some more."""
 
+from handloom.callbacks._csv_logger import CSVLogger as CSVLogger
 from handloom.callbacks._display import EpochLines as EpochLines
 from handloom.callbacks._display import ProgressBar as ProgressBar
+from handloom.callbacks._early_stopping import EarlyStopping as EarlyStopping
 from handloom.callbacks._json_logger import JSONLogger as JSONLogger
+from handloom.callbacks._learning_rate_scheduler import LearningRateScheduler as LearningRateScheduler
+from handloom.callbacks._reduce_lr_on_plateau import ReduceLROnPlateau as ReduceLROnPlateau
+from handloom.callbacks._state import callback_state as callback_state
+from handloom.callbacks._state import restore_callback as restore_callback
+from handloom.callbacks._stop_on_non_finite import StopOnNonFinite as StopOnNonFinite
+from handloom.callbacks._tensorboard import TensorBoard as TensorBoard
+from handloom.callbacks._throughput import Throughput as Throughput
 
-__all__ = ["EpochLines", "JSONLogger", "ProgressBar"]
+__all__ = [
+    "CSVLogger",
+    "EarlyStopping",
+    "EpochLines",
+    "JSONLogger",
+    "LearningRateScheduler",
+    "ProgressBar",
+    "ReduceLROnPlateau",
+    "StopOnNonFinite",
+    "TensorBoard",
+    "Throughput",
+    "callback_state",
+    "restore_callback",
+]

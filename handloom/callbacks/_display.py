@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from handloom._keras import keras
+from handloom.callbacks._state import Stateful
 
 _REFRESH_SECONDS = 0.1
 
@@ -55,7 +56,7 @@ class _Clock:
         return f"{shown}, {_duration((self._end - self._done) / speed)} left"
 
 
-class ProgressBar(keras.callbacks.Callback):
+class ProgressBar(Stateful, keras.callbacks.Callback):
     """A bar with the values so far, steps a second and the time left, refreshed ten times a second.
 
     Between two refreshes it does not look at the values, so that nothing waits for the device.
@@ -151,7 +152,7 @@ class ProgressBar(keras.callbacks.Callback):
         self._take_down()
 
 
-class EpochLines(keras.callbacks.Callback):
+class EpochLines(Stateful, keras.callbacks.Callback):
     """One line for each epoch: for logs in a file."""
 
     def __init__(self) -> None:

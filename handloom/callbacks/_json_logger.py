@@ -12,11 +12,10 @@ from typing import Any, TextIO
 import numpy as np
 
 from handloom._every import Every, every
-from handloom._keras import keras
-from handloom._progress import Progress
+from handloom.callbacks._periodic import Periodic
 
 
-class JSONLogger(keras.callbacks.Callback):
+class JSONLogger(Periodic):
     """Writes what is reported as JSON lines.
 
     A line holds `epoch` (from 0), `step` (steps taken in this run), `seconds` (since it began) and the reported
@@ -29,30 +28,15 @@ class JSONLogger(keras.callbacks.Callback):
     """
 
     def __init__(self, path: str | Path, every: Every = every(epochs=1)) -> None:
-        super().__init__()
-        self._path, self._every = Path(path), every
-        self._progress = Progress()
+        super().__init__(every)
+        self._path = Path(path)
         self._file: TextIO | None = None
-        self._written = time.perf_counter()
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        super().on_train_begin(logs)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a", encoding="utf-8")
-        self._progress = Progress()
-        self._begun = self._written = time.perf_counter()
-
-    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._progress.advance()
-        if self._every.epochs is None and self._every.due(self._progress, time.perf_counter() - self._written):
-            self._write(self._progress.epoch, logs)
-
-    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._progress.epoch, self._progress.batch = epoch, 0
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._progress.end_epoch()
-        if self._every.epochs is None or self._every.due(self._progress):
-            self._write(epoch, logs)
+        self._begun = time.perf_counter()
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         self.close()
@@ -63,11 +47,29 @@ class JSONLogger(keras.callbacks.Callback):
             self._file.close()
             self._file = None
 
-    def _write(self, epoch: int, logs: Mapping[str, Any] | None) -> None:
+    def state(self) -> dict[str, Any]:
+        """What the callback carries between hooks, as JSON values."""
+        seconds = time.perf_counter() - self._begun
+        return super().state() | {"seconds": seconds, "bytes": self._path.stat().st_size}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from there, without the lines written since; to be called after `on_train_begin`."""
+        super().restore(state)
+        if self._file is not None and self._path.stat().st_size > state["bytes"]:
+            self._file.truncate(state["bytes"])
+        self._begun = time.perf_counter() - state["seconds"]
+
+    def within_epoch(self, logs: Mapping[str, Any]) -> None:
+        self._write(self.progress.epoch, logs)
+
+    def end_of_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
+        self._write(epoch, logs)
+
+    def _write(self, epoch: int, logs: Mapping[str, Any]) -> None:
         assert self._file is not None
-        self._written = time.perf_counter()
-        where = {"epoch": epoch, "step": self._progress.step, "seconds": round(self._written - self._begun, 3)}
-        line = where | {name: _plain(value) for name, value in (logs or {}).items()}
+        seconds = round(time.perf_counter() - self._begun, 3)
+        line = {"epoch": epoch, "step": self.progress.step, "seconds": seconds}
+        line |= {name: _plain(value) for name, value in logs.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 

@@ -57,6 +57,11 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         """The optimizers, in the order given."""
         yield from self._by_name.values()
 
+    @property
+    def optimizers(self) -> list[keras.Optimizer]:
+        """The optimizers, where Keras's own callbacks look for several."""
+        return list(self._by_name.values())
+
     def with_each(self, change: Callable[[keras.Optimizer], keras.Optimizer]) -> NamedOptimizers:
         """The same names, for what a function makes of each optimizer."""
         changed = {name: change(optimizer) for name, optimizer in self._by_name.items()}

@@ -1,0 +1,89 @@
+"""Sets learning rates by a function of the epoch or the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from handloom._every import Every, every
+from handloom._keras import keras
+from handloom.callbacks._rates import Rates, takes_rate
+from handloom.callbacks._state import Stateful
+
+ops = keras.ops
+
+
+class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
+    """Sets the learning rate by a function, before epochs or before steps.
+
+    Keras's own, with these differences: it can act before steps too; it works with optimizers by name, each by its own
+    rate, and around others; the schedule may return any number, also a tensor; an error within the schedule is not
+    taken for a wish to be called with the epoch alone.
+
+    The rate at the end of each epoch is reported as `learning_rate`, or `learning_rate_<name>` of optimizers by name.
+
+    Args:
+        schedule: Takes the number of the epoch or step to come (from 0) and the present rate, or only the number.
+            Returns the rate from then on.
+        verbose: 1 to print when it acts.
+        every: When to ask the schedule: `hl.every(epochs=1)` before each epoch, `hl.every(steps=10)` before the
+            steps 0, 10, 20, ... of the run.
+        optimizer: Of several optimizers by name, the one whose rate to set; all by default.
+
+    Raises:
+        ValueError: If `every` counts seconds: a run would not repeat. If the schedule returns no number.
+        OptimizerError: When training begins, if there is no such optimizer, or its rate follows a schedule.
+
+    Example:
+        `LearningRateScheduler(lambda step, rate: 0.999 * rate, every=hl.every(steps=1), optimizer="generator")`
+    """
+
+    carries = ("step",)
+
+    def __init__(
+        self,
+        schedule: Callable[..., Any],
+        verbose: int = 0,
+        every: Every = every(epochs=1),
+        optimizer: str | None = None,
+    ) -> None:
+        super().__init__(schedule, verbose)
+        if not isinstance(every, Every) or every.seconds is not None:
+            raise ValueError(f"every takes hl.every(epochs=...) or hl.every(steps=...); received {every!r}.")
+        self.every, self.optimizer = every, optimizer
+        self.step = 0
+        self._takes_rate = takes_rate(schedule)
+        if every.steps is not None:  # Only then is there anything to do at each step.
+            self.on_train_batch_begin = self._before_step
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        self.step = 0
+        self._rates = Rates(self.model, self.optimizer)
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        if self.every.epochs is not None and epoch % self.every.epochs == 0:
+            self._ask("Epoch", epoch)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if logs is not None:
+            logs.update(self._rates.labelled())
+
+    def _before_step(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        assert self.every.steps is not None
+        if self.step % self.every.steps == 0:
+            self._ask("Step", self.step)
+        self.step += 1
+
+    def _ask(self, unit: str, number: int) -> None:
+        for name, rate in self._rates.items():
+            answer = self.schedule(number, rate) if self._takes_rate else self.schedule(number)
+            self._rates[name] = new = _number(answer)
+            if self.verbose:
+                print(f"{unit} {number}: setting the learning rate{name and f' of {name}'} to {new:.4g}")
+
+
+def _number(answer: Any) -> float:
+    try:
+        return float(ops.convert_to_numpy(answer))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"A schedule must return the learning rate as a number; it returned {answer!r}.") from error

@@ -1,0 +1,62 @@
+"""How fast it goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from handloom._keras import keras
+from handloom.callbacks._state import Stateful
+
+
+class Throughput(Stateful, keras.callbacks.Callback):
+    """Adds to the reports of each epoch how fast it was.
+
+    `steps_per_second` and `examples_per_second` (the first axis of the first array in a batch) are over the time of
+    training alone, without validation and without compiling. `data_wait` is the share of that time, from 0 to 1, in
+    which the loop waited for its next batch; a backend that computes while Python goes on may have been busy
+    meanwhile. The clock is read at each step, the device never: at the end of the epoch its results are there.
+
+    The callbacks after this one, the history, the log and the display see these values; give it first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps = 0
+        self._logs: Any = None
+        self._begin()
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._begin()
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._waited += time.perf_counter() - self._ready
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._steps += 1
+        self._logs = logs
+        self._ready = time.perf_counter()
+
+    def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        self._test_begun = time.perf_counter()
+
+    def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        validating = time.perf_counter() - self._test_begun
+        # As if the epoch, and the wait for the next batch, had begun that much later.
+        self._begun += validating
+        self._ready += validating
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if logs is None or not self._steps:
+            return
+        compiling = getattr(self._logs, "seconds_compiling", 0.0)
+        seconds = max(time.perf_counter() - self._begun - compiling, 1e-9)
+        logs["steps_per_second"] = self._steps / seconds
+        if hasattr(self._logs, "examples"):  # Keras's own loop does not count them.
+            logs["examples_per_second"] = self._logs.examples / seconds
+        logs["data_wait"] = min(self._waited / seconds, 1.0)
+
+    def _begin(self) -> None:
+        self._begun = self._ready = self._test_begun = time.perf_counter()
+        self._steps, self._waited, self._logs = 0, 0.0, None

@@ -1,0 +1,33 @@
+"""What tests of callbacks share."""
+
+import keras
+import pytest
+
+from handloom._logs import Logs
+
+
+class Reads(keras.callbacks.Callback):
+    """Notes before which steps of an epoch the logs had been read, for which the device must be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.before_step = False, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.read = False
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.before_step.append(self.read)
+        self.read = False
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    noting, original = Reads(), Logs.read
+
+    def read(self):
+        noting.read = True
+        original(self)
+
+    monkeypatch.setattr(Logs, "read", read)
+    return noting
