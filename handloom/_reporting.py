@@ -220,7 +220,7 @@ class _Results:
         divisor = self._divided.of(returned)
         # By the examples, or by the weights given, as everything. But a loss that Keras computed from weights was not
         # always divided by them.
-        if divisor is not None and divisor.by != "nothing" and self._weight is not None and not is_result:
+        if divisor is not None and self._weight is not None and not is_result:
             by = divisor.value if divisor.by == "weights" else self._examples
             self._ratios[name] = _times(self._scalar(name, value), by)
             return
