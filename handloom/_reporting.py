@@ -278,7 +278,7 @@ class _Results:
         divisor = self._divided.of(returned)
         # By the examples, or by the weights given, as everything. But a loss that Keras computed from weights was not
         # always divided by them.
-        if divisor is not None and divisor.by != "nothing" and self._weight is not None:
+        if divisor is not None and self._weight is not None:
             by_weights = divisor.by == "weights"
             self._ratios[name] = _times(self._scalar(name, value), divisor.value if by_weights else self._examples)
             self._reductions[name] = f"mean over {'sample weights' if by_weights else 'examples'}"

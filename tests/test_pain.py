@@ -9,6 +9,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
+from handloom.optimizers import Accumulated, Averaged, ClipByGlobalNorm, Transformed, averaged_weights
 
 EXAMPLES, BATCH, PENALTY, RATE = 80, 32, 0.1, 0.1
 
@@ -229,15 +230,21 @@ def test_compute_loss_with_a_regularizer_works_in_a_step_where_keras_on_jax_call
 # ---------------------------------------------------------------- mixed float16
 
 
-def learned_in_float16(base, step):
-    """The error of a small network after some epochs under mixed float16."""
+def half_precise(base, step, optimizer, policy="mixed_float16"):
+    """A small network that computes in half precision."""
     start = np.random.default_rng(1)
-    keras.config.set_dtype_policy("mixed_float16")
+    keras.config.set_dtype_policy(policy)
     inputs = keras.Input((3,))
     outputs = layers.Dense(1, dtype="float32")(layers.Dense(16, "tanh")(inputs))
-    model = type("Float16", (step, base), {})(inputs, outputs)
+    model = type("HalfPrecise", (step, base), {})(inputs, outputs)
     model.set_weights([start.normal(scale=0.5, size=weight.shape) for weight in model.get_weights()])
-    model.compile(keras.optimizers.SGD(RATE), loss="mse")
+    model.compile(optimizer, loss="mse")
+    return model
+
+
+def learned_in_float16(base, step, optimizer=None, policy="mixed_float16"):
+    """The error of a small network after some epochs under mixed float16."""
+    model = half_precise(base, step, optimizer or keras.optimizers.SGD(RATE), policy)
     fitted(model, epochs=8)
     return np.mean((ops.convert_to_numpy(model(X)) - Y) ** 2)
 
@@ -260,7 +267,134 @@ def test_a_step_in_any_manner_learns_as_the_default_step_does_in_float16(manner,
     np.testing.assert_allclose(learned_in_float16(hl.Model, manner), by_default, rtol=0.05)
 
 
-# ----------------------------------------------------- optimizers, and fit again
+@pytest.mark.parametrize(
+    ("policy", "make"),
+    [
+        ("mixed_float16", lambda: keras.optimizers.Adam(0.03)),
+        ("mixed_bfloat16", lambda: keras.optimizers.SGD(RATE)),
+    ],
+    ids=["float16, Adam", "bfloat16, SGD"],
+)
+def test_an_own_step_learns_in_half_precision_as_keras_does_by_default(policy, make):
+    by_default = learned_in_float16(keras.Model, DefaultStep, make(), policy)
+    assert by_default < 0.5 * np.var(Y)
+    np.testing.assert_allclose(learned_in_float16(hl.Model, OwnStep, make(), policy), by_default, rtol=0.05)
+
+
+def test_in_bfloat16_no_loss_is_scaled():
+    optimizer = keras.optimizers.SGD(RATE)
+    assert half_precise(hl.Model, OwnStep, optimizer, "mixed_bfloat16").optimizer is optimizer
+
+
+def test_an_own_step_that_overflows_is_skipped_to_the_bit_and_halves_the_scale():
+    model = half_precise(hl.Model, OwnStep, keras.optimizers.Adam(0.03))
+    fitted(model)
+    before, optimizer = model.get_weights(), model.optimizer
+    slots = [ops.convert_to_numpy(slot) for slot in optimizer.inner_optimizer.variables]
+    scale, updates = float(optimizer.dynamic_scale), int(optimizer.iterations)
+    model.fit(X[:BATCH], 1e30 * Y[:BATCH], batch_size=BATCH, verbose=0)
+    for weight, now in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(now, weight)
+    for slot, now in zip(slots, optimizer.inner_optimizer.variables, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(now), slot)
+    assert float(optimizer.dynamic_scale) == scale / 2
+    fitted(model, batch_size=EXAMPLES)
+    assert int(optimizer.iterations) == updates + 1
+    assert np.any(model.get_weights()[0] != before[0])
+
+
+# ----------------------------------------- optimizers, averages, and weights of examples
+
+
+def number(variable):
+    return float(ops.convert_to_numpy(variable))
+
+
+def pulled(variables, by):
+    """The gradients of a loss that pulls each variable by a constant."""
+    return [ops.full(variable.shape, pull) for variable, pull in zip(variables, by, strict=True)]
+
+
+def test_a_global_norm_is_that_of_all_where_keras_clips_each_optimizer_by_its_own():
+    class Two(hl.Model):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = keras.Variable(0.0, name="left"), keras.Variable(0.0, name="right")
+
+        def train_step(self, data):
+            return {"loss": self.minimize(lambda: 3 * self.left + 4 * self.right)}
+
+    variables = [keras.Variable(0.0), keras.Variable(0.0)]
+    clipping = keras.optimizers.MultiOptimizer(lambda variable: keras.optimizers.SGD(1.0, global_clipnorm=1.0))
+    clipping.build(variables)
+    clipping.apply(pulled(variables, by=(3.0, 4.0)), variables)
+    np.testing.assert_allclose([number(variable) for variable in variables], [-1.0, -1.0], rtol=1e-6)
+
+    model = Two()
+    by_name = {"left": keras.optimizers.SGD(1.0), "right": keras.optimizers.SGD(1.0)}
+    model.compile(Transformed(by_name, [ClipByGlobalNorm(1.0)]))
+    model.fit(X[:1], verbose=0)
+    np.testing.assert_allclose([number(model.left), number(model.right)], [-0.6, -0.8], rtol=1e-6)
+
+
+def test_averages_count_updates_where_keras_counts_the_steps_that_only_accumulate(eagerly):
+    def averaged(weights, start):
+        for weight in weights:
+            start = 0.9 * start + 0.1 * weight
+        return start
+
+    after_updates = [9.0, 8.0, 7.0, 6.0]  # One down by each update of four gradients of one.
+    of_updates = averaged(after_updates[1:], start=9.0)
+    of_steps = averaged([9, 9, 9, 8, 8, 8, 8, 7, 7, 7, 7, 6], start=9.0)
+    assert [round(average, 3) for average in (of_updates, of_steps)] == [8.439, 7.878]
+
+    weight = keras.Variable(10.0)
+    options = {"use_ema": True, "ema_momentum": 0.9, "gradient_accumulation_steps": 4}
+    optimizer = keras.optimizers.SGD(1.0, **options)
+    for _ in range(16):
+        optimizer.apply(pulled([weight], by=[1.0]), [weight])
+    assert number(weight) == 6.0
+    optimizer.finalize_variable_values([weight])
+    np.testing.assert_allclose(number(weight), of_steps, rtol=1e-5)
+
+    weight, optimizer = keras.Variable(10.0), Accumulated(Averaged(keras.optimizers.SGD(1.0), 0.9), 4)
+    step = hl.function(lambda: hl.minimize(lambda: weight + 0.0, weight, optimizer))
+    for _ in range(16):
+        step()
+    assert number(weight) == 6.0
+    with averaged_weights(optimizer):
+        np.testing.assert_allclose(number(weight), of_updates, rtol=1e-6)
+
+
+OFF = np.array([[0.0], [0.0], [0.0], [4.0]], "float32")
+ONLY_THE_LAST = np.array([0.0, 0.0, 0.0, 1.0], "float32")
+
+
+def evaluated(base, loss):
+    """The one error of four examples, of which the last alone has a weight, as it is reported."""
+    inputs = keras.Input((1,))
+    model = base(inputs, layers.Identity()(inputs))
+    model.compile(loss=loss, metrics=["mae"], weighted_metrics=[keras.metrics.MeanAbsoluteError(name="weighted")])
+    found = model.evaluate(OFF, np.zeros_like(OFF), sample_weight=ONLY_THE_LAST, return_dict=True, verbose=0)
+    return model, [found[name] for name in ("loss", "weighted", "mae")]
+
+
+def test_one_error_is_reported_three_ways_as_in_keras_and_it_is_said_why():
+    model, found = evaluated(hl.Model, "mae")
+    assert found == evaluated(keras.Model, "mae")[1] == [1.0, 4.0, 1.0]
+    [why] = model.explain().notes
+    assert "divided by the number of examples" in why
+    assert "reduction='mean_with_sample_weight'" in why
+
+
+def test_a_loss_divided_by_its_weights_is_the_weighted_metric():
+    loss = keras.losses.MeanAbsoluteError(reduction="mean_with_sample_weight")
+    model, found = evaluated(hl.Model, loss)
+    assert found == [4.0, 4.0, 1.0]
+    assert model.explain().notes == ()
+
+
+# ------------------------------------------------- optimizers that take turns, and fit again
 
 
 def test_optimizers_take_turns_where_keras_wants_gradients_for_all_variables():

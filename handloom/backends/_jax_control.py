@@ -38,7 +38,7 @@ class _Branch:
     def __init__(self, fn: Callable[[], Any]) -> None:
         self._fn = fn
         with Scope() as scope:
-            jax.eval_shape(fn)
+            jax.eval_shape(lambda: [fn()])  # A new function each time: one that it knows JAX does not run again.
         self.written = scope.written
 
     def giving(self, variables: Sequence[Variable]) -> Callable[[], tuple[Any, list[Tensor]]]:

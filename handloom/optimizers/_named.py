@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from handloom._keras import Layer, Tensor, Variable, keras, trained_by
 from handloom.errors import OptimizerError
 from handloom.optimizers._loss_scale import apply_unscaled
 
 REST = "*"
+
+Chooser: TypeAlias = Callable[[int, Variable], bool]
+"""Whether an optimizer owns the variable at this place among a model's weights."""
 
 
 @keras.saving.register_keras_serializable("handloom")
@@ -32,7 +35,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
     def __init__(self, optimizers: Mapping[str, keras.Optimizer], name: str = "named_optimizers") -> None:
         super().__init__(learning_rate=0.0, name=name)
         pairs = {key: value if isinstance(value, tuple) else (None, value) for key, value in optimizers.items()}
-        self._predicates = {key: predicate for key, (predicate, _) in pairs.items() if predicate is not None}
+        self._chosen = {key: _by_path(predicate) for key, (predicate, _) in pairs.items() if predicate is not None}
         self._by_name = {key: _optimizer(key, optimizer) for key, (_, optimizer) in pairs.items()}
         if not self._by_name:
             raise OptimizerError('No optimizer was given. For example: optimizer={"generator": "adam", "*": "sgd"}.')
@@ -72,15 +75,19 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         """Takes the names as attributes of this model from now on."""
         self._model = weakref.ref(model)  # Keras follows attributes when it saves; the model holds this optimizer.
 
+    def _attached(self) -> Layer:
+        model = self._model()
+        if model is None:
+            raise OptimizerError("Several optimizers by name belong to a model: pass them to its compile().")
+        return model
+
     def owners(self) -> dict[str, list[Variable]]:
         """Who owns what: for each name, the trainable variables the model has there now.
 
         Raises:
             OptimizerError: If a name is no attribute of the model, or a variable has two owners or none.
         """
-        model = self._model()
-        if model is None:
-            raise OptimizerError("Several optimizers by name belong to a model: pass them to its compile().")
+        model = self._attached()
         owners = {name: self._variables_of(model, name) for name in self._by_name if name != REST}
         names: dict[int, str] = {}
         for name, variables in owners.items():
@@ -103,10 +110,15 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         return {name: owners[name] for name in self._by_name}
 
     def _variables_of(self, model: Layer, name: str) -> list[Variable]:
-        predicate = self._predicates.get(name)
-        if predicate is None:
+        if name not in self._chosen:
             return _variables_at(model, name)
-        return [variable for variable in model.trainable_variables if predicate(variable.path)]
+        trained = set(map(id, model.trainable_variables))
+        return [variable for _, variable in self._choice(model, name) if id(variable) in trained]
+
+    def _choice(self, model: Layer, name: str) -> list[tuple[int, Variable]]:
+        """What a predicate chooses among the weights of a model, trained or not, and at which places they are."""
+        is_chosen = self._chosen[name]
+        return [(place, variable) for place, variable in enumerate(model.weights) if is_chosen(place, variable)]
 
     def split(self, variables: Sequence[Variable]) -> list[tuple[keras.Optimizer, list[Variable]]]:
         """The variables in groups, each with its owner, which is built for all that it owns."""
@@ -162,16 +174,17 @@ class NamedOptimizers(keras.optimizers.Optimizer):
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
         optimizers = {name: serialize(value) for name, value in self._by_name.items()}
-        # A predicate is code, which no file holds; what it chose is kept.
-        chosen = {name: [variable.path for variable in self.owners()[name]] for name in self._predicates}
-        return {"name": self.name, "optimizers": optimizers, "paths": chosen}
+        # A predicate is code, which no file holds. What it chose is kept, by place: paths may be others after loading.
+        places = {name: [place for place, _ in self._choice(self._attached(), name)] for name in self._chosen}
+        return {"name": self.name, "optimizers": optimizers, "places": places}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> NamedOptimizers:
         deserialize = keras.saving.deserialize_keras_object
         optimizers = {name: deserialize(value, custom_objects) for name, value in config["optimizers"].items()}
-        chosen = {name: (frozenset(paths).__contains__, optimizers[name]) for name, paths in config["paths"].items()}
-        return cls(optimizers | chosen, name=config["name"])
+        loaded = cls(optimizers, name=config["name"])
+        loaded._chosen.update({name: _by_place(places) for name, places in config["places"].items()})
+        return loaded
 
 
 def as_optimizer(optimizer: Any) -> keras.Optimizer:
@@ -186,6 +199,14 @@ def _optimizer(name: str, optimizer: Any) -> keras.Optimizer:
         return keras.optimizers.get(optimizer)
     except ValueError as error:
         raise OptimizerError(f"optimizer={{{name!r}: {optimizer!r}}}: {error}") from error
+
+
+def _by_path(predicate: Callable[[str], bool]) -> Chooser:
+    return lambda _, variable: predicate(variable.path)
+
+
+def _by_place(places: Sequence[int]) -> Chooser:
+    return lambda place, _: place in places
 
 
 def _build(optimizer: keras.Optimizer, variables: Sequence[Variable]) -> None:

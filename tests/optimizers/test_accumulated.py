@@ -7,7 +7,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import HandloomWarning
-from handloom.optimizers import Accumulated, Averaged, ClipByGlobalNorm, Transformed
+from handloom.optimizers import Accumulated, Averaged, ClipByGlobalNorm, Transformed, averaged_weights
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(26, 4)).astype("float32")
@@ -54,20 +54,54 @@ def test_op_by_op_too():
     same_weights(small, big)
 
 
-def test_a_masked_loss_counts_by_its_tokens():
-    tokens = np.where(np.arange(6) < RANDOM.integers(1, 7, size=(10, 1)), RANDOM.integers(1, 9, size=(10, 6)), 0)
-    targets = RANDOM.normal(size=(10, 6, 1)).astype("float32")
+# Of each optimizer a window that is no whole part of the 11 steps.
+windows = pytest.mark.parametrize(("kind", "steps"), [("SGD", 2), ("momentum", 3), ("Adam", 8)])
 
-    def model(optimizer):
-        keras.utils.set_random_seed(0)
-        made = hl.Model([keras.Input((6,), dtype="int32"), layers.Embedding(9, 3, mask_zero=True), layers.Dense(1)])
-        made.compile(optimizer, "mse")
-        return made
+SENTENCES = np.where(np.arange(6) < RANDOM.integers(1, 7, size=(22, 1)), RANDOM.integers(1, 9, size=(22, 6)), 0)
+TARGETS = RANDOM.normal(size=(22, 6, 1)).astype("float32")
+TOKEN_WEIGHTS = RANDOM.uniform(0, 2, size=(22, 6)).astype("float32")
 
-    big, small = model(keras.optimizers.SGD(0.1)), model(Accumulated(keras.optimizers.SGD(0.1), 5))
-    big.fit(tokens, targets, batch_size=10, epochs=2, shuffle=False, verbose=0)
-    small.fit(tokens, targets, batch_size=2, epochs=2, shuffle=False, verbose=0)
+
+def tagger(optimizer, loss="mse", base=hl.Model, masks=True):
+    keras.utils.set_random_seed(0)
+    model = base([keras.Input((6,), dtype="int32"), layers.Embedding(9, 3, mask_zero=masks), layers.Dense(1)])
+    model.compile(optimizer, loss)
+    return model
+
+
+def trained_on_sentences(kind, steps, make, **options):
+    """A model of whole windows and one that gathers them; the last window is shorter."""
+    big, small = make(OPTIMIZERS[kind]()), make(Accumulated(OPTIMIZERS[kind](), steps))
+    for model, batch_size in ((big, 2 * steps), (small, 2)):
+        model.fit(SENTENCES, TARGETS, batch_size=batch_size, epochs=2, shuffle=False, verbose=0, **options)
     same_weights(small, big)
+
+
+@windows
+def test_a_masked_loss_counts_by_its_tokens(kind, steps):
+    trained_on_sentences(kind, steps, tagger)
+
+
+def test_a_masked_loss_divided_by_the_weights_of_its_tokens_counts_by_them():
+    loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
+    trained_on_sentences("Adam", 3, lambda optimizer: tagger(optimizer, loss), sample_weight=TOKEN_WEIGHTS)
+
+
+class ByToken(hl.Model):
+    """A step whose loss is a mean over tokens, of its own making."""
+
+    def train_step(self, data):
+        tokens, targets = data
+        there = ops.cast(ops.not_equal(tokens, 0), "float32")[..., None]
+        count = ops.sum(there)
+        loss_fn = lambda: ops.sum(there * (self(tokens, training=True) - targets) ** 2) / count  # noqa: E731
+        loss = hl.minimize(loss_fn, self, self.optimizer, weight=count)
+        return {"loss": (loss * count, count)}
+
+
+@windows
+def test_an_own_mean_over_tokens_counts_by_the_weight_that_it_names(kind, steps):
+    trained_on_sentences(kind, steps, lambda optimizer: tagger(optimizer, base=ByToken, masks=False))
 
 
 def test_a_loss_divided_by_its_weights_counts_by_them():
@@ -129,6 +163,34 @@ def test_averages_count_updates_not_steps():
     assert int(small.optimizer.inner_optimizer.contributions.value) == 4
     averages = [model.evaluate(X, Y, weights="ema", verbose=0) for model in (big, small)]
     np.testing.assert_allclose(averages[0], averages[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("decay", "steps"), [(0.5, 2), (None, 3), (0.5, 8)])
+def test_averaged_weights_equal_those_of_the_big_batch(decay, steps):
+    momentum = lambda: Averaged(keras.optimizers.SGD(0.02, momentum=0.9), decay)  # noqa: E731
+    big, small = net(momentum()), net(Accumulated(momentum(), steps))
+    for model, batch_size in ((big, 4 * steps), (small, 4)):
+        model.fit(X, Y, batch_size=batch_size, epochs=2, shuffle=False, verbose=0)
+    with averaged_weights(big), averaged_weights(small):
+        same_weights(small, big)
+
+
+def test_metrics_and_logs_of_batches_are_those_without_it():
+    class EachBatch(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.seen = []
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.seen.append(dict(logs))
+
+    found = []
+    for optimizer in (keras.optimizers.SGD(0.0), Accumulated(keras.optimizers.SGD(0.0), 3)):
+        model, each = net(optimizer), EachBatch()
+        model.compile(optimizer, "mse", metrics=["mae"])
+        history = model.fit(X, Y, batch_size=4, epochs=2, shuffle=False, callbacks=[each], verbose=0).history
+        found.append((history, each.seen))
+    assert found[0] == found[1]
+    assert len(found[0][1]) == 2 * 7
 
 
 def test_averages_around_it_are_refused_with_the_cure():

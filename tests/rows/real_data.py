@@ -1,6 +1,6 @@
 """Real data that scikit-learn carries, in the shape that the rows want it."""
 
-from sklearn.datasets import load_diabetes, load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 
 
 def digits():
@@ -14,3 +14,10 @@ def diabetes():
     x, y = load_diabetes(return_X_y=True)
     standard = [(array - array.mean(axis=0)) / array.std(axis=0) for array in (x, y[:, None])]
     return tuple(array.astype("float32") for array in standard)
+
+
+def tumours():
+    """569 tumours by 30 measurements, each of mean 0 and variance 1, and which of them are malignant."""
+    measured, benign = load_breast_cancer(return_X_y=True)
+    standard = (measured - measured.mean(axis=0)) / measured.std(axis=0)
+    return standard.astype("float32"), (1 - benign).astype("int32")

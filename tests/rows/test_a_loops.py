@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 import handloom as hl
 from handloom.callbacks import ProgressBar
 from tests.rows import curves
-from tests.rows.real_data import diabetes, digits
+from tests.rows.real_data import diabetes, digits, tumours
 
 
 def softmax(logits):
@@ -295,6 +295,106 @@ def test_a8_a_learning_rate_changed_in_the_loop_counts_at_once_without_a_retrace
     assert len(train_step.traces) == 1
 
 
+def imbalanced_tumours():
+    """Tumours to train on of which hardly any is malignant, and others to test on."""
+    x, malignant = tumours()
+    places = [np.flatnonzero(malignant == kind) for kind in (0, 1)]
+    chosen = np.concatenate([places[0][:200], places[1][:6]])
+    chosen = np.random.default_rng(0).permutation(chosen)
+    rest = np.setdiff1d(np.arange(len(x)), chosen)
+    return (x[chosen], malignant[chosen]), (x[rest], malignant[rest])
+
+
+class TumourDetector:
+    """A body that stays as it is, a head that is trained, and how much each class counts."""
+
+    def __init__(self):
+        keras.utils.set_random_seed(0)
+        self.body, self.head = layers.Dense(16, "tanh"), layers.Dense(1)
+        self.model = keras.Sequential([keras.Input((30,)), self.body, self.head])
+        self.optimizer = keras.optimizers.SGD(0.2)
+        self.seen = keras.Variable([0.0, 0.0], trainable=False)
+        self.class_weights = keras.Variable([1.0, 1.0], trainable=False)
+
+    def train_step(self, x, malignant):
+        def loss_fn():
+            logits = self.model(x, training=True)[:, 0]
+            losses = ops.softplus(logits) - logits * ops.cast(malignant, "float32")
+            return ops.mean(losses * ops.take(self.class_weights, malignant))
+
+        loss, gradients = hl.value_and_grad(loss_fn, wrt=self.model)()
+        self.optimizer.apply(gradients[2:], self.head.trainable_variables)
+        self.seen.assign_add(ops.sum(ops.one_hot(malignant, 2), axis=0))
+        return {"loss": loss}
+
+    def weigh(self):
+        """As in `class_weight="balanced"` of scikit-learn, by what was seen so far."""
+        self.class_weights.assign(ops.sum(self.seen) / (2 * ops.maximum(self.seen, 1.0)))
+
+    def recall(self, x, malignant):
+        found = ops.convert_to_numpy(self.model(x))[:, 0] > 0
+        return found[malignant == 1].mean()
+
+
+def never(detector):
+    return detector.train_step, ()
+
+
+def in_the_step(detector):
+    def step(x, malignant):
+        detector.weigh()
+        return detector.train_step(x, malignant)
+
+    return step, ()
+
+
+def in_a_callback(detector):
+    weigh = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: detector.weigh())
+    return detector.train_step, (weigh,)
+
+
+def detector_trained(recompute):
+    train, _ = imbalanced_tumours()
+    detector = TumourDetector()
+    step, callbacks = recompute(detector)
+    hl.fit(step, hl.Feed(train, batch_size=32), epochs=10, callbacks=callbacks, verbose=0)
+    return detector
+
+
+@pytest.mark.parametrize("recompute", [in_the_step, in_a_callback])
+def test_a9_class_weights_recomputed_from_what_was_seen_raise_the_rare_classs_recall(recompute):
+    (_, malignant), test = imbalanced_tumours()
+    detector = detector_trained(recompute)
+    np.testing.assert_array_equal(detector.seen, 10 * np.bincount(malignant))
+    balanced = len(malignant) / (2 * np.bincount(malignant))
+    # In the step they are one batch behind.
+    np.testing.assert_allclose(detector.class_weights, balanced, rtol=0.05 if recompute is in_the_step else 1e-6)
+    assert detector.recall(*test) > detector_trained(never).recall(*test) + 0.1
+
+
+def test_a9_the_update_by_the_class_weights_of_the_moment_is_that_of_numpy(eagerly):
+    (x, malignant), _ = imbalanced_tumours()
+    detector = TumourDetector()
+    step, _ = in_the_step(detector)
+    step, seen = hl.function(step), np.zeros(2)
+    for batch in (slice(0, 40), slice(40, 90), slice(90, 206)):
+        w1, b1, w2, b2 = detector.model.get_weights()
+        hidden, rare = np.tanh(x[batch] @ w1 + b1), malignant[batch]
+        weights = seen.sum() / (2 * np.maximum(seen, 1))
+        slope = weights[rare] * (sigmoid((hidden @ w2 + b2)[:, 0]) - rare) / len(rare)
+        step(x[batch], rare)
+        found = detector.model.get_weights()
+        np.testing.assert_allclose(found[2], w2 - 0.2 * hidden.T @ slope[:, None], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found[3], b2 - 0.2 * slope.sum(), rtol=1e-4, atol=1e-6)
+        seen += np.bincount(rare, minlength=2)
+
+
+def test_a9_the_rest_of_the_weights_stays_to_the_bit():
+    untrained, trained = TumourDetector(), detector_trained(in_the_step)
+    for index, (one, other) in enumerate(zip(untrained.model.get_weights(), trained.model.get_weights(), strict=True)):
+        assert np.array_equal(one, other) == (index < 2)
+
+
 def nadam_by_hand(x, y, kernel, steps, rate, penalty):
     """Linear regression with an l2 penalty and no negative weights, by Nadam (Dozat, 2016): losses, then kernels."""
     kernel, mean, square, product = kernel.astype("float64"), 0.0, 0.0, 1.0
@@ -477,3 +577,99 @@ def test_a12_each_optimizer_moves_only_its_own_network(still, eagerly):
     for name, weights in before.items():
         for weight, now in zip(weights, getattr(gan, name).get_weights(), strict=True):
             assert np.array_equal(weight, now) == (name == still)
+
+
+BINS = 4
+
+
+def crossed_tumours():
+    """Measurements; and as sparse features the bins of the first six, crossed in pairs and hashed. And labels."""
+    x, malignant = tumours()
+    edges = np.quantile(x[:, :6], [0.25, 0.5, 0.75], axis=0)
+    bins = (x[:, None, :6] > edges).sum(axis=1)
+    cross = layers.HashedCrossing(num_bins=BINS**2, output_mode="one_hot")
+    pairs = [(bins[:, [left]], bins[:, [right]]) for left, right in zip(*np.triu_indices(6, k=1), strict=True)]
+    crossings = [ops.convert_to_numpy(cross(pair)) for pair in pairs]
+    return {"deep": x, "wide": np.concatenate(crossings, axis=1).astype("float32")}, malignant[:, None]
+
+
+def test_a13_of_each_crossing_of_bins_one_feature_holds():
+    inputs, _ = crossed_tumours()
+    assert inputs["wide"].shape == (569, 15 * BINS**2)
+    np.testing.assert_array_equal(inputs["wide"].sum(axis=1), 15)
+
+
+class WideAndDeep(hl.Model):
+    def __init__(self):
+        super().__init__()
+        self.wide = layers.Dense(1, use_bias=False, kernel_initializer="zeros")
+        self.deep = keras.Sequential([layers.Dense(8, "tanh"), layers.Dense(1)])
+
+    def call(self, inputs):
+        return self.wide(inputs["wide"]) + self.deep(inputs["deep"])
+
+
+def wide_and_deep():
+    inputs, malignant = crossed_tumours()
+    model = WideAndDeep()
+    model.compile(
+        optimizer={
+            "wide": keras.optimizers.Ftrl(0.1, l1_regularization_strength=0.05),
+            "deep": keras.optimizers.Adam(0.01),
+        },
+        loss=keras.losses.BinaryCrossentropy(from_logits=True),
+        metrics=[keras.metrics.BinaryAccuracy(threshold=0.0, name="accuracy")],
+    )
+    model({name: array[:1] for name, array in inputs.items()})
+    return model, inputs, malignant
+
+
+def ftrl_by_hand(weight, gradient, total, linear, rate=0.1, l1=0.05):
+    """One update of follow the regularized leader (McMahan et al., 2013): weight, total and linear after it."""
+    news = total + gradient**2
+    linear = linear + gradient - (np.sqrt(news) - np.sqrt(total)) / rate * weight
+    return (np.clip(linear, -l1, l1) - linear) / (np.sqrt(news) / rate), news, linear
+
+
+def adam_by_hand(weight, gradient, mean, square, step, rate=0.01):
+    mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+    rate *= np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+    return weight - rate * mean / (np.sqrt(square) + 1e-7), mean, square
+
+
+def test_a13_the_wide_path_moves_by_ftrl_and_the_deep_one_by_adam(eagerly):
+    model, inputs, malignant = wide_and_deep()
+    wide, *deep = (weight.astype("float64") for weight in model.get_weights())
+    slots, total, linear = [(0.0, 0.0)] * 4, np.full_like(wide, 0.1), np.zeros_like(wide)
+    for step in range(1, 6):
+        w1, b1, w2, b2 = deep
+        hidden = np.tanh(inputs["deep"] @ w1 + b1)
+        slope = (sigmoid(inputs["wide"] @ wide + hidden @ w2 + b2) - malignant) / len(malignant)
+        inner = slope @ w2.T * (1 - hidden**2)
+        gradients = [inputs["deep"].T @ inner, inner.sum(axis=0), hidden.T @ slope, slope.sum(axis=0)]
+        wide, total, linear = ftrl_by_hand(wide, inputs["wide"].T @ slope, total, linear)
+        moved = [adam_by_hand(*part, step) for part in zip(deep, gradients, *zip(*slots, strict=True), strict=True)]
+        deep, slots = [part[0] for part in moved], [part[1:] for part in moved]
+        model.train_on_batch(inputs, malignant)
+        for found, expected in zip(model.get_weights(), [wide, *deep], strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    unused = (wide == 0).mean()
+    assert 0.1 < unused < 0.9  # The penalty of Ftrl keeps some of the wide weights at nothing, and only those.
+
+
+@pytest.mark.parametrize("still", ["wide", "deep"])
+def test_a13_each_path_moves_under_its_own_optimizer(still, eagerly):
+    model, inputs, malignant = wide_and_deep()
+    model.optimizer[still].learning_rate = 1e-30  # Ftrl takes no 0.
+    before = {name: getattr(model, name).get_weights() for name in ("wide", "deep")}
+    model.train_on_batch(inputs, malignant)
+    for name, weights in before.items():
+        after = getattr(model, name).get_weights()
+        moved = [not np.allclose(*pair, atol=1e-20) for pair in zip(weights, after, strict=True)]
+        assert moved == len(weights) * [name != still]
+    assert [int(optimizer.iterations) for optimizer in model.optimizer.values()] == [1, 1]
+
+
+def test_a13_wide_and_deep_together_learn():
+    model, inputs, malignant = wide_and_deep()
+    assert model.fit(inputs, malignant, epochs=5, verbose=0).history["accuracy"][-1] > 0.95

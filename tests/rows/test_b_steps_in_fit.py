@@ -1,12 +1,17 @@
 """Rows B: own steps inside `fit`."""
 
+import csv
+import json
+
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 
 import handloom as hl
+from handloom.callbacks import JSONLogger
 from handloom.errors import OptimizerError
+from handloom.optimizers import Accumulated
 from handloom.report import frechet_distance
 from tests.rows.real_data import diabetes, digits
 
@@ -282,3 +287,185 @@ def test_b5_a_gan_with_its_own_compile_draws_more_and_more_like_the_data():
     assert list(history) == ["d_loss", "g_loss"]
     assert all(np.isfinite(value) and value > 0 for [value] in history.values())
     assert distance() < 0.7 * before
+
+
+class EveryHook(keras.callbacks.Callback):
+    """Writes down every call of a hook, with its number and its logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def hook(*args, **kwargs):
+            *number, logs = [*args, *kwargs.values()]
+            # What callbacks add themselves Keras has forgotten by the end of training.
+            logs = {name: value for name, value in (logs or {}).items() if name != "learning_rate"}
+            self.calls.append((name, *number, logs))
+
+        return hook
+
+
+class DefaultStep(hl.Model):
+    """The default step, of Handloom."""
+
+
+class BareLoss(hl.Model):
+    """A step that returns its loss as it is."""
+
+    def train_step(self, data):
+        x, y = data
+
+        def loss_fn():
+            y_pred = self(x, training=True)
+            return ops.mean((y_pred - y) ** 2), y_pred
+
+        loss, y_pred = self.minimize(loss_fn, has_aux=True)
+        return self.compute_metrics(x, y, y_pred) | {"loss": loss}
+
+
+def watched_run(base, folder, **options):
+    """A run with all kinds of callbacks; returns all that is left of it."""
+    x, y = diabetes()
+    model = base([keras.Input((10,)), linear()])
+    model.compile(keras.optimizers.SGD(RATE, momentum=0.9), loss="mse", metrics=["mae"], **options)
+    hooks = EveryHook()
+    folder.mkdir()
+    callbacks = [
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
+        keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.5, patience=1),
+        keras.callbacks.EarlyStopping(monitor="val_loss", patience=3, restore_best_weights=True),
+        keras.callbacks.ModelCheckpoint(folder / "best.weights.h5", save_best_only=True, save_weights_only=True),
+        keras.callbacks.TerminateOnNaN(),
+        keras.callbacks.CSVLogger(folder / "log.csv"),
+        JSONLogger(folder / "log.jsonl"),
+        hooks,
+    ]
+    data = {"x": x[:300], "y": y[:300], "validation_data": (x[300:], y[300:])}
+    history = model.fit(**data, batch_size=64, epochs=20, shuffle=False, callbacks=callbacks, verbose=0)
+    final = model.get_weights()
+    model.load_weights(folder / "best.weights.h5")
+    return {
+        "history": history.history,
+        "epochs": history.epoch,
+        "hooks": hooks.calls,
+        "weights": final,
+        "best weights": model.get_weights(),
+        "csv": [{name: float(value) for name, value in row.items()} for row in rows_of(folder / "log.csv")],
+        "json": [without_times(line) for line in (folder / "log.jsonl").read_text().splitlines()],
+    }
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def without_times(line):
+    return {name: value for name, value in json.loads(line).items() if name not in ("seconds", "time")}
+
+
+def assert_the_same(found, expected):
+    """The same names, numbers, and values but for rounding."""
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        assert_the_same(list(found.values()), list(expected.values()))
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_the_same(one, other)
+    elif isinstance(expected, str):
+        assert found == expected
+    else:
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    return watched_run(DefaultStep, tmp_path_factory.mktemp("default") / "run")
+
+
+@pytest.mark.parametrize("base", [keras.Sequential, OwnStep, BareLoss], ids=["Keras", "own", "bare loss"])
+def test_b6_callbacks_lose_nothing_with_an_own_step(base, default_run, tmp_path):
+    found = watched_run(base, tmp_path / "run")
+    assert 3 < len(found["epochs"]) < 20  # Stopped early.
+    for name, expected in default_run.items():
+        assert_the_same(found[name], expected)
+
+
+def test_b6_steps_asked_to_be_fused_lose_nothing(default_run, tmp_path):
+    assert_the_same(watched_run(OwnStep, tmp_path / "run", steps_per_execution=3), default_run)
+
+
+# 442 patients in batches of 16: windows of 5, then one of 3, the last batch of it smaller.
+BATCH, WINDOW = 16, 5
+
+
+def plain_step(model, optimizer, data, batch_size):
+    """Trains by `hl.fit`, with a plain function as the step; returns what is reported."""
+
+    def step(x, y):
+        return {"loss": hl.minimize(lambda: ops.mean((model(x, training=True) - y) ** 2), model, optimizer)}
+
+    return hl.fit(step, hl.Feed(data, batch_size=batch_size), epochs=2, verbose=0).history
+
+
+def models_step(model, optimizer, data, batch_size):
+    model.compile(optimizer, loss="mse")
+    return model.fit(*data, batch_size=batch_size, epochs=2, shuffle=False, verbose=0).history
+
+
+@pytest.mark.parametrize("train", [plain_step, models_step])
+def test_b7_accumulation_in_an_own_step_equals_the_big_batch_in_numpy(train, eagerly):
+    data = diabetes()
+    model, optimizer = BareLoss([keras.Input((10,)), linear()]), Accumulated(keras.optimizers.SGD(RATE), WINDOW)
+    history = train(model, optimizer, data, BATCH)
+    errors, weights = regression_by_hand(*data, epochs=2, batch_size=WINDOW * BATCH)
+    for found, expected in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(history["loss"], (errors**2).mean(axis=1), rtol=1e-4)
+    assert int(optimizer.iterations) == 2 * 6
+
+
+@pytest.mark.parametrize(
+    "inner", [lambda: keras.optimizers.SGD(0.02, momentum=0.9), lambda: keras.optimizers.Adam(0.01)]
+)
+@pytest.mark.parametrize("train", [plain_step, models_step])
+def test_b7_accumulation_in_an_own_step_equals_an_own_step_on_big_batches(train, inner):
+    models = []
+    for optimizer, batch_size in ((inner(), WINDOW * BATCH), (Accumulated(inner(), WINDOW), BATCH)):
+        keras.utils.set_random_seed(0)
+        models.append(BareLoss([keras.Input((10,)), layers.Dense(8, "tanh"), layers.Dense(1)]))
+        train(models[-1], optimizer, diabetes(), batch_size)
+    for one, other in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+class Pair(hl.Model):
+    """Two linear regressions by two optimizers, one after the other in a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = linear(), linear()
+
+    def train_step(self, data):
+        x, y = data
+        return {
+            "left": self.minimize(lambda: ops.mean((self.left(x) - y) ** 2), wrt=self.left),
+            "right": self.minimize(lambda: ops.mean((self.right(x) - y) ** 2), wrt=self.right),
+        }
+
+
+def test_b7_two_optimizers_of_one_step_gather_over_windows_of_their_own(eagerly):
+    x, y = diabetes()
+    model = Pair()
+    sgd = keras.optimizers.SGD
+    model.compile({"left": Accumulated(sgd(RATE), 2), "right": Accumulated(sgd(RATE), WINDOW)})
+    model.fit(x, y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
+    for layer, window in ((model.left, 2), (model.right, WINDOW)):
+        _, weights = regression_by_hand(x, y, epochs=2, batch_size=window * BATCH)
+        for found, expected in zip(layer.get_weights(), weights, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
