@@ -7,7 +7,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import OptimizerError
-from handloom.optimizers import Averaged, LossScaleOptimizer, averaged_weights
+from handloom.optimizers import Averaged, LossScaleOptimizer, UpdateEvery, averaged_weights
 
 
 def trained(optimizer, steps):
@@ -39,6 +39,16 @@ def test_a_plain_mean_from_a_start_at_a_pace():
     optimizer = Averaged(keras.optimizers.SGD(0.1), decay=None, start=2, every=3)
     weight, seen = trained(optimizer, 7)
     np.testing.assert_allclose(average(optimizer, weight), np.mean([seen[2], seen[5]]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.5, None], ids=["exponential", "plain"])
+def test_steps_that_make_no_update_contribute_nothing(decay):
+    optimizer = Averaged(UpdateEvery(keras.optimizers.SGD(0.1), 2), decay)
+    weight, seen = trained(optimizer, 7)
+    first, second, third = seen[1::2]
+    expected = np.mean([first, second, third]) if decay is None else (first + second) / 4 + third / 2
+    np.testing.assert_allclose(average(optimizer, weight), expected, rtol=1e-6)
+    assert int(optimizer.contributions.value) == 3
 
 
 def test_the_live_weights_stay_to_the_bit_even_after_an_error():

@@ -171,6 +171,7 @@ def test_what_a_predicate_chose_is_saved_a_second_time(tmp_path):
 def test_what_a_predicate_chose_is_saved_though_it_is_frozen(tmp_path):
     model = stack({"biases": (lambda path: path.endswith("bias"), SGD(0.1)), "*": SGD(0.1)})
     model.first.trainable = False
+    assert owned(model) == {"biases": [3, 5], "*": [2, 4]}
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     loaded.first.trainable = True

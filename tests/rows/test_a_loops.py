@@ -372,7 +372,7 @@ def test_a9_class_weights_recomputed_from_what_was_seen_raise_the_rare_classs_re
     assert detector.recall(*test) > detector_trained(never).recall(*test) + 0.1
 
 
-def test_a9_the_update_by_the_class_weights_of_the_moment_is_that_of_numpy(eagerly):
+def test_a9_the_update_by_the_class_weights_of_the_moment_is_that_of_numpy():
     (x, malignant), _ = imbalanced_tumours()
     detector = TumourDetector()
     step, _ = in_the_step(detector)
@@ -637,7 +637,7 @@ def adam_by_hand(weight, gradient, mean, square, step, rate=0.01):
     return weight - rate * mean / (np.sqrt(square) + 1e-7), mean, square
 
 
-def test_a13_the_wide_path_moves_by_ftrl_and_the_deep_one_by_adam(eagerly):
+def test_a13_the_wide_path_moves_by_ftrl_and_the_deep_one_by_adam():
     model, inputs, malignant = wide_and_deep()
     wide, *deep = (weight.astype("float64") for weight in model.get_weights())
     slots, total, linear = [(0.0, 0.0)] * 4, np.full_like(wide, 0.1), np.zeros_like(wide)
@@ -658,7 +658,7 @@ def test_a13_the_wide_path_moves_by_ftrl_and_the_deep_one_by_adam(eagerly):
 
 
 @pytest.mark.parametrize("still", ["wide", "deep"])
-def test_a13_each_path_moves_under_its_own_optimizer(still, eagerly):
+def test_a13_each_path_moves_under_its_own_optimizer(still):
     model, inputs, malignant = wide_and_deep()
     model.optimizer[still].learning_rate = 1e-30  # Ftrl takes no 0.
     before = {name: getattr(model, name).get_weights() for name in ("wide", "deep")}

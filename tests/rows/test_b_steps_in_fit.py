@@ -431,7 +431,9 @@ def test_b7_accumulation_in_an_own_step_equals_the_big_batch_in_numpy(train, eag
 
 
 @pytest.mark.parametrize(
-    "inner", [lambda: keras.optimizers.SGD(0.02, momentum=0.9), lambda: keras.optimizers.Adam(0.01)]
+    "inner",
+    [lambda: keras.optimizers.SGD(0.02, momentum=0.9), lambda: keras.optimizers.Adam(0.01)],
+    ids=["momentum", "Adam"],
 )
 @pytest.mark.parametrize("train", [plain_step, models_step])
 def test_b7_accumulation_in_an_own_step_equals_an_own_step_on_big_batches(train, inner):

@@ -1,0 +1,155 @@
+"""One number wherever it is shown: history, logs of callbacks, files, and displays, to the last digit they print."""
+
+import csv
+import io
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from rich.console import Console
+
+import handloom as hl
+from handloom.callbacks import EpochLines, ProgressBar
+
+RANDOM = np.random.default_rng(0)
+X, Y = RANDOM.normal(size=(2, 70, 1)).astype("float32")
+WEIGHT = RANDOM.uniform(0, 3, 70).astype("float32")
+NAMES = ["loss", "scalar", "weighted", "pair", "metric", "result", "tiny"]
+
+
+def values_of_all_kinds():
+    """A function of a batch that gives one value of each kind that can be reported."""
+    metric, result = keras.metrics.MeanAbsoluteError(name="metric"), keras.metrics.MeanSquaredError(name="result")
+
+    def values(x, y, weight):
+        metric.update_state(y, x)
+        result.update_state(y, x, sample_weight=weight)
+        squares = (x - y)[:, 0] ** 2
+        return {
+            "scalar": ops.mean(x),
+            "weighted": ops.sum(squares * weight) / ops.sum(weight),
+            "pair": (ops.sum(squares * weight), ops.sum(weight)),
+            "metric": metric,
+            "result": result.result(),
+            "tiny": 1e-5 * ops.mean(squares),
+        }
+
+    return values
+
+
+class Everything(hl.Model):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.values_of = values_of_all_kinds()
+
+    def train_step(self, data):
+        x, y, weight = data
+        loss = self.minimize(lambda: self.compute_loss(y=y, y_pred=self(x, training=True), sample_weight=weight))
+        return {"loss": loss} | self.values_of(x, y, weight)
+
+
+def by_model(callbacks, epochs, run_dir):
+    inputs = keras.Input((1,))
+    model = Everything(inputs, layers.Dense(1)(inputs))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    options = {"batch_size": 32, "shuffle": False, "verbose": 0}
+    return model.fit(X, Y, sample_weight=WEIGHT, callbacks=callbacks, epochs=epochs, run_dir=run_dir, **options)
+
+
+def by_step(callbacks, epochs, run_dir):
+    layer, optimizer = layers.Dense(1), keras.optimizers.SGD(0.1)
+    layer.build((None, 1))
+    values_of = values_of_all_kinds()
+
+    def step(x, y, sample_weight):
+        loss = hl.minimize(lambda: ops.mean((layer(x) - y) ** 2), layer, optimizer)
+        return {"loss": loss} | values_of(x, y, sample_weight)
+
+    feed = hl.Feed((X, Y, WEIGHT), batch_size=32)
+    return hl.fit(step, feed, callbacks=callbacks, epochs=epochs, run_dir=run_dir, verbose=0)
+
+
+class Seen(keras.callbacks.Callback):
+    """The logs at the end of each epoch, and after its last batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_batches, self.of_epochs = [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 2:
+            self.of_batches.append({name: logs[name] for name in NAMES})
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.of_epochs.append(dict(logs))
+
+
+def shown_in(text):
+    """The numbers after the names, as text, at each epoch's last showing."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    showings = [dict(re.findall(r"(\w+) (-?[\d.]+(?:e-?\d+)?)(?=\s|$)", line)) for line in re.split(r"[\r\n]+", text)]
+    return [{name: showing[name] for name in NAMES} for showing in showings if set(NAMES) <= set(showing)]
+
+
+@pytest.mark.parametrize("fit", [by_model, by_step])
+def test_a_value_is_the_same_everywhere(fit, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=240)
+    seen = Seen()
+    callbacks = [
+        seen,
+        ProgressBar(terminal),
+        EpochLines(),  # After the bar is taken down, which otherwise would have them above it.
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+    ]
+    history = fit(callbacks, 3, tmp_path / "run").history
+
+    assert list(history) == NAMES
+    epochs = [dict(zip(NAMES, values, strict=True)) for values in zip(*history.values(), strict=True)]
+    assert seen.of_epochs == epochs
+    assert seen.of_batches == epochs
+
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [{name: line[name] for name in NAMES} for line in lines] == epochs
+    with (tmp_path / "log.csv").open() as file:
+        assert [{name: float(row[name]) for name in NAMES} for row in csv.DictReader(file)] == epochs
+
+    printed = [
+        {name: f"{value:.4f}" if value >= 1e-3 or value <= -1e-3 else f"{value:.4g}" for name, value in epoch.items()}
+        for epoch in epochs
+    ]
+    assert shown_in(capsys.readouterr().out) == printed
+    in_the_bar = shown_in(terminal.file.getvalue())
+    assert in_the_bar[-1] == printed[-1]
+    assert all(epoch in in_the_bar for epoch in printed)
+
+
+@pytest.mark.parametrize("fit", [by_model, by_step])
+def test_it_is_that_of_numpy(fit):
+    found = fit([], 1, None).history
+    squares = (X - Y)[:, 0].astype("float64") ** 2
+    expected = {
+        "weighted": np.average(squares, weights=WEIGHT),
+        "pair": np.average(squares, weights=WEIGHT),
+        "metric": np.abs(X - Y).mean(),
+        "result": np.average(squares, weights=WEIGHT),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], [value], rtol=1e-5, err_msg=name)
+
+
+def test_evaluate_gives_what_its_callbacks_see():
+    seen = []
+    inputs = keras.Input((1,))
+    model = hl.Model(inputs, layers.Identity()(inputs))
+    model.compile(loss="mse", metrics=["mae"], weighted_metrics=["mse"])
+    watch = keras.callbacks.LambdaCallback()
+    watch.on_test_end = lambda logs=None: seen.append(dict(logs))
+    options = {"sample_weight": WEIGHT, "batch_size": 32, "callbacks": [watch], "verbose": 0}
+    as_dict = model.evaluate(X, Y, return_dict=True, **options)
+    as_list = model.evaluate(X, Y, **options)
+    assert seen == [as_dict, as_dict]
+    assert as_list == list(as_dict.values())
