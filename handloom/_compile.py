@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from handloom._keras import keras
+from handloom._keras import keras, trained_by
 from handloom._model_steps import parts_built
 from handloom.errors import OptimizerError
 from handloom.optimizers import Accumulated, LossScaleOptimizer, NamedOptimizers
@@ -51,11 +51,19 @@ def compiled_optimizer(model: keras.Model) -> keras.Optimizer:
     return optimizer
 
 
+def build(optimizer: keras.Optimizer, model: keras.Model) -> None:
+    """Builds an optimizer, with all that it wraps or names, for a model that is built."""
+    optimizer.build(model.trainable_variables)
+    for part in inside(optimizer):
+        if isinstance(part, NamedOptimizers):
+            part.build(model.trainable_variables)
+
+
 def finish_training(model: keras.Model) -> None:
     """What an optimizer does at the end of training: Keras's own put their averages in the place of the weights."""
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
-        optimizer.finalize_variable_values(model.trainable_variables)
+        optimizer.finalize_variable_values(trained_by(optimizer))
 
 
 def _each(optimizer: keras.Optimizer, change: Callable[[keras.Optimizer], keras.Optimizer]) -> keras.Optimizer:

@@ -15,6 +15,7 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 | `Metric._direction`          | whether more of a metric is better, which callbacks that watch it must know |
 | `Model._initial_epoch`       | how `BackupAndRestore` tells the loop where to go on                   |
 | `Optimizer._trainable_variables` | for what `apply` updates when it is told gradients only            |
+| `Optimizer._variables`, `_iterations`, `_learning_rate`, `_tracker` | which variables are slots, to make them anew |
 | `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
 | `global_state`               | has a variable whose initializer failed, and would fail in each later scope |
 | `GLOBAL_SEED_GENERATOR`      | its name there: `set_random_seed` replaces it, but compiled steps hold the one before |
@@ -93,6 +94,7 @@ __all__ = [
     "current_value",
     "default_loss",
     "direction_of",
+    "forget_slots",
     "forget_uninitialized",
     "get_keras_mask",
     "get_stateless_scope",
@@ -105,6 +107,7 @@ __all__ = [
     "seed_generators_of",
     "set_keras_mask",
     "set_loss_tracker",
+    "slots_of",
     "stored_value",
     "take_initial_epoch",
     "trained_by",
@@ -189,6 +192,18 @@ def in_keras_order(model: Layer, logs: dict[str, Any]) -> Any:
 def trained_by(optimizer: keras.Optimizer) -> list[Variable]:
     """The variables that an optimizer was built for."""
     return list(optimizer._trainable_variables)
+
+
+def slots_of(optimizer: keras.Optimizer) -> list[Variable]:
+    """What `build` made for an optimizer itself, not for one inside it."""
+    others = (optimizer._iterations, optimizer._learning_rate)
+    return [variable for variable in optimizer._variables if not any(variable is other for other in others)]
+
+
+def forget_slots(optimizer: keras.Optimizer) -> None:
+    """Has an optimizer count its slots no longer among its variables."""
+    for slot in slots_of(optimizer):
+        optimizer._tracker.untrack(slot)
 
 
 def take_initial_epoch(model: Any) -> int:

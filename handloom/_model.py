@@ -11,6 +11,7 @@ from typing import Any, cast
 from handloom import _loop
 from handloom._callbacks import Callbacks
 from handloom._compile import attach, compiled_optimizer, finish_training, prepared
+from handloom._compile import build as build_optimizer
 from handloom._data import Feed
 from handloom._every import Every, every
 from handloom._explain import Explanation, explain, show
@@ -149,7 +150,7 @@ class Model(keras.Model):
             return
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
-            self.optimizer.build(self.trainable_variables)
+            build_optimizer(self.optimizer, self)
 
     # -------------------------------------------------------------------- steps
 

@@ -12,6 +12,7 @@ from handloom._keras import keras, layers_of
 from handloom._reporting import ReportingStep
 from handloom._sample_weight import weighed
 from handloom.errors import StepError
+from handloom.optimizers._extend import extend
 
 Parts: TypeAlias = dict[int, tuple[Any, bool]]
 """What steps are compiled for, and whether it is trained, by id: a part's own as long as the part is kept."""
@@ -68,7 +69,7 @@ class ModelSteps:
         """Within, steps run as the model was compiled: op by op, if with `run_eagerly=True`.
 
         Steps that were compiled for what the model no longer is are forgotten first: for other layers, another
-        optimizer, or to train what by now is frozen.
+        optimizer, or to train what by now is frozen. The optimizer is given slots for what it is to train now.
         """
         outermost, self._running = not self._running, True
         if outermost:
@@ -87,6 +88,9 @@ class ModelSteps:
             self._reporting.clear()
             self._prediction = None
             self._parts = present
+            optimizer = getattr(self._model, "optimizer", None)
+            if optimizer is not None and parts_built(self._model):
+                extend(optimizer, self._model.trainable_variables, self._model.variables)
 
     def _present_parts(self) -> Parts:
         model = self._model

@@ -67,9 +67,9 @@ class NamedOptimizers(keras.optimizers.Optimizer):
 
     def with_each(self, change: Callable[[keras.Optimizer], keras.Optimizer]) -> NamedOptimizers:
         """The same names, for what a function makes of each optimizer."""
-        changed = {name: change(optimizer) for name, optimizer in self._by_name.items()}
-        pairs = {name: (predicate, changed[name]) for name, predicate in self._predicates.items()}
-        return NamedOptimizers(changed | pairs, name=self.name)
+        changed = NamedOptimizers({name: change(own) for name, own in self._by_name.items()}, name=self.name)
+        changed._chosen.update(self._chosen)
+        return changed
 
     def attach(self, model: Layer) -> None:
         """Takes the names as attributes of this model from now on."""

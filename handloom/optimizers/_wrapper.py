@@ -48,6 +48,8 @@ class Wrapper(keras.optimizers.Optimizer):
 
     def build(self, variables: Sequence[Variable]) -> None:
         """Creates the slots for these variables."""
+        if self.built:
+            return
         # Optimizers by name build themselves, each when the layers that it owns are there.
         if not self.inner_optimizer.built and not isinstance(self.inner_optimizer, NamedOptimizers):
             self.inner_optimizer.build(variables)

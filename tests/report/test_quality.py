@@ -66,7 +66,7 @@ def test_of_a_shifted_copy_it_is_the_shift_squared(seed, shift):
 def test_its_unit_is_the_square_of_the_features(one, other, unit):
     expected = unit**2 * frechet_distance(features(one), features(other))
     found = frechet_distance(unit * features(one), unit * features(other))
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)  # The root of a rounding error is in it.
 
 
 def test_it_is_zero_for_the_same_features_also_with_fewer_examples_than_features():
