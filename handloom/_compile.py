@@ -11,6 +11,7 @@ from handloom.errors import OptimizerError
 from handloom.optimizers import Accumulated, LossScaleOptimizer, NamedOptimizers
 from handloom.optimizers._inside import inside
 from handloom.optimizers._named import as_optimizer
+from handloom.optimizers._options import check_options
 
 
 def prepared(optimizer: Any, policy: keras.DTypePolicy, *, auto_scale_loss: bool) -> keras.Optimizer | None:
@@ -20,10 +21,15 @@ def prepared(optimizer: Any, policy: keras.DTypePolicy, *, auto_scale_loss: bool
         optimizer: An optimizer, its name, a dict of several, or `None`.
         policy: The model's dtype policy.
         auto_scale_loss: Whether to scale the loss under the policy `mixed_float16`.
+
+    Raises:
+        OptimizerError: If it has an option that makes no sense.
     """
     if optimizer is None:
         return None
-    changed = _each(as_optimizer(optimizer), _accumulating)
+    optimizer = as_optimizer(optimizer)
+    check_options(optimizer)
+    changed = _each(optimizer, _accumulating)
     return _each(changed, _scaling) if auto_scale_loss and policy.name == "mixed_float16" else changed
 
 

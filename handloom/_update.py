@@ -18,6 +18,7 @@ from handloom.optimizers._accumulated import Accumulated
 from handloom.optimizers._inside import inside
 from handloom.optimizers._loss_scale import apply_unscaled, unscaled
 from handloom.optimizers._named import NamedOptimizers
+from handloom.optimizers._options import check_options
 from handloom.optimizers._wrapper import Wrapper
 
 ops = keras.ops
@@ -137,6 +138,7 @@ def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
             f"minimize() takes a Keras optimizer; received {optimizer!r} (of type {type(optimizer).__name__}). "
             "For example: keras.optimizers.Adam(1e-3)."
         )
+    check_options(optimizer)
     if optimizer.use_ema and optimizer.gradient_accumulation_steps:
         raise OptimizerError(
             f"{type(optimizer).__name__} has use_ema and gradient_accumulation_steps: Keras moves the averages on "

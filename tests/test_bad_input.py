@@ -243,3 +243,40 @@ def test_an_interrupt(way, eagerly):
         way.fit(callbacks=[Interrupt()], epochs=3)
     assert int(way.optimizer.iterations) == 3
     assert_usable(way)
+
+
+# ------------------------------------------------------------------------ optimizers
+
+BAD_OPTIONS = {
+    "clipvalue": {"clipvalue": -1.0},
+    "clipnorm": {"clipnorm": -0.5},
+    "global_clipnorm": {"global_clipnorm": 0.0},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 0},
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_an_option_of_keras_optimizers_that_keras_would_pass_over(name):
+    [value] = BAD_OPTIONS[name].values()
+    words = rf"SGD has {name}={value}: .*leave it out"
+    model, variable = ByModel().model, keras.Variable(1.0)
+    for optimizer in (keras.optimizers.SGD, lambda **bad: {"*": keras.optimizers.SGD(**bad)}):
+        with pytest.raises(OptimizerError, match=words):
+            model.compile(optimizer(**BAD_OPTIONS[name]), "mse")
+    with pytest.raises(OptimizerError, match=words):
+        hl.minimize(lambda: variable * 1.0, variable, keras.optimizers.SGD(**BAD_OPTIONS[name]))
+    model.fit(X, Y, verbose=0)  # By the optimizer that it had.
+
+
+@pytest.mark.parametrize("wrapper", [hl.optimizers.Accumulated, hl.optimizers.UpdateEvery])
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True])
+def test_so_many_steps_to_an_update(wrapper, steps):
+    with pytest.raises(ValueError, match=f"{wrapper.__name__} takes a whole number, at least 1, as steps; received"):
+        wrapper("sgd", steps)
+
+
+@pytest.mark.parametrize("kind", ["ClipByValue", "ClipByNorm", "ClipByGlobalNorm"])
+@pytest.mark.parametrize("limit", [-1.0, 0.0, "1"])
+def test_a_limit_of_clipping(kind, limit):
+    with pytest.raises(ValueError, match=f"{kind} takes a positive limit; received limit="):
+        getattr(hl.optimizers, kind)(limit)
