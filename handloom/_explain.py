@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +22,7 @@ class Owner:
 
     Attributes:
         name: The name it was compiled under; `"*"` for the only one.
-        optimizer: What it is, outermost first: `"Accumulated > Adam"`.
+        optimizer: What it is, with what is around it, outermost first: `"Accumulated > Adam"`.
         learning_rate: At the update to come.
         updates: Updates made so far.
         variables: The paths of its variables.
@@ -57,7 +57,7 @@ class Explanation:
 
 def explain(model: keras.Model, reported: dict[str, dict[str, str]]) -> Explanation:
     """Explains a compiled and built model; see `Model.explain`."""
-    owners = tuple(_owner(name, optimizer, variables) for name, optimizer, variables in _owned(model))
+    owners = tuple(_owners(model))
     frozen = tuple(variable.path for variable in model.non_trainable_weights)
     return Explanation(owners, frozen, reported, (*_notes(model), *_skipped(model)))
 
@@ -80,21 +80,24 @@ def show(explanation: Explanation) -> None:
         console.print(f"- {note}", highlight=False)
 
 
-def _owned(model: keras.Model) -> Iterator[tuple[str, keras.Optimizer, list[Variable]]]:
+def _owners(model: keras.Model) -> Iterator[Owner]:
     optimizer = getattr(model, "optimizer", None)
-    named = next((part for part in inside(optimizer) if isinstance(part, NamedOptimizers)), None)
+    parts = list(inside(optimizer))
+    named = next((part for part in parts if isinstance(part, NamedOptimizers)), None)
     if named is not None:
         for name, variables in named.owners().items():
-            yield name, named[name], variables
+            yield _owner(name, named[name], variables, around=parts[: parts.index(named)])
     elif optimizer is not None:
-        yield "*", optimizer, model.trainable_variables
+        yield _owner("*", optimizer, model.trainable_variables)
 
 
-def _owner(name: str, optimizer: keras.Optimizer, variables: list[Variable]) -> Owner:
+def _owner(
+    name: str, optimizer: keras.Optimizer, variables: list[Variable], around: Sequence[keras.Optimizer] = ()
+) -> Owner:
     parts = list(inside(optimizer))
     return Owner(
         name=name,
-        optimizer=" > ".join(type(part).__name__ for part in parts),
+        optimizer=" > ".join(type(part).__name__ for part in [*around, *parts]),
         learning_rate=float(ops.convert_to_numpy(parts[-1].learning_rate)),
         updates=int(ops.convert_to_numpy(optimizer.iterations)),
         variables=tuple(variable.path for variable in variables),

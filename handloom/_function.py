@@ -8,7 +8,6 @@ import inspect
 import operator
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast, overload
 
@@ -16,11 +15,12 @@ import numpy as np
 import optree
 
 from handloom._keras import Tensor, global_seed_generator, keras
+from handloom._warn import warn
 from handloom._watch import new_variables
 from handloom._weight import step_weight
 from handloom.backends import backend
 from handloom.backends.base import Untraceable
-from handloom.errors import FallbackWarning, HandloomWarning, RetraceWarning, VariableError
+from handloom.errors import FallbackWarning, RetraceWarning, VariableError
 
 Key: TypeAlias = Any
 """What tells two versions of a function apart: structure, shapes and dtypes, static values."""
@@ -192,11 +192,9 @@ class Function:
         return version
 
     def _warn_of_frozen_draws(self) -> None:
-        warnings.warn(
+        warn(
             f"{self.__name__} drew from np.random while it was compiled: those numbers are constants now, the same in "
-            "each step. Use keras.random, which draws anew each time, or draw outside and pass an array.",
-            HandloomWarning,
-            stacklevel=6,
+            "each step. Use keras.random, which draws anew each time, or draw outside and pass an array."
         )
 
     def forget(self, version: Version) -> None:
@@ -211,11 +209,7 @@ class Function:
         if reason in self._reasons_said:
             return
         self._reasons_said.add(reason)
-        warnings.warn(
-            f"{self.__name__} could not be compiled and runs op by op, which is slower ({reason}).",
-            FallbackWarning,
-            stacklevel=4,
-        )
+        warn(f"{self.__name__} could not be compiled and runs op by op, which is slower ({reason}).", FallbackWarning)
 
     def _reason(self, signature: dict[str, str]) -> str:
         if not self._signatures:
@@ -228,13 +222,12 @@ class Function:
             values = {old[name] for old in self._signatures[:-1] if name in old}
             static = sorted({value[1:] for value in {*values, description} if value.startswith("=")})
             if description not in values and description.startswith("=") and len(static) == _MANY_VALUES:
-                warnings.warn(
+                warn(
                     f"{self.__name__} has been compiled for {_MANY_VALUES} values of the argument {name!r}: "
                     f"{', '.join(static)}. "
                     "Python values are static: each new one compiles the function again. If it changes from call to "
                     f"call, pass it as an array, for example np.float32({name}), or keep it in a keras.Variable.",
                     RetraceWarning,
-                    stacklevel=6,
                 )
 
 

@@ -12,7 +12,6 @@ import inspect
 import numbers
 import reprlib
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -33,9 +32,10 @@ from handloom._reporting import ReportingStep
 from handloom._sample_weight import check_weights, weighed_at, weights_in
 from handloom._seed import seed_run
 from handloom._trained import trained
+from handloom._warn import warn
 from handloom.callbacks import JSONLogger
 from handloom.callbacks._display import progress_display
-from handloom.errors import HandloomWarning, StepError
+from handloom.errors import StepError
 
 ops = keras.ops
 
@@ -252,11 +252,9 @@ def _limited(passes: Iterator[Batch], steps: int) -> Iterator[Batch]:
         given += 1
         yield batch
     if given < steps:
-        warnings.warn(
+        warn(
             f"The data ran out after {given} of {steps} steps of an epoch: it can be read only once. Pass a function "
-            "that returns a new iterator each time, or set steps_per_epoch to what there is.",
-            HandloomWarning,
-            stacklevel=3,
+            "that returns a new iterator each time, or set steps_per_epoch to what there is."
         )
 
 
@@ -267,9 +265,7 @@ def _one_pass(feed: Feed, steps: int | None) -> Iterator[Batch]:
         given += 1
         yield batch
     if steps and given < steps:
-        warnings.warn(
-            f"The data ran out after {given} of {steps} steps: it gives no more.", HandloomWarning, stacklevel=3
-        )
+        warn(f"The data ran out after {given} of {steps} steps: it gives no more.")
 
 
 class _Validations:

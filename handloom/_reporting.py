@@ -8,7 +8,6 @@ import inspect
 import logging
 import operator
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -20,6 +19,7 @@ from handloom._keras import Tensor, keras
 from handloom._logs import READ_AFTER, Logs, Report, Totals
 from handloom._loss_tracker import LossTracker
 from handloom._sample_weight import WEIGHTS
+from handloom._warn import warn
 from handloom._watch import (
     Divisors,
     Metrics,
@@ -31,7 +31,7 @@ from handloom._watch import (
 )
 from handloom._weight import Weight
 from handloom.backends import backend
-from handloom.errors import HandloomWarning, StepError
+from handloom.errors import StepError
 from handloom.optimizers._accumulated import Accumulated, windows
 
 ops = keras.ops
@@ -185,7 +185,7 @@ class ReportingStep:
             if name not in self._said_unused:
                 self._said_unused.add(name)
                 cure = next(cure for start, cure in _CURES.items() if name.startswith(start))
-                warnings.warn(f"{self.function.__name__} does not use {name}: {cure}", HandloomWarning, stacklevel=4)
+                warn(f"{self.function.__name__} does not use {name}: {cure}")
 
     def _renew(self, metric: keras.Metric) -> None:
         if self._reset_metrics is None and id(metric) not in self._renewed:

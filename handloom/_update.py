@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from handloom._gradients import Wrt, build, gradients_of_each, scalar, value_and_grad, variables_of, vector
 from handloom._keras import Tensor, Variable, keras, layers_of
+from handloom._warn import warn
 from handloom._watch import divisors, losses_of, note_loss
 from handloom._weight import Divisor, Weight, step_weight, weight_of_step
 from handloom.backends import backend
-from handloom.errors import GradientError, HandloomWarning, OptimizerError
+from handloom.errors import GradientError, OptimizerError
 from handloom.optimizers._accumulated import Accumulated
 from handloom.optimizers._inside import inside
 from handloom.optimizers._loss_scale import apply_unscaled, unscaled
@@ -123,11 +123,9 @@ def _weight(given: Weight | None, divided_by: list[Divisor], optimizer: keras.Op
     if given is not None:
         return given
     if len(divided_by) > 1 and any(isinstance(part, Accumulated) for part in inside(optimizer)):
-        warnings.warn(
+        warn(
             "The loss has parts that are divided by different sums of masks or weights. Gradients gathered over "
-            "several steps then count by examples; to weight them otherwise, pass minimize(..., weight=...).",
-            HandloomWarning,
-            stacklevel=3,
+            "several steps then count by examples; to weight them otherwise, pass minimize(..., weight=...)."
         )
     return divided_by[0].value if len(divided_by) == 1 else weight_of_step()
 
@@ -175,11 +173,9 @@ def _warn_of_underflow(wrt: Wrt) -> None:
     layers = [leaf for leaf in keras.tree.flatten(wrt) if isinstance(leaf, keras.Layer)]
     half = next((inner for layer in layers for inner in layers_of(layer) if inner.compute_dtype == "float16"), None)
     if half is not None:
-        warnings.warn(
+        warn(
             f"The layer {half.name!r} computes in float16, but no optimizer scales the loss: small gradients become "
-            "zero. Wrap the optimizer: handloom.optimizers.LossScaleOptimizer(optimizer).",
-            HandloomWarning,
-            stacklevel=3,
+            "zero. Wrap the optimizer: handloom.optimizers.LossScaleOptimizer(optimizer)."
         )
 
 

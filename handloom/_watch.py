@@ -102,7 +102,8 @@ class Metrics:
         self._updated[id(metric)] = metric
 
     def note_result(self, result: Any, metric: keras.Metric) -> None:
-        self._results.update((id(leaf), (leaf, metric)) for leaf in keras.tree.flatten(result))
+        for leaf in keras.tree.flatten(result):
+            self._results.setdefault(id(leaf), (leaf, metric))  # Of a metric made of others, it is that of the other.
 
     def source(self, tensor: Any) -> keras.Metric | None:
         """The metric whose result a tensor is, if it is one."""

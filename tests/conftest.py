@@ -1,6 +1,7 @@
 """What every test shares. One process tests one backend, the one in KERAS_BACKEND."""
 
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -10,6 +11,11 @@ import pytest
 import handloom as hl
 
 BACKEND = keras.backend.backend()
+
+
+# A shell that runs tests in the background has them ignore Ctrl-C, which some of them are about.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers
 
 import handloom as hl
-from handloom.optimizers import Accumulated
+from handloom.optimizers import Accumulated, Averaged, Transformed
 
 
 class Parts(hl.Model):
@@ -50,3 +50,19 @@ def test_a_loss_that_differs_from_its_metric_is_explained(capsys):
     model.compile("sgd", "mse", weighted_metrics=["mse"])
     model(np.ones((1, 4), "float32"))
     assert any("divided by the number of examples" in note for note in model.explain().notes)
+
+
+def test_what_is_around_all_optimizers_is_told_with_each():
+    model = hl.Sequential([keras.Input((3,)), layers.Dense(2), layers.Dense(1)])
+    model.compile(Transformed({"*": Averaged("adam")}, []), loss="mse")
+    assert model.explain().owners[0].optimizer == "Transformed > Averaged > Adam"
+
+
+def test_compiled_metrics_are_told_one_by_one():
+    model = hl.Sequential([keras.Input((3,)), layers.Dense(1)])
+    model.compile("sgd", loss="mse", metrics=[keras.metrics.MeanAbsoluteError(name="mae")])
+    model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)
+    assert model.explain().reported["train_step"] == {
+        "loss": "mean over examples",
+        "mae": "result of MeanAbsoluteError",
+    }

@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 
 # From the ground up. A module imports from its own layer and those below.
 LAYERS = [
-    {"errors", "_every", "_progress", "_interrupt"},
+    {"errors", "_warn", "_every", "_progress", "_interrupt"},
     {"_keras"},
     {"_weight"},
     {"backends", "_watch", "_loss_tracker"},

@@ -32,6 +32,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
+from handloom._warn import warn
 from handloom.backends._blame import frames_of, needs_a_value
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends._torch_control import traceable_control_flow
@@ -179,7 +180,7 @@ class TorchProgram:
                 reason = str(error).strip().splitlines()[0]
         if reason:
             message = f"Inductor could not compile a step, which runs as a plain graph instead ({reason})."
-            warnings.warn(message, FallbackWarning, stacklevel=2)
+            warn(message, FallbackWarning)
         else:
             self._step, self._guard = kernels, torch.no_grad
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import operator
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from handloom._keras import direction_of, keras
+from handloom._warn import warn
 from handloom.callbacks._state import Stateful
-from handloom.errors import HandloomWarning
 
 _WORST = sys.float_info.max  # And not infinity, which JSON does not have.
 
@@ -64,11 +63,9 @@ class Monitored(Stateful):
         return self.best is None or self.monitor_op(value - self.min_delta, self.best)
 
     def _warn_of_missing(self, when: str, logs: Mapping[str, Any]) -> None:
-        warnings.warn(
+        warn(
             f"{type(self).__name__} watches {self.monitor!r}, which was reported {when}, and does nothing without it. "
-            f"Reported were {', '.join(map(repr, logs)) or 'no values'}; choose one of them: monitor=...",
-            HandloomWarning,
-            stacklevel=4,
+            f"Reported were {', '.join(map(repr, logs)) or 'no values'}; choose one of them: monitor=..."
         )
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from handloom._every import Every, every
+from handloom._warn import warn
 from handloom.callbacks._periodic import Periodic
-from handloom.errors import HandloomWarning
 
 
 class StopOnNonFinite(Periodic):
@@ -45,12 +44,10 @@ class StopOnNonFinite(Periodic):
         if not wrong or self._stopped:
             return
         self._stopped = self.model.stop_training = True
-        warnings.warn(
+        warn(
             f"Training stops in epoch {epoch} (from 0) after step {self.progress.step}: {', '.join(wrong)}. Try a "
             "lower learning rate, or clip gradients: handloom.optimizers.Transformed(optimizer, [ClipByGlobalNorm(1.0)]"
-            "). To find the first bad operation, run the step op by op: hl.run_eagerly(True).",
-            HandloomWarning,
-            stacklevel=2,
+            "). To find the first bad operation, run the step op by op: hl.run_eagerly(True)."
         )
 
 
