@@ -74,6 +74,19 @@ class Backend(abc.ABC):
     def detach(self, tensor: Tensor) -> Tensor:
         """The tensor by itself: no computation that made it is kept alive, and no variable or array changes it."""
 
+    # ------------------------------------------------------------------- state
+
+    def attributes(self, thing: Any) -> dict[str, Any]:
+        """The attributes of a Keras object by name, wherever it keeps them on this backend."""
+        return vars(thing)
+
+    def random_state(self) -> dict[str, np.ndarray]:
+        """What the backend's own random operations draw from, apart from `keras.random`; nothing by default."""
+        return {}
+
+    def set_random_state(self, state: dict[str, np.ndarray]) -> None:
+        """Puts back what `random_state` gave; what another backend gave is passed over."""
+
     # --------------------------------------------------------------- compiling
 
     @abc.abstractmethod

@@ -3,7 +3,8 @@
 Internals used: AutoGraph's `convert`, because `tf.function` would convert Handloom's own code along with the
 user's, its rules of what to convert, its own error, and what it notes of the user's lines on an error that passes
 through; `tf.__internal__.FuncGraph`, a graph to try a function in; `Variable._value` (see `handloom/_keras.py`) and
-`Variable._initialize`, where TensorFlow's variable is made.
+`Variable._initialize`, where TensorFlow's variable is made; `_self_...`, where TensorFlow keeps what it tracks of an
+object.
 """
 
 from __future__ import annotations
@@ -57,6 +58,16 @@ class TensorFlowBackend(Backend):
 
     def detach(self, tensor: Tensor) -> Tensor:
         return _read(tensor)
+
+    def attributes(self, thing: Any) -> dict[str, Any]:
+        return {name: value for name, value in vars(thing).items() if not name.startswith("_self_")}
+
+    def random_state(self) -> dict[str, np.ndarray]:
+        return {"tensorflow": tf.random.get_global_generator().state.numpy()}
+
+    def set_random_state(self, state: dict[str, np.ndarray]) -> None:
+        if "tensorflow" in state:
+            tf.random.get_global_generator().state.assign(state["tensorflow"])
 
     def trace(
         self,

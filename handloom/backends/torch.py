@@ -8,7 +8,8 @@ Internals used: `Variable._value` (see `handloom/_keras.py`), `keras.src.backend
 tracing, the `core` of `torch_nadam`, which takes numbers out of tensors; `make_fx`, which records, and
 `disable_proxy_modes_tracing`, which has it not look; `FakeTensorMode` with `ShapeEnv`, the stand-ins, and the logger
 that shows a traceback where their shapes do not fit; the nodes of autograd with their names, which tell what reaches a
-value; `torch._C._AutoDispatchBelowAutograd`, which skips the look at each operation for something to differentiate,
+value; `Module._modules`, where torch puts the layers that are set as attributes of a layer;
+`torch._C._AutoDispatchBelowAutograd`, which skips the look at each operation for something to differentiate,
 where the graph holds its own backward pass already.
 """
 
@@ -68,6 +69,22 @@ class TorchBackend(Backend):
 
     def detach(self, tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
+
+    def attributes(self, thing: Any) -> dict[str, Any]:
+        inside = thing._modules if isinstance(thing, torch.nn.Module) else {}
+        return {name: value for name, value in vars(thing).items() if name != "_modules"} | inside
+
+    def random_state(self) -> dict[str, np.ndarray]:
+        states = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states["torch_cuda"] = torch.cuda.get_rng_state()
+        return {name: state.numpy() for name, state in states.items()}
+
+    def set_random_state(self, state: dict[str, np.ndarray]) -> None:
+        if "torch" in state:
+            torch.set_rng_state(torch.from_numpy(state["torch"].copy()))
+        if "torch_cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.from_numpy(state["torch_cuda"].copy()))
 
     def trace(
         self,

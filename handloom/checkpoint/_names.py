@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from handloom._keras import Variable, keras
+from handloom.backends import backend
 
 Stateful: TypeAlias = Any
 """Something with methods `state()` and `restore(state)`: a feed, a callback, one of the user's own."""
@@ -14,8 +15,11 @@ _KERAS_OBJECTS = (keras.Layer, keras.Metric, keras.optimizers.Optimizer, keras.r
 
 # Keras's own books. What stands in them has a place elsewhere, or is not this object's.
 _BOOKS = {
+    "_functional",
     "_metrics",
     "_non_trainable_variables",
+    "_operations",
+    "_operations_by_depth",
     "_seed_generators",
     "_tracker",
     "_trainable_variables",
@@ -91,7 +95,7 @@ class _Walk:
     def _attributes(self, name: str, thing: Any) -> None:
         is_optimizer = isinstance(thing, keras.optimizers.Optimizer)
         owned = set(map(id, thing.variables)) if is_optimizer else None
-        for attribute, value in _in_order(vars(thing)):
+        for attribute, value in _in_order(backend.attributes(thing)):
             self._keras_thing(_dotted(name, attribute.lstrip("_")), value, owned)
         # What it keeps inside other objects; Keras knows of that too.
         for index, variable in enumerate(getattr(thing, "variables", ())):
@@ -105,9 +109,9 @@ class _Walk:
 
 
 def _in_order(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Attributes by name, the public ones first, then the layers of a model without names for them."""
-    names = [name for name in attributes if name not in _BOOKS and not name.startswith("__")]
-    for name in sorted(names, key=lambda name: (name.startswith("_"), name != "_layers", name)):
+    """Attributes by name, the public ones first; last the layers of a model, for those that have no other name."""
+    names = [name for name in attributes if name not in _BOOKS]
+    for name in sorted(names, key=lambda name: (name == "_layers", name.startswith("_"), name)):
         yield name, attributes[name]
 
 

@@ -41,6 +41,11 @@ class Transformed(Wrapper):
             gradients = _checked(transform(gradients, variables), variables, transform)
         self.apply_inner(gradients, variables)
 
+    @property
+    def variables(self) -> list[Variable]:
+        own = [variable for transform in self.transforms for variable in getattr(transform, "variables", ())]
+        return [*super().variables, *own]
+
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"transforms": keras.saving.serialize_keras_object(self.transforms)}
 

@@ -191,6 +191,11 @@ class AddNoise:
 
         return _each(noisy, gradients)
 
+    @property
+    def variables(self) -> list[Variable]:
+        """The seed that the next noise is drawn from."""
+        return [self._generator.state]
+
     def get_config(self) -> dict[str, Any]:
         return {"stddev": self.stddev, "seed": self.seed}
 
