@@ -36,6 +36,7 @@ LAYERS = [
         "_callbacks",
         "callbacks",
         "_trained",
+        "checkpoint",
         "report",
     },
     {"_loop"},

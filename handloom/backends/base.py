@@ -78,7 +78,7 @@ class Backend(abc.ABC):
 
     def attributes(self, thing: Any) -> dict[str, Any]:
         """The attributes of a Keras object by name, wherever it keeps them on this backend."""
-        return vars(thing)
+        return dict(vars(thing))
 
     def random_state(self) -> dict[str, np.ndarray]:
         """What the backend's own random operations draw from, apart from `keras.random`; nothing by default."""
@@ -86,6 +86,7 @@ class Backend(abc.ABC):
 
     def set_random_state(self, state: dict[str, np.ndarray]) -> None:
         """Puts back what `random_state` gave; what another backend gave is passed over."""
+        del state  # Nothing by default.
 
     # --------------------------------------------------------------- compiling
 

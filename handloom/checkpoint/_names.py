@@ -31,8 +31,8 @@ def named(state: Any) -> tuple[dict[str, Variable], dict[str, Stateful]]:
     """All variables in a structure by where they are, and what else in it has a state.
 
     A variable is found in dicts, lists and tuples, and in the attributes of Keras's layers, models, optimizers, metrics
-    and seed generators: `model.encoder.kernel`, `model.layers[1].bias`, `optimizer.momentums[0]`. One that is at several
-    places has the name of the first.
+    and seed generators: `model.encoder.kernel`, `model.layers[1].bias`, `optimizer.momentums[0]`. One that is at
+    several places has the name of the first.
 
     Raises:
         TypeError: If there is anything else in the structure.
