@@ -10,8 +10,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -42,6 +42,15 @@ class Totals:
     weighted: bool
     variable: keras.Variable
 
+    def state(self) -> dict[str, Any]:
+        """What they are and what stands in them, as JSON and an array."""
+        return {
+            "names": list(self.names),
+            "averaged": None if self.averaged is None else self.averaged.tolist(),
+            "weighted": self.weighted,
+            "values": np.array(backend.to_numpy(self.variable.value)),
+        }
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
@@ -71,7 +80,7 @@ class Logs(MutableMapping[str, Value]):
 
     A scalar's value is the mean over the steps, weighted by examples (or sample weights); a metric's is its last
     result, and a metric that no step has updated is not in it. What a callback writes here the callbacks after it see,
-    until the next step.
+    until the next step. Looking at values does not change them, not in their last digit.
 
     Attributes:
         steps: What each step reported whose results still stand in the totals.
@@ -85,21 +94,16 @@ class Logs(MutableMapping[str, Value]):
         self._examples_read = 0
         self._added: dict[str, Value] = {}
         self._added_at = 0
-        self._sums: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
-        self._last: dict[str, Value] = {}
-        self._sources: dict[str, keras.Metric] = {}
-        self._updated: dict[int, keras.Metric] = {}
-        self._not_updated: set[str] = set()
+        self._read = Sums()
+        self._carried: collections.Counter[Totals] = collections.Counter()
+        self._seen: tuple[int, dict[str, Value]] = (-1, {})
 
     def clear(self) -> None:
         """Forgets everything."""
         self.read()
         self.seconds_compiling, self._steps_read, self._examples_read = 0.0, 0, 0
-        for values in (self._sums, self._weights, self._last, self._added):
-            values.clear()
-        for noted in (self._sources, self._updated, self._not_updated):
-            noted.clear()
+        self._read, self._seen = Sums(), (-1, {})
+        self._added.clear()
 
     @property
     def examples(self) -> int:
@@ -112,26 +116,14 @@ class Logs(MutableMapping[str, Value]):
         return dict(self)
 
     def __getitem__(self, name: str) -> Value:
-        self.read()
-        if name in self._now_added():
-            return self._added[name]
-        if name in self._not_updated:
-            raise KeyError(name)
-        if name not in self._sums:
-            return self._last[name]
-        weight = self._weights[name]
-        return self._sums[name] / weight if weight else math.nan
+        added = self._now_added()
+        return added[name] if name in added else self._values()[name]
 
     def __iter__(self) -> Iterator[str]:
-        self.read()
-        return iter(self._shown())
+        return iter(self._values() | self._now_added())
 
     def __len__(self) -> int:
-        self.read()
-        return len(self._shown())
-
-    def _shown(self) -> dict[str, None]:
-        return dict.fromkeys([*(name for name in self._last if name not in self._not_updated), *self._now_added()])
+        return len(self._values() | self._now_added())
 
     def __setitem__(self, name: str, value: Value) -> None:
         self._now_added()[name] = value
@@ -152,28 +144,90 @@ class Logs(MutableMapping[str, Value]):
     def _steps_so_far(self) -> int:
         return self._steps_read + len(self.steps)
 
+    def _values(self) -> dict[str, Value]:
+        """The values now, computed once a step."""
+        if self._seen[0] != self._steps_so_far():
+            sums = self._read.copy()
+            sums.add(self.steps, self._carried)
+            self._seen = self._steps_so_far(), sums.values()
+        return self._seen[1]
+
     def read(self) -> None:
         """Moves what stands in the totals here, and sets them back to zero."""
         self._examples_read, self._steps_read = self.examples, self._steps_so_far()
-        steps = collections.Counter(self.steps)
+        for totals in self._read.add(self.steps, self._carried):
+            totals.variable.assign(keras.ops.zeros_like(totals.variable.value))
         self.steps.clear()
-        examples: collections.Counter[Totals] = collections.Counter()
-        for report, count in steps.items():
+        self._carried.clear()
+
+    def state(self) -> dict[str, Any]:
+        """The values so far, and what still stands in the totals, as JSON and arrays."""
+        sums, waiting = self._read.copy(), _examples(self.steps, self._carried)
+        sums.note(self.steps)
+        return {
+            "steps": len(self.steps),
+            "steps_read": self._steps_read,
+            "examples": self.examples,
+            "sums": sums.state(),
+            "totals": [totals.state() | {"examples": count} for totals, count in waiting.items()],
+        }
+
+    def restore(self, state: Mapping[str, Any], totals_for: Callable[[Mapping[str, Any]], Totals]) -> None:
+        """Goes on from there.
+
+        Args:
+            state: From `state()`.
+            totals_for: Gives the totals that have such a state, holding its values.
+        """
+        self.clear()
+        self._steps_read, self._examples_read = state["steps_read"], state["examples"]
+        self._read.restore(state["sums"])
+        self._carried.update({totals_for(kept): kept["examples"] for kept in state["totals"]})
+        # Totals are read every so many steps. Where they stand now counts steps that this process did not take.
+        self.steps.extend([_TAKEN_BEFORE] * state["steps"])
+
+
+class Sums:
+    """What was reported, in double precision."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._weights: dict[str, float] = {}
+        self._last: dict[str, Value] = {}
+        self._sources: dict[str, keras.Metric] = {}
+        self._updated: dict[int, keras.Metric] = {}
+        self._updated_before: set[str] = set()
+
+    def copy(self) -> Sums:
+        """The same, to add to."""
+        copied = Sums()
+        for name, values in vars(self).items():
+            getattr(copied, name).update(values)
+        return copied
+
+    def note(self, steps: Sequence[Report]) -> None:
+        """Takes note of what steps report, but not of the values."""
+        for report in dict.fromkeys(steps):
             for name in report.names:
                 self._last.setdefault(name, math.nan)
-            for totals in report.totals:
-                examples[totals] += count * report.examples
             self._sources.update(report.sources)
             self._updated.update((id(metric), metric) for metric in report.metrics)
-        for totals, count in examples.items():
-            self._take(totals, count)
-        if steps:
-            idle = {name: metric for name, metric in self._sources.items() if id(metric) not in self._updated}
-            self._not_updated = {name for name, metric in idle.items() if _is_as_reset(metric)}
 
-    def _take(self, totals: Totals, examples: int) -> None:
+    def add(self, steps: Sequence[Report], carried: collections.Counter[Totals]) -> list[Totals]:
+        """Adds what steps have left in their totals; returns these.
+
+        Args:
+            steps: What each step reported.
+            carried: Examples in steps of an earlier process, by the totals that they left something in.
+        """
+        self.note(steps)
+        examples = _examples(steps, carried)
+        for totals, count in examples.items():
+            self._add(totals, count)
+        return list(examples)
+
+    def _add(self, totals: Totals, examples: int) -> None:
         values = np.array(backend.to_numpy(totals.variable.value))
-        totals.variable.assign(np.zeros_like(values))
         if totals.averaged is None:
             self._last[totals.names[0]] = values
             return
@@ -183,6 +237,45 @@ class Logs(MutableMapping[str, Value]):
             if averaged:
                 self._sums[name] = self._sums.get(name, 0.0) + float(value)
                 self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def values(self) -> dict[str, Value]:
+        """The value of each name that is not the result of a metric which nothing has updated."""
+        idle = [name for name, metric in self._sources.items() if id(metric) not in self._updated]
+        absent = {name for name in idle if name not in self._updated_before and _is_as_reset(self._sources[name])}
+        return {name: self._value(name) for name in self._last if name not in absent}
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as JSON and arrays. Of metrics that were updated, the names they are reported by."""
+        updated = {name for name, metric in self._sources.items() if id(metric) in self._updated}
+        return {
+            "sums": dict(self._sums),
+            "weights": dict(self._weights),
+            "last": dict(self._last),
+            "updated": sorted(updated | self._updated_before),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self._sums, self._weights, self._last = dict(state["sums"]), dict(state["weights"]), dict(state["last"])
+        self._updated_before = set(state["updated"])
+
+    def _value(self, name: str) -> Value:
+        if name not in self._sums:
+            return self._last[name]
+        weight = self._weights[name]
+        return self._sums[name] / weight if weight else math.nan
+
+
+_TAKEN_BEFORE = Report((), (), 0, ())
+
+
+def _examples(steps: Sequence[Report], carried: collections.Counter[Totals]) -> collections.Counter[Totals]:
+    """The examples in the steps whose results stand in each of the totals."""
+    examples = collections.Counter(carried)
+    for report, count in collections.Counter(steps).items():
+        for totals in report.totals:
+            examples[totals] += count * report.examples
+    return examples
 
 
 def _is_as_reset(metric: keras.Metric) -> bool:

@@ -112,6 +112,37 @@ class ReportingStep:
         if self._reset_metrics is not None:
             self._reset_metrics()
 
+    def prepare(self, batch: Any) -> None:
+        """Compiles the step for a batch, and makes its variables, without taking it."""
+        batch = batch if self._unpacks and type(batch) is tuple else (batch,)
+        version, _ = self.function.resolve(batch)
+        if not version.compiled:
+            backend.create_variables(lambda: self.function.python_function(*batch))
+
+    @property
+    def renewed(self) -> list[keras.Metric]:
+        """The metrics that were reset when a step of this epoch first used them."""
+        return list(self._renewed.values())
+
+    def continue_epoch(self, state: Mapping[str, Any], renewed: Sequence[keras.Metric]) -> None:
+        """Goes on within an epoch that an earlier process began.
+
+        Args:
+            state: From `logs.state()`.
+            renewed: The metrics that were in use.
+        """
+        self._renewed.update((id(metric), metric) for metric in renewed)
+        self.logs.restore(state, self._totals_for)
+
+    def _totals_for(self, state: Mapping[str, Any]) -> Totals:
+        averaged = None if state["averaged"] is None else np.array(state["averaged"])
+        values = state["values"]
+        found = _totals(
+            self._totals, tuple(state["names"]), averaged, state["weighted"], str(values.dtype), tuple(values.shape)
+        )
+        found.variable.assign(values)
+        return found
+
     def end_epoch(self) -> None:
         """Updates from gradients that are gathered and wait for more: none come in this epoch."""
         for optimizer in self._windows.values():

@@ -162,11 +162,13 @@ def test_the_mean_of_thousands_of_steps_is_exact():
     assert hl.fit(means, feed, verbose=0).history["mean"] == [value]
 
 
-def test_sums_read_by_a_callback_are_of_double_precision():
-    """The large first value would swallow the small ones in single precision."""
-    values = np.array([2.0**30] + [1.0] * 9, "float32")
-    history = hl.fit(means, hl.Feed(values, batch_size=1), callbacks=[Watcher()], verbose=0).history
-    assert history["mean"] == [(2.0**30 + 9) / 10]
+def test_looking_does_not_change_the_last_digit(eagerly):
+    values = np.random.default_rng(0).normal(size=200).astype("float32") ** 3
+
+    def run(*callbacks):
+        return hl.fit(means, hl.Feed(values, batch_size=3), callbacks=callbacks, verbose=0).history
+
+    assert run(Watcher()) == run()
 
 
 # ------------------------------------------------------- what callbacks write
@@ -210,9 +212,6 @@ def test_examples_are_counted_without_reading(eagerly):
     counts = []
     fit_with(lambda logs: counts.append((logs.examples, len(logs.steps))), epochs=2)
     assert counts == [(4, 1), (8, 2), (10, 3)] * 2
-    counts.clear()
-    fit_with(lambda logs: logs["mean"], lambda logs: counts.append((logs.examples, len(logs.steps))))
-    assert counts == [(4, 0), (8, 0), (10, 0)]
 
 
 def test_compiling_has_its_time_and_known_steps_none():

@@ -1,0 +1,131 @@
+"""What is saved: the values of variables, and what else has a state, as arrays and JSON."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from handloom._keras import keras
+from handloom.backends import backend
+from handloom.checkpoint._names import named
+from handloom.errors import CheckpointError
+
+Shapes = Mapping[str, tuple[tuple[int, ...], str]]
+
+# Arrays in the states of feeds and callbacks. No variable's name begins so.
+_OF_STATE = "@"
+_ARRAY = "__array__"
+_NUMBER = "__number__"  # One that JSON does not have.
+_SHOWN = 5
+
+
+def take(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Copies a state off the device.
+
+    Args:
+        state: Models, layers, optimizers, metrics, variables, and objects with `state()` and `restore(state)`, in dicts
+            and lists.
+
+    Returns:
+        Arrays by name, and what is JSON.
+    """
+    variables, stateful = named(state)
+    arrays = {name: np.array(backend.to_numpy(variable.value)) for name, variable in variables.items()}
+    contents = {name: _packed(f"{_OF_STATE}{name}", thing.state(), arrays) for name, thing in stateful.items()}
+    return arrays, contents
+
+
+def check(state: Mapping[str, Any], shapes: Shapes, allow: Sequence[str] = ()) -> None:
+    """Checks that a checkpoint fits a state, before anything is read.
+
+    Args:
+        state: As for `take`.
+        shapes: Shape and dtype of each array in the checkpoint.
+        allow: Patterns of names that may be missing, left over or of another shape, such as `"model.head.*"`.
+
+    Raises:
+        CheckpointError: If it does not.
+    """
+    variables, _ = named(state)
+    saved = {name for name in shapes if not name.startswith(_OF_STATE)}
+    wrong = {
+        name: f"{name} is {shapes[name][0]} in the checkpoint and {tuple(variables[name].shape)} here"
+        for name in sorted(saved & variables.keys())
+        if tuple(shapes[name][0]) != tuple(variables[name].shape)
+    }
+    missing, extra = sorted(variables.keys() - saved), sorted(saved - variables.keys())
+    problems = [
+        *_listed("not in the checkpoint: ", _refused(missing, allow)),
+        *_listed("only in the checkpoint: ", _refused(extra, allow)),
+        *_listed("", [wrong[name] for name in _refused(wrong, allow)]),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint is of another model or optimizer: {'; '.join(problems)}. Make them as they were when it "
+            "was saved, or name what may differ: restore(allow=['model.head.*'])."
+        )
+
+
+def put(
+    state: Mapping[str, Any], arrays: Mapping[str, np.ndarray], contents: Mapping[str, Any], allow: Sequence[str] = ()
+) -> None:
+    """Puts a saved state back; see `check`, which comes before."""
+    variables, stateful = named(state)
+    for name, variable in variables.items():
+        fits = name in arrays and tuple(arrays[name].shape) == tuple(variable.shape)
+        if fits or not _is_allowed(name, allow):
+            variable.assign(_as_dtype_of(variable, arrays[name]))
+    for name, thing in stateful.items():
+        if name in contents:
+            thing.restore(_unpacked(contents[name], arrays))
+
+
+def _as_dtype_of(variable: keras.Variable, array: np.ndarray) -> Any:
+    """An array of another backend or precision, in the variable's own."""
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return keras.ops.cast(array, dtype) if str(array.dtype) != dtype else array
+
+
+def _packed(name: str, value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """JSON, in which arrays are named and put with the others."""
+    if isinstance(value, np.ndarray):
+        arrays[name] = value.copy()
+        return {_ARRAY: name}
+    if isinstance(value, Mapping):
+        return {str(key): _packed(f"{name}.{key}", inner, arrays) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_packed(f"{name}[{index}]", inner, arrays) for index, inner in enumerate(value)]
+    value = value.item() if isinstance(value, np.generic) else value
+    return {_NUMBER: repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _unpacked(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    if isinstance(value, Mapping) and set(value) == {_ARRAY}:
+        return arrays[value[_ARRAY]]
+    if isinstance(value, Mapping) and set(value) == {_NUMBER}:
+        return float(value[_NUMBER])
+    if isinstance(value, Mapping):
+        return {key: _unpacked(inner, arrays) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_unpacked(inner, arrays) for inner in value]
+    return value
+
+
+def _is_allowed(name: str, allow: Iterable[str]) -> bool:
+    # Not by `fnmatch`, to which the brackets in names mean something.
+    return any(re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) for pattern in allow)
+
+
+def _refused(names: Collection[str], allow: Sequence[str]) -> list[str]:
+    return [name for name in names if not _is_allowed(name, allow)]
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [what + ", ".join(names[:_SHOWN]) + more]
