@@ -8,6 +8,7 @@ HandloomError
 ├── StepError                 (TypeError)     a step takes or returns what cannot be used
 ├── DataError                 (ValueError)    data that no step could be given
 ├── OptimizerError            (ValueError)    an optimizer without variables, or variables without an optimizer
+├── CheckpointError           (ValueError)    a checkpoint that is damaged, of something else, or cannot be written
 └── RecipeError               (ValueError)    a recipe that is not there or does not run
 
 HandloomWarning (UserWarning)
@@ -20,6 +21,7 @@ built-in exception that Python programmers expect in its place.
 
 __all__ = [
     "BackendNotInstalledError",
+    "CheckpointError",
     "DataError",
     "FallbackWarning",
     "GradientError",
@@ -64,6 +66,10 @@ class DataError(HandloomError, ValueError):
 
 class OptimizerError(HandloomError, ValueError):
     """An optimizer owns no variables, shares some, or leaves some to nobody."""
+
+
+class CheckpointError(HandloomError, ValueError):
+    """A checkpoint cannot be written, or what is there is damaged, unsafe, or does not fit what it is to restore."""
 
 
 class RecipeError(HandloomError, ValueError):

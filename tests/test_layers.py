@@ -35,6 +35,7 @@ LAYERS = [
         "_reporting",
         "_callbacks",
         "callbacks",
+        "checkpoint",
         "_trained",
         "report",
     },
