@@ -16,3 +16,5 @@ from ._loop import fit as fit
 from ._model import Model as Model
 from ._model import Sequential as Sequential
 from ._update import minimize as minimize
+from .checkpoint._checkpointer import Checkpointer as Checkpointer
+from .checkpoint._load import load_checkpoint as load_checkpoint

@@ -73,6 +73,46 @@ def run(recipe: str, backend: str | None, epochs: int | None, run_dir: Path | No
     click.echo(f"{result or 'Done.'}\nIn {seconds:.0f} s. Everything is in {run_dir}{os.sep}: {_contents(run_dir)}")
 
 
+@main.group(cls=_Group)
+def checkpoint() -> None:
+    """List, verify and show checkpoints."""
+
+
+_where = click.argument("path", metavar="DIR", type=click.Path(exists=True, path_type=Path))
+
+
+@checkpoint.command("ls")
+@_where
+def list_checkpoints(path: Path) -> None:
+    """List the checkpoints in a directory, oldest first."""
+    for line in _inspect().listed(path):
+        click.echo(line)
+
+
+@checkpoint.command()
+@_where
+def verify(path: Path) -> None:
+    """Read every byte of the checkpoints in a directory, or of one; the exit code is 1 if one is damaged."""
+    whole = True
+    for good, line in _inspect().verified(path):
+        click.echo(line)
+        whole = whole and good
+    if not whole:
+        sys.exit(1)
+
+
+@checkpoint.command()
+@_where
+def show(path: Path) -> None:
+    """Show what is in a checkpoint, or in the newest of a directory."""
+    for line in _inspect().shown(path):
+        click.echo(line)
+
+
+def _inspect() -> ModuleType:
+    return importlib.import_module("handloom.checkpoint._inspect")  # Late, as it needs NumPy.
+
+
 def _recipes() -> dict[str, Path]:
     files = sorted(path for path in _RECIPES.glob("*.py") if not path.stem.startswith("_"))
     return {path.stem.replace("_", "-"): path for path in files}

@@ -8,7 +8,7 @@ HandloomError
 ├── StepError                 (TypeError)     a step takes or returns what cannot be used
 ├── DataError                 (ValueError)    data that no step could be given
 ├── OptimizerError            (ValueError)    an optimizer without variables, or variables without an optimizer
-├── CheckpointError           (ValueError)    a checkpoint that is damaged, or of something else
+├── CheckpointError           (ValueError)    a checkpoint that is damaged, of something else, or cannot be written
 └── RecipeError               (ValueError)    a recipe that is not there or does not run
 
 HandloomWarning (UserWarning)
@@ -69,7 +69,7 @@ class OptimizerError(HandloomError, ValueError):
 
 
 class CheckpointError(HandloomError, ValueError):
-    """A checkpoint that is damaged, does not fit what it is to be put into, or cannot be written."""
+    """A checkpoint cannot be written, or what is there is damaged, unsafe, or does not fit what it is to restore."""
 
 
 class RecipeError(HandloomError, ValueError):

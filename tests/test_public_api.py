@@ -31,6 +31,7 @@ def test_the_public_names_are_those_of_the_contract():
         *("value_and_grad", "grad", "jacobian", "hessian", "minimize"),
         *("function", "Function", "Trace", "run_eagerly"),
         *("Model", "Sequential", "fit", "Feed", "every", "Every"),
+        *("Checkpointer", "load_checkpoint"),
         *("callbacks", "errors", "optimizers"),
     }
 
@@ -68,7 +69,7 @@ def test_a_public_module_shows_what_it_lists_and_nothing_else(name):
 def test_every_module_is_public_by_contract_or_private_by_name():
     public = {path.stem for path in PACKAGE.iterdir() if path.name.endswith(".py") or (path / "__init__.py").exists()}
     public = {name for name in public if not name.startswith("_")}
-    assert public == {*MODULES, "backends", "cli", "recipes"}
+    assert public == {*MODULES, "backends", "checkpoint", "cli", "recipes"}
 
 
 def test_the_package_says_that_it_has_types():

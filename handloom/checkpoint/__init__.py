@@ -1,1 +1,4 @@
-"""Checkpoints: what is saved of a run, how it is written, and when."""
+"""Checkpoints: what is saved, as which bytes, and when; `hl.Checkpointer` and `hl.load_checkpoint` are its public face.
+
+Nothing is imported here: the command line reads checkpoints without a backend.
+"""

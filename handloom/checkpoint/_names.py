@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from handloom._keras import Variable, keras
 from handloom.backends import backend
 
@@ -27,8 +29,8 @@ _BOOKS = {
 }
 
 
-def named(state: Any) -> tuple[dict[str, Variable], dict[str, Stateful]]:
-    """All variables in a structure by where they are, and what else in it has a state.
+def named(state: Any) -> tuple[dict[str, Variable | np.ndarray], dict[str, Stateful]]:
+    """All variables and arrays in a structure by where they are, and what else in it has a state.
 
     A variable is found in dicts, lists and tuples, and in the attributes of Keras's layers, models, optimizers, metrics
     and seed generators: `model.encoder.kernel`, `model.layers[1].bias`, `optimizer.momentums[0]`. One that is at
@@ -46,7 +48,7 @@ class _Walk:
     """One walk through a structure."""
 
     def __init__(self) -> None:
-        self.variables: dict[str, Variable] = {}
+        self.variables: dict[str, Variable | np.ndarray] = {}
         self.stateful: dict[str, Stateful] = {}
         self._seen: set[int] = set()
 
@@ -60,13 +62,15 @@ class _Walk:
                 self.into(f"{name}[{index}]", inner)
         elif isinstance(thing, (keras.Variable, *_KERAS_OBJECTS)):
             self._keras_thing(name, thing)
+        elif isinstance(thing, np.ndarray):
+            self._add(name, thing)
         elif all(callable(getattr(thing, method, None)) for method in ("state", "restore")):
             self.stateful[name] = thing
         elif thing is not None:
             raise TypeError(
                 f"{name or 'state'} is of type {type(thing).__name__}, of which no state can be saved. Pass models, "
-                "layers, optimizers, metrics, variables, feeds, or objects with methods state() and restore(state), in "
-                "dicts and lists."
+                "layers, optimizers, metrics, variables, NumPy arrays, feeds, or objects with methods state() and "
+                "restore(state), in dicts and lists."
             )
 
     def _keras_thing(self, name: str, thing: Any, owned: set[int] | None = None) -> None:
@@ -101,7 +105,7 @@ class _Walk:
         for index, variable in enumerate(getattr(thing, "variables", ())):
             self._keras_thing(f"{name}.variables[{index}]", variable, owned)
 
-    def _add(self, name: str, variable: Variable) -> None:
+    def _add(self, name: str, variable: Variable | np.ndarray) -> None:
         unique, count = name, 1
         while unique in self.variables:  # `kernel` and `_kernel`, say.
             unique, count = f"{name}#{count}", count + 1

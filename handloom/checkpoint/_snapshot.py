@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from handloom._keras import keras
+from handloom._keras import Variable, keras
 from handloom.backends import backend
 from handloom.checkpoint._names import named
 from handloom.errors import CheckpointError
@@ -34,7 +34,7 @@ def take(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any
         Arrays by name, and what is JSON.
     """
     variables, stateful = named(state)
-    arrays = {name: np.array(backend.to_numpy(variable.value)) for name, variable in variables.items()}
+    arrays = {name: _copied(variable) for name, variable in variables.items()}
     contents = {name: _packed(f"{_OF_STATE}{name}", thing.state(), arrays) for name, thing in stateful.items()}
     return arrays, contents
 
@@ -73,21 +73,31 @@ def check(state: Mapping[str, Any], shapes: Shapes, allow: Sequence[str] = ()) -
 def put(
     state: Mapping[str, Any], arrays: Mapping[str, np.ndarray], contents: Mapping[str, Any], allow: Sequence[str] = ()
 ) -> None:
-    """Puts a saved state back; see `check`, which comes before."""
+    """Puts a saved state back; see `check`, which comes before.
+
+    First what is no variable, in the order of the state: whatever that does to variables does not stay.
+    """
     variables, stateful = named(state)
-    for name, variable in variables.items():
-        fits = name in arrays and tuple(arrays[name].shape) == tuple(variable.shape)
-        if fits or not _is_allowed(name, allow):
-            variable.assign(_as_dtype_of(variable, arrays[name]))
     for name, thing in stateful.items():
         if name in contents:
             thing.restore(_unpacked(contents[name], arrays))
+    for name, variable in variables.items():
+        fits = name in arrays and tuple(arrays[name].shape) == tuple(variable.shape)
+        if fits or not _is_allowed(name, allow):
+            _assign(variable, arrays[name])
 
 
-def _as_dtype_of(variable: keras.Variable, array: np.ndarray) -> Any:
-    """An array of another backend or precision, in the variable's own."""
+def _copied(variable: Variable | np.ndarray) -> np.ndarray:
+    return np.array(variable if isinstance(variable, np.ndarray) else backend.to_numpy(variable.value))
+
+
+def _assign(variable: Variable | np.ndarray, array: np.ndarray) -> None:
+    """Sets a value, which may have been saved on another backend or in another precision."""
+    if isinstance(variable, np.ndarray):
+        variable[...] = array
+        return
     dtype = keras.backend.standardize_dtype(variable.dtype)
-    return keras.ops.cast(array, dtype) if str(array.dtype) != dtype else array
+    variable.assign(keras.ops.cast(array, dtype) if array.dtype.name != dtype else array)
 
 
 def _packed(name: str, value: Any, arrays: dict[str, np.ndarray]) -> Any:

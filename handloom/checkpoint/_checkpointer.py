@@ -1,0 +1,174 @@
+"""`hl.Checkpointer`: when a state is saved, in the background, and restored."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import operator
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from handloom._warn import warn
+from handloom.checkpoint import _snapshot
+from handloom.checkpoint._dtypes import is_finite
+from handloom.checkpoint._format import Draft
+from handloom.checkpoint._load import warn_of
+from handloom.checkpoint._retention import Best
+from handloom.checkpoint._store import Store, read_newest, valid_steps
+from handloom.errors import CheckpointError
+
+
+class Checkpointer:
+    """Saves a state now and then, and restores it: the whole state, to the last bit, or not at all.
+
+    A checkpoint is there when it is on the disk and has been read back; only then do older ones go. A process killed at
+    any instant leaves the last one whole. Saving waits for the state to be copied, and for the checkpoint before;
+    the rest happens in the background. What fails there is raised by the next call, so close at the end.
+
+    Args:
+        directory: Where. One process at a time writes to it.
+        state: What is saved, by name: models, optimizers, feeds, NumPy arrays, whatever has `state()` and `restore()`.
+        keep: How many of the last checkpoints to keep; `None` for all.
+        best: `"min:NAME"` or `"max:NAME"` of a metric given to `save`, by which the best is kept besides.
+        finite: Whether to refuse a state with numbers that are NaN or infinite: a warning names them, and the last good
+            checkpoint stays the newest.
+
+    Attributes:
+        directory: Where the checkpoints are.
+        state: What is saved.
+
+    Raises:
+        ValueError: `keep` is not positive, or `best` is no direction and name.
+
+    Example:
+        ```python
+        with hl.Checkpointer("run", {"model": model, "optimizer": optimizer}) as checkpointer:
+            for step in range(checkpointer.restore() or 0, 10_000):
+                train_step(*next(batches))
+                if (step + 1) % 500 == 0:
+                    checkpointer.save(step + 1)
+        ```
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        state: Mapping[str, Any],
+        *,
+        keep: int | None = 3,
+        best: str | None = None,
+        finite: bool = True,
+    ) -> None:
+        if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
+            raise ValueError(f"keep= takes a positive whole number, or None to keep all; received {keep!r}.")
+        self.directory = Path(directory)
+        self.state = state
+        self._finite = finite
+        self._store = Store(self.directory, keep, Best.of(best) if best is not None else None)
+        self._pending: tuple[int, concurrent.futures.Future[str | None]] | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints there are, oldest first; not those that are evidently damaged."""
+        return valid_steps(self.directory)
+
+    def save(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Copies the state, and writes it in the background.
+
+        Args:
+            step: How many steps have been taken. Checkpoints are ordered by it; a step saved again replaces the first.
+            metrics: Name to number, for `best` and for the record.
+
+        Raises:
+            CheckpointError: The one before could not be written; or this one cannot be, as the directory is read-only,
+                another process writes to it, or it holds a later step.
+        """
+        self.wait()
+        step = _step(step)
+        self._store.open()
+        self._store.check_step(step)
+        arrays, contents = _snapshot.take(self.state)
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        # A thread for each, which ends by itself; the interpreter waits for it at its exit.
+        executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="handloom-checkpoint")
+        self._pending = (step, executor.submit(self._write, step, arrays, contents, numbers))
+        executor.shutdown(wait=False)
+
+    def _write(
+        self, step: int, arrays: dict[str, np.ndarray], contents: dict[str, Any], metrics: dict[str, float]
+    ) -> str | None:
+        """Writes, or says why not."""
+        if self._finite and (names := [name for name, array in arrays.items() if not is_finite(array)]):
+            return (
+                f"The state at step {step} is not saved: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} "
+                "is NaN or infinite. The checkpoints before stay. If that is meant to be, use finite=False."
+            )
+        self._store.save(Draft(step, arrays, contents, metrics))
+        return None
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: It could not be written; names its step.
+        """
+        if self._pending is None:
+            return
+        step, future = self._pending
+        concurrent.futures.wait([future])  # Apart from the result: an interrupt here must not lose it.
+        self._pending = None
+        try:
+            refused = future.result()
+        except Exception as error:
+            raise CheckpointError(f"The checkpoint of step {step} was not saved. {error}") from error
+        if refused:
+            warn(refused)
+
+    def restore(self) -> int | None:
+        """Gives the state what the newest whole checkpoint holds.
+
+        A damaged one is passed over for the one before, with a `HandloomWarning` that names file and array.
+
+        Returns:
+            Its step; `None` if there is no checkpoint.
+
+        Raises:
+            CheckpointError: There are some and none is whole; or it is the checkpoint of something else: names what is
+                missing, not expected, or of another shape. Nothing has been restored then.
+        """
+        self.wait()
+        found, damaged = read_newest(self.directory, lambda manifest: _snapshot.check(self.state, manifest.shapes))
+        if found is None:
+            return None
+        self._store.damaged |= damaged
+        warn_of(damaged, found)
+        _snapshot.put(self.state, found.arrays, found.contents)
+        return found.step
+
+    def close(self) -> None:
+        """Waits as `wait` does, and lets another process write."""
+        try:
+            self.wait()
+        finally:
+            self._store.close()
+
+    def __enter__(self) -> Checkpointer:
+        self._store.open()  # A directory that cannot be written is better found before training than after.
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _step(step: Any) -> int:
+    if isinstance(step, (bool, np.bool_)):
+        raise TypeError(f"save() takes the number of a step; received {step!r}.")
+    number = operator.index(step)
+    if not 0 <= number < 10**18:
+        raise ValueError(f"save() takes the number of a step, 0 or more; received {step!r}.")
+    return number

@@ -1,0 +1,140 @@
+"""The calls of the operating system that a checkpoint is made of: here and nowhere else, so that tests see each one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from handloom.errors import CheckpointError
+
+_CHUNK = 1 << 20  # What is hashed just before or after is still in the processor's cache.
+
+
+@contextlib.contextmanager
+def creating(path: Path) -> Iterator[int]:
+    """A new file to write to, on the disk when the block is left without an error."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        yield file
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def chunks(data: memoryview) -> Iterator[memoryview]:
+    """The same bytes in pieces."""
+    for begin in range(0, len(data), _CHUNK):
+        yield data[begin : begin + _CHUNK]
+
+
+def write(file: int, data: memoryview) -> None:
+    """Writes all of it, in as many calls as the system takes."""
+    while data:
+        data = data[os.write(file, data) :]
+
+
+@contextlib.contextmanager
+def reading(directory: Path, name: str) -> Iterator[tuple[int, int]]:
+    """A file of a checkpoint and its size in bytes: a regular one with one name, reached through no link.
+
+    A file with a second name could be changed by whoever has that name after it has been checked. None that we write
+    has one.
+    """
+    try:
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            # Not blocking, or a pipe of that name would have us wait for ever.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            file = os.open(name, flags, dir_fd=folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise CheckpointError(_unreadable(directory, name, error)) from error
+    try:
+        found = os.fstat(file)
+        _check_ordinary(directory / name, found)
+        yield file, found.st_size
+    except OSError as error:
+        raise CheckpointError(f"{directory / name} cannot be read: {error.strerror}.") from error
+    finally:
+        os.close(file)
+
+
+def _unreadable(directory: Path, name: str, error: OSError) -> str:
+    for path in (directory, directory / name):
+        if os.path.islink(path):
+            return f"{path} is a symbolic link; none is followed in a checkpoint. Copy what it points to in its place."
+    return f"{directory / name} cannot be opened: {error.strerror}."
+
+
+def _check_ordinary(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is no regular file.")
+    if found.st_nlink != 1:
+        raise CheckpointError(
+            f"{path} is one of {found.st_nlink} names (hard links) of the same file; a file of a checkpoint has one. "
+            "Make a copy of the checkpoint and use that."
+        )
+
+
+def fill(file: int, buffer: memoryview) -> int:
+    """Reads until the buffer is full or the file ends; the number of bytes read."""
+    done = 0
+    while done < len(buffer) and (count := os.readv(file, [buffer[done : done + _CHUNK]])):
+        done += count
+    return done
+
+
+def names(directory: Path) -> list[str]:
+    """The directories in a directory, links to some left out; none if it is not there."""
+    try:
+        with os.scandir(directory) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def prepare(directory: Path) -> None:
+    """Makes a directory with those above it, and makes sure that it can be written to."""
+    os.makedirs(directory, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(13, "it is read-only", str(directory))
+
+
+def make(directory: Path) -> None:
+    """Makes one directory."""
+    os.mkdir(directory)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Gives a directory another name, at once and whole."""
+    os.rename(old, new)
+
+
+def sync(directory: Path) -> None:
+    """Puts the names in a directory on the disk."""
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def remove(directory: Path) -> None:
+    """Removes a directory and the files in it, through no link."""
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        for name in os.listdir(folder):
+            os.unlink(name, dir_fd=folder)
+    finally:
+        os.close(folder)
+    os.rmdir(directory)
+
+
+def free_bytes(directory: Path) -> int:
+    """What a user may still write on the disk of a directory."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize

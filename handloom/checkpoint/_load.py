@@ -1,0 +1,60 @@
+"""`hl.load_checkpoint`: what is in a checkpoint, without a model and without a backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from handloom._warn import warn
+from handloom.checkpoint._manifest import MANIFEST
+from handloom.checkpoint._retention import Slot
+from handloom.checkpoint._store import Checkpoint, read, read_newest, slots
+from handloom.errors import CheckpointError
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint as names and arrays.
+
+    Every byte is verified; nothing in it is run or looked up. No backend is imported.
+
+    Args:
+        path: A checkpoint, such as `run/step_000000120`, or a directory of them, of which the newest that is whole is
+            read; a damaged one that is passed over is named in a `HandloomWarning`.
+
+    Returns:
+        An object with `step`, `arrays` (name to NumPy array; bfloat16 and float8 of the types of `ml_dtypes`),
+        `contents` (what is saved beside arrays, as JSON values), `metrics` and `path`.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged: names the file and the array.
+    """
+    path = Path(path)
+    if is_checkpoint(path):
+        return read(path)
+    found, damaged = read_newest(path)
+    if found is None:
+        raise CheckpointError(f"There is no checkpoint at {path}, nor are there any in it.")
+    warn_of(damaged, found)
+    return found
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is one checkpoint, whole or damaged, and not a directory of them."""
+    return (Slot.of(path.resolve().name) is not None and path.is_dir()) or (path / MANIFEST).exists()
+
+
+def warn_of(damaged: dict[Slot, CheckpointError], found: Checkpoint) -> None:
+    """Names the damaged checkpoints that were passed over."""
+    for slot, error in damaged.items():
+        warn(f"{slot.name} is passed over for {found.path.name}: {error}")
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """The checkpoints at a path: itself, or those in it, oldest first.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    found = [path] if is_checkpoint(path) else [path / slot.name for slot in slots(path)]
+    if not found:
+        raise CheckpointError(f"There is no checkpoint at {path}, nor are there any in it.")
+    return found

@@ -1,0 +1,66 @@
+"""Which checkpoints there are, and which are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+_NAME = re.compile("step_([0-9]{9,18})(?:_([0-9]{1,9}))?")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Slot:
+    """A checkpoint's place: ordered by its step, then by how often that step had been saved before.
+
+    A step that is saved again gets a new place, as no system call puts one directory in the place of another at once.
+    """
+
+    step: int
+    again: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of its directory."""
+        return f"step_{self.step:09d}" + (f"_{self.again}" if self.again else "")
+
+    @classmethod
+    def of(cls, name: str) -> Slot | None:
+        """The place with that name, if it is such a name."""
+        match = _NAME.fullmatch(name)
+        slot = cls(int(match[1]), int(match[2] or 0)) if match else None
+        return slot if slot and slot.name == name else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """Which of two checkpoints is better: by a metric, the less or the more of it."""
+
+    metric: str
+    sign: int
+
+    @classmethod
+    def of(cls, words: str) -> Best:
+        """From `"min:val_loss"` or `"max:accuracy"`.
+
+        Raises:
+            ValueError: Other words.
+        """
+        direction, colon, metric = str(words).partition(":")
+        if direction not in ("min", "max") or not colon or not metric:
+            raise ValueError(f"best= takes 'min:METRIC' or 'max:METRIC', as in 'min:val_loss'; received {words!r}.")
+        return cls(metric, 1 if direction == "min" else -1)
+
+    def among(self, metrics: Mapping[Slot, Mapping[str, float]]) -> Slot | None:
+        """The best one; of equals the first. Where the metric is missing or not finite it cannot be."""
+        values = {slot: self.sign * found.get(self.metric, math.nan) for slot, found in metrics.items()}
+        candidates = [slot for slot in sorted(values) if math.isfinite(values[slot])]
+        return min(candidates, key=values.__getitem__, default=None)
+
+
+def kept(slots: Sequence[Slot], keep: int | None, best: Slot | None) -> set[Slot]:
+    """The last `keep` steps (all, if `None`), each as it was saved last, and the best."""
+    latest = {slot.step: slot for slot in sorted(slots)}
+    last = list(latest.values()) if keep is None else list(latest.values())[-keep:]
+    return set(last) | ({best} if best else set())
