@@ -22,6 +22,7 @@ from tensorflow.python.autograph.impl.api import StagingError, convert
 from handloom._keras import Tensor, Variable, keras, stored_value
 from handloom.backends._blame import Frames, frames_of, needs_a_value
 from handloom.backends._scope import Scope
+from handloom.backends._tensorflow_assigned import assignments_noted, watch
 from handloom.backends.base import Backend, Gradients
 
 # Called from a user's converted code, Handloom's own runs as it is written.
@@ -109,7 +110,7 @@ class TensorFlowBackend(Backend):
         variables: Sequence[Variable],
     ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
         sources = _Sources(tensors, variables)
-        with self._inside("gradient"), tf.GradientTape(watch_accessed_variables=False) as tape:
+        with self._differentiating(), tf.GradientTape(watch_accessed_variables=False) as tape:
             value, aux = fn(*sources.watched_by(tape))
             value, aux = _read(value), [_read(tensor) for tensor in aux]
         gradients = tape.gradient(value, sources.watched)
@@ -122,10 +123,15 @@ class TensorFlowBackend(Backend):
         variables: Sequence[Variable],
     ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
         sources = _Sources(tensors, variables)
-        with self._inside("gradient"), tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        with self._differentiating(), tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             outputs, aux = fn(*sources.watched_by(tape))
             outputs, aux = list(map(_read, outputs)), list(map(_read, aux))
         return outputs, aux, [sources.split(_row(tape, output, sources.watched)) for output in outputs]
+
+    @contextlib.contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        with self._inside("gradient"), assignments_noted():
+            yield
 
 
 def _read(tensor: Tensor) -> Tensor:
@@ -189,9 +195,8 @@ class _Sources:
         """Has a tape watch every source; returns the stand-ins for the tensors."""
         # The function's argument is differentiated, not the same tensor used elsewhere in it.
         stand_ins = [tf.identity(tensor) for tensor in self._tensors]
-        self.watched = [*stand_ins, *map(stored_value, self._variables)]
-        for source in self.watched:
-            tape.watch(source)
+        tape.watch(stand_ins)
+        self.watched = [*stand_ins, *(watch(tape, stored_value(variable)) for variable in self._variables)]
         return stand_ins
 
     def split(self, gradients: Sequence[Any]) -> tuple[Gradients, Gradients]:

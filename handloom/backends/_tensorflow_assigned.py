@@ -1,0 +1,215 @@
+"""TensorFlow: what a differentiated function reads of a variable after assigning it is what it assigned.
+
+A tape knows a variable by its handle, and does not see that an assignment ties what is read later to what was
+assigned. Here it is told: op by op the variable has a new handle from then on, in a graph (where a new handle would
+lose the order of reads and writes) each later read is recorded as one of the assigned tensor. Values are always read
+from the variable. An assignment in the graph of a branch or loop counts in that graph only.
+
+Internals used: `BaseResourceVariable` and `_UnreadVariable` (what an assignment returns), their `_read_variable_op`,
+`sparse_read`, `gather_nd`, `assign`, `assign_add` and `assign_sub`, through which all reads in graphs and all
+assignments go, and that `ResourceVariable` wraps the last three; `_handle`, which operations run op by op look at
+without asking anyone; `_should_act_as_resource_variable`, by which a tape takes something for a variable; `record`, to
+tell tapes; `ControlFlowFuncGraph`, to know the graph of a branch or loop from that of a `tf.function`, which may be
+called again elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.eager import record
+from tensorflow.python.ops import resource_variable_ops
+from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
+
+from handloom._keras import Tensor
+
+_BaseVariable, _UnreadVariable = resource_variable_ops.BaseResourceVariable, resource_variable_ops._UnreadVariable
+
+
+class _Assigned:
+    """What one differentiated function, with all those inside it, assigned."""
+
+    def __init__(self) -> None:
+        self._op_by_op = tf.executing_eagerly()
+        self._values: dict[tuple[Any, Any], Tensor] = {}
+        self._handles: dict[int, tuple[Any, Tensor]] = {}
+
+    def note(self, variable: Any, value: Tensor) -> None:
+        if not tf.executing_eagerly():
+            self._values[_graph(), variable.handle.ref()] = value
+        elif self._op_by_op:  # Not what a trace does outside of its graph: there handles must stay.
+            self._handles.setdefault(id(variable), (variable, variable.handle))
+            variable._handle = _new_handle(variable.handle, value)
+
+    def value(self, variable: Any) -> Tensor | None:
+        """What was last assigned, as far as the graph that reads knows it."""
+        if not self._values or tf.executing_eagerly():
+            return None
+        graph, handle = _graph(), variable.handle.ref()
+        while (graph, handle) not in self._values and isinstance(graph, ControlFlowFuncGraph):
+            graph = graph.outer_graph
+        return self._values.get((graph, handle))
+
+    def restore(self) -> None:
+        for variable, handle in self._handles.values():
+            variable._handle = handle
+
+
+class _Present(threading.local):
+    assigned: _Assigned | None = None
+
+
+_present = _Present()
+
+
+@contextlib.contextmanager
+def assignments_noted() -> Iterator[None]:
+    """Within, gradients flow through assigned variables. Nested ones share what they note."""
+    if _present.assigned is not None:
+        yield
+        return
+    _present.assigned = assigned = _Assigned()
+    try:
+        yield
+    finally:
+        _present.assigned = None
+        assigned.restore()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Handle:
+    """A variable by the handle that it has now, in a form that a tape takes for a variable."""
+
+    handle: Tensor
+    shape: tf.TensorShape
+    _should_act_as_resource_variable = True
+
+
+def watch(tape: tf.GradientTape, variable: Any) -> Any:
+    """Has a tape watch a variable from now on; returns what to ask for the gradient with respect to it."""
+    source = variable
+    if isinstance(variable, _BaseVariable) and _value_assigned_to(variable) is not None:
+        source = tf.identity(variable)
+        _note(variable, source)
+    tape.watch(source)
+    return _Handle(source.handle, source.shape) if isinstance(source, _BaseVariable) else source
+
+
+def _note(variable: Any, value: Tensor) -> None:
+    if _present.assigned is not None:
+        _present.assigned.note(variable, value)
+
+
+def _value_assigned_to(variable: Any) -> Tensor | None:
+    return None if _present.assigned is None else _present.assigned.value(variable)
+
+
+def _is_noted(variable: Any) -> bool:
+    """Whether gradients may flow through what a variable is assigned."""
+    return _present.assigned is not None and (variable.dtype.is_floating or variable.dtype.is_complex)
+
+
+def _graph() -> Any:
+    return tf.compat.v1.get_default_graph()
+
+
+def _pass_on(gradient: Any) -> list[Any]:
+    return [gradient]
+
+
+def _new_handle(handle: Tensor, value: Tensor) -> Tensor:
+    """Another handle of the same variable, which to tapes is computed from a value."""
+    with record.stop_recording():
+        new = tf.identity(handle)
+    record.record_operation(_READ, [new], [value], _pass_on)
+    return new
+
+
+_READ = "HandloomReadOfAssigned"
+
+
+def _gradient_in_a_branch(operation: tf.Operation, gradient: Any, _: Any) -> list[Any]:
+    """The same for the gradient of a branch or loop, which asks operations instead of tapes."""
+    del operation
+    return [None, *_pass_on(gradient)]
+
+
+tf.RegisterGradient(_READ)(_gradient_in_a_branch)
+
+
+def _read_as(value: Tensor, read: Callable[[], Tensor]) -> Tensor:
+    """What is read, and to tapes a value."""
+    with record.stop_recording(), _graph().gradient_override_map({"IdentityN": _READ}):
+        result, _ = tf.identity_n([read(), value])
+    record.record_operation(_READ, [result], [value], _pass_on)
+    return result
+
+
+def _replace(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(owner, name)
+    setattr(owner, name, functools.wraps(original)(make(original)))
+
+
+def _reads(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def read(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        value = _value_assigned_to(self)
+        if value is None:
+            return original(self, *args, **kwargs)
+        return _read_as(value, lambda: original(self, *args, **kwargs))
+
+    return read
+
+
+def _looks_up(look_up: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def read(self: Any, indices: Tensor, name: str | None = None) -> Tensor:
+            if _value_assigned_to(self) is None:
+                return original(self, indices, name)
+            return look_up(self.value(), indices, name=name)
+
+        return read
+
+    return make
+
+
+def _assigns(original: Callable[..., Any]) -> Callable[..., Any]:
+    def assign(self: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_noted(self):
+            return original(self, value, *args, **kwargs)
+        value = tf.convert_to_tensor(value, dtype=self.dtype)
+        result = original(self, value, *args, **kwargs)
+        _note(self, value)
+        # Op by op TensorFlow returns the variable under its handle of before.
+        return self if isinstance(result, _UnreadVariable) and tf.executing_eagerly() else result
+
+    return assign
+
+
+def _adds(add: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def assign_sum(self: Any, delta: Any, *args: Any, **kwargs: Any) -> Any:
+            if not _is_noted(self):
+                return original(self, delta, *args, **kwargs)
+            delta = tf.convert_to_tensor(delta, dtype=self.dtype)
+            return self.assign(add(tf.convert_to_tensor(self), delta), *args, **kwargs)
+
+        return assign_sum
+
+    return make
+
+
+# For good, not while a function is differentiated: threads that end in another order would put back the wrong ones.
+_replace(_BaseVariable, "_read_variable_op", _reads)
+_replace(_UnreadVariable, "_read_variable_op", _reads)
+_replace(_BaseVariable, "sparse_read", _looks_up(tf.gather))
+_replace(_BaseVariable, "gather_nd", _looks_up(tf.gather_nd))
+for _owner in (_BaseVariable, resource_variable_ops.ResourceVariable):
+    _replace(_owner, "assign", _assigns)
+    _replace(_owner, "assign_add", _adds(tf.add))
+    _replace(_owner, "assign_sub", _adds(tf.subtract))
