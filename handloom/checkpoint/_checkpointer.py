@@ -67,7 +67,9 @@ class Checkpointer:
         self.directory = Path(directory)
         self.state = state
         self._finite = finite
-        self._store = Store(self.directory, keep, Best.of(best) if best is not None else None)
+        self._best = Best.of(best) if best is not None else None
+        self._store = Store(self.directory, keep, self._best)
+        self._metrics: set[str] = set()
         self._pending: tuple[int, concurrent.futures.Future[str | None]] | None = None
 
     @property
@@ -92,6 +94,7 @@ class Checkpointer:
         self._store.check_step(step)
         arrays, contents = _snapshot.take(self.state)
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        self._metrics |= numbers.keys()
         # A thread for each, which ends by itself; the interpreter waits for it at its exit.
         executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="handloom-checkpoint")
         self._pending = (step, executor.submit(self._write, step, arrays, contents, numbers))
@@ -154,6 +157,12 @@ class Checkpointer:
             self.wait()
         finally:
             self._store.close()
+        if self._best and self._metrics and self._best.metric not in self._metrics:
+            warn(
+                f"No best checkpoint was kept: best= asks for {self._best.metric!r}, and the metrics that save() was "
+                f"given are {', '.join(sorted(self._metrics))}."
+            )
+            self._metrics.clear()  # Once is enough.
 
     def __enter__(self) -> Checkpointer:
         self._store.open()  # A directory that cannot be written is better found before training than after.
@@ -162,7 +171,12 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))  # The user's own error comes first.
 
 
 def _step(step: Any) -> int:

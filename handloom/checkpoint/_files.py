@@ -99,7 +99,9 @@ def names(directory: Path) -> list[str]:
 
 def prepare(directory: Path) -> None:
     """Makes a directory with those above it, and makes sure that it can be written to."""
-    os.makedirs(directory, exist_ok=True)
+    if not directory.is_dir():
+        os.makedirs(directory, exist_ok=True)
+        sync(directory.absolute().parent)
     if not os.access(directory, os.W_OK | os.X_OK):
         raise PermissionError(13, "it is read-only", str(directory))
 

@@ -48,7 +48,7 @@ def decode(data: bytes, what: str) -> dict[str, Any]:
         CheckpointError: No JSON object, nested too deeply, or with a name given twice.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_object)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
         depth = _depth(value)
     except RecursionError:
         depth = _DEPTH + 1

@@ -133,7 +133,7 @@ class Store:
             _files.make(aside)
             draft.write(aside)
             _files.sync(aside)
-            manifest = verify(aside)
+            manifest = self._read_back(aside, slot)
             _files.rename(aside, self.directory / slot.name)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -141,6 +141,15 @@ class Store:
             raise
         _files.sync(self.directory)
         self._metrics[slot] = manifest.metrics
+
+    def _read_back(self, aside: Path, slot: Slot) -> Manifest:
+        try:
+            return verify(aside)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{slot.name} was not written to {self.directory}, as reading it back failed: {error} "
+                "The checkpoints that were there still are."
+            ) from error
 
     def _prune(self, new: Slot) -> None:
         there = slots(self.directory)

@@ -1,0 +1,79 @@
+"""Kills a process at each of its system calls during a save, and looks what is there afterwards.
+
+A program of its own, as it forks hundreds of times, which a process with a backend in it had better not.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from handloom.checkpoint._store import read_newest
+from tests.checkpoint.common import Nth, install, is_of, save
+
+
+def killed_at(number, directory, step, keep, part=0.0):
+    """Saves in a process killed at its n-th call, of a write after a part of it; whether it lived to the end."""
+    child = os.fork()
+    if child == 0:
+        install(Nth(number, lambda name, arguments: die(name, arguments, part)))
+        save(directory, step, keep=keep)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status not in (0, signal.SIGKILL):
+        raise SystemExit(f"the process ended with {status}")
+    return status == 0
+
+
+def die(name, arguments, part):
+    if name == "write":
+        file, data = arguments
+        os.write(file, data[: int(len(data) * part)])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def look(directory, before, new):
+    """A reader finds the old checkpoint or the new one, whole; nothing else has a checkpoint's name."""
+    found, damaged = read_newest(directory)
+    assert not damaged
+    if found is None:
+        assert before is None
+    else:
+        assert is_of(found, found.step)
+        assert found.step in (before, new)
+    return found
+
+
+def go_on(directory, keep):
+    """The next save works, and leaves no stray file."""
+    save(directory, 9, keep=keep)
+    found, damaged = read_newest(directory)
+    assert is_of(found, 9)
+    assert not damaged
+    names = {path.name for path in directory.iterdir()}
+    assert names <= {".lock", "step_000000001", "step_000000001_1", "step_000000002", "step_000000009"}
+    assert keep != 1 or names == {".lock", "step_000000009"}
+
+
+def sweep(before, new, keep, part=0.0, twice=False):
+    """Every n, until a save lives; how many there were, and how often the new checkpoint was there already."""
+    number, committed, lived = 0, 0, False
+    while not lived:
+        with tempfile.TemporaryDirectory() as name:
+            directory = Path(name) / "run"
+            if before is not None:
+                save(directory, before)
+            if twice:  # What one killed process left does not trouble the next, which is killed too.
+                killed_at(10, directory, new, keep)
+            lived = killed_at(number, directory, new, keep, part)
+            found = look(directory, before, new)
+            committed += found is not None and (found.step, found.path.name[-2:]) != (before, "01")
+            go_on(directory, keep)
+        number += 1
+    return number - 1, committed
+
+
+if __name__ == "__main__":
+    before, new, keep, part, twice = (eval(word) for word in sys.argv[1:])  # Our own words, from the test.
+    print(*sweep(before, new, keep, part, twice))

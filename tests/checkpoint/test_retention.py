@@ -1,0 +1,113 @@
+"""Which checkpoints are kept, against the plain rule."""
+
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from handloom.checkpoint import _files
+from handloom.checkpoint._retention import Best, Slot, kept
+from handloom.checkpoint._store import Store, read_newest, valid_steps
+from tests.checkpoint.common import Shim, draft, is_of, save
+
+pytestmark = pytest.mark.once
+
+METRICS = st.sampled_from([None, 0.0, 1.0, 2.0, -1.0, math.nan, math.inf, -math.inf])
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """What is to survive a power cut is no matter here."""
+
+    class Hasty(Shim):
+        def fsync(self, file):
+            pass
+
+    monkeypatch.setattr(_files, "os", Hasty(lambda name, arguments: None))
+
+
+def expected(saved, keep, best):
+    """What is to be there after these saves, by the words of the documentation."""
+    there = {}  # Step to metric: as a dict, a step saved again is replaced.
+    for step, metric in saved:
+        there[step] = metric
+        last = sorted(there)[-keep:] if keep else sorted(there)
+        finite = {step: value for step, value in there.items() if value is not None and math.isfinite(value)}
+        if best and finite:
+            choose = min if best.startswith("min") else max
+            last = [*last, min(step for step in finite if finite[step] == choose(finite.values()))]
+        there = {step: metric for step, metric in there.items() if step in last}
+    return sorted(there)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 2), METRICS), min_size=1, max_size=8),
+    keep=st.sampled_from([1, 2, 3, None]),
+    best=st.sampled_from([None, "min:loss", "max:loss"]),
+    anew=st.booleans(),
+)
+def test_the_last_and_the_best_are_kept(tmp_path_factory, fast, steps, keep, best, anew):
+    directory = tmp_path_factory.mktemp("run")
+    step, saved = 0, []
+    store = Store(directory, keep, Best.of(best) if best else None)
+    for more, metric in steps:
+        step += more
+        if anew:  # A new process knows what is there from what is there.
+            store.close()
+            store = Store(directory, keep, Best.of(best) if best else None)
+        store.save(draft(step, {} if metric is None else {"loss": metric}))
+        saved.append((step, metric))
+        assert valid_steps(directory) == expected(saved, keep, best)
+        assert is_of(read_newest(directory)[0], step)
+    store.close()
+
+
+def test_of_equals_the_earlier_is_the_best(tmp_path):
+    for step, loss in [(1, 0.5), (2, 0.5), (3, 0.7), (4, 0.5), (5, 0.9)]:
+        save(tmp_path, step, keep=1, best=Best.of("min:loss"), metrics={"loss": loss})
+    assert valid_steps(tmp_path) == [1, 5]
+
+
+def test_metrics_are_kept_with_the_checkpoint(tmp_path):
+    save(tmp_path, 1, metrics={"loss": 0.1, "accuracy": math.inf, "other": math.nan})
+    found = read_newest(tmp_path)[0].metrics
+    assert found.pop("loss") == 0.1
+    assert all(map(math.isnan, found.values()))  # JSON has no infinity; neither can be best.
+    assert found.keys() == {"accuracy", "other"}
+
+
+@pytest.mark.parametrize("words", ["val_loss", "least:val_loss", "min:", "", 3])
+def test_best_takes_a_direction_and_a_name(words):
+    with pytest.raises(ValueError, match=r"best= takes 'min:METRIC' or 'max:METRIC', as in 'min:val_loss'; received"):
+        Best.of(words)
+
+
+def test_a_metric_may_have_a_colon_in_its_name():
+    assert Best.of("max:head:accuracy") == Best("head:accuracy", -1)
+
+
+@given(st.integers(0, 10**12), st.integers(0, 100))
+def test_a_place_is_known_by_its_name(step, again):
+    assert Slot.of(Slot(step, again).name) == Slot(step, again)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("step_1", "step_0000000010", "step_000000001_0", "step_000000001_01", "step_-00000001", "step_"),
+        *("step_000000001 ", "step_000000001\n", "step_000000001.tmp", "Step_000000001", ".writing"),
+        "step_00000000\N{ARABIC-INDIC DIGIT ONE}",
+    ],
+)
+def test_other_names_are_no_places(name):
+    assert Slot.of(name) is None
+
+
+def test_places_are_ordered_by_number_not_by_letters():
+    slots = [Slot(2), Slot(10**9), Slot(999_999_999), Slot(2, 2), Slot(2, 10)]
+    assert sorted(slots) == [Slot(2), Slot(2, 2), Slot(2, 10), Slot(999_999_999), Slot(10**9)]
+    assert kept(slots, 2, None) == {Slot(10**9), Slot(999_999_999)}
+    assert kept(slots, None, None) == {Slot(2, 10), Slot(10**9), Slot(999_999_999)}
+    assert kept(slots, 1, Slot(2)) == {Slot(10**9), Slot(2)}
