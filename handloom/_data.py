@@ -11,6 +11,7 @@ import abc
 import collections
 import itertools
 import numbers
+import random
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -40,7 +41,7 @@ class Feed:
         batch_size: Examples in a batch; for arrays only. 32 by default.
         shuffle: Whether to draw a new order for each epoch; for arrays (by example) and `PyDataset`s (by batch). The
             order is a function of `seed` and the epoch alone.
-        seed: Seed of the order.
+        seed: Seed of the order; `None` to draw one from Python's random numbers.
         drop_remainder: Whether to leave out a last batch smaller than the others; for arrays only.
 
     Yields:
@@ -60,14 +61,15 @@ class Feed:
         *,
         batch_size: int | None = None,
         shuffle: bool = False,
-        seed: int = 0,
+        seed: int | None = 0,
         drop_remainder: bool = False,
     ) -> None:
-        self._source = _source(data, batch_size, shuffle, seed, drop_remainder)
+        self._source = _source(data, batch_size, shuffle, drop_remainder)
         self._epoch = 0
         self._batch = 0
         self._restored = False
-        self._seed = seed
+        self._any_seed = seed is None
+        self._seed = self._source.seed = random.randint(0, 2**31 - 1) if seed is None else seed
 
     def __iter__(self) -> Iterator[Batch]:
         restored, self._restored = self._restored, False
@@ -118,6 +120,8 @@ class Feed:
         """
         if not _is_state(state):
             raise DataError(f"A feed's state is a dict of whole numbers epoch, batch and seed; received {state!r}.")
+        if self._any_seed:
+            self._seed = self._source.seed = state["seed"]
         if state["seed"] != self._seed:
             raise DataError(
                 f"The state is of a feed with seed={state['seed']}, this one has seed={self._seed}: the order of its "
@@ -126,6 +130,20 @@ class Feed:
         if self.length is not None and state["batch"] > self.length:
             raise DataError(f"The state is at batch {state['batch']}; this feed has {self.length} batches an epoch.")
         self._epoch, self._batch, self._restored = state["epoch"], state["batch"], True
+
+    @property
+    def name(self) -> str:
+        """What the data is, in words."""
+        return self._source.name
+
+    @property
+    def seekable(self) -> bool:
+        """Whether any position is reached at once, in the same order each time. Else it is read up to there."""
+        return self._source.seekable
+
+    def peek(self) -> Batch:
+        """The first batch of a pass. A source that can be read only once gives it again."""
+        return self._source.peek()
 
     def stream(self) -> Iterator[Batch]:
         """Pass after pass, without end where the source can be read again."""
@@ -152,6 +170,8 @@ class _Source(abc.ABC):
         name: What to call it in an error.
         length: Batches in a pass, `None` if unknown.
         repeatable: Whether there can be more than one pass.
+        seekable: Whether any position is reached at once, in the same order each time.
+        seed: Seed of the order.
         transform: Applied to a batch before it becomes tensors.
         look: Shown each batch then.
     """
@@ -159,12 +179,20 @@ class _Source(abc.ABC):
     name: str
     length: int | None = None
     repeatable = True
+    seekable = False
+    seed = 0
     transform: Callable[[Any], Any] = staticmethod(lambda batch: batch)
     look: Callable[[Any], None] | None = None
 
     @abc.abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """The batches of the pass number `epoch`, from number `start` on."""
+
+    def peek(self) -> Batch:
+        """The first batch of a pass, which it stays."""
+        for batch in self.batches(0, 0):
+            return batch
+        raise DataError(f"The data is empty: {self.name} gave no batch.")
 
     def _as_batch(self, batch: Any) -> Batch:
         """What a source gave, as tensors of the backend."""
@@ -179,14 +207,15 @@ class _Arrays(_Source):
     """Arrays, sliced. Any position is reached at once."""
 
     name = "arrays"
+    seekable = True
 
-    def __init__(self, data: Any, batch_size: int, shuffle: bool, seed: int, drop_remainder: bool) -> None:
+    def __init__(self, data: Any, batch_size: int, shuffle: bool, drop_remainder: bool) -> None:
         paths, leaves, self._structure = optree.tree_flatten_with_path(data)
         self._arrays = [_host_array(leaf, path) for path, leaf in zip(paths, leaves, strict=True)]
         self._count = _common_length(self._arrays, paths)
         samples = [array[:1] for array in self._arrays]
         self._as_they_are = all(backend.to_tensor(sample) is sample for sample in samples)
-        self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
+        self._batch_size, self._shuffle = batch_size, shuffle
         self.length = self._count // batch_size if drop_remainder else -(-self._count // batch_size)
         if not self.length:
             raise DataError(
@@ -195,7 +224,7 @@ class _Arrays(_Source):
             )
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        order = np.random.default_rng([self._seed, epoch]).permutation(self._count) if self._shuffle else None
+        order = np.random.default_rng([self.seed, epoch]).permutation(self._count) if self._shuffle else None
         size, arrays, unflatten = self._batch_size, self._arrays, self._structure.unflatten
         for first in range(start * size, (self.length or 0) * size, size):
             chosen: Any = slice(first, first + size) if order is None else order[first : first + size]
@@ -211,6 +240,15 @@ class _Batches(_Source):
     def __init__(self, name: str, iterate: Callable[[], Iterable[Any]], length: int | None, repeatable: bool) -> None:
         self.name, self._iterate, self.length, self.repeatable = name, iterate, length, repeatable
 
+    def peek(self) -> Batch:
+        if self.repeatable:
+            return super().peek()
+        given = iter(self._iterate())
+        first = list(itertools.islice(given, 1))
+        again = itertools.chain(first, given)
+        self._iterate = lambda: again
+        return super().peek() if not first else self._as_batch(first[0])
+
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         del epoch  # Such a source decides by itself on its order.
         return map(self._as_batch, itertools.islice(iter(self._iterate()), start, None))
@@ -220,9 +258,10 @@ class _PyDataset(_Source):
     """A `keras.utils.PyDataset`, by index, with its workers."""
 
     name = "the PyDataset"
+    seekable = True
 
-    def __init__(self, data: keras.utils.PyDataset, shuffle: bool, seed: int) -> None:
-        self._data, self._shuffle, self._seed = data, shuffle, seed
+    def __init__(self, data: keras.utils.PyDataset, shuffle: bool) -> None:
+        self._data, self._shuffle = data, shuffle
         self.length = data.num_batches
         if self.length == 0:
             raise DataError("The data is empty: the PyDataset has length 0.")
@@ -236,7 +275,7 @@ class _PyDataset(_Source):
         if self.length is None:
             return itertools.count(start)
         if self._shuffle:
-            return map(int, np.random.default_rng([self._seed, epoch]).permutation(self.length)[start:])
+            return map(int, np.random.default_rng([self.seed, epoch]).permutation(self.length)[start:])
         return range(start, self.length)
 
     def _read(self, indices: Iterable[int]) -> Iterator[Any]:
@@ -275,13 +314,13 @@ def _read_ahead(pool: Executor, read: Callable[[int], Any], indices: Iterable[in
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _source(data: Any, batch_size: int | None, shuffle: bool, seed: int, drop_remainder: bool) -> _Source:
+def _source(data: Any, batch_size: int | None, shuffle: bool, drop_remainder: bool) -> _Source:
     whole = isinstance(batch_size, numbers.Integral) and not isinstance(batch_size, bool)
     if batch_size is not None and not (whole and batch_size > 0):
         raise DataError(f"batch_size takes a positive whole number; received {batch_size!r}.")
     if is_arrays(data):
-        return _Arrays(data, batch_size or _DEFAULT_BATCH_SIZE, shuffle, seed, drop_remainder)
-    source = _batched_source(data, shuffle, seed)
+        return _Arrays(data, batch_size or _DEFAULT_BATCH_SIZE, shuffle, drop_remainder)
+    source = _batched_source(data, shuffle)
     refused = {"batch_size": batch_size is not None, "drop_remainder": drop_remainder}
     refused["shuffle"] = shuffle and not isinstance(source, _PyDataset)
     for option, given in refused.items():
@@ -290,9 +329,9 @@ def _source(data: Any, batch_size: int | None, shuffle: bool, seed: int, drop_re
     return source
 
 
-def _batched_source(data: Any, shuffle: bool, seed: int) -> _Source:
+def _batched_source(data: Any, shuffle: bool) -> _Source:
     if isinstance(data, keras.utils.PyDataset):
-        return _PyDataset(data, shuffle, seed)
+        return _PyDataset(data, shuffle)
     if isinstance(data, Iterator):
         kind = "the generator" if isinstance(data, types.GeneratorType) else f"the {type(data).__name__}"
         return _Batches(kind, lambda: data, None, repeatable=False)

@@ -14,9 +14,9 @@ from typing import Any, TypeAlias, cast, overload
 import numpy as np
 import optree
 
-from handloom._keras import Tensor, global_seed_generator, keras
+from handloom._keras import Tensor, Variable, global_seed_generator, keras
 from handloom._warn import warn
-from handloom._watch import new_variables
+from handloom._watch import new_variables, variables_touched
 from handloom._weight import step_weight
 from handloom.backends import backend
 from handloom.backends.base import Untraceable
@@ -136,6 +136,12 @@ class Function:
         """Copied, and pickled, without its versions, which stay with the process and the instance they are for."""
         return functools.partial(Function, jit_compile=self._jit_compile), (self.python_function,)
 
+    @property
+    def touched(self) -> list[Variable]:
+        """The variables that the compiled versions read or assign."""
+        found = {key: variable for version in self._versions.values() for key, variable in version.touched.items()}
+        return list(found.values())
+
     def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Sequence[Tensor]]:
         """The version for these arguments, compiled if need be, and the tensors among them."""
         # The path of a training loop, a few arrays: no walk through structure, no look at what needs converting.
@@ -237,6 +243,7 @@ class Version:
     Attributes:
         compiled: Whether it is; else it runs op by op.
         unused: The names of marks (see `Backend.marked`) on which nothing depends.
+        touched: The variables that it reads or assigns, by id.
     """
 
     def __init__(self, function: Function, arguments: _Arguments) -> None:
@@ -246,6 +253,7 @@ class Version:
         self.compiled = False
         self.fallback_reason = ""
         self.unused: list[str] = []
+        self.touched: dict[int, Variable] = {}
         self.signature: dict[str, str] = {}
         self.trace: Trace | None = None
         self.run: Callable[[Sequence[Tensor]], Sequence[Tensor]] = self._op_by_op
@@ -257,10 +265,11 @@ class Version:
         def flat(*tensors: Tensor) -> list[Tensor]:
             nonlocal runs
             python_function = backend.with_control_flow(self._function.python_function)
-            with new_variables() as created:
+            with new_variables() as created, variables_touched() as touched:
                 try:
                     results = self._outputs.put(self._arguments.call(python_function, tensors))
                 finally:
+                    self.touched.update(touched)
                     if created and not (first and runs == 0):
                         raise _created_late(self._function.__name__, created, first)
             runs += 1  # Only now: a backend may try again, in another way, what failed halfway to all variables.

@@ -30,6 +30,7 @@ from handloom._logs import Value
 from handloom._progress import Progress
 from handloom._reporting import ReportingStep
 from handloom._sample_weight import check_weights, weighed_at, weights_in
+from handloom._saving import SaveOptions, saving_of
 from handloom._seed import seed_run
 from handloom._trained import trained
 from handloom._warn import warn
@@ -53,6 +54,10 @@ def fit(
     validate_every: Every = every(epochs=1),
     callbacks: Iterable[keras.callbacks.Callback] = (),
     run_dir: str | Path | None = None,
+    resume: str = "auto",
+    save: Every | None = every(epochs=1),
+    keep: int | None = 3,
+    best: str | None = None,
     verbose: str | int = "auto",
     seed: int | None = None,
 ) -> keras.callbacks.History:
@@ -74,7 +79,13 @@ def fit(
             returns such a dict.
         validate_every: When to validate.
         callbacks: Keras callbacks.
-        run_dir: A directory for `log.jsonl`. By default nothing is written anywhere.
+        run_dir: A directory for the log and the checkpoints of the run. Called again with it, after whatever end,
+            training goes on where it stood, to the bit. By default nothing is written anywhere.
+        resume: `"auto"` to go on if there is a checkpoint; `"exact"` to do so only if the data can go on at its exact
+            place; `"never"` to refuse a directory that has one.
+        save: When to save; it is also done at the end, and when SIGTERM or Ctrl-C asks to stop. `None` for never.
+        keep: How many of the last checkpoints to keep; `None` for all.
+        best: `"min:val_loss"` or the like, to keep the best by a reported value besides.
         verbose: 0 for silence, 1 for a progress bar, 2 for a line an epoch; `"auto"` for a bar in a terminal and lines
             elsewhere.
         seed: One number for all that is random in the run: the order of data, unseeded random operations, and of what
@@ -105,8 +116,17 @@ def fit(
             validate_every=validate_every,
             callbacks=callbacks,
             run_dir=run_dir,
+            saves=save_options(run_dir, save, resume, keep, best),
+            state=state,
             verbose=verbose,
         )
+
+
+def save_options(
+    run_dir: str | Path | None, save: Every | None, resume: str, keep: int | None, best: str | None
+) -> SaveOptions | None:
+    """When and where to save; `None` for a run that is not."""
+    return None if run_dir is None or save is None else SaveOptions(Path(run_dir), save, resume, keep, best)
 
 
 def train(
@@ -114,6 +134,7 @@ def train(
     feed: Feed,
     *,
     model: Any,
+    state: Any = None,
     epochs: int,
     initial_epoch: int = 0,
     steps_per_epoch: int | None = None,
@@ -121,6 +142,7 @@ def train(
     validate_every: Every = every(epochs=1),
     callbacks: Iterable[keras.callbacks.Callback] = (),
     run_dir: str | Path | None = None,
+    saves: SaveOptions | None = None,
     verbose: str | int = "auto",
     finish: Callable[[], None] = lambda: None,
 ) -> keras.callbacks.History:
@@ -128,25 +150,37 @@ def train(
     _check_counts(epochs=epochs, steps_per_epoch=steps_per_epoch)
     history = keras.callbacks.History()
     steps = steps_per_epoch or feed.length
-    listeners = [*as_list(callbacks), history, *_writers(run_dir), *progress_display(verbose)]
+    kept = [*as_list(callbacks), history, *_writers(run_dir)]
+    listeners = [*kept, *progress_display(verbose)]
     progress, take, logs, results = Progress(epoch=initial_epoch), step.take, step.logs, dict[str, Value]()
+    validations = _Validations(validation, validate_every, step)
     model.stop_training = False
     take_initial_epoch(model)
     with (
         Callbacks(listeners, model, {"epochs": epochs, "steps": steps, "verbose": verbose}) as hooks,
         Interrupts() as interrupts,
+        saving_of(
+            saves,
+            {"state": state, "feed": feed, "validations": validations},
+            step=step,
+            progress=progress,
+            hooks=hooks,
+            callbacks=kept,
+        ) as saving,
     ):
-        validations = _Validations(validation, validate_every, hooks, step)
+        save_if_due = saving.if_due if saves else None
         batch_begins, batch_ends = hooks.heard("on_train_batch_begin"), hooks.heard("on_train_batch_end")
         passes = feed.stream()
         hooks.on_train_begin({})
         progress.epoch = max(progress.epoch, take_initial_epoch(model))
+        saving.begin(tell=bool(verbose))
         while progress.epoch < epochs and not model.stop_training:
             epoch = progress.epoch
-            validations.forget()
-            step.start_epoch()
-            hooks.on_epoch_begin(epoch, {})
-            for batch in feed if steps_per_epoch is None else _limited(passes, steps_per_epoch):
+            if not progress.batch:  # Else it goes on within an epoch, which has begun.
+                validations.forget()
+                step.start_epoch()
+                hooks.on_epoch_begin(epoch, {})
+            for batch in feed if steps_per_epoch is None else _limited(passes, steps_per_epoch - progress.batch):
                 if batch_begins:
                     batch_begins(progress.batch, {})
                 # DO NOT reorder: between here and the release an interrupt would find weights half updated.
@@ -160,14 +194,18 @@ def train(
                 if batch_ends:
                     batch_ends(progress.batch - 1, logs)
                 if validations.within_epochs:
-                    validations.if_due(progress)
+                    validations.if_due(progress, hooks)
                 if model.stop_training:
                     break
+                if save_if_due:
+                    save_if_due()
             step.end_epoch()
             progress.end_epoch()
             results = logs.reported()
-            results.update(validations.if_due(progress))
+            results.update(validations.if_due(progress, hooks))
             hooks.on_epoch_end(epoch, results)
+            saving.if_due(results)
+        saving.end(results)
         finish()
         hooks.on_train_end(results)
     return history
@@ -271,22 +309,30 @@ def _one_pass(feed: Feed, steps: int | None) -> Iterator[Batch]:
 class _Validations:
     """Validates when it is time, and keeps the last results for the end of the epoch."""
 
-    def __init__(self, validation: Validation | None, when: Every, hooks: Callbacks, training: ReportingStep) -> None:
-        self._validation, self._when, self._hooks, self._training = validation, when, hooks, training
+    def __init__(self, validation: Validation | None, when: Every, training: ReportingStep) -> None:
+        self._validation, self._when, self._training = validation, when, training
         self._results: dict[str, Value] = {}
         self._last_time = time.perf_counter()
         self.within_epochs = validation is not None and getattr(when, "epochs", 0) is None
 
-    def if_due(self, progress: Progress) -> dict[str, Value]:
+    def if_due(self, progress: Progress, hooks: Callbacks) -> dict[str, Value]:
         """Validates if it is time; returns the last results at the end of an epoch."""
         if self._validation is None:
             return {}
         if self._when.due(progress, time.perf_counter() - self._last_time):
             with self._training.metrics_kept():
-                results = self._validation(self._hooks)
+                results = self._validation(hooks)
             self._results = {f"val_{name}": value for name, value in results.items()}
             self._last_time = time.perf_counter()
         return self._results if progress.batch == 0 else {}
+
+    def state(self) -> dict[str, Value]:
+        """The last results of this epoch."""
+        return dict(self._results)
+
+    def restore(self, state: Mapping[str, Value]) -> None:
+        """Goes on with them."""
+        self._results = dict(state)
 
     def forget(self) -> None:
         """A new epoch has its own results."""

@@ -252,6 +252,10 @@ class Model(keras.Model):
         validation_batch_size: int | None = None,
         validation_freq: int | Sequence[int] = 1,
         run_dir: str | Path | None = None,
+        resume: str = "auto",
+        save: Every | None = every(epochs=1),
+        keep: int | None = 3,
+        best: str | None = None,
         seed: int | None = None,
     ) -> keras.callbacks.History:
         """Trains the model, with Keras's arguments and their meaning.
@@ -273,8 +277,12 @@ class Model(keras.Model):
             validation_steps: Steps of a validation; by default one pass.
             validation_batch_size: By default `batch_size`.
             validation_freq: Validate every so many epochs, or after the epochs listed (counted from 1).
-            run_dir: A directory for `log.jsonl`. By default nothing is written anywhere.
-            seed: One number for all that is random in the run, as for `hl.fit`.
+            run_dir: A directory for the log and the checkpoints of the run; it, and the rest, as for `hl.fit`.
+            resume: Whether to go on from a checkpoint there.
+            save: When to save.
+            keep: How many of the last checkpoints to keep.
+            best: By which value to keep the best besides.
+            seed: One number for all that is random in the run.
 
         Returns:
             The history: `history.history[name]` is a list with one value an epoch.
@@ -307,6 +315,8 @@ class Model(keras.Model):
                 validate_every=_validation_times(validation_freq),
                 callbacks=callbacks,
                 run_dir=run_dir,
+                saves=_loop.save_options(run_dir, save, resume, keep, best),
+                state={"model": self},
                 verbose=verbose,
                 finish=functools.partial(finish_training, self),
             )

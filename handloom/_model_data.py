@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -48,9 +47,7 @@ def model_feed(
     if is_arrays(parts):
         if class_weight is not None:
             sample_weight = weights_of(y, sample_weight, class_weight)
-        feed = Feed(
-            packed((x, y, sample_weight)), batch_size=batch_size, shuffle=shuffle, seed=_order_seed() if shuffle else 0
-        )
+        feed = Feed(packed((x, y, sample_weight)), batch_size=batch_size, shuffle=shuffle, seed=None if shuffle else 0)
         if labels:
             check_labels(model, x, y)
         weights = weights_in(y, sample_weight)
@@ -59,7 +56,7 @@ def model_feed(
             feed.check(functools.partial(_check_batch, training=True))
         return feed
     by_batch = shuffle and isinstance(x, keras.utils.PyDataset)
-    feed = x if isinstance(x, Feed) else Feed(x, shuffle=by_batch, seed=_order_seed() if by_batch else 0)
+    feed = x if isinstance(x, Feed) else Feed(x, shuffle=by_batch, seed=None if by_batch else 0)
     if y is not None or sample_weight is not None:
         raise _not_together(x, y, sample_weight)
     if feed is not x:
@@ -144,8 +141,3 @@ def as_one_batch(data: Any, *, training: bool = False) -> Batch:
     feed.check(functools.partial(_check_batch, training=training))
     [batch] = feed
     return batch
-
-
-def _order_seed() -> int:
-    """A seed for the order of examples: drawn, so that fits differ, and repeated by `keras.utils.set_random_seed`."""
-    return random.randint(0, 2**31 - 1)

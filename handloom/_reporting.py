@@ -72,6 +72,7 @@ class ReportingStep:
         self._unpacks, self._reset_metrics = unpacks, reset_metrics
         self._totals: dict[Any, Totals] = {}
         self._renewed: dict[int, keras.Metric] = {}
+        self._in_use: Callable[[keras.Metric], bool] = _is_not_in_use
         self._known: dict[Any, tuple[Run, Report]] = {}
         self._last: list[Report | None] = [None]
         self._windows: dict[int, Accumulated] = {}
@@ -107,6 +108,7 @@ class ReportingStep:
         """The values and the metrics start anew."""
         self.logs.clear()
         self._renewed.clear()
+        self._in_use = _is_not_in_use
         self._known.clear()
         self._last[0] = None
         if self._reset_metrics is not None:
@@ -124,14 +126,14 @@ class ReportingStep:
         """The metrics that were reset when a step of this epoch first used them."""
         return list(self._renewed.values())
 
-    def continue_epoch(self, state: Mapping[str, Any], renewed: Sequence[keras.Metric]) -> None:
+    def continue_epoch(self, state: Mapping[str, Any], is_in_use: Callable[[keras.Metric], bool]) -> None:
         """Goes on within an epoch that an earlier process began.
 
         Args:
             state: From `logs.state()`.
-            renewed: The metrics that were in use.
+            is_in_use: Tells which metrics that process had reset in this epoch already.
         """
-        self._renewed.update((id(metric), metric) for metric in renewed)
+        self._in_use = is_in_use
         self.logs.restore(state, self._totals_for)
 
     def _totals_for(self, state: Mapping[str, Any]) -> Totals:
@@ -221,7 +223,8 @@ class ReportingStep:
     def _renew(self, metric: keras.Metric) -> None:
         if self._reset_metrics is None and id(metric) not in self._renewed:
             self._renewed[id(metric)] = metric
-            metric.reset_state()
+            if not self._in_use(metric):
+                metric.reset_state()
 
 
 # By how the name of what is not used begins.
@@ -235,6 +238,11 @@ _CURES = {
     "the regularizer of": "an optimizer updates the variable down a loss without it. Use minimize(), which includes "
     "it, or add sum(layer.losses) to the loss.",
 }
+
+
+def _is_not_in_use(metric: keras.Metric) -> bool:
+    del metric  # None is, when an epoch begins.
+    return False
 
 
 def _call_check(step: Callable[..., Any]) -> Callable[..., None]:

@@ -82,6 +82,35 @@ def new_variables() -> Iterator[list[Variable]]:
         yield created
 
 
+@contextlib.contextmanager
+def variables_touched() -> Iterator[dict[int, Variable]]:
+    """Collects the variables that are read or assigned inside, by id, Handloom's own apart."""
+    touched: dict[int, Variable] = {}
+    thread = threading.get_ident()
+
+    def note(variable: Variable) -> None:
+        if threading.get_ident() == thread and not isinstance(variable, OwnVariable):
+            touched[id(variable)] = variable
+
+    def noting_read(original: property) -> property:
+        def value(self: Variable) -> Tensor:
+            note(self)
+            return original.fget(self)  # type: ignore[misc]
+
+        return property(value, doc=original.__doc__)
+
+    def noting_assigned(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(original)
+        def assign(self: Variable, value: Any) -> Tensor:
+            note(self)
+            return original(self, value)
+
+        return assign
+
+    with _replaced(keras.Variable, "value", noting_read), _replaced(keras.Variable, "assign", noting_assigned):
+        yield touched
+
+
 class Metrics:
     """The metrics that were updated, and the tensors that came out of a `result()`; made by `metrics_used`."""
 

@@ -39,6 +39,7 @@ LAYERS = [
         "_trained",
         "report",
     },
+    {"_saving"},
     {"_loop"},
     {"_model", "_compile", "_model_data", "_model_steps", "_variants", "_explain"},
     {"recipes", "cli"},
