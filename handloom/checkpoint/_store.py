@@ -1,7 +1,7 @@
 """Checkpoints in a directory: at every instant a whole one is there, and the newest that is whole is the one read.
 
 step_000000100/    a checkpoint; one of the same step saved again later is step_000000100_1
-.writing/          one that is not finished, or is being removed
+.writing/          one that is not finished; .removing/ one that is on its way out
 .lock              held by the process that writes
 """
 
