@@ -70,7 +70,7 @@ class Checkpointer:
         self._best = Best.of(best) if best is not None else None
         self._store = Store(self.directory, keep, self._best)
         self._metrics: set[str] = set()
-        self._pending: tuple[int, concurrent.futures.Future[str | None]] | None = None
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -80,37 +80,35 @@ class Checkpointer:
     def save(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Copies the state, and writes it in the background.
 
+        With `finite`, a state that is not finite is not saved; a `HandloomWarning` says so.
+
         Args:
             step: How many steps have been taken. Checkpoints are ordered by it; a step saved again replaces the first.
             metrics: Name to number, for `best` and for the record.
 
         Raises:
             CheckpointError: The one before could not be written; or this one cannot be, as the directory is read-only,
-                another process writes to it, or it holds a later step.
+                another process writes to it, it holds a later step, or something in the state cannot be saved.
         """
         self.wait()
         step = _step(step)
         self._store.open()
         self._store.check_step(step)
+        numbers = _numbers(metrics or {})
         arrays, contents = _snapshot.take(self.state)
-        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        if self._finite and (names := [name for name, array in arrays.items() if not is_finite(array)]):
+            warn(
+                f"The state at step {step} is not saved: NaN or infinity in {', '.join(names[:3])}"
+                f"{' and more' if len(names) > 3 else ''}. The checkpoints before stay. If it is meant to be there, use "
+                "finite=False."
+            )
+            return
+        draft = Draft(step, arrays, contents, numbers)
         self._metrics |= numbers.keys()
         # A thread for each, which ends by itself; the interpreter waits for it at its exit.
         executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="handloom-checkpoint")
-        self._pending = (step, executor.submit(self._write, step, arrays, contents, numbers))
+        self._pending = (step, executor.submit(self._store.save, draft))
         executor.shutdown(wait=False)
-
-    def _write(
-        self, step: int, arrays: dict[str, np.ndarray], contents: dict[str, Any], metrics: dict[str, float]
-    ) -> str | None:
-        """Writes, or says why not."""
-        if self._finite and (names := [name for name, array in arrays.items() if not is_finite(array)]):
-            return (
-                f"The state at step {step} is not saved: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} "
-                "is NaN or infinite. The checkpoints before stay. If that is meant to be, use finite=False."
-            )
-        self._store.save(Draft(step, arrays, contents, metrics))
-        return None
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on the disk.
@@ -124,11 +122,9 @@ class Checkpointer:
         concurrent.futures.wait([future])  # Apart from the result: an interrupt here must not lose it.
         self._pending = None
         try:
-            refused = future.result()
+            future.result()
         except Exception as error:
-            raise CheckpointError(f"The checkpoint of step {step} was not saved. {error}") from error
-        if refused:
-            warn(refused)
+            raise CheckpointError(f"Saving the checkpoint of step {step} failed. {error}") from error
 
     def restore(self) -> int | None:
         """Gives the state what the newest whole checkpoint holds.
@@ -156,7 +152,8 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._store.close()
+            if self._pending is None:  # Else an interrupt came, and a thread is still writing.
+                self._store.close()
         if self._best and self._metrics and self._best.metric not in self._metrics:
             warn(
                 f"No best checkpoint was kept: best= asks for {self._best.metric!r}, and the metrics that save() was "
@@ -186,3 +183,13 @@ def _step(step: Any) -> int:
     if not 0 <= number < 10**18:
         raise ValueError(f"save() takes the number of a step, 0 or more; received {step!r}.")
     return number
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"save() takes numbers as metrics; {name!r} is {value!r:.80}.") from None
+    return numbers

@@ -64,9 +64,9 @@ def reading(directory: Path, name: str) -> Iterator[tuple[int, int]]:
 
 
 def _unreadable(directory: Path, name: str, error: OSError) -> str:
-    for path in (directory, directory / name):
+    for path, cure in ((directory, "Give the path it points to"), (directory / name, "Put a copy in its place")):
         if os.path.islink(path):
-            return f"{path} is a symbolic link; none is followed in a checkpoint. Copy what it points to in its place."
+            return f"{path} is a symbolic link; none is followed in a checkpoint. {cure}."
     return f"{directory / name} cannot be opened: {error.strerror}."
 
 

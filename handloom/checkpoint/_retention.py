@@ -53,14 +53,20 @@ class Best:
         return cls(metric, 1 if direction == "min" else -1)
 
     def among(self, metrics: Mapping[Slot, Mapping[str, float]]) -> Slot | None:
-        """The best one; of equals the first. Where the metric is missing or not finite it cannot be."""
+        """The best one; of equals the earliest step, as it was saved last.
+
+        One whose metric is missing or not finite cannot be it.
+        """
         values = {slot: self.sign * found.get(self.metric, math.nan) for slot, found in metrics.items()}
-        candidates = [slot for slot in sorted(values) if math.isfinite(values[slot])]
-        return min(candidates, key=values.__getitem__, default=None)
+        candidates = [slot for slot in values if math.isfinite(values[slot])]
+        return min(candidates, key=lambda slot: (values[slot], slot.step, -slot.again), default=None)
 
 
 def kept(slots: Sequence[Slot], keep: int | None, best: Slot | None) -> set[Slot]:
-    """The last `keep` steps (all, if `None`), each as it was saved last, and the best."""
+    """The last `keep` steps (all, if `None`), each as it was saved last, and the best.
+
+    The best stays too when its step is saved again, perhaps without the metric, as at the end of a run.
+    """
     latest = {slot.step: slot for slot in sorted(slots)}
     last = list(latest.values()) if keep is None else list(latest.values())[-keep:]
     return set(last) | ({best} if best else set())

@@ -1,7 +1,7 @@
 """Checkpoints in a directory: at every instant a whole one is there, and the newest that is whole is the one read.
 
 step_000000100/    a checkpoint; one of the same step saved again later is step_000000100_1
-.writing/          one that is not finished, or is being removed
+.writing/          one that is not finished; .removing/ one that is on its way out
 .lock              held by the process that writes
 """
 
@@ -176,7 +176,8 @@ class Store:
     def _failure(self, error: OSError, slot: Slot, needed: int) -> str:
         if (self.directory / slot.name).exists():
             return f"{slot.name} was written to {self.directory}, but not all after it was done: {error}."
-        message = f"{slot.name} was not written to {self.directory}: {error.strerror}."
+        where = f" ({error.filename})" if error.filename else ""
+        message = f"{slot.name} was not written to {self.directory}: {error.strerror}{where}."
         if error.errno in _FULL:
             message += f" It needs {needed:,} bytes. The disk, or what may be written to it, is full: make room."
         return message + " The checkpoints that were there still are."

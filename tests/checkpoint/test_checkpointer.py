@@ -182,7 +182,7 @@ def test_what_failed_in_the_background_is_raised_by_the_next_call(tmp_path, call
     checkpointer.wait()
     fails()
     checkpointer.save(2)
-    with pytest.raises(CheckpointError, match=r"checkpoint of step 2 was not saved.*No space.*still are") as raised:
+    with pytest.raises(CheckpointError, match=r"checkpoint of step 2 failed.*No space.*still are") as raised:
         getattr(checkpointer, call)(*[3] * (call == "save"))
     assert isinstance(raised.value.__cause__, CheckpointError)
     install(None)
@@ -202,7 +202,7 @@ def test_an_error_in_the_block_is_not_hidden_by_one_in_the_background(tmp_path):
     with pytest.raises(KeyError, match="the user's own") as raised:
         run()
     [note] = raised.value.__notes__
-    assert "step 1 was not saved" in note
+    assert "step 1 failed" in note
 
 
 def test_a_failure_lets_another_write(tmp_path):
@@ -219,13 +219,17 @@ def test_a_failure_lets_another_write(tmp_path):
     assert checkpointer.steps == [1, 2]
 
 
-def test_what_cannot_be_saved_is_said_with_its_step(tmp_path):
+def test_what_cannot_be_saved_is_said_at_once(tmp_path):
     state = {"counter": Counter()}
-    state["counter"].count = object()
-    checkpointer = hl.Checkpointer(tmp_path, state)
-    checkpointer.save(4)
-    with pytest.raises(CheckpointError, match=r"step 4 was not saved\. contents\.counter\.count is object"):
-        checkpointer.close()
+    with hl.Checkpointer(tmp_path, state) as checkpointer:
+        state["counter"].count = object()
+        with pytest.raises(CheckpointError, match=r"contents\.counter\.count is object, which JSON does not know"):
+            checkpointer.save(4)
+        state["counter"].count = 1
+        with pytest.raises(TypeError, match="takes numbers as metrics; 'loss' is 'much'"):
+            checkpointer.save(4, {"loss": "much"})
+        checkpointer.save(4)
+    assert checkpointer.steps == [4]
 
 
 # ----------------------------------------------------------------- what is refused
@@ -237,9 +241,10 @@ def test_a_state_that_is_not_finite_never_becomes_the_newest(tmp_path, value):
     with hl.Checkpointer(tmp_path, state, keep=1) as checkpointer:
         checkpointer.save(1)
         state["model"]["w"][1, 2] = value
-        checkpointer.save(2)
-        with pytest.warns(HandloomWarning, match=r"at step 2 is not saved: model\.w is NaN.*finite=False") as seen:
-            checkpointer.wait()
+        with pytest.warns(
+            HandloomWarning, match=r"at step 2 is not saved: NaN or infinity in model\.w\..*finite=False"
+        ) as seen:
+            checkpointer.save(2)
         assert seen[0].filename == __file__
         assert checkpointer.restore() == 1
     assert (state["model"]["w"] == 1.0).all()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from handloom.checkpoint import _files
 from handloom.checkpoint._retention import Best, Slot, kept
-from handloom.checkpoint._store import Store, read_newest, valid_steps
+from handloom.checkpoint._store import Store, read_newest, slots, valid_steps
 from tests.checkpoint.common import Shim, draft, is_of, save
 
 pytestmark = pytest.mark.once
@@ -29,16 +29,18 @@ def fast(monkeypatch):
 
 def expected(saved, keep, best):
     """What is to be there after these saves, by the words of the documentation."""
-    there = {}  # Step to metric: as a dict, a step saved again is replaced.
-    for step, metric in saved:
-        there[step] = metric
-        last = sorted(there)[-keep:] if keep else sorted(there)
-        finite = {step: value for step, value in there.items() if value is not None and math.isfinite(value)}
-        if best and finite:
-            choose = min if best.startswith("min") else max
-            last = [*last, min(step for step in finite if finite[step] == choose(finite.values()))]
-        there = {step: metric for step, metric in there.items() if step in last}
-    return sorted(there)
+    there = {}  # Number of the save to step and metric.
+    for number, entry in enumerate(saved):
+        there[number] = entry
+        latest = {step: number for number, (step, _) in there.items()}  # A step saved again is replaced ...
+        stay = {latest[step] for step in (sorted(latest)[-keep:] if keep else latest)}
+        finite = {number: value for number, (_, value) in there.items() if value is not None and math.isfinite(value)}
+        if best and finite:  # ... unless it is the best.
+            value = (min if best.startswith("min") else max)(finite.values())
+            step = min(there[number][0] for number in finite if finite[number] == value)
+            stay.add(max(number for number in finite if there[number][0] == step and finite[number] == value))
+        there = {number: entry for number, entry in there.items() if number in stay}
+    return sorted(step for step, _ in there.values())
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -59,7 +61,7 @@ def test_the_last_and_the_best_are_kept(tmp_path_factory, fast, steps, keep, bes
             store = Store(directory, keep, Best.of(best) if best else None)
         store.save(draft(step, {} if metric is None else {"loss": metric}))
         saved.append((step, metric))
-        assert valid_steps(directory) == expected(saved, keep, best)
+        assert [slot.step for slot in slots(directory)] == expected(saved, keep, best)
         assert is_of(read_newest(directory)[0], step)
     store.close()
 
