@@ -1,0 +1,351 @@
+"""A run that was stopped, wherever that was, ends with the same bits as one that never was."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import handloom as hl
+from handloom.checkpoint._names import named
+from handloom.errors import CheckpointError, StepError
+from handloom.optimizers import Accumulated, Averaged
+
+numbers = np.random.default_rng(0)
+X = numbers.normal(size=(26, 3)).astype("float32")
+Y = X[:, :1] ** 2
+EVERY_STEP = hl.every(steps=1)
+BATCH, STEPS = 6, 5  # The last batch of an epoch is a smaller one.
+
+
+class Net(hl.Model):
+    """Unbuilt at first; with everything that has a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.norm, self.drop, self.head = (
+            layers.Dense(4, "relu"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.5),
+            layers.Dense(1),
+        )
+
+    def call(self, x, training=False):
+        return self.head(self.drop(self.norm(self.low(x), training=training), training=training))
+
+
+class OwnStep(Net):
+    def train_step(self, data):
+        x, y = data
+        x = x + 0.1 * keras.random.normal(ops.shape(x))  # From the global seed generator.
+        return {"error": self.minimize(lambda: ops.mean((self(x, training=True) - y) ** 2)), "rows": len(x)}
+
+
+class Larger(Net):
+    def __init__(self):
+        super().__init__()
+        self.extra = layers.Dense(4)
+
+    def call(self, x, training=False):
+        return super().call(self.extra(x), training)
+
+
+def schedule():
+    return keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.9)
+
+
+OPTIMIZERS = {
+    "momentum": lambda: keras.optimizers.SGD(0.01, momentum=0.9),
+    "gathered and averaged": lambda: Accumulated(Averaged(keras.optimizers.Adam(schedule())), 3),
+    "by name": lambda: {"head": keras.optimizers.SGD(0.05), "*": Accumulated("adam", 2)},
+}
+
+
+class Stopped(Exception):
+    """The end of a run, where nothing is done on the way out that a killed process would not do."""
+
+
+class StopAt(keras.callbacks.Callback):
+    def __init__(self, step):
+        super().__init__()
+        self.step = step  # As the constructor calls it: not a state, which would be given back.
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.step -= 1
+        if self.step == 0:
+            raise Stopped
+
+
+def train(run_dir, stop=0, *, cls=Net, optimizer="momentum", epochs=3, **options):
+    model = cls()
+    model.compile(OPTIMIZERS[optimizer](), loss="mse", metrics=["mae"])
+    options = {"save": hl.every(steps=2), "validation_data": (X, Y)} | options
+    callbacks = [StopAt(stop), *options.pop("callbacks", [])]
+    try:
+        model.fit(
+            X, Y, batch_size=BATCH, epochs=epochs, seed=1, run_dir=run_dir, verbose=0, callbacks=callbacks, **options
+        )
+    except Stopped:
+        return model
+    return model
+
+
+def bits(model):
+    variables = named({"model": model})[0]
+    return {name: ops.convert_to_numpy(variable.value) for name, variable in variables.items()}
+
+
+def assert_same_bits(model, other):
+    assert model.history.history == other.history.history
+    assert model.history.epoch == other.history.epoch
+    one, two = bits(model), bits(other)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, two[name], err_msg=name)
+
+
+def stopped_and_gone_on(tmp_path, *stops, **options):
+    for stop in stops:
+        train(tmp_path / "run", stop, **options)
+    return train(tmp_path / "run", **options)
+
+
+# -------------------------------------------------------------------- to the bit
+
+
+# Before the first save; after it within an epoch; at the end of one; in its last, smaller batch; later.
+@pytest.mark.parametrize("cls", [Net, OwnStep])
+def test_a_stopped_run_ends_with_the_same_bits(cls, tmp_path):
+    whole = train(tmp_path / "whole", cls=cls, epochs=2)
+    for stop in (1, 3, 5, 6, 10):
+        train(tmp_path / str(stop), stop, cls=cls, epochs=2)
+        assert_same_bits(train(tmp_path / str(stop), cls=cls, epochs=2), whole)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_it_may_be_stopped_twice_with_any_optimizer(optimizer, tmp_path):
+    whole = train(tmp_path / "whole", optimizer=optimizer)
+    assert_same_bits(stopped_and_gone_on(tmp_path, 4, 8, optimizer=optimizer), whole)
+
+
+def test_op_by_op_too(tmp_path):
+    with hl.run_eagerly(True):
+        whole = train(tmp_path / "whole", epochs=2)
+        assert_same_bits(stopped_and_gone_on(tmp_path, 4, epochs=2), whole)
+
+
+def test_callbacks_go_on_too(tmp_path):
+    def callbacks():
+        return [
+            hl.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True),
+            hl.callbacks.ReduceLROnPlateau("loss", patience=0, factor=0.5, min_delta=10.0),
+        ]
+
+    whole = train(tmp_path / "whole", callbacks=callbacks(), epochs=6)
+    for stop in (7, 12):
+        train(tmp_path / "run", stop, callbacks=callbacks(), epochs=6)
+    assert_same_bits(train(tmp_path / "run", callbacks=callbacks(), epochs=6), whole)
+    assert whole.optimizer.learning_rate < 0.01
+
+
+def test_epochs_of_so_many_steps_go_on_within_a_pass(tmp_path):
+    options = {"steps_per_epoch": 4, "epochs": 4}
+    whole = train(tmp_path / "whole", **options)
+    assert_same_bits(stopped_and_gone_on(tmp_path, 7, 8, **options), whole)
+
+
+def test_validation_within_epochs_goes_on(tmp_path):
+    def run(run_dir, stop=0):
+        model, optimizer = keras.Sequential([layers.Dense(1)]), keras.optimizers.Adam(0.05)
+        error = keras.metrics.MeanSquaredError(name="error")
+
+        def step(x, y):
+            loss = hl.minimize(lambda: ops.mean((model(x) - y) ** 2), model, optimizer)
+            error.update_state(y, model(x))
+            return {"loss": loss, "error": error}
+
+        def test_step(x, y):
+            return {"loss": ops.mean((model(x) - y) ** 2)}
+
+        try:
+            return hl.fit(
+                step,
+                hl.Feed((X, Y), batch_size=BATCH, shuffle=True),
+                state={"model": model, "optimizer": optimizer, "error": error},
+                epochs=3,
+                seed=0,
+                run_dir=run_dir,
+                save=hl.every(steps=1),
+                validate=(test_step, (X, Y)),
+                validate_every=hl.every(steps=3),
+                callbacks=[StopAt(stop)],
+                verbose=0,
+            ).history
+        except Stopped:
+            return None
+
+    whole = run(tmp_path / "whole")
+    for stop in (4, 5):
+        run(tmp_path / "run", stop)
+    assert run(tmp_path / "run") == whole
+    assert len(whole["val_loss"]) == 3
+
+
+def test_random_numbers_of_python_and_numpy_go_on(tmp_path):
+    class Draws(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs["drawn"] = np.random.uniform()
+
+    whole = train(tmp_path / "whole", callbacks=[Draws()])
+    assert_same_bits(stopped_and_gone_on(tmp_path, 8, callbacks=[Draws()]), whole)
+
+
+# ----------------------------------------------------------- the end, and after it
+
+
+def test_after_the_end_nothing_runs_and_more_epochs_go_on(tmp_path):
+    whole = train(tmp_path / "whole", epochs=4)
+    train(tmp_path / "run", epochs=2)
+    again = train(tmp_path / "run", epochs=2)
+    assert again.history.epoch == [0, 1]
+    assert again.optimizer.iterations == 2 * STEPS
+    assert_same_bits(train(tmp_path / "run", epochs=4), whole)
+
+
+def test_what_keras_does_to_weights_at_the_end_is_not_saved(tmp_path):
+    OPTIMIZERS["keras averages"] = lambda: keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5)
+    options = {"optimizer": "keras averages"}
+    whole = train(tmp_path / "whole", epochs=3, **options)
+    train(tmp_path / "run", epochs=2, **options)
+    assert_same_bits(train(tmp_path / "run", epochs=3, **options), whole)
+
+
+def test_it_says_where_it_goes_on(tmp_path, capsys):
+    train(tmp_path, 8)
+    model = Net()
+    model.compile(OPTIMIZERS["momentum"](), loss="mse", metrics=["mae"])
+    model.fit(X, Y, batch_size=BATCH, epochs=2, validation_data=(X, Y), run_dir=tmp_path, verbose=2)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"Going on from {tmp_path / 'checkpoints'}: 6 steps taken, 1 epochs and 1 batches.")
+
+
+def test_the_log_has_each_epoch_once(tmp_path):
+    train(tmp_path, 8, epochs=3)
+    train(tmp_path, epochs=3)
+    lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in lines] == ['{"epoch": 0', '{"epoch": 1', '{"epoch": 2']
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    options = {"epochs": 6, "save": hl.every(epochs=1), "keep": 2, "best": "max:val_loss"}
+    model = train(tmp_path, **options)
+    best = (1 + int(np.argmax(model.history.history["val_loss"]))) * STEPS
+    steps = hl.Checkpointer(tmp_path / "checkpoints", {}).steps
+    assert steps == sorted({best, 5 * STEPS, 6 * STEPS})
+
+
+def test_without_save_there_is_only_the_log(tmp_path):
+    train(tmp_path, save=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+# -------------------------------------------------------------------------- bad input
+
+
+def test_a_variable_that_state_does_not_reach_is_an_error(tmp_path):
+    variable, lost = keras.Variable(1.0), keras.Variable(2.0, name="lost")
+
+    def step(x):
+        variable.assign_add(lost * ops.sum(x))
+        return {}
+
+    with pytest.raises(StepError, match=r"step uses variables that would not be saved: .*lost.*Name in state"):
+        hl.fit(step, X, state={"variable": variable}, run_dir=tmp_path, verbose=0)
+    hl.fit(step, X, state={"variable": variable}, verbose=0)  # Not saved, it may.
+
+
+def test_another_model_is_an_error_that_names_what_differs(tmp_path):
+    train(tmp_path)
+    with pytest.raises(CheckpointError, match=r"not in the checkpoint: .*state.model.extra.bias"):
+        train(tmp_path, cls=Larger)
+
+
+def test_a_directory_with_a_run_is_not_begun_anew(tmp_path):
+    train(tmp_path)
+    with pytest.raises(CheckpointError, match="up to step 15, and resume='never'"):
+        train(tmp_path, resume="never")
+
+
+def test_data_without_a_position_goes_on_by_reading_or_not_at_all(tmp_path):
+    def batches():
+        return iter([(X[:6], Y[:6]), (X[6:12], Y[6:12]), (X[12:18], Y[12:18])])
+
+    def run(run_dir, stop=0, **options):
+        model = Net()
+        model.compile(OPTIMIZERS["momentum"](), loss="mse")
+        callbacks = [StopAt(stop)]
+        with contextlib.suppress(Stopped):
+            model.fit(
+                batches, epochs=3, seed=1, run_dir=run_dir, save=EVERY_STEP, verbose=0, callbacks=callbacks, **options
+            )
+        return model
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "run", 5)
+    with pytest.raises(CheckpointError, match="the function of data has no position to go on from"):
+        run(tmp_path / "run", resume="exact")
+    assert_same_bits(run(tmp_path / "run"), whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"resume": "yes"}, "resume takes one of 'auto'"), ({"save": 3}, "save takes a time")]
+)
+def test_options_that_are_none(options, words, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=words):
+        train(tmp_path, **options)
+
+
+# ---------------------------------------------------------------------------- signals
+
+SCRIPT = """
+    import os, signal, sys
+    import keras, numpy as np
+    import handloom as hl
+
+    class Send(keras.callbacks.Callback):
+        steps = 0
+
+        def on_train_batch_begin(self, batch, logs=None):
+            Send.steps += 1
+            if Send.steps == 4 and sys.argv[2] != "0":
+                os.kill(os.getpid(), int(sys.argv[2]))
+
+    model = hl.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("adam", loss="mse")
+    x = np.ones((12, 3), "float32")
+    history = model.fit(x, x[:, :1], batch_size=2, epochs=2, seed=0, run_dir=sys.argv[1], verbose=2, callbacks=[Send()])
+    print("steps", Send.steps, int(model.optimizer.iterations))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_a_signal_saves_after_the_step_and_ends_as_the_signal_does(signum, code, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
+
+    def run(number):
+        command = [sys.executable, str(script), str(tmp_path / "run"), str(number)]
+        return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ)
+
+    assert run(int(signum)).returncode == code
+    again = run(0)
+    assert again.returncode == 0, again.stderr
+    assert "4 steps taken, 0 epochs and 4 batches" in again.stdout
+    assert "steps 8 12" in again.stdout  # Twelve in all, eight of them now.
