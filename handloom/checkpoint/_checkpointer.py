@@ -99,8 +99,8 @@ class Checkpointer:
         if self._finite and (names := [name for name, array in arrays.items() if not is_finite(array)]):
             warn(
                 f"The state at step {step} is not saved: NaN or infinity in {', '.join(names[:3])}"
-                f"{' and more' if len(names) > 3 else ''}. The checkpoints before stay. If it is meant to be there, use "
-                "finite=False."
+                f"{' and more' if len(names) > 3 else ''}. The checkpoints before stay. If it is meant to be there, "
+                "use finite=False."
             )
             return
         draft = Draft(step, arrays, contents, numbers)
