@@ -205,6 +205,16 @@ def test_an_error_in_the_block_is_not_hidden_by_one_in_the_background(tmp_path):
     assert "step 1 failed" in note
 
 
+def test_what_a_save_took_is_known_when_it_is_done(tmp_path):
+    with hl.Checkpointer(tmp_path, {"model": {"w": np.zeros(100_000)}}) as checkpointer:
+        checkpointer.save(1)
+        assert checkpointer.written is None
+    written = checkpointer.written
+    assert written.step == 1
+    assert written.bytes >= 800_000
+    assert 0 < written.seconds < 60
+
+
 def test_a_failure_lets_another_write(tmp_path):
     checkpointer = hl.Checkpointer(tmp_path, a_state())
     fails()
