@@ -92,7 +92,10 @@ def list_checkpoints(path: Path) -> None:
 @checkpoint.command()
 @_where
 def verify(path: Path) -> None:
-    """Read every byte of the checkpoints in a directory, or of one; the exit code is 1 if one is damaged."""
+    """Read every byte of the checkpoints in a directory, or of one.
+
+    What is damaged is named, and the exit code is then 1.
+    """
     whole = True
     for good, line in _inspect().verified(path):
         click.echo(line)

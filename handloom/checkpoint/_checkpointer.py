@@ -17,7 +17,7 @@ from handloom.checkpoint._dtypes import is_finite
 from handloom.checkpoint._format import Draft
 from handloom.checkpoint._load import warn_of
 from handloom.checkpoint._retention import Best
-from handloom.checkpoint._store import Store, read_newest, valid_steps
+from handloom.checkpoint._store import Store, Written, read_newest, valid_steps
 from handloom.errors import CheckpointError
 
 
@@ -39,6 +39,8 @@ class Checkpointer:
     Attributes:
         directory: Where the checkpoints are.
         state: What is saved.
+        written: The last checkpoint known to be on the disk: its `step`, `bytes`, and the `seconds` that writing took
+            in the background. `None` before the first.
 
     Raises:
         ValueError: `keep` is not positive, or `best` is no direction and name.
@@ -66,11 +68,12 @@ class Checkpointer:
             raise ValueError(f"keep= takes a positive whole number, or None to keep all; received {keep!r}.")
         self.directory = Path(directory)
         self.state = state
+        self.written: Written | None = None
         self._finite = finite
         self._best = Best.of(best) if best is not None else None
         self._store = Store(self.directory, keep, self._best)
         self._metrics: set[str] = set()
-        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._pending: tuple[int, concurrent.futures.Future[Written]] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -122,7 +125,7 @@ class Checkpointer:
         concurrent.futures.wait([future])  # Apart from the result: an interrupt here must not lose it.
         self._pending = None
         try:
-            future.result()
+            self.written = future.result()
         except Exception as error:
             raise CheckpointError(f"Saving the checkpoint of step {step} failed. {error}") from error
 

@@ -57,8 +57,9 @@ class WriterLock:
 
     def release(self) -> None:
         """Lets another write."""
-        _held.discard(self._file)
-        os.close(self._file)
+        if self._file in _held:  # In a child it is not, and its number may be that of another file.
+            _held.discard(self._file)
+            os.close(self._file)
 
 
 def _let_go() -> None:

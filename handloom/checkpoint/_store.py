@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ class Checkpoint:
     arrays: dict[str, np.ndarray]
     contents: dict[str, Any]
     metrics: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A checkpoint that has been written: its step, its size in bytes, and how many seconds that took."""
+
+    step: int
+    bytes: int
+    seconds: float
 
 
 class Store:
@@ -101,12 +111,16 @@ class Store:
                 "choose another directory, or remove it."
             )
 
-    def save(self, draft: Draft) -> None:
+    def save(self, draft: Draft) -> Written:
         """Writes a checkpoint; then, and only then, removes those not to be kept.
+
+        Returns:
+            What it took.
 
         Raises:
             CheckpointError: It could not be written. Those that were there still are.
         """
+        begun = time.perf_counter()
         self.open()
         self.check_step(draft.step)
         slot = self._free(draft.step)
@@ -117,6 +131,7 @@ class Store:
             self._prune(slot)
         except OSError as error:
             raise CheckpointError(self._failure(error, slot, draft.bytes)) from error
+        return Written(draft.step, draft.bytes, time.perf_counter() - begun)
 
     def _free(self, step: int) -> Slot:
         same = [slot.again for slot in slots(self.directory) if slot.step == step]

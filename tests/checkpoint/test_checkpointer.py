@@ -119,21 +119,21 @@ def test_shapes_are_compared_before_an_array_is_read(tmp_path):
 def test_a_damaged_newest_one_is_passed_over_with_a_warning_and_then_replaced(tmp_path):
     state = a_state()
     with hl.Checkpointer(tmp_path, state, keep=2) as checkpointer:
-        for step in (1, 2, 3):
+        for step in (10, 20, 30):
             state["model"]["w"][:] = step
             checkpointer.save(step)
-    path = tmp_path / "step_000000003" / "arrays.safetensors"
+    path = tmp_path / "step_000000030" / "arrays.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     with hl.Checkpointer(tmp_path, state, keep=2) as checkpointer:
         with pytest.warns(
-            HandloomWarning, match=r"step_000000003 is passed over for step_000000002.*'model\.w'"
+            HandloomWarning, match=r"step_000000030 is passed over for step_000000020.*'model\.w'"
         ) as seen:
-            assert checkpointer.restore() == 2
+            assert checkpointer.restore() == 20
         assert seen[0].filename == __file__
-        assert state["model"]["w"][0, 0] == 2
-        checkpointer.save(3)
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "step_000000002", "step_000000003_1"}
-    assert checkpointer.restore() == 3
+        assert state["model"]["w"][0, 0] == 20
+        checkpointer.save(25)  # The run comes by again, more slowly.
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "step_000000020", "step_000000025"}
+    assert checkpointer.restore() == 25
 
 
 def test_an_earlier_step_is_refused_at_once_unless_the_later_one_was_damaged(tmp_path):
@@ -203,6 +203,16 @@ def test_an_error_in_the_block_is_not_hidden_by_one_in_the_background(tmp_path):
         run()
     [note] = raised.value.__notes__
     assert "step 1 failed" in note
+
+
+def test_what_a_save_took_is_known_when_it_is_done(tmp_path):
+    with hl.Checkpointer(tmp_path, {"model": {"w": np.zeros(100_000)}}) as checkpointer:
+        checkpointer.save(1)
+        assert checkpointer.written is None
+    written = checkpointer.written
+    assert written.step == 1
+    assert written.bytes >= 800_000
+    assert 0 < written.seconds < 60
 
 
 def test_a_failure_lets_another_write(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -177,6 +178,14 @@ def test_checksums_that_contradict_each_other_are_damage(run):
     data[where[0]] ^= 1
     forge_file(folder, ARRAYS, bytes(data))  # The SHA-256 is that of the changed file; the CRC of the tensor is not.
     assert "the tensor 'model.dense.bias' is not as written" in warned(run)
+
+
+def test_bytes_that_a_crc_does_not_tell_apart_are_told_apart_by_the_sha256(run):
+    path, where = positions(run, "data")
+    flip(path, where[0], 0)
+    bias = path.read_bytes()[where[0] :][: 7 * 8]
+    forge(path.parent, lambda record: record["tensors"]["model.dense.bias"].update(crc32=zlib.crc32(bias)))
+    assert f"{path} is damaged: its SHA-256 is not the one in manifest.json" in warned(run)
 
 
 def test_damage_is_found_in_a_checkpoint_asked_for_by_name(run):

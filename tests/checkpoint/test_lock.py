@@ -67,6 +67,18 @@ def test_a_child_that_outlives_a_killed_writer_does_not_hold_its_lock(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
+def test_a_child_that_ends_closes_no_file_that_is_not_its_own(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from handloom.checkpoint._store import Store\n"
+        "store = Store(Path(sys.argv[1])); store.open()\n"
+        "if os.fork() == 0:\n"
+        "    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]; store.close()\n"
+        "    os._exit(sum(1 for file in files if not os.path.exists(f'/dev/fd/{file}')))\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False).returncode == 0
+
+
 def test_two_writers_in_one_process_are_two(tmp_path):
     first, second = Store(tmp_path), Store(tmp_path)
     first.save(draft(1))

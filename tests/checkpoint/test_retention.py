@@ -90,6 +90,7 @@ def test_a_metric_may_have_a_colon_in_its_name():
     assert Best.of("max:head:accuracy") == Best("head:accuracy", -1)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**12), st.integers(0, 100))
 def test_a_place_is_known_by_its_name(step, again):
     assert Slot.of(Slot(step, again).name) == Slot(step, again)

@@ -81,6 +81,15 @@ def test_everything_is_on_the_disk_before_the_new_name_and_that_before_the_old_g
     assert min(removals) > parent
 
 
+def test_the_name_of_a_new_directory_is_on_the_disk_too(tmp_path):
+    log = []
+    install(lambda name, arguments: log.append((name, *arguments[:1])))
+    save(tmp_path / "run", 1)
+    opened = log.index(("open", tmp_path))
+    assert log[opened - 1] == ("makedirs", tmp_path / "run")
+    assert log[opened + 1][0] == "fsync"
+
+
 def test_a_checkpoint_that_does_not_read_back_is_not_committed(tmp_path, monkeypatch):
     save(tmp_path, 1)
     real = os.write
