@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import numbers
@@ -40,7 +41,26 @@ from handloom.errors import StepError
 
 ops = keras.ops
 
-Validation = Callable[[Callbacks], dict[str, Value]]
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """How a run is validated.
+
+    Attributes:
+        run: Validates, and returns the results.
+        prepare: Compiles what that needs, and makes its variables.
+    """
+
+    run: Callable[[Callbacks], dict[str, Value]]
+    prepare: Callable[[], None] = lambda: None
+
+    @classmethod
+    def by_step(cls, step: ReportingStep, feed: Feed, model: Any, steps: int | None = None) -> Validation:
+        """Validation by a test step on held-out data."""
+        return cls(
+            lambda hooks: evaluate(step, feed, hooks=hooks, model=model, steps=steps),
+            lambda: step.prepare(feed.peek()),
+        )
 
 
 def fit(
@@ -162,6 +182,7 @@ def train(
         saving_of(
             saves,
             {"state": state, "feed": feed, "validations": validations},
+            prepares=[lambda: step.prepare(feed.peek()), validations.prepare],
             step=step,
             progress=progress,
             hooks=hooks,
@@ -321,10 +342,15 @@ class _Validations:
             return {}
         if self._when.due(progress, time.perf_counter() - self._last_time):
             with self._training.metrics_kept():
-                results = self._validation(hooks)
+                results = self._validation.run(hooks)
             self._results = {f"val_{name}": value for name, value in results.items()}
             self._last_time = time.perf_counter()
         return self._results if progress.batch == 0 else {}
+
+    def prepare(self) -> None:
+        """Compiles what validation needs."""
+        if self._validation is not None:
+            self._validation.prepare()
 
     def state(self) -> dict[str, Value]:
         """The last results of this epoch."""
@@ -344,10 +370,9 @@ def _validation(validate: Any, model: Any) -> Validation | None:
     if validate is None:
         return None
     if isinstance(validate, Sequence) and len(validate) == 2 and callable(validate[0]):
-        step, feed = reporting(validate[0]), feed_for(*validate)
-        return lambda hooks: evaluate(step, feed, hooks=hooks, model=model)
+        return Validation.by_step(reporting(validate[0]), feed_for(*validate), model)
     if callable(validate):
-        return functools.partial(_asked, validate)
+        return Validation(functools.partial(_asked, validate))
     raise StepError(
         "validate takes a pair (step, data), or a function without arguments that returns a dict of numbers; received "
         f"{reprlib.repr(validate)} (of type {type(validate).__name__})."

@@ -12,7 +12,6 @@ from handloom import _loop
 from handloom._callbacks import Callbacks
 from handloom._compile import attach, compiled_optimizer, finish_training, prepared
 from handloom._compile import build as build_optimizer
-from handloom._data import Feed
 from handloom._every import Every, every
 from handloom._explain import Explanation, explain, show
 from handloom._gradients import Wrt, build
@@ -26,7 +25,6 @@ from handloom._keras import (
     set_loss_tracker,
 )
 from handloom._labels import check_labels
-from handloom._logs import Value
 from handloom._loss_tracker import LossTracker, holding
 from handloom._model_data import Parts, as_one_batch, model_feed, packed, split, unpacked, weights_of
 from handloom._model_steps import ModelSteps
@@ -82,7 +80,7 @@ class Model(keras.Model):
                 "for a sequential model, subclass hl.Sequential."
             )
         super().__init__(*args, **kwargs)
-        self._start_steps("auto")
+        _start_steps(self, "auto")
 
     def __reduce__(self) -> Any:
         """Pickled and copied as Keras does, but by a class that a module knows by name: a variant is not."""
@@ -134,7 +132,7 @@ class Model(keras.Model):
             auto_scale_loss=False,
         )
         set_loss_tracker(self, LossTracker(name="loss"))
-        self._start_steps(jit_compile)
+        _start_steps(self, jit_compile)
         attach(self.optimizer, self)
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -299,11 +297,13 @@ class Model(keras.Model):
         feed = model_feed(
             self, (x, y, sample_weight), batch_size, shuffle=shuffle, class_weight=class_weight, training=True
         )
-        validation = None
+        held_out = validation = None
         if validation_data is not None:
             held_out = model_feed(self, unpacked(validation_data), validation_batch_size or batch_size)
-            validation = functools.partial(self._validate, held_out, validation_steps)
         with self._steps.running():
+            if held_out is not None:
+                step = self._steps.reporting("test_step")
+                validation = _loop.Validation.by_step(step, held_out, self, validation_steps)
             self.history = _loop.train(
                 self._steps.reporting("train_step"),
                 feed,
@@ -413,13 +413,6 @@ class Model(keras.Model):
 
     # ------------------------------------------------------------------ insides
 
-    def _start_steps(self, jit_compile: bool | str) -> None:
-        # Not `setattr`: Keras would look for layers in it.
-        self.__dict__["_steps"] = ModelSteps(self, jit_compile)
-
-    def _validate(self, feed: Feed, steps: int | None, hooks: Callbacks) -> dict[str, Value]:
-        return _loop.evaluate(self._steps.reporting("test_step"), feed, hooks=hooks, model=self, steps=steps)
-
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Model:
         """Makes the model that `get_config` describes."""
@@ -431,6 +424,11 @@ class Model(keras.Model):
 @keras.saving.register_keras_serializable("handloom")
 class Sequential(Model, keras.Sequential):
     """A `keras.Sequential` that trains by Handloom's loop; see `hl.Model`."""
+
+
+def _start_steps(model: Model, jit_compile: bool | str) -> None:
+    # Not `setattr`: Keras would look for layers in it.
+    model.__dict__["_steps"] = ModelSteps(model, jit_compile)
 
 
 def _on_batch(model: Model, steps: ModelSteps, name: str, parts: Parts, return_dict: bool) -> Any:

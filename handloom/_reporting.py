@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import optree
 
-from handloom._function import Function
+from handloom._function import Function, run_eagerly
 from handloom._keras import Tensor, keras
 from handloom._logs import READ_AFTER, Logs, Report, Totals
 from handloom._loss_tracker import LossTracker
@@ -116,10 +116,8 @@ class ReportingStep:
 
     def prepare(self, batch: Any) -> None:
         """Compiles the step for a batch, and makes its variables, without taking it."""
-        batch = batch if self._unpacks and type(batch) is tuple else (batch,)
-        version, _ = self.function.resolve(batch)
-        if not version.compiled:
-            backend.create_variables(lambda: self.function.python_function(*batch))
+        with run_eagerly(False):
+            self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
 
     @property
     def renewed(self) -> list[keras.Metric]:

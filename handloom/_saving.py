@@ -9,7 +9,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any
@@ -63,6 +63,7 @@ class Saving:
     Args:
         options: Where and when.
         parts: What has a state, by name: `state`, what the run trains, in any structure; `feed`, its data; and more.
+        prepares: Functions that make the variables which the run's first steps would make.
         step: The training step.
         progress: Where training stands.
         hooks: The callbacks as the loop calls them.
@@ -74,12 +75,13 @@ class Saving:
         options: SaveOptions,
         parts: Mapping[str, Any],
         *,
+        prepares: Iterable[Callable[[], None]],
         step: ReportingStep,
         progress: Progress,
         hooks: Callbacks,
         callbacks: Sequence[keras.callbacks.Callback],
     ) -> None:
-        self._options, self._step, self._progress = options, step, progress
+        self._options, self._prepares, self._step, self._progress = options, prepares, step, progress
         self._feed: Feed = parts["feed"]
         self._signals = Signals()
         # In the order in which it is put back: random numbers late, since hooks may draw some. Variables come last.
@@ -111,21 +113,24 @@ class Saving:
 
         Raises:
             CheckpointError: If the run is not to go on, or the checkpoint is of another.
+            StepError: If the step uses variables that would not be saved.
         """
         steps, resume = self._checkpointer.steps, self._options.resume
-        if not steps:
-            return
-        if resume == "never":
+        if steps and resume == "never":
             raise CheckpointError(
                 f"{self._checkpointer.directory} has checkpoints of a run, up to step {steps[-1]}, and resume='never' "
                 "begins anew. Use another run_dir, remove it, or go on with resume='auto'."
             )
-        if resume == "exact" and not self._feed.seekable:
+        if steps and resume == "exact" and not self._feed.seekable:
             raise CheckpointError(
                 f"{self._feed.name} has no position to go on from: it would be read again up to there, in whatever "
                 "order it then has. If that is its order, resume='auto' does so. Arrays have a position."
             )
-        self._step.prepare(self._feed.peek())  # So that all variables are there.
+        for prepare in self._prepares:  # So that all variables are there, and known.
+            prepare()
+        self._check_reached()
+        if not steps:
+            return
         self._checkpointer.restore()
         self._saved = self._place
         if tell:
@@ -157,8 +162,6 @@ class Saving:
         return self._progress.step, self._progress.batch
 
     def _save(self, results: Mapping[str, Any]) -> None:
-        if self._saved is None:
-            self._check_reached()
         numbers = {name: value for name, value in results.items() if np.ndim(value) == 0}
         self._checkpointer.save(self._progress.step, numbers)
         self._saved, self._saved_at = self._place, time.perf_counter()
@@ -203,7 +206,7 @@ class _Record:
 
     def state(self) -> dict[str, str]:
         versions = {name: importlib.metadata.version(name) for name in ("handloom", "keras", "numpy")}
-        return {"backend": backend.name, "python": platform.python_version()} | versions
+        return {"python": platform.python_version()} | versions | backend.versions()
 
     def restore(self, state: Mapping[str, str]) -> None:
         """A checkpoint of other versions, or of another backend, may be gone on with."""

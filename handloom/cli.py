@@ -21,6 +21,7 @@ from handloom.errors import HandloomError, RecipeError
 
 _BACKENDS = ("jax", "tensorflow", "torch")
 _RECIPES = Path(__file__).parent / "recipes"
+_CHECKPOINTS = "checkpoints"
 _RECORD = "run.json"
 
 
@@ -162,11 +163,12 @@ def _configured(installed: list[str]) -> str:
 
 
 def _prepared(run_dir: Path | None, name: str, fresh: bool) -> Path:
-    """The run directory, made: the one asked for, or the first of its name that is free."""
+    """The run directory, made: the one asked for, whose run goes on if there is one, or the first that is free."""
     chosen = run_dir or Path("runs") / name
-    if fresh and (chosen / _RECORD).exists():
+    saved = (chosen / _CHECKPOINTS).is_dir()
+    if fresh and (saved or (chosen / _RECORD).exists()):
         _empty(chosen)
-    if _in_use(chosen):
+    if _in_use(chosen) and not (saved and run_dir is not None):
         if run_dir is not None:
             what = "a run; --fresh empties it" if (chosen / _RECORD).exists() else "files that are of no finished run"
             raise RecipeError(f"{chosen} holds {what}. Choose another directory with --run-dir.")

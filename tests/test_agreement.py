@@ -56,7 +56,9 @@ def by_model(callbacks, epochs, run_dir):
     model = Everything(inputs, layers.Dense(1)(inputs))
     model.compile(keras.optimizers.SGD(0.1), "mse")
     options = {"batch_size": 32, "shuffle": False, "verbose": 0}
-    return model.fit(X, Y, sample_weight=WEIGHT, callbacks=callbacks, epochs=epochs, run_dir=run_dir, **options)
+    return model.fit(
+        X, Y, sample_weight=WEIGHT, callbacks=callbacks, epochs=epochs, run_dir=run_dir, save=None, **options
+    )
 
 
 def by_step(callbacks, epochs, run_dir):
@@ -69,7 +71,7 @@ def by_step(callbacks, epochs, run_dir):
         return {"loss": loss} | values_of(x, y, sample_weight)
 
     feed = hl.Feed((X, Y, WEIGHT), batch_size=32)
-    return hl.fit(step, feed, callbacks=callbacks, epochs=epochs, run_dir=run_dir, verbose=0)
+    return hl.fit(step, feed, callbacks=callbacks, epochs=epochs, run_dir=run_dir, save=None, verbose=0)
 
 
 class Seen(keras.callbacks.Callback):

@@ -108,7 +108,7 @@ def test_not_a_number_in_the_data_is_allowed_and_shows_in_the_log(way, tmp_path,
     before = way.model.get_weights()
     x = X.copy()
     x[35, 1] = np.nan
-    history = way.fit(x, run_dir=tmp_path)
+    history = way.fit(x, run_dir=tmp_path, save=None)
     assert np.isnan(history["loss"]).tolist() == [True]
     [line] = (tmp_path / "log.jsonl").read_text().splitlines()
     assert json.loads(line)["loss"] == "NaN"

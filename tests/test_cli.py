@@ -191,7 +191,10 @@ def test_a_recipe_runs_by_its_name_for_so_many_epochs():
     result = json.loads(Path("out", "run.json").read_text())["result"]
     assert result.startswith("Accuracy on held-out tumours: ")
     assert result in output
-    assert f"Everything is in out{os.sep}: curves.png, log.jsonl, model.weights.h5, run.json" in output
+    assert (
+        f"Everything is in out{os.sep}: checkpoints{os.sep}, curves.png, log.jsonl, model.weights.h5, run.json"
+        in output
+    )
 
 
 @pytest.mark.once

@@ -400,7 +400,7 @@ def test_a_run_directory_holds_the_log_as_json_lines(tmp_path):
         (1, 8, 19.5, 1.0),
     ]
     assert all(line["seconds"] >= 0 for line in lines)
-    fit(run_dir=str(directory))
+    fit(epochs=3, run_dir=str(directory))  # Goes on: one epoch more.
     assert len((directory / "log.jsonl").read_text().splitlines()) == 3
 
 

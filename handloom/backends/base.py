@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -75,6 +76,10 @@ class Backend(abc.ABC):
         """The tensor by itself: no computation that made it is kept alive, and no variable or array changes it."""
 
     # ------------------------------------------------------------------- state
+
+    def versions(self) -> dict[str, str]:
+        """The backend, and its version: for the record."""
+        return {"backend": self.name, self.name: str(importlib.import_module(self.name).__version__)}
 
     def attributes(self, thing: Any) -> dict[str, Any]:
         """The attributes of a Keras object by name, wherever it keeps them on this backend."""

@@ -99,7 +99,7 @@ class Checkpointer:
         self._store.check_step(step)
         numbers = _numbers(metrics or {})
         arrays, contents = _snapshot.take(self.state)
-        if self._finite and (names := [name for name, array in arrays.items() if not is_finite(array)]):
+        if self._finite and (names := _not_finite(arrays)):
             warn(
                 f"The state at step {step} is not saved: NaN or infinity in {', '.join(names[:3])}"
                 f"{' and more' if len(names) > 3 else ''}. The checkpoints before stay. If it is meant to be there, "
@@ -177,6 +177,11 @@ class Checkpointer:
             if error is None:
                 raise
             error.add_note(str(failure))  # The user's own error comes first.
+
+
+def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """The variables that are not; what a log or a callback remembers may be anything."""
+    return [name for name, array in arrays.items() if not name.startswith(_snapshot.OF_STATE) and not is_finite(array)]
 
 
 def _step(step: Any) -> int:

@@ -17,7 +17,7 @@ from handloom.errors import CheckpointError
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 
 # Arrays in the states of feeds and callbacks. No variable's name begins so.
-_OF_STATE = "@"
+OF_STATE = "@"
 _ARRAY = "__array__"
 _NUMBER = "__number__"  # One that JSON does not have.
 _SHOWN = 5
@@ -35,7 +35,7 @@ def take(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any
     """
     variables, stateful = named(state)
     arrays = {name: _copied(variable) for name, variable in variables.items()}
-    contents = {name: _packed(f"{_OF_STATE}{name}", thing.state(), arrays) for name, thing in stateful.items()}
+    contents = {name: _packed(f"{OF_STATE}{name}", thing.state(), arrays) for name, thing in stateful.items()}
     return arrays, contents
 
 
@@ -51,7 +51,7 @@ def check(state: Mapping[str, Any], shapes: Shapes, allow: Sequence[str] = ()) -
         CheckpointError: If it does not.
     """
     variables, _ = named(state)
-    saved = {name for name in shapes if not name.startswith(_OF_STATE)}
+    saved = {name for name in shapes if not name.startswith(OF_STATE)}
     wrong = {
         name: f"{name} is {shapes[name][0]} in the checkpoint and {tuple(variables[name].shape)} here"
         for name in sorted(saved & variables.keys())

@@ -57,7 +57,7 @@ def train(model: keras.Model, epochs: int, **options) -> keras.callbacks.History
         train_step,
         hl.Feed(train_data, batch_size=64, shuffle=True),
         epochs=epochs,
-        state={"model": model, "optimizer": optimizer},
+        state={"model": model, "optimizer": optimizer, "accuracy": accuracy},
         validate=(test_step, held_out),
         **options,
     )
