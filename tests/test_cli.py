@@ -322,6 +322,16 @@ def test_a_directory_that_holds_a_run_is_used_again_only_fresh(reporter):
 
 
 @pytest.mark.once
+def test_a_run_whose_checkpoints_are_there_goes_on_where_it_is_asked_for():
+    run("wide-and-deep", "--epochs", 1, "--run-dir", "out")
+    output = run("wide-and-deep", "--epochs", 2, "--run-dir", "out").output
+    assert f"Going on from {Path('out', 'checkpoints')}" in output
+    assert len(Path("out", "log.jsonl").read_text().splitlines()) == 2
+    assert "Going on" not in run("wide-and-deep", "--epochs", 1, "--run-dir", "out", "--fresh").output
+    assert len(Path("out", "log.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("fresh", [[], ["--fresh"]])
 def test_a_directory_that_is_no_run_is_never_emptied(reporter, fresh):
     Path("thesis").mkdir()
