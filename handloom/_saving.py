@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-import random
 import signal
 import threading
 import time
@@ -84,15 +83,13 @@ class Saving:
         self._options, self._prepares, self._step, self._progress = options, prepares, step, progress
         self._feed: Feed = parts["feed"]
         self._signals = Signals()
-        # In the order in which it is put back: random numbers late, since hooks may draw some. Variables come last.
+        # In the order in which it is put back; after it come random numbers, then variables.
         self._whole = {
             "run": _Record(),
             "progress": _Place(progress, hooks),
             "step": _Epoch(step, parts["state"]),
             **parts,
             "callbacks": {name: _Kept(callback) for name, callback in _by_name(callbacks).items()},
-            "random": _RandomState(),
-            "seeds": global_seed_generator(),
         }
         directory = options.run_dir / "checkpoints"
         self._checkpointer = Checkpointer(directory, self._whole, keep=options.keep, best=options.best)
@@ -167,7 +164,7 @@ class Saving:
         self._saved, self._saved_at = self._place, time.perf_counter()
 
     def _check_reached(self) -> None:
-        known = {id(variable) for variable in named(self._whole)[0].values()}
+        known = {id(variable) for variable in [*named(self._whole)[0].values(), global_seed_generator().state]}
         lost = [variable.path for variable in self._step.function.touched if id(variable) not in known]
         if lost:
             raise StepError(
@@ -257,25 +254,6 @@ class _Kept:
 
     def restore(self, state: dict[str, Any]) -> None:
         restore_callback(self._callback, state)
-
-
-class _RandomState:
-    """Where the random numbers of Python, NumPy and the backend stand; those of Keras are variables."""
-
-    def state(self) -> dict[str, Any]:
-        version, internal, gauss = random.getstate()
-        kind, key, position, has_gauss, cached = np.random.get_state()
-        return {
-            "python": [version, np.array(internal, np.uint32), gauss],
-            "numpy": [kind, np.asarray(key), position, has_gauss, cached],
-            "backend": backend.random_state(),
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal.tolist()), gauss))
-        np.random.set_state(tuple(state["numpy"]))
-        backend.set_random_state(state["backend"])
 
 
 class Signals:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +31,7 @@ class Checkpointer:
     Args:
         directory: Where. One process at a time writes to it.
         state: What is saved, by name: models, optimizers, feeds, NumPy arrays, whatever has `state()` and `restore()`.
+            Where the random numbers of Python, NumPy, Keras and the backend stand is saved besides.
         keep: How many of the last checkpoints to keep; `None` for all.
         best: `"min:NAME"` or `"max:NAME"` of a metric given to `save`, by which the best is kept besides.
         finite: Whether to refuse a state with numbers that are NaN or infinite: a warning names them, and the last good
@@ -129,10 +130,14 @@ class Checkpointer:
         except Exception as error:
             raise CheckpointError(f"Saving the checkpoint of step {step} failed. {error}") from error
 
-    def restore(self) -> int | None:
+    def restore(self, *, allow: Sequence[str] = ()) -> int | None:
         """Gives the state what the newest whole checkpoint holds.
 
         A damaged one is passed over for the one before, with a `HandloomWarning` that names file and array.
+
+        Args:
+            allow: Patterns of names that may be missing, left over, or of another shape: `["model.head.*"]`. What is
+                missing stays as it is.
 
         Returns:
             Its step; `None` if there is no checkpoint.
@@ -142,12 +147,14 @@ class Checkpointer:
                 missing, not expected, or of another shape. Nothing has been restored then.
         """
         self.wait()
-        found, damaged = read_newest(self.directory, lambda manifest: _snapshot.check(self.state, manifest.shapes))
+        found, damaged = read_newest(
+            self.directory, lambda manifest: _snapshot.check(self.state, manifest.shapes, allow)
+        )
         if found is None:
             return None
         self._store.damaged |= damaged
         warn_of(damaged, found)
-        _snapshot.put(self.state, found.arrays, found.contents)
+        _snapshot.put(self.state, found.arrays, found.contents, allow)
         return found.step
 
     def close(self) -> None:

@@ -12,12 +12,14 @@ import numpy as np
 from handloom._keras import Variable, keras
 from handloom.backends import backend
 from handloom.checkpoint._names import named
+from handloom.checkpoint._random import random_state, set_random_state
 from handloom.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 
 # Arrays in the states of feeds and callbacks. No variable's name begins so.
 OF_STATE = "@"
+_RANDOM = "@random"
 _ARRAY = "__array__"
 _NUMBER = "__number__"  # One that JSON does not have.
 _SHOWN = 5
@@ -31,12 +33,12 @@ def take(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any
             and lists.
 
     Returns:
-        Arrays by name, and what is JSON.
+        Arrays by name, and what is JSON. Where random numbers stand is among both.
     """
     variables, stateful = named(state)
     arrays = {name: _copied(variable) for name, variable in variables.items()}
     contents = {name: _packed(f"{OF_STATE}{name}", thing.state(), arrays) for name, thing in stateful.items()}
-    return arrays, contents
+    return arrays, contents | {_RANDOM: _packed(_RANDOM, random_state(), arrays)}
 
 
 def check(state: Mapping[str, Any], shapes: Shapes, allow: Sequence[str] = ()) -> None:
@@ -75,12 +77,15 @@ def put(
 ) -> None:
     """Puts a saved state back; see `check`, which comes before.
 
-    First what is no variable, in the order of the state: whatever that does to variables does not stay.
+    First what is no variable, in the order of the state, then random numbers: whatever the first does to these and to
+    variables does not stay.
     """
     variables, stateful = named(state)
     for name, thing in stateful.items():
         if name in contents:
             thing.restore(_unpacked(contents[name], arrays))
+    if _RANDOM in contents:
+        set_random_state(_unpacked(contents[_RANDOM], arrays))
     for name, variable in variables.items():
         fits = name in arrays and tuple(arrays[name].shape) == tuple(variable.shape)
         if fits or not _is_allowed(name, allow):

@@ -1,0 +1,33 @@
+"""Where random numbers stand: part of every checkpoint, as of every run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from handloom._keras import global_seed_generator
+from handloom.backends import backend
+
+
+def random_state() -> dict[str, Any]:
+    """The states of Python, NumPy, the backend, and Keras's global seed generator, as JSON and arrays."""
+    version, internal, gauss = random.getstate()
+    kind, key, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, np.array(internal, np.uint32), gauss],
+        "numpy": [kind, np.asarray(key), position, has_gauss, cached],
+        "backend": backend.random_state(),
+        "keras": np.array(backend.to_numpy(global_seed_generator().state.value)),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Goes on from there. What another backend drew from is passed over."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    backend.set_random_state(state["backend"])
+    global_seed_generator().state.assign(state["keras"])
