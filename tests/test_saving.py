@@ -119,7 +119,8 @@ def stopped_and_gone_on(tmp_path, *stops, **options):
 # -------------------------------------------------------------------- to the bit
 
 
-# Before the first save; after it within an epoch; at the end of one; in its last, smaller batch; later.
+# Before the first save; after it within an epoch; at the end of one; just after; at the end of the run. It takes some
+# seconds on JAX, since each of the eleven runs compiles its steps, as it would in a process of its own.
 @pytest.mark.parametrize("cls", [Net, OwnStep])
 def test_a_stopped_run_ends_with_the_same_bits(cls, tmp_path):
     whole = train(tmp_path / "whole", cls=cls, epochs=2)
