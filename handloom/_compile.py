@@ -9,7 +9,7 @@ from handloom._keras import keras, trained_by
 from handloom._model_steps import parts_built
 from handloom.errors import OptimizerError
 from handloom.optimizers import Accumulated, LossScaleOptimizer, NamedOptimizers
-from handloom.optimizers._inside import inside
+from handloom.optimizers._inside import named_inside
 from handloom.optimizers._named import as_optimizer
 from handloom.optimizers._options import check_options
 
@@ -35,11 +35,10 @@ def prepared(optimizer: Any, policy: keras.DTypePolicy, *, auto_scale_loss: bool
 
 def attach(optimizer: keras.Optimizer | None, model: keras.Model) -> None:
     """Tells optimizers by name whose names they have."""
-    for part in inside(optimizer):
-        if isinstance(part, NamedOptimizers):
-            part.attach(model)
-            if parts_built(model):
-                part.owners()
+    for named in named_inside(optimizer):
+        named.attach(model)
+        if parts_built(model):
+            named.owners()
 
 
 def compiled_optimizer(model: keras.Model) -> keras.Optimizer:
@@ -60,9 +59,8 @@ def compiled_optimizer(model: keras.Model) -> keras.Optimizer:
 def build(optimizer: keras.Optimizer, model: keras.Model) -> None:
     """Builds an optimizer, with all that it wraps or names, for a model that is built."""
     optimizer.build(model.trainable_variables)
-    for part in inside(optimizer):
-        if isinstance(part, NamedOptimizers):
-            part.build(model.trainable_variables)
+    for named in named_inside(optimizer):
+        named.build(model.trainable_variables)
 
 
 def finish_training(model: keras.Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from handloom._keras import Variable, keras
-from handloom.optimizers import LossScaleOptimizer, NamedOptimizers
-from handloom.optimizers._inside import inside
+from handloom.optimizers import LossScaleOptimizer
+from handloom.optimizers._inside import inside, named_inside
 
 ops = keras.ops
 
@@ -82,11 +83,11 @@ def show(explanation: Explanation) -> None:
 
 def _owners(model: keras.Model) -> Iterator[Owner]:
     optimizer = getattr(model, "optimizer", None)
-    parts = list(inside(optimizer))
-    named = next((part for part in parts if isinstance(part, NamedOptimizers)), None)
+    named = next(named_inside(optimizer), None)
     if named is not None:
+        around = list(itertools.takewhile(lambda part: part is not named, inside(optimizer)))
         for name, variables in named.owners().items():
-            yield _owner(name, named[name], variables, around=parts[: parts.index(named)])
+            yield _owner(name, named[name], variables, around)
     elif optimizer is not None:
         yield _owner("*", optimizer, model.trainable_variables)
 

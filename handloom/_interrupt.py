@@ -1,4 +1,4 @@
-"""Ctrl-C between steps, never within one."""
+"""Signals between steps, never within one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 class Interrupts:
     """Holds a keyboard interrupt back while a step runs, so that no update is left half done.
 
-    As a context manager it takes over SIGINT (in the main thread; elsewhere Python delivers none). A second interrupt
-    during one step is not held back.
+    As a context manager it takes over SIGINT. A second interrupt during one step is not held back.
 
     Attributes:
         held: Whether an interrupt now waits for `release`.
@@ -27,7 +26,7 @@ class Interrupts:
         self._before: Any = None
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+        if _is_main_thread() and callable(signal.getsignal(signal.SIGINT)):
             self._before = signal.signal(signal.SIGINT, self._interrupted)
         return self
 
@@ -47,3 +46,36 @@ class Interrupts:
             self._waiting = (signum, frame)
         else:
             self._before(signum, frame)
+
+
+class Signals:
+    """SIGTERM and Ctrl-C as a wish to stop after the step at hand. A second one stops at once."""
+
+    received: int | None = None
+
+    def __enter__(self) -> Signals:
+        self._before = {}
+        if _is_main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                if callable(signal.getsignal(signum)) or signal.getsignal(signum) is signal.SIG_DFL:
+                    self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, before in self._before.items():
+            signal.signal(signum, before)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received is not None:
+            self.stop(signum)
+        self.received = signum
+
+    def stop(self, signum: int) -> None:
+        """Ends the process as the signal would have."""
+        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+
+
+def _is_main_thread() -> bool:
+    """Whether signals come here: Python delivers them in the main thread alone."""
+    return threading.current_thread() is threading.main_thread()

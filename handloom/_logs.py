@@ -100,7 +100,7 @@ class Logs(MutableMapping[str, Value]):
 
     def clear(self) -> None:
         """Forgets everything."""
-        self.read()
+        self._set_back()
         self.seconds_compiling, self._steps_read, self._examples_read = 0.0, 0, 0
         self._read, self._seen = Sums(), (-1, {})
         self._added.clear()
@@ -155,7 +155,11 @@ class Logs(MutableMapping[str, Value]):
     def read(self) -> None:
         """Moves what stands in the totals here, and sets them back to zero."""
         self._examples_read, self._steps_read = self.examples, self._steps_so_far()
-        for totals in self._read.add(self.steps, self._carried):
+        self._read.add(self.steps, self._carried)
+        self._set_back()
+
+    def _set_back(self) -> None:
+        for totals in _examples(self.steps, self._carried):
             totals.variable.assign(keras.ops.zeros_like(totals.variable.value))
         self.steps.clear()
         self._carried.clear()
@@ -213,18 +217,16 @@ class Sums:
             self._sources.update(report.sources)
             self._updated.update((id(metric), metric) for metric in report.metrics)
 
-    def add(self, steps: Sequence[Report], carried: collections.Counter[Totals]) -> list[Totals]:
-        """Adds what steps have left in their totals; returns these.
+    def add(self, steps: Sequence[Report], carried: collections.Counter[Totals]) -> None:
+        """Adds what steps have left in their totals.
 
         Args:
             steps: What each step reported.
             carried: Examples in steps of an earlier process, by the totals that they left something in.
         """
         self.note(steps)
-        examples = _examples(steps, carried)
-        for totals, count in examples.items():
+        for totals, count in _examples(steps, carried).items():
             self._add(totals, count)
-        return list(examples)
 
     def _add(self, totals: Totals, examples: int) -> None:
         values = np.array(backend.to_numpy(totals.variable.value))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ import numpy as np
 from handloom._callbacks import Callbacks
 from handloom._data import Feed
 from handloom._every import Every
+from handloom._interrupt import Signals
 from handloom._keras import global_seed_generator, keras
 from handloom._progress import Progress
 from handloom._reporting import ReportingStep
@@ -231,16 +230,16 @@ class _Epoch:
         self._step, self._state = step, state
 
     def state(self) -> dict[str, Any]:
-        return {"logs": self._step.logs.state(), "metrics": sorted(map(self._name, self._step.renewed))}
+        used = {id(variable) for metric in self._step.renewed for variable in metric.variables[:1]}
+        names = [name for name, variable in named(self._state)[0].items() if id(variable) in used]
+        return {"logs": self._step.logs.state(), "metrics": sorted(names)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        in_use = set(state["metrics"])
-        self._step.continue_epoch(state["logs"], lambda metric: self._name(metric) in in_use)
-
-    def _name(self, metric: keras.Metric) -> str:
-        """The name of a metric's first variable."""
-        first = metric.variables[:1]
-        return next((name for name, own in named(self._state)[0].items() if first and own is first[0]), "")
+        names = set(state["metrics"])  # Of the first variable of each metric.
+        used = {id(variable) for name, variable in named(self._state)[0].items() if name in names}
+        self._step.continue_epoch(
+            state["logs"], lambda metric: any(id(first) in used for first in metric.variables[:1])
+        )
 
 
 class _Kept:
@@ -254,34 +253,6 @@ class _Kept:
 
     def restore(self, state: dict[str, Any]) -> None:
         restore_callback(self._callback, state)
-
-
-class Signals:
-    """SIGTERM and Ctrl-C as a wish to stop after the step at hand. A second one stops at once."""
-
-    received: int | None = None
-
-    def __enter__(self) -> Signals:
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                if callable(signal.getsignal(signum)) or signal.getsignal(signum) is signal.SIG_DFL:
-                    self._before[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, before in self._before.items():
-            signal.signal(signum, before)
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        del frame
-        if self.received is not None:
-            self.stop(signum)
-        self.received = signum
-
-    def stop(self, signum: int) -> None:
-        """Ends the process as the signal would have."""
-        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
 
 def _by_name(callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, keras.callbacks.Callback]:

@@ -15,7 +15,7 @@ from handloom._weight import Divisor, Weight, step_weight, weight_of_step
 from handloom.backends import backend
 from handloom.errors import GradientError, OptimizerError
 from handloom.optimizers._accumulated import Accumulated
-from handloom.optimizers._inside import inside
+from handloom.optimizers._inside import inside, named_inside
 from handloom.optimizers._loss_scale import apply_unscaled, unscaled
 from handloom.optimizers._named import NamedOptimizers
 from handloom.optimizers._options import check_options
@@ -145,9 +145,8 @@ def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
         )
     if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
         optimizer.build(variables)
-    for part in inside(optimizer):
-        if isinstance(part, NamedOptimizers):
-            part.split(variables)
+    for named in named_inside(optimizer):
+        named.split(variables)
 
 
 def _pair(result: Any) -> tuple[Any, Any]:

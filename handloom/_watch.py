@@ -83,31 +83,42 @@ def new_variables() -> Iterator[list[Variable]]:
 
 
 @contextlib.contextmanager
+def _assignments_noted(on_assign: Callable[[Variable], None]) -> Iterator[None]:
+    """Tells of each variable that is about to be assigned inside."""
+    thread = threading.get_ident()
+
+    def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(original)
+        def assign(self: Variable, value: Any) -> Tensor:
+            if threading.get_ident() == thread:
+                on_assign(self)
+            return original(self, value)
+
+        return assign
+
+    with _replaced(keras.Variable, "assign", make):
+        yield
+
+
+@contextlib.contextmanager
 def variables_touched() -> Iterator[dict[int, Variable]]:
     """Collects the variables that are read or assigned inside, by id, Handloom's own apart."""
     touched: dict[int, Variable] = {}
     thread = threading.get_ident()
 
     def note(variable: Variable) -> None:
-        if threading.get_ident() == thread and not isinstance(variable, OwnVariable):
+        if not isinstance(variable, OwnVariable):
             touched[id(variable)] = variable
 
     def noting_read(original: property) -> property:
         def value(self: Variable) -> Tensor:
-            note(self)
+            if threading.get_ident() == thread:
+                note(self)
             return original.fget(self)  # type: ignore[misc]
 
         return property(value, doc=original.__doc__)
 
-    def noting_assigned(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(original)
-        def assign(self: Variable, value: Any) -> Tensor:
-            note(self)
-            return original(self, value)
-
-        return assign
-
-    with _replaced(keras.Variable, "value", noting_read), _replaced(keras.Variable, "assign", noting_assigned):
+    with _replaced(keras.Variable, "value", noting_read), _assignments_noted(note):
         yield touched
 
 
@@ -172,6 +183,33 @@ def metrics_used(on_update: Callable[[keras.Metric], None] | None = None) -> Ite
         yield metrics
 
 
+@contextlib.contextmanager
+def _losses_noted(on_added: Callable[[Layer, Any], None], on_read: Callable[[Layer], None]) -> Iterator[None]:
+    """Tells of each loss that a layer has added inside, and of each layer whose losses are about to be read."""
+    thread = threading.get_ident()
+
+    def noting_added(original: Callable[[Layer, Any], None]) -> Callable[[Layer, Any], None]:
+        @functools.wraps(original)
+        def add_loss(self: Layer, loss: Any) -> None:
+            original(self, loss)
+            if threading.get_ident() == thread:
+                on_added(self, loss)
+
+        return add_loss
+
+    def noting_read(original: property) -> property:
+        def read(self: Layer) -> list[Tensor]:
+            if threading.get_ident() == thread:
+                on_read(self)
+            found: list[Tensor] = original.fget(self)  # type: ignore[misc]
+            return found
+
+        return property(read, doc=original.__doc__)
+
+    with _replaced(keras.Layer, "add_loss", noting_added), _replaced(keras.Layer, "losses", noting_read):
+        yield
+
+
 class StepLosses:
     """Which added losses and regularizers are in no loss of a step that trains; made by `losses_in_step`."""
 
@@ -209,25 +247,14 @@ def losses_in_step() -> Iterator[StepLosses]:
     """Notes which losses layers add inside, which of them are read or minimized, and what optimizers update."""
     losses = StepLosses()
 
-    def noting_added(original: Callable[[Layer, Any], None]) -> Callable[[Layer, Any], None]:
-        @functools.wraps(original)
-        def add_loss(self: Layer, loss: Any) -> None:
-            original(self, loss)
-            if _step_losses.get() is losses:
-                losses.note_added(self)
+    def note_added(layer: Layer, loss: Any) -> None:
+        del loss
+        if _step_losses.get() is losses:
+            losses.note_added(layer)
 
-        return add_loss
-
-    def noting_read(original: property) -> property:
-        def read(self: Layer) -> list[Tensor]:
-            if _step_losses.get() is losses:
-                losses.note_counted(
-                    *(item for inner in layers_of(self) for item in [inner, *inner.trainable_variables])
-                )
-            found: list[Tensor] = original.fget(self)  # type: ignore[misc]
-            return found
-
-        return property(read, doc=original.__doc__)
+    def note_read(layer: Layer) -> None:
+        if _step_losses.get() is losses:
+            losses.note_counted(*(item for inner in layers_of(layer) for item in [inner, *inner.trainable_variables]))
 
     def noting_updated(original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
@@ -240,11 +267,7 @@ def losses_in_step() -> Iterator[StepLosses]:
 
     token = _step_losses.set(losses)
     try:
-        with (
-            _replaced(keras.Layer, "add_loss", noting_added),
-            _replaced(keras.Layer, "losses", noting_read),
-            _replaced(keras.optimizers.Optimizer, "apply", noting_updated),
-        ):
+        with _losses_noted(note_added, note_read), _replaced(keras.optimizers.Optimizer, "apply", noting_updated):
             yield losses
     finally:
         _step_losses.reset(token)
@@ -321,27 +344,7 @@ def losses_of(variables: list[Variable], layers: list[Layer]) -> Iterator[Losses
     care of that layer's losses itself.
     """
     losses = Losses(variables, layers)
-    thread = threading.get_ident()
-
-    def noting_added(original: Callable[[Layer, Any], None]) -> Callable[[Layer, Any], None]:
-        @functools.wraps(original)
-        def add_loss(self: Layer, loss: Any) -> None:
-            original(self, loss)
-            if threading.get_ident() == thread:
-                losses.note_added(self, loss)
-
-        return add_loss
-
-    def noting_read(original: property) -> property:
-        def read(self: Layer) -> list[Tensor]:
-            if threading.get_ident() == thread:
-                losses.note_read(self)
-            found: list[Tensor] = original.fget(self)  # type: ignore[misc]
-            return found
-
-        return property(read, doc=original.__doc__)
-
-    with _replaced(keras.Layer, "add_loss", noting_added), _replaced(keras.Layer, "losses", noting_read):
+    with _losses_noted(losses.note_added, losses.note_read):
         yield losses
 
 
@@ -435,18 +438,12 @@ def _divisor(
 def assignments_undone() -> Iterator[None]:
     """Variables that are assigned inside have their values back after."""
     before: dict[int, tuple[Variable, Tensor]] = {}
-    thread = threading.get_ident()
 
-    def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(original)
-        def assign(self: Variable, value: Any) -> Tensor:
-            if threading.get_ident() == thread and id(self) not in before:
-                before[id(self)] = self, keras.ops.copy(self.value)
-            return original(self, value)
+    def keep(variable: Variable) -> None:
+        if id(variable) not in before:
+            before[id(variable)] = variable, keras.ops.copy(variable.value)
 
-        return assign
-
-    with _replaced(keras.Variable, "assign", make):
+    with _assignments_noted(keep):
         yield
     for variable, value in before.values():
         variable.assign(value)

@@ -45,6 +45,18 @@ def _same_start():
     hl.run_eagerly(False)
 
 
+@pytest.fixture
+def v():
+    """A variable at 2, for tests of what is assigned."""
+    return keras.Variable(2.0)
+
+
+@pytest.fixture
+def w():
+    """A variable at 5, for tests of what is differentiated."""
+    return keras.Variable(5.0)
+
+
 @pytest.fixture(params=[False, True], ids=["compiled", "op by op"])
 def eagerly(request: pytest.FixtureRequest) -> bool:
     """Runs a test compiled and op by op."""

@@ -15,16 +15,6 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 numbers = st.floats(-2, 2, width=32)
 
 
-@pytest.fixture
-def v():
-    return keras.Variable(2.0)
-
-
-@pytest.fixture
-def w():
-    return keras.Variable(5.0)
-
-
 # ------------------------------------------------------------------------ one variable, or two
 
 

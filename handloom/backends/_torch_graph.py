@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from handloom.backends._reach import leads_to_an_end
+
 aten = torch.ops.aten
 
 # Larger constants are computed anew in each step, as they were: memory is not spent on saving an operation.
@@ -75,15 +77,13 @@ def take_marks(module: fx.GraphModule) -> set[str]:
 
 def _leads_on(node: fx.Node) -> bool:
     """Whether a result, or what is written in place, depends on a node."""
-    seen, waiting = {node}, [node]
-    while waiting:
-        reached = waiting.pop()
-        if reached.op == "output" or getattr(getattr(reached.target, "_schema", None), "is_mutable", False):
-            return True
-        following = set(reached.users) - seen
-        seen |= following
-        waiting.extend(following)
-    return False
+    return leads_to_an_end(
+        node,
+        lambda reached: reached.users,
+        lambda reached: (
+            reached.op == "output" or getattr(getattr(reached.target, "_schema", None), "is_mutable", False)
+        ),
+    )
 
 
 def _written_in_place(graph: fx.Graph) -> set[fx.Node]:

@@ -21,6 +21,7 @@ from tensorflow.python.autograph.impl.api import StagingError, convert
 
 from handloom._keras import Tensor, Variable, keras, stored_value
 from handloom.backends._blame import Frames, frames_of, needs_a_value
+from handloom.backends._reach import leads_to_an_end
 from handloom.backends._scope import Scope
 from handloom.backends._tensorflow_assigned import assignments_noted, watch
 from handloom.backends.base import Backend, Gradients
@@ -173,15 +174,11 @@ def _marked_as(operation: tf.Operation) -> str | None:
 
 def _leads_to(operation: tf.Operation, results: set[tf.Operation]) -> bool:
     """Whether a result, or what an operation leaves behind, depends on an operation."""
-    seen, waiting = {operation}, [operation]
-    while waiting:
-        reached = waiting.pop()
-        if reached in results or reached.op_def.is_stateful:
-            return True
-        following = {user for output in reached.outputs for user in output.consumers()} - seen
-        seen |= following
-        waiting.extend(following)
-    return False
+    return leads_to_an_end(
+        operation,
+        lambda reached: [user for output in reached.outputs for user in output.consumers()],
+        lambda reached: reached in results or reached.op_def.is_stateful,
+    )
 
 
 class _Sources:

@@ -7,8 +7,7 @@ from typing import Any
 
 from handloom._keras import keras
 from handloom.errors import OptimizerError
-from handloom.optimizers import NamedOptimizers
-from handloom.optimizers._inside import inside
+from handloom.optimizers._inside import named_inside
 
 ops = keras.ops
 
@@ -75,7 +74,7 @@ def takes_rate(schedule: Any) -> bool:
 
 def _optimizers(model: Any) -> dict[str, keras.Optimizer]:
     optimizer = getattr(model, "optimizer", None)
-    named = next((part for part in inside(optimizer) if isinstance(part, NamedOptimizers)), None)
+    named = next(named_inside(optimizer), None)
     if named is not None:
         return dict(named.items())
     return {} if optimizer is None else {"": optimizer}

@@ -32,7 +32,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         return read(path)
     found, damaged = read_newest(path)
     if found is None:
-        raise CheckpointError(f"There is no checkpoint at {path}, nor are there any in it.")
+        raise _nothing_at(path)
     warn_of(damaged, found)
     return found
 
@@ -56,5 +56,9 @@ def checkpoints(path: Path) -> list[Path]:
     """
     found = [path] if is_checkpoint(path) else [path / slot.name for slot in slots(path)]
     if not found:
-        raise CheckpointError(f"There is no checkpoint at {path}, nor are there any in it.")
+        raise _nothing_at(path)
     return found
+
+
+def _nothing_at(path: Path) -> CheckpointError:
+    return CheckpointError(f"There is no checkpoint at {path}, nor are there any in it.")

@@ -18,3 +18,8 @@ def inside(optimizer: keras.Optimizer | None) -> Iterator[keras.Optimizer]:
             yield from inside(inner)
     elif isinstance(getattr(optimizer, "inner_optimizer", None), keras.Optimizer):
         yield from inside(optimizer.inner_optimizer)
+
+
+def named_inside(optimizer: keras.Optimizer | None) -> Iterator[NamedOptimizers]:
+    """The optimizers by name among them, outermost first."""
+    yield from (part for part in inside(optimizer) if isinstance(part, NamedOptimizers))

@@ -19,16 +19,6 @@ def close(actual, expected):
     np.testing.assert_allclose(ops.convert_to_numpy(actual), expected, rtol=1e-6)
 
 
-@pytest.fixture
-def v():
-    return keras.Variable(2.0)
-
-
-@pytest.fixture
-def w():
-    return keras.Variable(5.0)
-
-
 def gradient_after(assign, read, v, w):
     def loss():
         assign(v.value, w * 3)
