@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 BACKENDS ?= jax tensorflow torch
+JOBS ?= auto
 INSTALLED := $(VENV)/.installed
 
 .PHONY: run test lint format bench clean
@@ -12,9 +13,10 @@ run: $(INSTALLED)  ## Train a GAN on handwritten digits, on the default backend.
 	$(BIN)/handloom run gan-digits $(ARGS)
 
 # One thread an operation: on a shared machine, threads that wait for each other cost tests more than they save.
-test: lint  ## Lint, then the whole suite on every backend, each in a process of its own. ARGS="-k feed" for a part.
+test: lint  ## Lint, then the whole suite on every backend, each in processes of its own. ARGS="-k feed" for a part.
 	set -e; for backend in $(BACKENDS); do \
-	    echo "== $$backend"; OMP_NUM_THREADS=1 KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest $(ARGS); \
+	    echo "== $$backend"; OMP_NUM_THREADS=1 KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
+	        $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS); \
 	done
 
 lint: $(INSTALLED)  ## Style and types.
