@@ -10,7 +10,7 @@ import numpy as np
 import optree
 
 from handloom._keras import keep_global_seed_generator, keras, layers_of, seed_generators_of
-from handloom.backends import seed_sources_of_data
+from handloom.backends import backend, seed_sources_of_data
 
 _LARGEST = 2**31 - 1
 
@@ -35,6 +35,7 @@ def seed_run(seed: int | None, state: Any) -> None:
         raise ValueError(f"seed takes a whole number from 0 to {_LARGEST}; received {seed!r}.")
     with keep_global_seed_generator():
         keras.utils.set_random_seed(int(seed))
+    backend.seed_random_state(int(seed))
     seed_sources_of_data(int(seed))
     layers = [leaf for leaf in optree.tree_leaves(state) if isinstance(leaf, keras.Layer)]
     numbered = np.random.default_rng(seed)

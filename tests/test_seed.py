@@ -1,6 +1,7 @@
 """One seed makes two runs the same; without it they differ."""
 
 import random
+import sys
 
 import keras
 import numpy as np
@@ -68,7 +69,17 @@ def test_a_compiled_model_is_seeded_anew():
     assert losses(model, seed=7) == first
 
 
-@pytest.mark.parametrize("part", ["weights", "dropout", "generator", "unseeded", "order"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "weights",
+        "dropout",
+        "generator",
+        "unseeded",
+        "order",
+        pytest.param("tensorflow", marks=pytest.mark.backend("tensorflow"), id="TensorFlow's own generator"),
+    ],
+)
 def test_each_part_follows_the_seed_by_itself(part):
     def drawn(seed):
         keras.utils.set_random_seed(random.SystemRandom().randrange(2**31))
@@ -83,6 +94,7 @@ def test_each_part_follows_the_seed_by_itself(part):
                     "generator": lambda: keras.random.normal((3,), seed=model.seeds),
                     "unseeded": lambda: keras.random.normal((3,)),
                     "order": lambda: x,
+                    "tensorflow": lambda: sys.modules[part].random.get_global_generator().normal((3,)),
                 }[part]
                 seen_by.assign(ops.sum(source()[:2]))
                 return {}

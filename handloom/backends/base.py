@@ -93,6 +93,10 @@ class Backend(abc.ABC):
         """Puts back what `random_state` gave; what another backend gave is passed over."""
         del state  # Nothing by default.
 
+    def seed_random_state(self, seed: int) -> None:
+        """Sets what `random_state` gives, where `keras.utils.set_random_seed` does not; nothing by default."""
+        del seed
+
     # --------------------------------------------------------------- compiling
 
     @abc.abstractmethod

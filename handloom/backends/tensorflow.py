@@ -71,6 +71,9 @@ class TensorFlowBackend(Backend):
         if "tensorflow" in state:
             tf.random.get_global_generator().state.assign(state["tensorflow"])
 
+    def seed_random_state(self, seed: int) -> None:
+        tf.random.get_global_generator().reset_from_seed(seed)
+
     def trace(
         self,
         fn: Callable[..., Sequence[Tensor]],
