@@ -7,7 +7,7 @@ BACKENDS ?= jax tensorflow torch
 JOBS ?= auto
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test lint format bench clean
+.PHONY: run test nightly lint format bench clean
 
 run: $(INSTALLED)  ## Train a GAN on handwritten digits, on the default backend. ARGS="--backend torch" for another.
 	$(BIN)/handloom run gan-digits $(ARGS)
@@ -17,6 +17,12 @@ test: lint  ## Lint, then the whole suite on every backend, each in processes of
 	set -e; for backend in $(BACKENDS); do \
 	    echo "== $$backend"; OMP_NUM_THREADS=1 KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
 	        $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS); \
+	done
+
+nightly: $(INSTALLED)  ## Runs killed at a hundred random instants, and at each call of a save, on every backend.
+	set -e; for backend in $(BACKENDS); do \
+	    echo "== $$backend"; HANDLOOM_KILLS=100 OMP_NUM_THREADS=1 KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
+	        $(BIN)/python -m pytest -n $(JOBS) -rP --show-capture=stdout tests/resume $(ARGS); \
 	done
 
 lint: $(INSTALLED)  ## Style and types.

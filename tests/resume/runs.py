@@ -1,0 +1,167 @@
+"""Small runs in which everything is that has a state, and what is left of one when it has ended.
+
+A module that only imports: processes are forked from one that has imported it, where no backend has run yet.
+"""
+
+import json
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+import handloom as hl
+from handloom.checkpoint._names import named
+from handloom.optimizers import Accumulated, Averaged
+
+numbers = np.random.default_rng(0)
+X = numbers.normal(size=(24, 3)).astype("float32")
+Y = X[:, :1] ** 2
+BATCH = 4  # Six steps an epoch.
+
+
+class Net(hl.Model):
+    """Not built until its first batch comes."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.norm = layers.Dense(4, "relu"), layers.BatchNormalization()
+        self.drop, self.head = layers.Dropout(0.5), layers.Dense(1)
+
+    def call(self, x, training=False):
+        return self.head(self.drop(self.norm(self.low(x), training=training), training=training))
+
+
+class Tells(keras.callbacks.Callback):
+    """Tells what a run is about to do."""
+
+    def __init__(self, tell):
+        super().__init__()
+        self._tell = tell
+
+    def on_train_begin(self, logs=None):
+        self._tell("train")
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._tell("step")
+
+    def on_test_begin(self, logs=None):
+        self._tell("validate")
+
+    def on_test_end(self, logs=None):
+        self._tell("validated")
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.model.stop_training or epoch + 1 == self.params["epochs"]:
+            self._tell("end")
+
+    def on_train_end(self, logs=None):
+        self._tell("ended")
+
+
+def by_model(run_dir, tell, keep):
+    """A model that stops early: momentum and a plateau for its head; a schedule, averages, gathered gradients for the
+    rest, in windows that reach from one save over the next.
+    """
+    model = Net()
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.9)
+    rest = Accumulated(Averaged(keras.optimizers.Adam(schedule)), 4)
+    model.compile({"head": keras.optimizers.SGD(0.01, momentum=0.9), "*": rest}, loss="mse", metrics=["mae"])
+    callbacks = [
+        hl.callbacks.EarlyStopping("val_loss", min_delta=10.0, patience=2, restore_best_weights=True),
+        hl.callbacks.ReduceLROnPlateau("val_loss", min_delta=10.0, patience=0, factor=0.5, optimizer="head"),
+        Tells(tell),
+    ]
+    history = model.fit(
+        X,
+        Y,
+        batch_size=BATCH,
+        epochs=5,
+        validation_data=(X[:12], Y[:12]),
+        callbacks=callbacks,
+        seed=1,
+        run_dir=run_dir,
+        save=hl.every(steps=3),
+        keep=keep,
+        verbose=0,
+    )
+    return {"model": model}, history, callbacks
+
+
+def by_step(run_dir, tell, keep):
+    """Two networks, two optimizers, noise, a metric; validated within epochs."""
+    low, high = keras.Sequential([layers.Dense(3)]), keras.Sequential([layers.Dense(1)])
+    optimizers = {"low": keras.optimizers.Adam(0.05), "high": keras.optimizers.SGD(0.05, momentum=0.9)}
+    seed, error = keras.random.SeedGenerator(), keras.metrics.MeanSquaredError(name="error")
+
+    def step(x, y):
+        drawn = low(x + keras.random.normal(ops.shape(x), seed=seed))
+
+        def judged(drawn):
+            return ops.mean(ops.softplus(-high(x)) + ops.softplus(high(drawn)))
+
+        error.update_state(y, high(x))
+        return {
+            "high": hl.minimize(lambda: judged(drawn), high, optimizers["high"]),
+            "low": hl.minimize(lambda: -judged(low(x)), low, optimizers["low"]),
+            "error": error,
+        }
+
+    def test_step(x, y):
+        error.update_state(y, high(low(x)))  # What training has gathered in it stays.
+        return {"error": error}
+
+    state = {"low": low, "high": high, "optimizers": optimizers, "seed": seed, "error": error}
+    callbacks = [Tells(tell)]
+    history = hl.fit(
+        step,
+        hl.Feed((X, Y), batch_size=BATCH, shuffle=True),
+        epochs=3,
+        state=state,
+        validate=(test_step, hl.Feed((X, Y), batch_size=12)),
+        validate_every=hl.every(steps=4),
+        callbacks=callbacks,
+        seed=1,
+        run_dir=run_dir,
+        save=hl.every(steps=3),
+        keep=keep,
+        verbose=0,
+    )
+    return state, history, callbacks
+
+
+RUNS = {"model": by_model, "step": by_step}
+
+
+def outcome(kind, run_dir, tell=lambda word: None, keep=3):
+    """Runs to the end; returns what is left then."""
+    return left(run_dir, *RUNS[kind](run_dir, tell, keep))
+
+
+def left(run_dir, state, history, callbacks):
+    """All that is left of a run, as JSON: in memory, in its log, in its newest checkpoint."""
+    newest = hl.load_checkpoint(run_dir / "checkpoints")
+    del newest.contents["step"]["metrics"]  # Those the last epoch had used: none, for who went on at its very end.
+    lines = (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        "variables": {name: bits(variable.value) for name, variable in named(state)[0].items()},
+        "history": [history.epoch, history.history],
+        "callbacks": [plain(hl.callbacks.callback_state(callback)) for callback in callbacks],
+        "log": {line["epoch"]: plain(line) for line in map(json.loads, lines)},
+        "saved at": hl.Checkpointer(run_dir / "checkpoints", {}).steps[-1],
+        "saved": {name: bits(array) for name, array in newest.arrays.items()},
+        "contents": plain(newest.contents),
+    }
+
+
+def bits(value):
+    array = ops.convert_to_numpy(value)
+    return [str(array.dtype), list(array.shape), array.tobytes().hex()]
+
+
+def plain(value):
+    """What is not the same in each run is left out: how long it took, and how many bytes that takes to write."""
+    if isinstance(value, dict):
+        return {str(name): plain(inner) for name, inner in value.items() if name not in ("seconds", "bytes")}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return bits(value) if isinstance(value, np.ndarray) else value
