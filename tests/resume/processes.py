@@ -32,14 +32,16 @@ class Child:
         output: The file to which what it writes is added.
 
     Attributes:
+        pid: The number of the process.
         told: What it has told so far, as far as it was read, each word with the time of its reading.
     """
 
     def __init__(self, function, *arguments, output):
         self._output = output
         reading, writing = _server.Pipe(duplex=False)
-        self._process = _server.Process(target=_run, args=(function, arguments, writing, output))
+        self._process = _server.Process(target=run_here, args=(function, arguments, writing, output))
         self._process.start()
+        self.pid = self._process.pid
         writing.close()
         self._words = os.fdopen(os.dup(reading.fileno()), encoding="utf-8")
         reading.close()
@@ -74,7 +76,8 @@ class Child:
         return self._output.read_text(encoding="utf-8")
 
 
-def _run(function, arguments, writing, output):
+def run_here(function, arguments, writing, output):
+    """Runs a function in this process: what it tells goes to one file, what it writes is added to another."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for standard in (1, 2):
         os.dup2(file, standard)
