@@ -66,23 +66,26 @@ def room_for_one(run_dir):
     return page * (sum(pages) * 3 // 2 + 2)
 
 
-@pytest.fixture(scope="module")
-def small_disk(whole, tmp_path_factory):
-    """What happens on one, as `tests.resume.small_disk` says."""
-    disk, aside = tmp_path_factory.mktemp("disk"), tmp_path_factory.mktemp("aside")
+# It takes some seconds: a program of its own, in which the run compiles its steps three times.
+def test_on_a_disk_that_is_full_then_has_room_then_is_read_only(whole, tmp_path):
     if not shutil.which("unshare") or subprocess.run([*IN_A_NAMESPACE, "true"], check=False).returncode:
-        pytest.skip("a disk cannot be mounted here; what a full one does is also tested by a limit on files")
+        pytest.skip("no disk can be mounted here; the next test is of a limit that acts like a full one")
+    disk, aside = tmp_path / "disk", tmp_path / "aside"
+    disk.mkdir()
+    aside.mkdir()
     program = [sys.executable, "-m", "tests.resume.small_disk", disk, aside, str(room_for_one(whole[0]))]
     root, alone = Path(__file__).parents[2], os.environ.copy()
     alone.pop("JAX_COMPILATION_CACHE_DIR")  # What these processes compile they compile themselves, as users' do.
     done = subprocess.run(
         [*IN_A_NAMESPACE, *program], cwd=root, env=alone, stdout=subprocess.PIPE, text=True, check=True
     )
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    assert_failed_and_said_how_much_is_missing(found["full"])
+    assert_went_on_to_the_same_bits(found["with room"], whole)
+    assert_failed_before_training_began(found["read-only"])
 
 
-def test_on_a_full_disk_a_run_fails_and_says_how_much_is_missing(small_disk):
-    full = small_disk["full"]
+def assert_failed_and_said_how_much_is_missing(full):
     assert full["code"] == 1
     assert 6 < full["steps"] <= 9  # It could not save after six steps; it would have saved again after nine.
     words = (
@@ -93,15 +96,13 @@ def test_on_a_full_disk_a_run_fails_and_says_how_much_is_missing(small_disk):
     assert full["saved"] == [3]
 
 
-def test_when_there_is_room_the_same_command_goes_on_to_the_same_bits(small_disk, whole):
-    with_room = small_disk["with room"]
+def assert_went_on_to_the_same_bits(with_room, whole):
     assert with_room["code"] == 0, with_room["output"]
     assert with_room["steps"] == STEPS - 3
     assert with_room["left"] == whole[1]  # In a process whose hashes of words are others, besides.
 
 
-def test_a_read_only_disk_is_an_error_before_training_begins(small_disk):
-    found = small_disk["read-only"]
+def assert_failed_before_training_began(found):
     assert found["code"] == 1
     assert found["steps"] == 0
     assert "CheckpointError: No checkpoints can be written to" in found["output"]
