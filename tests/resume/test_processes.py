@@ -68,11 +68,12 @@ def room_for_one(run_dir):
 
 # It takes some seconds: a program of its own, in which the run compiles its steps three times.
 def test_on_a_disk_that_is_full_then_has_room_then_is_read_only(whole, tmp_path):
-    if not shutil.which("unshare") or subprocess.run([*IN_A_NAMESPACE, "true"], check=False).returncode:
-        pytest.skip("no disk can be mounted here; the next test is of a limit that acts like a full one")
     disk, aside = tmp_path / "disk", tmp_path / "aside"
     disk.mkdir()
     aside.mkdir()
+    trial = [*IN_A_NAMESPACE, "mount", "-t", "tmpfs", "trial", disk]
+    if not shutil.which("unshare") or subprocess.run(trial, check=False).returncode:
+        pytest.skip("no disk can be mounted here; the next test is of a limit that acts like a full one")
     program = [sys.executable, "-m", "tests.resume.small_disk", disk, aside, str(room_for_one(whole[0]))]
     root, alone = Path(__file__).parents[2], os.environ.copy()
     alone.pop("JAX_COMPILATION_CACHE_DIR")  # What these processes compile they compile themselves, as users' do.
