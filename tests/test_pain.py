@@ -1,6 +1,7 @@
 """What goes wrong in silence when a step is written by hand for plain Keras, beside the same step here.
 
-Each test shows Keras's number too: it is the reason for the library, and says when Keras no longer needs one.
+Each test shows Keras's number too: it is the reason for the library, and says when Keras no longer needs one. What goes
+wrong when a run is stopped and goes on is in `resume/test_pain.py`.
 """
 
 import keras
@@ -394,7 +395,7 @@ def test_a_loss_divided_by_its_weights_is_the_weighted_metric():
     assert model.explain().notes == ()
 
 
-# ------------------------------------------------- optimizers that take turns, and fit again
+# ------------------------------------------------------- optimizers that take turns
 
 
 def test_optimizers_take_turns_where_keras_wants_gradients_for_all_variables():
@@ -423,81 +424,3 @@ def test_optimizers_take_turns_where_keras_wants_gradients_for_all_variables():
     for layer, rate in ((model.left, RATE), (model.right, 2 * RATE)):
         expected = START - rate * gradient_of_squared_error(START)
         np.testing.assert_allclose(ops.convert_to_numpy(layer.kernel), expected, 1e-4)
-
-
-class Killed(keras.callbacks.Callback):
-    def on_epoch_end(self, epoch, logs=None):
-        if epoch == 1:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(("base", "epochs_of_next_fit"), [(keras.Model, []), (hl.Model, [0, 1])])
-def test_the_fit_after_a_resumed_one_trains_where_keras_does_nothing(base, epochs_of_next_fit, tmp_path):
-    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
-    with pytest.raises(KeyboardInterrupt):
-        linear(base, DefaultStep).fit(X, Y, epochs=3, verbose=0, callbacks=[backup, Killed()])
-    resumed = linear(base, DefaultStep)
-    assert resumed.fit(X, Y, epochs=3, verbose=0, callbacks=[backup]).epoch == [2]
-    assert resumed.fit(X, Y, epochs=2, verbose=0).epoch == epochs_of_next_fit
-
-
-class StopsAt(keras.callbacks.Callback):
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.step -= 1
-        if self.step == 0:
-            raise KeyboardInterrupt
-
-
-def with_dropout(base):
-    """A model whose every batch, mask and order counts."""
-    inputs = keras.Input((3,))
-    model = type("WithDropout", (DefaultStep, base), {})(inputs, layers.Dense(1)(layers.Dropout(0.5)(inputs)))
-    model.set_weights([START, np.zeros(1)])
-    model.compile(keras.optimizers.Adam(RATE), loss="mse")
-    return model
-
-
-def test_a_run_stopped_within_an_epoch_takes_each_step_once_where_keras_replays_some(tmp_path):
-    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=4)
-    with pytest.raises(KeyboardInterrupt):
-        with_dropout(keras.Model).fit(X, Y, batch_size=8, epochs=3, verbose=0, callbacks=[backup, StopsAt(17)])
-    replayed = with_dropout(keras.Model)
-    replayed.fit(X, Y, batch_size=8, epochs=3, verbose=0, callbacks=[backup])
-    assert int(replayed.optimizer.iterations) == 16 + 20
-
-    options = {"batch_size": 8, "epochs": 3, "verbose": 0, "seed": 0, "save": hl.every(steps=4)}
-    with pytest.raises(KeyboardInterrupt):
-        with_dropout(hl.Model).fit(X, Y, run_dir=tmp_path / "run", callbacks=[StopsAt(17)], **options)
-    whole, gone_on = with_dropout(hl.Model), with_dropout(hl.Model)
-    whole.fit(X, Y, run_dir=tmp_path / "whole", callbacks=[StopsAt(0)], **options)
-    gone_on.fit(X, Y, run_dir=tmp_path / "run", callbacks=[StopsAt(0)], **options)
-    assert int(gone_on.optimizer.iterations) == 30
-    for weight, expected in zip(gone_on.get_weights(), whole.get_weights(), strict=True):
-        np.testing.assert_array_equal(weight, expected)
-
-
-def test_a_damaged_file_costs_some_steps_where_keras_cannot_go_on(tmp_path):
-    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=4)
-    options = {"batch_size": 8, "epochs": 3, "verbose": 0}
-    with pytest.raises(KeyboardInterrupt):
-        with_dropout(keras.Model).fit(X, Y, callbacks=[backup, StopsAt(17)], **options)
-    cut_in_half(tmp_path / "backup" / "latest.weights.h5")
-    with pytest.raises(OSError, match="truncated"):
-        with_dropout(keras.Model).fit(X, Y, callbacks=[backup], **options)
-
-    options |= {"run_dir": tmp_path / "run", "save": hl.every(steps=4), "seed": 0}
-    with pytest.raises(KeyboardInterrupt):
-        with_dropout(hl.Model).fit(X, Y, callbacks=[StopsAt(17)], **options)
-    cut_in_half(tmp_path / "run" / "checkpoints" / "step_000000016" / "arrays.safetensors")
-    model = with_dropout(hl.Model)
-    with pytest.warns(hl.errors.HandloomWarning, match="arrays.safetensors"):
-        model.fit(X, Y, callbacks=[StopsAt(0)], **options)
-    assert int(model.optimizer.iterations) == 30
-
-
-def cut_in_half(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -16,6 +16,7 @@ from handloom.errors import CheckpointError, StepError
 from handloom.optimizers import Accumulated, Averaged
 from tests.resume import runs
 from tests.resume.runs import bits, left
+from tests.resume.stopped import StopAt, Stopped
 
 numbers = np.random.default_rng(0)
 X = numbers.normal(size=(24, 3)).astype("float32")
@@ -52,28 +53,6 @@ class Larger(Net):
 
     def call(self, x, training=False):
         return super().call(self.extra(x), training)
-
-
-class Stopped(Exception):
-    """The end of a run, where nothing is done on the way out that a killed process would not do."""
-
-
-class StopAt(keras.callbacks.Callback):
-    """Stops a run after a step, or a batch of validation, counted from 1; never at 0."""
-
-    def __init__(self, step=0, validation=0):
-        super().__init__()
-        self.step, self.validation = step, validation  # As the constructor calls them: not a state to be given back.
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.step -= 1
-        if self.step == 0:
-            raise Stopped
-
-    def on_test_batch_end(self, batch, logs=None):
-        self.validation -= 1
-        if self.validation == 0:
-            raise Stopped
 
 
 def train(

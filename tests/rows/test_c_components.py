@@ -6,6 +6,8 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
+from tests.resume.runs import left
+from tests.resume.stopped import StopAt, Stopped
 from tests.rows import curves
 from tests.rows.real_data import diabetes
 
@@ -641,3 +643,19 @@ def test_c8_a_saved_model_and_its_own_optimizer_resume_exactly(build, tmp_path):
     assert type(loaded.optimizer) is Momentum
     assert loaded.optimizer.momentum == 0.8
     assert np.any(ops.convert_to_numpy(loaded.optimizer.velocities[0]))
+
+
+@pytest.mark.parametrize("build", [functional, subclassed, with_own_step])
+def test_c8_a_run_by_an_own_optimizer_that_is_stopped_resumes_exactly(build, tmp_path):
+    def run(run_dir, stop=0):
+        model, callbacks = build(layers.Dense(1, kernel_initializer="zeros")), [StopAt(stop)]
+        model.compile(Momentum.from_config(Momentum(0.05, momentum=0.8).get_config()), "mse")
+        options = {"batch_size": 64, "epochs": 2, "shuffle": False, "callbacks": callbacks, "verbose": 0}
+        history = model.fit(*diabetes(), run_dir=run_dir, save=hl.every(steps=3), **options)
+        return left(run_dir, {"model": model}, history, callbacks)
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", stop=11)
+    assert run(tmp_path / "run") == whole
+    assert any("velocities" in name for name in whole["saved"])
