@@ -14,6 +14,7 @@ import numpy as np
 from handloom._warn import warn
 from handloom.checkpoint import _snapshot
 from handloom.checkpoint._dtypes import is_finite
+from handloom.checkpoint._files import give_way
 from handloom.checkpoint._format import Draft
 from handloom.checkpoint._load import warn_of
 from handloom.checkpoint._retention import Best
@@ -75,6 +76,7 @@ class Checkpointer:
         self._store = Store(self.directory, keep, self._best)
         self._metrics: set[str] = set()
         self._pending: tuple[int, concurrent.futures.Future[Written]] | None = None
+        self._copied: dict[str, np.ndarray] = {}
 
     @property
     def steps(self) -> list[int]:
@@ -99,7 +101,8 @@ class Checkpointer:
         self._store.open()
         self._store.check_step(step)
         numbers = _numbers(metrics or {})
-        arrays, contents = _snapshot.take(self.state)
+        arrays, contents = _snapshot.take(self.state, self._copied)
+        self._copied = arrays
         if self._finite and (names := _not_finite(arrays)):
             warn(
                 f"The state at step {step} is not saved: NaN or infinity in {', '.join(names[:3])}"
@@ -111,7 +114,7 @@ class Checkpointer:
         self._metrics |= numbers.keys()
         # A thread for each, which ends by itself; the interpreter waits for it at its exit.
         executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="handloom-checkpoint")
-        self._pending = (step, executor.submit(self._store.save, draft))
+        self._pending = (step, executor.submit(_in_background, self._store, draft))
         executor.shutdown(wait=False)
 
     def wait(self) -> None:
@@ -184,6 +187,11 @@ class Checkpointer:
             if error is None:
                 raise
             error.add_note(str(failure))  # The user's own error comes first.
+
+
+def _in_background(store: Store, draft: Draft) -> Written:
+    give_way()  # A step on all cores is as slow as its slowest thread.
+    return store.save(draft)
 
 
 def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:

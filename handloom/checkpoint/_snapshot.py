@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,21 @@ _NUMBER = "__number__"  # One that JSON does not have.
 _SHOWN = 5
 
 
-def take(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def take(
+    state: Mapping[str, Any], into: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Copies a state off the device.
 
     Args:
         state: Models, layers, optimizers, metrics, variables, and objects with `state()` and `restore(state)`, in dicts
             and lists.
+        into: The arrays of an earlier copy, whose memory may be written over: fresh memory costs more than the copying.
 
     Returns:
         Arrays by name, and what is JSON. Where random numbers stand is among both.
     """
     variables, stateful = named(state)
-    arrays = {name: _copied(variable) for name, variable in variables.items()}
+    arrays = {name: _copied(variable, into.get(name)) for name, variable in variables.items()}
     contents = {name: _packed(f"{OF_STATE}{name}", thing.state(), arrays) for name, thing in stateful.items()}
     return arrays, contents | {_RANDOM: _packed(_RANDOM, random_state(), arrays)}
 
@@ -92,8 +96,12 @@ def put(
             _assign(variable, arrays[name])
 
 
-def _copied(variable: Variable | np.ndarray) -> np.ndarray:
-    return np.array(variable if isinstance(variable, np.ndarray) else backend.to_numpy(variable.value))
+def _copied(variable: Variable | np.ndarray, into: np.ndarray | None) -> np.ndarray:
+    value = variable if isinstance(variable, np.ndarray) else backend.to_numpy(variable.value)
+    if into is None or (into.dtype, into.shape) != (value.dtype, value.shape):
+        return np.array(value)
+    np.copyto(into, value)
+    return into
 
 
 def _assign(variable: Variable | np.ndarray, array: np.ndarray) -> None:

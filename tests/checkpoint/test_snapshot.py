@@ -54,6 +54,20 @@ def test_what_was_taken_does_not_change_with_what_it_was_taken_from():
     np.testing.assert_array_equal(arrays["layer.kernel"], KERNEL)
 
 
+def test_the_memory_of_an_earlier_copy_is_used_again_where_it_fits():
+    layer, array = dense(), np.arange(3.0)
+    before, _ = take({"layer": layer, "array": array})
+    before["array"] = np.zeros(4)  # As of another shape then.
+    layer.set_weights([KERNEL, BIAS])
+    after, _ = take({"layer": layer, "array": array}, before)
+    assert after["layer.kernel"] is before["layer.kernel"]
+    assert after["array"] is not before["array"]
+    np.testing.assert_array_equal(after["layer.kernel"], KERNEL)
+    np.testing.assert_array_equal(after["array"], array)
+    layer.kernel.assign_add(ops.ones((2, 2)))
+    np.testing.assert_array_equal(after["layer.kernel"], KERNEL)
+
+
 @pytest.mark.parametrize(
     "kept",
     [
