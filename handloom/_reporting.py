@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import optree
 
-from handloom._function import Function, run_eagerly
+from handloom._function import Function, Version, run_eagerly
 from handloom._keras import Tensor, keras
 from handloom._logs import READ_AFTER, Logs, Report, Totals
 from handloom._loss_tracker import LossTracker
@@ -77,6 +77,7 @@ class ReportingStep:
         self._last: list[Report | None] = [None]
         self._windows: dict[int, Accumulated] = {}
         self._said_unused: set[str] = set()
+        self._in_one: set[int] = set()
         self.reductions: dict[str, str] = {}
         self._flush = Function(_flush, jit_compile=jit_compile)
 
@@ -117,7 +118,7 @@ class ReportingStep:
     def prepare(self, batch: Any) -> None:
         """Compiles the step for a batch, and makes its variables, without taking it."""
         with run_eagerly(False):
-            self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
+            self._resolve(batch)
 
     @property
     def renewed(self) -> list[keras.Metric]:
@@ -185,6 +186,25 @@ class ReportingStep:
 
         return take
 
+    def take_in_one(self, batches: Sequence[Any]) -> None:
+        """Takes a step on each of several batches: in one dispatch, if they are alike and the backend can."""
+        begun, known = time.perf_counter(), len(self._in_one)
+        resolved = [self._resolve(batch) for batch in batches]
+        version, alike = resolved[0][0], len({id(version) for version, _ in resolved}) == 1
+        run = version.repeated(len(batches)) if alike else None
+        if run is None:
+            for batch in batches:
+                self.take(batch)
+            return
+        report = self._about_to_run(version)
+        run([tensors for _, tensors in resolved])
+        self._in_one.add(id(run))
+        self.logs.steps.extend([report] * len(batches))
+        if len(self.logs.steps) >= READ_AFTER:
+            self.logs.read()
+        if len(self._in_one) != known:
+            self.logs.seconds_compiling += time.perf_counter() - begun
+
     def _take_new(self, batch: Any) -> None:
         """Takes a step on a batch unlike the last one."""
         begun, versions = time.perf_counter(), len(self.function.traces)
@@ -193,21 +213,30 @@ class ReportingStep:
             self.logs.seconds_compiling += time.perf_counter() - begun
 
     def _take_any(self, batch: Any) -> None:
-        version, tensors = self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
+        version, tensors = self._resolve(batch)
         if not version.compiled:
             report = version.rebuild(version.run(tensors))
             self._note(report, report.unused)
             self.logs.steps.append(report)
             return
-        report = self._last[0] = version.static[0]
-        self._note(report, [*version.unused, *report.unused])
-        for metric in report.metrics:
-            self._renew(metric)
+        report = self._about_to_run(version)
         version.run(tensors)
         self.logs.steps.append(report)
         leaves = batch if type(batch) is tuple else (batch,)
         if len(leaves) == len(tensors) and all(map(operator.is_, leaves, tensors)):
             self._known[(leaves is batch, *[(leaf.shape, leaf.dtype) for leaf in leaves])] = (version.run, report)
+
+    def _resolve(self, batch: Any) -> tuple[Version, Sequence[Tensor]]:
+        return self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
+
+    def _about_to_run(self, version: Version) -> Report:
+        """What a compiled version reports; the metrics that it updates begin the epoch, if they have not."""
+        report: Report = version.static[0]
+        self._last[0] = report
+        self._note(report, [*version.unused, *report.unused])
+        for metric in report.metrics:
+            self._renew(metric)
+        return report
 
     def _note(self, report: Report, unused: Iterable[str]) -> None:
         """Keeps how values are reduced; warns, once each, of what the step was given and did not use."""

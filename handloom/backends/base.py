@@ -32,6 +32,14 @@ class Program(Protocol):
         ...
 
 
+class Repeated(Protocol):
+    """A program that runs several times in one call."""
+
+    def __call__(self, batches: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Runs it on one set of tensors after the other; returns what the last run does. Exceptions: as `Program`."""
+        ...
+
+
 class Untraceable(Exception):
     """Raised by `Backend.trace` for a function that must run op by op; its text is the reason."""
 
@@ -124,6 +132,40 @@ class Backend(abc.ABC):
             Untraceable: If `fn` cannot be compiled on this backend but may run op by op.
             TraceError: If `fn` uses a tensor where Python needs a number, as in `if loss < 1:`.
         """
+
+    def repeat(
+        self,
+        program: Program,
+        fn: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        steps: int,
+        *,
+        jit_compile: bool | str,
+    ) -> Repeated:
+        """A program run several times in a row, in one dispatch where that costs less than several.
+
+        Args:
+            program: What `trace` made of `fn`.
+            fn: As for `trace`; it may be traced again.
+            tensors: As for `trace`.
+            steps: How often it runs.
+            jit_compile: As for `trace`.
+
+        Returns:
+            What runs it, on so many sets of tensors alike in shapes and dtypes. The results of the last run come back.
+
+        Raises:
+            Untraceable: If only one after the other will do, for such tensors.
+        """
+        del fn, tensors, steps, jit_compile  # By default there is nothing to gain.
+
+        def run(batches: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+            results: Sequence[Tensor] = []
+            for batch in batches:
+                results = program(batch)
+            return results
+
+        return run
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """A user's function, made ready for the control flow in it.

@@ -24,7 +24,7 @@ from handloom.backends._blame import Frames, frames_of, needs_a_value
 from handloom.backends._reach import leads_to_an_end
 from handloom.backends._scope import Scope
 from handloom.backends._tensorflow_assigned import assignments_noted, watch
-from handloom.backends.base import Backend, Gradients
+from handloom.backends.base import Backend, Gradients, Program, Repeated, Untraceable
 
 # Called from a user's converted code, Handloom's own runs as it is written.
 autograph_config.CONVERSION_RULES = (
@@ -79,11 +79,9 @@ class TensorFlowBackend(Backend):
         jit_compile: bool | str,
         unused: Callable[[str], None] = lambda _: None,
     ) -> TensorFlowProgram | None:
-        function = tf.function(lambda *tensors: list(fn(*tensors)), autograph=False, jit_compile=_with_xla(jit_compile))
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
         try:
-            with self._inside("trace"), _variables_made_outside_of_graphs():
-                program = TensorFlowProgram(function.get_concrete_function(*specs))
+            program = self._program(lambda *tensors: list(fn(*tensors)), specs, jit_compile)
         except (TypeError, NotImplementedError, AttributeError) as error:
             if not any(word in str(error) for word in _SYMBOLIC):
                 raise
@@ -93,6 +91,38 @@ class TensorFlowBackend(Backend):
         for name in program.unused_marks():
             unused(name)
         return program
+
+    def repeat(
+        self,
+        program: Program,
+        fn: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        steps: int,
+        *,
+        jit_compile: bool | str,
+    ) -> Repeated:
+        del program
+        if not all(isinstance(tensor, tf.Tensor) for tensor in tensors):
+            raise Untraceable("sparse and ragged batches have no common shape")
+
+        def steps_in_a_row(*stacked: Tensor) -> list[Tensor]:
+            def step(index: Tensor) -> Tensor:
+                fn(*(tensor[index] for tensor in stacked))
+                return index + 1
+
+            tf.while_loop(lambda index: index < steps - 1, step, [0], parallel_iterations=1)
+            return list(fn(*(tensor[-1] for tensor in stacked)))
+
+        specs = [tf.TensorSpec((steps, *tensor.shape), tensor.dtype) for tensor in tensors]
+        run = self._program(steps_in_a_row, specs, jit_compile)
+        return lambda batches: run(list(map(tf.stack, zip(*batches, strict=True))))
+
+    def _program(
+        self, fn: Callable[..., list[Tensor]], specs: Sequence[tf.TypeSpec], jit_compile: bool | str
+    ) -> TensorFlowProgram:
+        function = tf.function(fn, autograph=False, jit_compile=_with_xla(jit_compile))
+        with self._inside("trace"), _variables_made_outside_of_graphs():
+            return TensorFlowProgram(function.get_concrete_function(*specs))
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return _convert(fn) if self._nesting.trace else fn
