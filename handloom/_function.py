@@ -8,7 +8,7 @@ import inspect
 import operator
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, cast, overload
 
 import numpy as np
@@ -140,8 +140,12 @@ class Function:
     @property
     def touched(self) -> list[Variable]:
         """The variables that the compiled versions read or assign."""
-        found = {key: variable for version in self._versions.values() for key, variable in version.touched.items()}
-        return list(found.values())
+        return _distinct(version.touched for version in self._versions.values())
+
+    @property
+    def assigned(self) -> list[Variable]:
+        """Those that they assign; not what an optimizer updates in place, which on some backends it does."""
+        return _distinct(version.assigned for version in self._versions.values())
 
     def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Sequence[Tensor]]:
         """The version for these arguments, compiled if need be, and the tensors among them."""
@@ -238,6 +242,10 @@ class Function:
                 )
 
 
+def _distinct(found: Iterable[dict[int, Variable]]) -> list[Variable]:
+    return list({key: variable for variables in found for key, variable in variables.items()}.values())
+
+
 class Version:
     """One version of a function: for one structure, one set of shapes and dtypes, one set of static values.
 
@@ -245,6 +253,7 @@ class Version:
         compiled: Whether it is; else it runs op by op.
         unused: The names of marks (see `Backend.marked`) on which nothing depends.
         touched: The variables that it reads or assigns, by id.
+        assigned: Those that it assigns; not what an optimizer updates in place.
     """
 
     def __init__(self, function: Function, arguments: _Arguments) -> None:
@@ -255,6 +264,7 @@ class Version:
         self.fallback_reason = ""
         self.unused: list[str] = []
         self.touched: dict[int, Variable] = {}
+        self.assigned: dict[int, Variable] = {}
         self.signature: dict[str, str] = {}
         self.trace: Trace | None = None
         self._repeated: dict[int, Repeated | None] = {}
@@ -288,11 +298,12 @@ class Version:
         def flat(*tensors: Tensor) -> list[Tensor]:
             nonlocal runs
             python_function = backend.with_control_flow(self._function.python_function)
-            with new_variables() as created, variables_touched() as touched:
+            with new_variables() as created, variables_touched() as (touched, assigned):
                 try:
                     results = outputs.put(self._arguments.call(python_function, tensors))
                 finally:
                     self.touched.update(touched)
+                    self.assigned.update(assigned)
                     if created and not (first and runs == 0):
                         raise _created_late(self._function.__name__, created, first)
             runs += 1  # Only now: a backend may try again, in another way, what failed halfway to all variables.

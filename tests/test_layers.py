@@ -39,6 +39,8 @@ LAYERS = [
         "_trained",
         "report",
     },
+    {"_validation", "_dispatch"},
+    {"_run_state"},
     {"_saving"},
     {"_loop"},
     {"_model", "_compile", "_model_data", "_model_steps", "_variants", "_explain"},

@@ -16,6 +16,7 @@ import handloom as hl
 from handloom.checkpoint._names import named
 from handloom.errors import CheckpointError, StepError
 from handloom.optimizers import Accumulated, Averaged
+from tests.run_log import epochs_in, saves_in
 
 numbers = np.random.default_rng(0)
 X = numbers.normal(size=(26, 3)).astype("float32")
@@ -239,8 +240,18 @@ def test_it_says_where_it_goes_on(tmp_path, capsys):
 def test_the_log_has_each_epoch_once(tmp_path):
     train(tmp_path, 8, epochs=3)
     train(tmp_path, epochs=3)
-    lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [line.split(",")[0] for line in lines] == ['{"epoch": 0', '{"epoch": 1', '{"epoch": 2']
+    assert [line["epoch"] for line in epochs_in(tmp_path)] == [0, 1, 2]
+
+
+def test_the_log_tells_what_each_save_took(tmp_path):
+    train(tmp_path, epochs=1)
+    saves = saves_in(tmp_path)
+    assert [save["step"] for save in saves] == [2, 4, 5]
+    for save in saves:
+        folder = tmp_path / "checkpoints" / f"step_{save['step']:09d}"
+        assert save["bytes"] == pytest.approx(sum(path.stat().st_size for path in folder.iterdir()), abs=8192)
+        assert 0 < save["seconds"] < 60
+        assert 0 < save["seconds_waited"] < 60
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):

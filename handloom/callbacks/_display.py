@@ -87,7 +87,7 @@ class ProgressBar(Stateful, keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._clock.add(batch + 1 - self._first)
-        self._seen = batch + 1
+        self._seen = self._first = batch + 1
         if time.perf_counter() >= self._next_refresh:
             self._refresh(logs)
 
@@ -148,7 +148,7 @@ class ProgressBar(Stateful, keras.callbacks.Callback):
         self._task: TaskID = self._bar.add_task(title, total=steps, clock="", values="")
         self._bar.start()
         self._next_refresh = 0.0
-        self._seen = 0
+        self._seen = self._first = 0
 
     def _refresh(self, logs: Mapping[str, Any] | None) -> None:
         assert self._bar is not None

@@ -66,10 +66,17 @@ class JSONLogger(Periodic):
         self._write(epoch, logs)
 
     def _write(self, epoch: int, logs: Mapping[str, Any]) -> None:
-        assert self._file is not None
         seconds = round(time.perf_counter() - self._begun, 3)
         line = {"epoch": epoch, "step": self.progress.step, "seconds": seconds}
-        line |= {name: _plain(value) for name, value in logs.items()}
+        self.write(line | {name: _plain(value) for name, value in logs.items()})
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Writes another line, while training runs.
+
+        Args:
+            line: JSON values by name.
+        """
+        assert self._file is not None
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import operator
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +44,8 @@ class Checkpointer:
         directory: Where the checkpoints are.
         state: What is saved.
         written: The last checkpoint known to be on the disk: its `step`, `bytes`, and the `seconds` that writing took
-            in the background. `None` before the first.
+            in the background, and for how many `save` had the steps wait. `None` before the first.
+        restored: What `restore` put back and what it did not, by name; nothing before.
 
     Raises:
         ValueError: `keep` is not positive, or `best` is no direction and name.
@@ -71,11 +74,12 @@ class Checkpointer:
         self.directory = Path(directory)
         self.state = state
         self.written: Written | None = None
+        self.restored = _snapshot.Restored()
         self._finite = finite
         self._best = Best.of(best) if best is not None else None
         self._store = Store(self.directory, keep, self._best)
         self._metrics: set[str] = set()
-        self._pending: tuple[int, concurrent.futures.Future[Written]] | None = None
+        self._pending: _Pending | None = None
         self._copied: dict[str, np.ndarray] = {}
 
     @property
@@ -96,6 +100,7 @@ class Checkpointer:
             CheckpointError: The one before could not be written; or this one cannot be, as the directory is read-only,
                 another process writes to it, it holds a later step, or something in the state cannot be saved.
         """
+        begun = time.perf_counter()
         self.wait()
         step = _step(step)
         self._store.open()
@@ -114,7 +119,8 @@ class Checkpointer:
         self._metrics |= numbers.keys()
         # A thread for each, which ends by itself; the interpreter waits for it at its exit.
         executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="handloom-checkpoint")
-        self._pending = (step, executor.submit(_in_background, self._store, draft))
+        written = executor.submit(_in_background, self._store, draft)
+        self._pending = _Pending(step, written, time.perf_counter() - begun)
         executor.shutdown(wait=False)
 
     def wait(self) -> None:
@@ -125,13 +131,17 @@ class Checkpointer:
         """
         if self._pending is None:
             return
-        step, future = self._pending
-        concurrent.futures.wait([future])  # Apart from the result: an interrupt here must not lose it.
-        self._pending = None
+        concurrent.futures.wait([self._pending.written])  # Apart from the result: an interrupt must not lose it.
+        pending, self._pending = self._pending, None
         try:
-            self.written = future.result()
+            self.written = dataclasses.replace(pending.written.result(), seconds_waited=pending.seconds_waited)
         except Exception as error:
-            raise CheckpointError(f"Saving the checkpoint of step {step} failed. {error}") from error
+            raise CheckpointError(f"Saving the checkpoint of step {pending.step} failed. {error}") from error
+
+    def check(self) -> None:
+        """Takes note of whether the last checkpoint is on the disk by now; does not wait. Raises what `wait` does."""
+        if self._pending is not None and self._pending.written.done():
+            self.wait()
 
     def restore(self, *, allow: Sequence[str] = ()) -> int | None:
         """Gives the state what the newest whole checkpoint holds.
@@ -157,7 +167,7 @@ class Checkpointer:
             return None
         self._store.damaged |= damaged
         warn_of(damaged, found)
-        _snapshot.put(self.state, found.arrays, found.contents, allow)
+        self.restored = _snapshot.put(self.state, found.arrays, found.contents, allow)
         return found.step
 
     def close(self) -> None:
@@ -187,6 +197,15 @@ class Checkpointer:
             if error is None:
                 raise
             error.add_note(str(failure))  # The user's own error comes first.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written: its step, what it will have taken, and how long `save` took to begin it."""
+
+    step: int
+    written: concurrent.futures.Future[Written]
+    seconds_waited: float
 
 
 def _in_background(store: Store, draft: Draft) -> Written:

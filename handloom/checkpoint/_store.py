@@ -49,11 +49,19 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A checkpoint that has been written: its step, its size in bytes, and how many seconds that took."""
+    """A checkpoint that has been written.
+
+    Attributes:
+        step: Its step.
+        bytes: Its size.
+        seconds: How long that took, in the background.
+        seconds_waited: For how long the steps waited before that.
+    """
 
     step: int
     bytes: int
     seconds: float
+    seconds_waited: float = 0.0
 
 
 class Store:
