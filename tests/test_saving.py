@@ -1,11 +1,15 @@
 """A run that was stopped, wherever that was, ends with the same bits as one that never was."""
 
 import contextlib
+import errno
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import keras
 import numpy as np
@@ -16,6 +20,7 @@ import handloom as hl
 from handloom.checkpoint._names import named
 from handloom.errors import CheckpointError, StepError
 from handloom.optimizers import Accumulated, Averaged
+from tests.checkpoint.common import Nth, install
 from tests.run_log import epochs_in, saves_in
 
 numbers = np.random.default_rng(0)
@@ -48,6 +53,20 @@ class OwnStep(Net):
         return {"error": self.minimize(lambda: ops.mean((self(x, training=True) - y) ** 2)), "rows": len(x)}
 
 
+class Noisy(Net):
+    """Draws random numbers in validation too, of its own and of Keras's; counts what it has validated."""
+
+    def __init__(self):
+        super().__init__()
+        self.seed, self.validated = keras.random.SeedGenerator(5), keras.Variable(0, dtype="int32", trainable=False)
+
+    def test_step(self, data):
+        x, y = data
+        self.validated.assign(self.validated + 1)
+        x = x + keras.random.normal(ops.shape(x), seed=self.seed) + keras.random.normal(ops.shape(x))
+        return super().test_step((x, y))
+
+
 class Larger(Net):
     def __init__(self):
         super().__init__()
@@ -73,6 +92,8 @@ class Stopped(Exception):
 
 
 class StopAt(keras.callbacks.Callback):
+    takes_executions = True
+
     def __init__(self, step):
         super().__init__()
         self.step = step  # As the constructor calls it: not a state, which would be given back.
@@ -83,9 +104,24 @@ class StopAt(keras.callbacks.Callback):
             raise Stopped
 
 
-def train(run_dir, stop=0, *, cls=Net, optimizer="momentum", epochs=3, **options):
+class SignalInValidation(keras.callbacks.Callback):
+    """Asks the run to stop, in its `count`-th validation."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def on_test_begin(self, logs=None):
+        self.count -= 1
+
+    def on_test_batch_end(self, batch, logs=None):
+        if self.count == 0 and batch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(run_dir, stop=0, *, cls=Net, optimizer="momentum", epochs=3, together=1, **options):
     model = cls()
-    model.compile(OPTIMIZERS[optimizer](), loss="mse", metrics=["mae"])
+    model.compile(OPTIMIZERS[optimizer](), loss="mse", metrics=["mae"], steps_per_execution=together)
     options = {"save": hl.every(steps=2), "validation_data": (X, Y)} | options
     callbacks = [StopAt(stop), *options.pop("callbacks", [])]
     try:
@@ -134,6 +170,14 @@ def test_a_stopped_run_ends_with_the_same_bits(cls, tmp_path):
 def test_it_may_be_stopped_twice_with_any_optimizer(optimizer, tmp_path):
     whole = train(tmp_path / "whole", optimizer=optimizer)
     assert_same_bits(stopped_and_gone_on(tmp_path, 4, 8, optimizer=optimizer), whole)
+
+
+def test_steps_in_one_dispatch_are_grouped_alike_after_a_stop(tmp_path):
+    options = {"together": 2, "save": hl.every(steps=4), "epochs": 2}
+    whole = train(tmp_path / "whole", **options)  # In groups of 2, 2, 1 an epoch.
+    for stop in (1, 2, 3, 5):
+        train(tmp_path / str(stop), stop, **options)
+        assert_same_bits(train(tmp_path / str(stop), **options), whole)
 
 
 def test_op_by_op_too(tmp_path):
@@ -208,6 +252,50 @@ def test_random_numbers_of_python_and_numpy_go_on(tmp_path):
     assert_same_bits(stopped_and_gone_on(tmp_path, 8, callbacks=[Draws()]), whole)
 
 
+@pytest.mark.parametrize("validation", [1, 2], ids=["the first", "the second"])
+def test_a_signal_in_a_validation_at_the_end_of_an_epoch_breaks_it_off_and_it_is_done_again(validation, tmp_path):
+    options = {"cls": Noisy, "epochs": 2, "validation_batch_size": 6, "save": hl.every(epochs=5)}
+    whole = train(tmp_path / "whole", **options)
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "run", callbacks=[SignalInValidation(validation)], **options)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert hl.Checkpointer(tmp_path / "run" / "checkpoints", {}).steps == [validation * STEPS]
+    assert_same_bits(train(tmp_path / "run", **options), whole)
+    assert [line["epoch"] for line in epochs_in(tmp_path / "run")] == [0, 1]
+
+
+def test_a_signal_in_a_validation_within_an_epoch_too(tmp_path):
+    def run(run_dir, *callbacks):
+        keras.utils.set_random_seed(0)
+        model, optimizer = keras.Sequential([layers.Dense(1)]), keras.optimizers.Adam(0.05)
+        seed = keras.random.SeedGenerator(1)
+
+        def step(x, y):
+            return {"loss": hl.minimize(lambda: ops.mean((model(x) - y) ** 2), model, optimizer)}
+
+        def test_step(x, y):
+            noise = keras.random.normal(ops.shape(x), seed=seed) + keras.random.normal(ops.shape(x))
+            return {"loss": ops.mean((model(x + noise) - y) ** 2)}
+
+        return hl.fit(
+            step,
+            hl.Feed((X, Y), batch_size=BATCH, shuffle=True),
+            state={"model": model, "optimizer": optimizer, "seed": seed},
+            epochs=2,
+            run_dir=run_dir,
+            validate=(test_step, hl.Feed((X, Y), batch_size=BATCH, shuffle=True)),
+            validate_every=hl.every(steps=3),
+            callbacks=callbacks,
+            verbose=0,
+        ).history
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", SignalInValidation(2))  # After six steps of ten.
+    assert hl.Checkpointer(tmp_path / "run" / "checkpoints", {}).steps == [5, 6]
+    assert run(tmp_path / "run") == whole
+
+
 # ----------------------------------------------------------- the end, and after it
 
 
@@ -218,6 +306,18 @@ def test_after_the_end_nothing_runs_and_more_epochs_go_on(tmp_path):
     assert again.history.epoch == [0, 1]
     assert again.optimizer.iterations == 2 * STEPS
     assert_same_bits(train(tmp_path / "run", epochs=4), whole)
+
+
+def test_a_run_that_a_callback_ended_is_over_unless_more_is_asked_for(tmp_path):
+    class Ends(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == 1
+
+    assert train(tmp_path, epochs=4, callbacks=[Ends()]).history.epoch == [0, 1]
+    again = train(tmp_path, epochs=4, callbacks=[Ends()])
+    assert again.history.epoch == [0, 1]
+    assert again.optimizer.iterations == 2 * STEPS
+    assert train(tmp_path, epochs=5, callbacks=[Ends()]).history.epoch == [0, 1, 2, 3, 4]
 
 
 def test_what_keras_does_to_weights_at_the_end_is_not_saved(tmp_path):
@@ -233,8 +333,37 @@ def test_it_says_where_it_goes_on(tmp_path, capsys):
     model = Net()
     model.compile(OPTIMIZERS["momentum"](), loss="mse", metrics=["mae"])
     model.fit(X, Y, batch_size=BATCH, epochs=2, validation_data=(X, Y), run_dir=tmp_path, verbose=2)
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith(f"Going on from {tmp_path / 'checkpoints'}: 6 steps taken, 1 epochs and 1 batches.")
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first == f"Going on from {tmp_path / 'checkpoints'}: 6 steps taken, 1 epochs and 1 batches."
+    count = len(bits(model))
+    assert second.startswith(f"  Restored: {count} variables, the position in the data, random numbers, and History")
+    assert rest[0] == "  Only in the checkpoint: callbacks.StopAt."
+    assert rest[1].startswith("Epoch 2/2")
+
+
+def test_it_says_what_is_other_than_when_it_was_saved(tmp_path, capsys, monkeypatch):
+    train(tmp_path, epochs=1)
+    monkeypatch.setattr(platform, "python_version", lambda: "3.99")
+    model = Net()
+    model.drop.rate = 0.4
+    model.compile(keras.optimizers.SGD(0.2, momentum=0.8), loss="mse", metrics=["mae"], steps_per_execution=2)
+    new = keras.callbacks.LambdaCallback()
+    model.fit(X, Y, batch_size=BATCH, epochs=1, validation_data=(X, Y), run_dir=tmp_path, verbose=2, callbacks=[new])
+    told = capsys.readouterr().out
+    assert "Not in the checkpoint, and begun anew: callbacks.LambdaCallback." in told
+    assert re.search(
+        r"Not as it was saved, so not to the bit from here on: python 3\.\S+ -> 3\.99; steps_per_execution 1 -> 2; "
+        r"the configuration of state\.model\.drop, state\.model\.optimizer\.",
+        told,
+    )
+
+
+def test_what_may_differ_is_named_and_begins_anew(tmp_path):
+    train(tmp_path, epochs=1)
+    added = ["state.model.extra.*", "*[state.model.extra.*", "*state.model.low.kernel*"]
+    model = train(tmp_path, cls=Larger, epochs=2, allow=added)
+    assert model.optimizer.iterations == 2 * STEPS
+    assert model.history.epoch == [0, 1]
 
 
 def test_the_log_has_each_epoch_once(tmp_path):
@@ -315,8 +444,36 @@ def test_data_without_a_position_goes_on_by_reading_or_not_at_all(tmp_path):
     assert_same_bits(run(tmp_path / "run"), whole)
 
 
+def test_what_failed_in_the_background_is_raised_by_the_next_step(tmp_path):
+    def full(name, arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Wait(keras.callbacks.Callback):
+        steps = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            Wait.steps += 1
+            if Wait.steps == 3:
+                time.sleep(1)  # Long enough for a write that fails at once.
+
+    install(Nth(1, full, {"mkdir"}))  # Of the second save.
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint of step 2 failed\. .*No space left.*make room"):
+            train(tmp_path, save=hl.every(steps=1), epochs=1, callbacks=[Wait()])
+    finally:
+        install(None)
+    assert Wait.steps == 3
+    assert hl.Checkpointer(tmp_path / "checkpoints", {}).steps == [1]
+
+
 @pytest.mark.parametrize(
-    ("options", "words"), [({"resume": "yes"}, "resume takes one of 'auto'"), ({"save": 3}, "save takes a time")]
+    ("options", "words"),
+    [
+        ({"resume": "yes"}, "resume takes one of 'auto'"),
+        ({"save": 3}, "save takes a time"),
+        ({"allow": "state.*"}, r"allow takes a list of patterns, such as \['state\.\*'\]"),
+        ({"together": 0}, "steps_per_execution takes a positive whole number"),
+    ],
 )
 def test_options_that_are_none(options, words, tmp_path):
     with pytest.raises((TypeError, ValueError), match=words):
@@ -361,3 +518,39 @@ def test_a_signal_saves_after_the_step_and_ends_as_the_signal_does(signum, code,
     assert again.returncode == 0, again.stderr
     assert "4 steps taken, 0 epochs and 4 batches" in again.stdout
     assert "steps 8 12" in again.stdout  # Twelve in all, eight of them now.
+
+
+SLOW_DISK = """
+    import os, signal, threading, time
+    from handloom.checkpoint import _files
+
+    class Slow:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def rename(self, old, new):
+            if "step_000000004" in str(new):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            os.rename(old, new)
+
+    _files.os = Slow()
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once_and_the_last_checkpoint_is_whole(tmp_path):
+    script, run_dir = tmp_path / "script.py", tmp_path / "run"
+    code = textwrap.dedent(SCRIPT)
+    script.write_text(code.replace("epochs=2", "epochs=2, save=hl.every(steps=2)"), encoding="utf-8")
+    slow = tmp_path / "slow.py"
+    slow.write_text(textwrap.dedent(SLOW_DISK) + script.read_text(encoding="utf-8"), encoding="utf-8")
+    begun = time.monotonic()
+    ended = subprocess.run([sys.executable, str(slow), str(run_dir), str(int(signal.SIGTERM))], check=False)
+    assert ended.returncode == -signal.SIGTERM  # By the second, which came while the first had the run saved.
+    assert time.monotonic() - begun < 50
+    assert hl.Checkpointer(run_dir / "checkpoints", {}).steps == [2]
+    again = subprocess.run(
+        [sys.executable, str(script), str(run_dir), "0"], check=False, capture_output=True, text=True
+    )
+    assert "2 steps taken, 0 epochs and 2 batches" in again.stdout, again.stderr
+    assert "steps 10 12" in again.stdout

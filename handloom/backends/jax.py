@@ -84,7 +84,7 @@ class JaxBackend(Backend):
         stacked = [jax.ShapeDtypeStruct((steps, *tensor.shape), tensor.dtype) for tensor in tensors]
         with self._inside("trace"), _unseeded_random_ops():
             written, read = _find_variables(fn, tensors)
-            run = _program(functools.partial(_rolled, _pure(fn, written, read)), stacked, written, read)
+            run = _program(functools.partial(_rolled, _pure(fn, written, read), steps), stacked, written, read)
         return lambda batches: run(list(map(_stacked, zip(*batches, strict=True))))
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,7 +162,7 @@ def _pure(fn: Callable[..., Sequence[Tensor]], written: list[Variable], read: li
 
 
 def _rolled(
-    pure: Pure, written_values: list[Tensor], read_values: list[Tensor], stacked: tuple[Tensor, ...]
+    pure: Pure, steps: int, written_values: list[Tensor], read_values: list[Tensor], stacked: tuple[Tensor, ...]
 ) -> list[Tensor]:
     """Steps one after the other on slices of tensors along their first axis; the results are those of the last."""
     count = len(written_values)
@@ -175,7 +175,7 @@ def _rolled(
     one = jax.make_jaxpr(pure)(written_values, read_values, tuple(tensor[0] for tensor in stacked))
     # XLA's convolutions are several times slower on a CPU within a loop than without.
     unroll = jax.default_backend() == "cpu" and "conv_general_dilated" in _primitives(one.jaxpr)
-    news, results = jax.lax.scan(step, written_values, stacked, unroll=unroll)
+    news, results = jax.lax.scan(step, written_values, stacked, steps, unroll=unroll)
     return [*news, *(result[-1] for result in results)]
 
 

@@ -318,3 +318,17 @@ def test_a_backward_rule_is_called_only_for_what_is_reached():
     gradients = reached.only(pullback(jnp.ones_like(value)))
     close(gradients[0], 0)
     assert gradients[1] is None
+
+
+def test_convolutions_are_found_wherever_they_are():
+    kernel = jnp.ones((2, 1, 1))
+
+    def convolve(x):
+        return jax.lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+
+    def step(x):
+        return jax.lax.cond(x.sum() > 0, jax.jit(convolve), lambda x: x, x)
+
+    found = ours._primitives(jax.make_jaxpr(step)(jnp.ones((1, 3, 1))).jaxpr)
+    assert "conv_general_dilated" in found
+    assert "conv_general_dilated" not in ours._primitives(jax.make_jaxpr(lambda x: x @ x.T)(jnp.ones((2, 3))).jaxpr)
