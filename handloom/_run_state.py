@@ -30,7 +30,7 @@ class Record:
     """
 
     def __init__(self, state: Any) -> None:
-        self.choices: dict[str, int] = {}
+        self.choices: dict[str, Any] = {}
         self.differences: list[str] = []
         self._configured = configured({"state": state})
 

@@ -17,6 +17,7 @@ from handloom._interrupt import Signals
 from handloom._keras import global_seed_generator, keras
 from handloom._reporting import ReportingStep
 from handloom._run_state import Epoch, Kept, Place, Record, by_name
+from handloom.backends import backend
 from handloom.callbacks import JSONLogger
 from handloom.checkpoint._checkpointer import Checkpointer
 from handloom.checkpoint._names import named
@@ -109,6 +110,8 @@ class Saving:
     def __exit__(self, *error: Any) -> None:
         self._signals.__exit__(*error)
         self._checkpointer.__exit__(*error)
+        if self._signals.received is not None and error[0] is None:  # It came when all was done and saved.
+            self._signals.stop()
 
     def begin(self, choices: Mapping[str, int], *, tell: bool) -> None:
         """Goes on from the last checkpoint, if there is one, and tells of it.
@@ -122,7 +125,8 @@ class Saving:
             StepError: If the step uses variables that would not be saved.
         """
         steps, resume = self._checkpointer.steps, self._options.resume
-        self._record.choices = dict(choices)
+        jit_compile = backend.compiles_kernels(self._step.function.jit_compile)
+        self._record.choices = {"jit_compile": jit_compile, **choices}
         if steps and resume == "never":
             raise CheckpointError(
                 f"{self._checkpointer.directory} has checkpoints of a run, up to step {steps[-1]}, and resume='never' "

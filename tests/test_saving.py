@@ -520,6 +520,15 @@ def test_a_signal_saves_after_the_step_and_ends_as_the_signal_does(signum, code,
     assert "steps 8 12" in again.stdout  # Twelve in all, eight of them now.
 
 
+def test_a_signal_when_all_is_done_is_not_lost(tmp_path):
+    def term(logs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        train(tmp_path, epochs=1, callbacks=[keras.callbacks.LambdaCallback(on_train_end=term)])
+    assert train(tmp_path, epochs=1).optimizer.iterations == STEPS
+
+
 SLOW_DISK = """
     import os, signal, threading, time
     from handloom.checkpoint import _files

@@ -133,6 +133,10 @@ class Backend(abc.ABC):
             TraceError: If `fn` uses a tensor where Python needs a number, as in `if loss < 1:`.
         """
 
+    @abc.abstractmethod
+    def compiles_kernels(self, jit_compile: bool | str) -> bool:
+        """Whether `trace` uses the backend's kernel compiler, so told: what `"auto"` comes to on this machine."""
+
     def repeat(
         self,
         program: Program,

@@ -60,7 +60,7 @@ class JaxBackend(Backend):
         jit_compile: bool | str,
         unused: Callable[[str], None] = lambda _: None,
     ) -> Program | None:
-        if jit_compile is False:
+        if not self.compiles_kernels(jit_compile):
             return None
         try:
             with self._inside("trace"), _unseeded_random_ops():
@@ -70,6 +70,9 @@ class JaxBackend(Backend):
             raise needs_a_value(frames_of(error)) from error
         except jax.errors.UnexpectedTracerError as error:
             raise _leaked(users_line(frames_of(error))) from error
+
+    def compiles_kernels(self, jit_compile: bool | str) -> bool:
+        return jit_compile is not False
 
     def repeat(
         self,

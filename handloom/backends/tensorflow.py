@@ -92,6 +92,11 @@ class TensorFlowBackend(Backend):
             unused(name)
         return program
 
+    def compiles_kernels(self, jit_compile: bool | str) -> bool:
+        if jit_compile == "auto":  # As Keras does: XLA where there is an accelerator.
+            return any(device.device_type != "CPU" for device in tf.config.list_physical_devices())
+        return bool(jit_compile)
+
     def repeat(
         self,
         program: Program,
@@ -120,7 +125,7 @@ class TensorFlowBackend(Backend):
     def _program(
         self, fn: Callable[..., list[Tensor]], specs: Sequence[tf.TypeSpec], jit_compile: bool | str
     ) -> TensorFlowProgram:
-        function = tf.function(fn, autograph=False, jit_compile=_with_xla(jit_compile))
+        function = tf.function(fn, autograph=False, jit_compile=self.compiles_kernels(jit_compile))
         with self._inside("trace"), _variables_made_outside_of_graphs():
             return TensorFlowProgram(function.get_concrete_function(*specs))
 
@@ -271,13 +276,6 @@ def _as_raised(error: StagingError) -> BaseException:
         original = original.__context__
     original.add_note(str(error))  # Where it was raised: the traceback leads through generated code.
     return original
-
-
-def _with_xla(jit_compile: bool | str) -> bool:
-    """`"auto"` is what Keras's own `"auto"` is: XLA where there is an accelerator."""
-    if jit_compile == "auto":
-        return any(device.device_type != "CPU" for device in tf.config.list_physical_devices())
-    return bool(jit_compile)
 
 
 _SYMBOLIC = ("symbolic", "SymbolicTensor")

@@ -105,9 +105,12 @@ class TorchBackend(Backend):
             program = self._trace_with_gradients_recorded(fn, tensors, first)
         for name in program.unused_marks:
             unused(name)
-        if jit_compile is True:
+        if self.compiles_kernels(jit_compile):
             program.compile_kernels(_contiguous(tensors))
         return program
+
+    def compiles_kernels(self, jit_compile: bool | str) -> bool:
+        return jit_compile is True
 
     def _trace_with_gradients_recorded(self, fn: Step, tensors: Sequence[Tensor], first: Exception) -> TorchProgram:
         """For a step in torch's own manner, `loss.backward()`: every variable records what is done with it."""
