@@ -318,3 +318,15 @@ def test_a_backward_rule_is_called_only_for_what_is_reached():
     gradients = reached.only(pullback(jnp.ones_like(value)))
     close(gradients[0], 0)
     assert gradients[1] is None
+
+
+def test_sparse_tensors_with_about_as_many_values_share_a_program():
+    step = hl.function(lambda x: ops.sum(ops.convert_to_tensor(x, sparse=False), axis=1))
+    for stored in (5, 6, 8, 3, 4):
+        indices = np.stack([np.arange(stored) % 2, np.arange(stored)], axis=1)
+        total = step(backend.sparse_tensor(indices, np.ones(stored, "float32"), (2, 9)))
+        np.testing.assert_array_equal(total, [-(-stored // 2), stored // 2])
+    assert [trace.signature for trace in step.traces] == [
+        "x: sparse, 8 stored, float32[2,9]",
+        "x: sparse, 4 stored, float32[2,9]",
+    ]
