@@ -80,28 +80,6 @@ def test_it_gives_what_the_loader_itself_gives():
     assert read(torch_data(data.DataLoader(Numbers(), 8, shuffle=True)).begin()) == own
 
 
-# Of the workers, which take seconds to start. They are forked, as torch does it, which JAX warns of.
-@pytest.mark.backend("torch")
-@pytest.mark.parametrize("options", [{}, {"persistent_workers": True}])
-@pytest.mark.parametrize("own", [False, True])
-def test_workers_that_read_ahead_change_nothing(options, own):
-    def reader():
-        more = {"generator": generator()} if own else {}
-        return torch_data(data.DataLoader(Numbers(30), 4, shuffle=True, num_workers=2, **more, **options))
-
-    torch.manual_seed(1)
-    first = reader()
-    iteration = first.begin()
-    given = [next(iteration).tolist() for _ in range(3)]
-    state = first.state()
-    rest, second = read(iteration), read(first.begin())
-    torch.manual_seed(2)
-    other = reader()
-    assert read(other.go_on(state, 3)) == rest
-    assert read(other.begin()) == second
-    assert sorted(number for batch in given + rest for number in batch) == list(range(30))
-
-
 class Own(data.Sampler):
     def __iter__(self):
         return iter(range(5))
