@@ -10,6 +10,7 @@ import numpy as np
 
 from handloom._keras import keras
 from handloom._sources import on_host
+from handloom.backends import foreign
 from handloom.errors import DataError
 
 
@@ -55,7 +56,9 @@ def label_check(model: keras.Model) -> Callable[[Any, Any], None]:
     count: list[int | None] = []
 
     def check(x: Any, y: Any) -> None:
-        if y is None or isinstance(y, (dict, list, tuple)) or not _takes_labels(model.loss):
+        if y is None or isinstance(y, (dict, list, tuple)) or foreign.kind_of(y) != "dense":
+            return
+        if not _takes_labels(model.loss):
             return
         if not count:
             count.append(_class_count(model, x))

@@ -10,7 +10,7 @@ import optree
 
 from handloom._keras import Tensor, keras
 from handloom._sources import on_host
-from handloom.backends import backend
+from handloom.backends import backend, foreign
 from handloom.errors import DataError
 
 ops = keras.ops
@@ -85,7 +85,7 @@ def check_weights(weights: Sequence[np.ndarray], *, training: bool) -> None:
 
 def weights_in(y: Any, sample_weight: Any) -> list[np.ndarray]:
     """The arrays of weights, in host memory, in what was given to a model as such."""
-    arrays = [on_host(leaf) for leaf in optree.tree_leaves(sample_weight)]
+    arrays = [on_host(leaf) for leaf in optree.tree_leaves(sample_weight) if foreign.kind_of(leaf) == "dense"]
     several = len(arrays) > 1
     return [array for array in arrays if array.dtype.kind in "biuf" and (several or _is_weight(array, y))]
 

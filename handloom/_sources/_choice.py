@@ -15,7 +15,7 @@ from handloom._sources._leaves import is_arrays, short
 from handloom._sources._py_dataset import PyDatasets
 from handloom._sources._stream import ByIterator, ByLoader, Reader, Stream
 from handloom._sources._table import Columns, Table, is_stream_of_columns, is_table
-from handloom.backends import foreign, forgets_a_buffer, tensorflow_data, torch_data
+from handloom.backends import forgets_a_buffer, tensorflow_data, torch_data
 from handloom.errors import DataError
 
 _DEFAULT_BATCH_SIZE = 32
@@ -49,7 +49,7 @@ def _batched_source(data: Any, shuffle: bool) -> Source:
     if isinstance(data, Iterator):
         kind = "the generator" if isinstance(data, types.GeneratorType) else f"the {type(data).__name__}"
         return Stream(kind, data, ByIterator(lambda: data), None, repeatable=False)
-    if foreign.library_of(data) is None and isinstance(data, Iterable) and not isinstance(data, _NO_SOURCES):
+    if isinstance(data, Iterable) and not isinstance(data, _NO_SOURCES):
         return Stream(f"the {type(data).__name__.lstrip('_')}", data, _reader(data), _length(data))
     if callable(data) and not isinstance(data, keras.Layer):
         return Stream("the function of data", data, ByIterator(data), None)

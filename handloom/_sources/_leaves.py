@@ -30,6 +30,8 @@ def is_arrays(data: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
+    if foreign.library_of(leaf) is not None:
+        return True
     return hasattr(leaf, "shape") and (hasattr(leaf, "__array__") or hasattr(leaf, "to_numpy"))
 
 
