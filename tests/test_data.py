@@ -1,5 +1,6 @@
 """Feeds: any source of batches, with a position."""
 
+import gc
 import multiprocessing
 import threading
 import time
@@ -14,7 +15,7 @@ from keras import ops
 
 import handloom as hl
 from handloom.errors import DataError
-from tests.numbered import Numbered, X, Y
+from tests.numbered import Numbered, Processes, X, Y
 
 
 def tf_dataset():
@@ -191,6 +192,23 @@ def test_a_shuffled_pydataset_gives_whole_batches_in_a_new_order_each_epoch():
 def test_a_pydataset_is_read_by_worker_processes():
     # Seconds: each worker is a new Python, which imports Keras and a backend.
     assert read(hl.Feed(Numbered(workers=2, use_multiprocessing=True))) == EXPECTED
+
+
+@pytest.mark.once
+def test_worker_processes_are_kept_from_pass_to_pass_until_the_data_changes():
+    # Some seconds for each of the two processes, which import Keras and a backend.
+    data = Processes(workers=1, use_multiprocessing=True)
+    feed = hl.Feed(data)
+    passes = [read(feed) for _ in range(3)]
+    assert len({number for given in passes for number in given}) == 1
+    data.offset = 10**7  # As when the data shuffles itself at the end of an epoch.
+    changed = [read(feed) for _ in range(2)]
+    assert changed[0] == changed[1]
+    assert min(changed[0]) > 10**7 > max(passes[0])
+    assert {number - 10**7 for number in changed[0]}.isdisjoint(passes[0])
+    del feed
+    gc.collect()
+    assert eventually(lambda: not multiprocessing.active_children())
 
 
 @pytest.mark.once
