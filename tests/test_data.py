@@ -16,6 +16,7 @@ from keras import ops
 import handloom as hl
 from handloom.errors import DataError
 from tests.numbered import Numbered, Processes, X, Y
+from tests.sources.kinds import Batches, as_numbers, batches, read
 
 
 def tf_dataset():
@@ -26,15 +27,6 @@ def data_loader():
     torch = pytest.importorskip("torch")
     data = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
     return torch.utils.data.DataLoader(data, batch_size=4)
-
-
-def batches():
-    yield from (Numbered()[index] for index in range(3))
-
-
-class Batches:
-    def __iter__(self):
-        return batches()
 
 
 SOURCES = {
@@ -51,15 +43,6 @@ SOURCES = {
 IN_ORDER = [name for name in SOURCES if "shuffled" not in name]
 
 every_source = pytest.mark.parametrize("name", SOURCES)
-
-
-def as_numbers(batch):
-    return keras.tree.map_structure(lambda part: ops.convert_to_numpy(part).tolist(), batch)
-
-
-def read(feed):
-    """One epoch, as nested lists."""
-    return [as_numbers(batch) for batch in feed]
 
 
 def position(state):
@@ -318,41 +301,6 @@ def test_a_part_that_is_none_stays_none():
 def test_batches_of_a_source_may_be_nested():
     [batch] = hl.Feed(iter([({"a": X, "b": [X, X]}, Y)]))
     assert as_numbers(batch) == ({"a": X.tolist(), "b": [X.tolist()] * 2}, Y.tolist())
-
-
-def through_arrays(array):
-    [batch] = hl.Feed(array)
-    return batch
-
-
-def through_a_generator(array):
-    [batch] = hl.Feed(iter([array]))
-    return batch
-
-
-@pytest.mark.parametrize("through", [through_arrays, through_a_generator])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "uint8", "int16", "int32", "int64", "bool"])
-def test_every_dtype_but_float64_is_kept(through, dtype):
-    batch = through(np.array([0, 1, 3]).astype(dtype))
-    assert keras.backend.standardize_dtype(batch.dtype) == dtype
-
-
-@pytest.mark.parametrize("through", [through_arrays, through_a_generator])
-@pytest.mark.parametrize("floatx", ["float32", "float16"])
-def test_float64_becomes_the_usual_float(through, floatx):
-    before = keras.config.floatx()
-    keras.config.set_floatx(floatx)
-    try:
-        batch = through(np.array([0.5, 1.5]))
-    finally:
-        keras.config.set_floatx(before)
-    assert keras.backend.standardize_dtype(batch.dtype) == floatx
-    assert as_numbers(batch) == [0.5, 1.5]
-
-
-def test_float64_frames_and_batches_of_python_numbers_become_the_usual_float():
-    for batch in (through_arrays(pd.DataFrame({"a": [0.5], "b": [1]})), through_a_generator(0.5)):
-        assert keras.backend.standardize_dtype(batch.dtype) == "float32"
 
 
 @every_source

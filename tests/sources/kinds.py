@@ -2,8 +2,10 @@
 
 import functools
 
+import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import handloom as hl
 from tests.numbered import Numbered
@@ -148,19 +150,19 @@ def from_generator(tf, data):
     ).batch(4)
 
 
-def pairs():
+def batches():
     yield from (Numbered()[index] for index in range(3))
 
 
-class Iterable:
+class Batches:
     def __iter__(self):
-        return pairs()
+        return batches()
 
 
 # Those that are read again up to a position. What they give is the same each time.
 REPLAYED = {
-    "function": lambda: hl.Feed(pairs),
-    "iterable": lambda: hl.Feed(Iterable()),
+    "function": lambda: hl.Feed(batches),
+    "iterable": lambda: hl.Feed(Batches()),
     "tf.data of Python": tf_data(from_generator),
     "streamed DataLoader": lambda: hl.Feed(plain_loader()(streamed_pairs(), 4)),
     "buffered IterableDataset": table(
@@ -185,3 +187,12 @@ def streamed_pairs():
 
 
 ALL = EXACT | REPLAYED
+
+
+def as_numbers(batch):
+    return keras.tree.map_structure(lambda part: ops.convert_to_numpy(part).tolist(), batch)
+
+
+def read(feed):
+    """One epoch, as nested lists."""
+    return [as_numbers(batch) for batch in feed]

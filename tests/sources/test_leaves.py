@@ -37,6 +37,33 @@ def dtype_of(batch):
     return keras.backend.standardize_dtype(batch.dtype)
 
 
+# ---------------------------------------------------------------------- of NumPy
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", [*DTYPES, "int64"])
+def test_every_dtype_but_float64_is_kept(through, dtype):
+    assert dtype_of(through(np.array([0, 1, 3]).astype(dtype))) == dtype
+
+
+@both_ways
+@pytest.mark.parametrize("floatx", ["float32", "float16"])
+def test_float64_becomes_the_usual_float(through, floatx):
+    before = keras.config.floatx()
+    keras.config.set_floatx(floatx)
+    try:
+        batch = through(np.array([0.5, 1.5]))
+    finally:
+        keras.config.set_floatx(before)
+    assert dtype_of(batch) == floatx
+    np.testing.assert_array_equal(ops.convert_to_numpy(batch), [0.5, 1.5])
+
+
+def test_float64_frames_and_batches_of_python_numbers_become_the_usual_float():
+    for batch in (through_arrays(pd.DataFrame({"a": [0.5], "b": [1]})), through_a_generator(0.5)):
+        assert dtype_of(batch) == "float32"
+
+
 # ------------------------------------------------------------ tensors of any library
 
 
@@ -139,46 +166,32 @@ def test_a_mapped_array_is_looked_at_batch_by_batch(tmp_path):
 # ---------------------------------------------------------- what a backend cannot hold
 
 
-TEXT = {
-    "arrays": lambda: hl.Feed({"word": np.array(["a", "bc"])}),
-    "tf.data": lambda: hl.Feed(tf.data.Dataset.from_tensor_slices({"word": ["a", "bc"]}).batch(2)),
-    "generator": lambda: hl.Feed(iter([{"word": np.array(["a", "bc"])}])),
-    "Dataset": lambda: hl.Feed(pytest.importorskip("datasets").Dataset.from_dict({"word": ["a", "bc"]})),
+WORDS, RAGGED = np.array(["a", "bc"]), [[1.0], [2.0, 3.0]]
+# What TensorFlow alone holds: the data, the batch that it gives, and what the others say.
+SOME = {
+    "text in arrays": (lambda: {"x": WORDS}, ["a", "bc"], "text"),
+    "text in tf.data": (lambda: tf.data.Dataset.from_tensors({"x": WORDS}), ["a", "bc"], "text"),
+    "text in a generator": (lambda: iter([{"x": WORDS}]), ["a", "bc"], "text"),
+    "text in a Dataset": (lambda: pytest.importorskip("datasets").Dataset.from_dict({"x": WORDS}), ["a", "bc"], "text"),
+    "ragged in tf.data": (lambda: tf.data.Dataset.from_tensors({"x": tf.ragged.constant(RAGGED)}), RAGGED, "ragged"),
+    "ragged in a generator": (lambda: iter([{"x": tf.ragged.constant(RAGGED)}]), RAGGED, "ragged"),
+}
+SAID = {
+    "text": r"'x' is text, for example .*a.*np\.unique.*StringLookup or TextVectorization",
+    "ragged": r"'x' is a ragged tensor, .*to_tensor\(\), or padded_batch",
 }
 
 
-@pytest.mark.backend("jax", "torch")
-@pytest.mark.parametrize("source", TEXT)
-def test_text_is_refused_with_the_way_out(source):
-    with pytest.raises(DataError, match=r"'word' is text, for example .*a.*StringLookup or TextVectorization"):
-        list(TEXT[source]())
-
-
-@pytest.mark.backend("tensorflow")
-@pytest.mark.parametrize("source", TEXT)
-def test_text_is_given_where_it_can_be(source):
-    [batch] = TEXT[source]()
-    assert [word.decode() for word in batch["word"].numpy()] == ["a", "bc"]
-
-
-RAGGED = {
-    "tf.data": lambda: hl.Feed(tf.data.Dataset.from_tensors({"x": tf.ragged.constant([[1.0], [2.0, 3.0]])})),
-    "generator": lambda: hl.Feed(iter([{"x": tf.ragged.constant([[1.0], [2.0, 3.0]])}])),
-}
-
-
-@pytest.mark.backend("jax", "torch")
-@pytest.mark.parametrize("source", RAGGED)
-def test_ragged_tensors_are_refused_with_the_way_out(source):
-    with pytest.raises(DataError, match=r"'x' is a ragged tensor, .*to_tensor\(\), or padded_batch"):
-        list(RAGGED[source]())
-
-
-@pytest.mark.backend("tensorflow")
-@pytest.mark.parametrize("source", RAGGED)
-def test_ragged_tensors_are_given_where_they_can_be(source):
-    [batch] = RAGGED[source]()
-    assert batch["x"].to_list() == [[1.0], [2.0, 3.0]]
+@pytest.mark.parametrize("what", SOME)
+def test_text_and_ragged_tensors_are_given_by_tensorflow_and_else_refused_with_the_way_out(what):
+    make, expected, kind = SOME[what]
+    if backend.name != "tensorflow":
+        with pytest.raises(DataError, match=SAID[kind]):
+            list(hl.Feed(make()))
+        return
+    [batch] = hl.Feed(make())
+    found = batch["x"].to_list() if kind == "ragged" else [word.decode() for word in batch["x"].numpy()]
+    assert found == expected
 
 
 def test_rows_of_unequal_length_are_told_to_be_padded():

@@ -11,19 +11,10 @@ import handloom as hl
 from handloom.backends import seed_sources_of_data
 from handloom.checkpoint import _snapshot
 from handloom.errors import CheckpointError, DataError, HandloomWarning
-from tests.sources.kinds import ALL, EXACT, REPLAYED, X, Y, stateful_loader
+from tests.sources.kinds import ALL, EXACT, REPLAYED, X, Y, as_numbers, read, stateful_loader
 
 every_kind = pytest.mark.parametrize("kind", ALL)
 every_exact_kind = pytest.mark.parametrize("kind", EXACT)
-
-
-def as_numbers(batch):
-    return keras.tree.map_structure(lambda part: ops.convert_to_numpy(part).tolist(), batch)
-
-
-def read(feed):
-    """One epoch, as nested lists."""
-    return [as_numbers(batch) for batch in feed]
 
 
 def saved(feed):
@@ -304,7 +295,7 @@ def test_other_data_is_told_of_and_gone_on_with():
         ("shuffled Dataset", "Dataset", "shuffle was True and is False"),
         ("PyDataset", "shuffled PyDataset", "shuffle was False and is True"),
         ("Grain map", "Grain iter", "source was the BatchMapDataset and is the BatchIterDataset"),
-        ("function", "iterable", "source was the function of data and is the Iterable"),
+        ("function", "iterable", "source was the function of data and is the Batches"),
         ("DataLoader", "StatefulDataLoader", "source was the DataLoader and is the StatefulDataLoader"),
     ],
 )
