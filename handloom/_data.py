@@ -38,6 +38,9 @@ class Feed:
         seed: Seed of the order; `None` to draw one from Python's random numbers.
         drop_remainder: Whether to leave out a last batch smaller than the others; for arrays and tables only.
 
+    The next batch is made, and on its way to the device, while that works on the last: a step is dispatched and not
+    waited for. Nothing is read ahead for that, so the position is that of the batches given.
+
     Yields:
         Batches in the structure of the data, as tensors; on JAX host arrays stay NumPy arrays, which compiled
         functions take at no cost. Floating-point numbers of 64 bits become `keras.config.floatx()`; every other dtype
@@ -124,7 +127,8 @@ class Feed:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes to a position; the next iteration goes on from there, to the end of that epoch.
 
-        Warns if the data is not what the state is of; see `differences`.
+        Warns if the data is not what the state is of; see `differences`. Generators that a `DataLoader` draws its order
+        from, torch's own among them, are set to where they stood.
 
         Args:
             state: From `state()` of a feed over the same data with the same options.

@@ -83,8 +83,10 @@ class Stream(Source):
             self._tell(epoch)
             given = self._gone_back(state, start)
             self._stands, self._ready = state, None if given is None else (given, start)
-        elif self.repeatable:  # Else it can't be begun again.
-            self._stands = self._ready = None
+            return
+        self._stands = self._under_way = None
+        if self.repeatable:  # Else it can't be begun again.
+            self._ready = None
 
     def _gone_back(self, state: Any, start: int) -> Iterator[Any] | None:
         try:

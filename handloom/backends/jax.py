@@ -136,11 +136,13 @@ def _padded(sparse: BCOO) -> BCOO:
     Where nothing is stored, the index is outside of the tensor, as JAX has it. Always a new object: by type, shape and
     dtype alone, two such tensors cannot be told apart.
     """
-    room = 1 << max(sparse.nse - 1, 0).bit_length()
-    data = jnp.pad(sparse.data, (0, room - sparse.nse))
+    data, indices = sparse.data, sparse.indices
     data = data.astype(keras.config.floatx()) if data.dtype == np.float64 else data
-    outside = jnp.broadcast_to(jnp.asarray(sparse.shape, sparse.indices.dtype), (room - sparse.nse, sparse.n_sparse))
-    return BCOO((data, jnp.concatenate([sparse.indices, outside])), shape=sparse.shape)
+    if not (sparse.n_batch or sparse.n_dense):
+        room = (1 << max(sparse.nse - 1, 0).bit_length()) - sparse.nse
+        outside = jnp.broadcast_to(jnp.asarray(sparse.shape, indices.dtype), (room, len(sparse.shape)))
+        data, indices = jnp.pad(data, (0, room)), jnp.concatenate([indices, outside])
+    return BCOO((data, indices), shape=sparse.shape)
 
 
 _NEEDS_A_VALUE = (

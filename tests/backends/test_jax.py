@@ -3,6 +3,7 @@
 import sys
 
 import jax
+import jax.experimental.sparse
 import jax.extend.core
 import jax.numpy as jnp
 import keras
@@ -318,6 +319,15 @@ def test_a_backward_rule_is_called_only_for_what_is_reached():
     gradients = reached.only(pullback(jnp.ones_like(value)))
     close(gradients[0], 0)
     assert gradients[1] is None
+
+
+@pytest.mark.parametrize("kind", [{"n_batch": 1}, {"n_dense": 1}, {}])
+def test_sparse_tensors_of_each_layout_go_through_a_program(kind):
+    dense = np.array([[0, 1.0], [2.0, 0], [0, 0]], "float32")
+    step = hl.function(lambda x: ops.convert_to_tensor(x, sparse=False))
+    for _ in range(2):
+        np.testing.assert_array_equal(step(jax.experimental.sparse.BCOO.fromdense(dense, **kind)), dense)
+    assert len(step.traces) == 1
 
 
 def test_sparse_tensors_with_about_as_many_values_share_a_program():

@@ -121,6 +121,16 @@ def test_a_feed_says_whether_it_goes_back_by_itself(kind):
     assert feed.differences(states[1, 1]) == []
 
 
+@every_kind
+def test_gone_back_to_where_nothing_was_read_it_stands_nowhere_else(kind):
+    beginning = saved(made_alike(kind))
+    feed = made_alike(kind)
+    next(iter(feed))
+    feed.restore(beginning)
+    assert "source" not in feed.state()
+    assert len(read(feed)) == len(read(made_alike(kind)))
+
+
 def test_to_ask_whether_it_goes_back_draws_no_order():
     asked, other = made_alike("tf.data with all"), made_alike("tf.data with all")
     assert asked.seekable
