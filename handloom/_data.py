@@ -26,6 +26,9 @@ __all__ = ["Batch", "Feed"]
 class Feed:
     """A source of batches that knows its position. Iterating it once is one epoch.
 
+    The next batch is made, and on its way to the device, while that works on the last: a step is dispatched and not
+    waited for. Nothing is read ahead for that, so the position is that of the batches given.
+
     Args:
         data: NumPy, pandas or backend arrays in any nested structure, all of one length along their first axis; a
             Hugging Face `Dataset`, whose batches are dicts of columns; or a source that gives batches already: a
@@ -37,9 +40,6 @@ class Feed:
             batch). The order is a function of `seed` and the epoch alone.
         seed: Seed of the order; `None` to draw one from Python's random numbers.
         drop_remainder: Whether to leave out a last batch smaller than the others; for arrays and tables only.
-
-    The next batch is made, and on its way to the device, while that works on the last: a step is dispatched and not
-    waited for. Nothing is read ahead for that, so the position is that of the batches given.
 
     Yields:
         Batches in the structure of the data, as tensors; on JAX host arrays stay NumPy arrays, which compiled

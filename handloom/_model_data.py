@@ -67,7 +67,7 @@ def model_feed(
     if feed.whole is None:
         feed.check(functools.partial(_check_batch, check, training=training))
     else:
-        _check_batch(check, feed.whole, training=False)
+        _check_labels(check, feed.whole)
         _check_all(feed, weights_in_batch(feed.whole), training=training)
     return feed
 
@@ -139,9 +139,13 @@ def _weighted(class_weight: Mapping[int, float], batch: Any) -> Any:
 
 
 def _check_batch(labels: Callable[[Any, Any], None] | None, batch: Any, *, training: bool) -> None:
+    _check_labels(labels, batch)
+    check_weights(weights_in_batch(batch), training=training)
+
+
+def _check_labels(labels: Callable[[Any, Any], None] | None, batch: Any) -> None:
     if labels is not None and _has_labels(batch):
         labels(batch[0], batch[1])
-    check_weights(weights_in_batch(batch), training=training)
 
 
 def _has_labels(batch: Any) -> bool:

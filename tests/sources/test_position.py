@@ -146,6 +146,26 @@ def test_an_epoch_given_up_after_going_back_is_begun_from_its_first_batch(kind):
     assert len(read(feed)) == len(given[0])
 
 
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_an_iterator_that_knows_its_position_goes_on_for_its_one_pass(taken):
+    grain = pytest.importorskip("grain")
+
+    def feed():
+        return hl.Feed(iter(grain.MapDataset.source(X).shuffle(seed=1).batch(4)))
+
+    first = feed()
+    iteration = iter(first)
+    given = [as_numbers(next(iteration)) for _ in range(taken)]
+    state = saved(first)
+    rest, other = [as_numbers(batch) for batch in iteration], feed()
+    assert sorted(number for batch in given + rest for number in batch) == X.tolist()
+    assert other.seekable
+    other.restore(state)
+    assert read(other) == rest
+    with pytest.raises(DataError, match="is exhausted"):
+        next(iter(other))
+
+
 # ---------------------------------------------------------------- without reading
 
 
