@@ -74,6 +74,7 @@ def test_a_new_source_goes_on_from_anywhere(kind):
         assert [read(restored) for _ in given[epoch + 1 :]] == given[epoch + 1 :], (epoch, taken)
 
 
+@pytest.mark.once
 @every_kind
 def test_it_does_so_again_and_again(kind):
     given, states = unbroken(ALL[kind](), 3)
@@ -88,6 +89,7 @@ def test_it_does_so_again_and_again(kind):
     assert found == flat[: len(found)]
 
 
+@pytest.mark.once
 @every_kind
 def test_a_feed_goes_back_to_where_it_stood_itself(kind):
     feed = ALL[kind]()
@@ -111,6 +113,7 @@ def test_a_look_at_the_first_batch_changes_nothing(kind):
     assert [read(restored) for _ in range(2)] == given
 
 
+@pytest.mark.once
 @every_kind
 def test_a_feed_says_whether_it_goes_back_by_itself(kind):
     given, states = unbroken(ALL[kind](), 2)
@@ -121,6 +124,7 @@ def test_a_feed_says_whether_it_goes_back_by_itself(kind):
     assert feed.differences(states[1, 1]) == []
 
 
+@pytest.mark.once
 @every_kind
 def test_gone_back_to_where_nothing_was_read_it_stands_nowhere_else(kind):
     beginning = saved(made_alike(kind))
@@ -137,6 +141,7 @@ def test_to_ask_whether_it_goes_back_draws_no_order():
     assert [read(asked) for _ in range(2)] == [read(other) for _ in range(2)]
 
 
+@pytest.mark.once
 @every_exact_kind
 def test_an_epoch_given_up_after_going_back_is_begun_from_its_first_batch(kind):
     given, states = unbroken(ALL[kind](), 1)
