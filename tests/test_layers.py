@@ -28,6 +28,8 @@ LAYERS = [
     {"_gradients", "_function", "_update", "optimizers"},
     {
         "_data",
+        "_sources",
+        "_plain",
         "_labels",
         "_sample_weight",
         "_seed",

@@ -56,6 +56,20 @@ def batches_of(batches):
     return lambda: iter(batches)
 
 
+@pytest.mark.parametrize("source", [lambda data: data, lambda data: lambda: iter([data])], ids=["arrays", "batches"])
+def test_the_weights_in_a_feed_are_checked(source):
+    x, y = np.ones((4, 2), "float32"), np.ones((4, 1), "float32")
+    negative = hl.Feed(source((x, y, np.array([1, 1, -2, 1], "float32"))))
+    nothing = hl.Feed(source((x, y, np.zeros(4, "float32"))))
+    model = hl.Sequential([layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(DataError, match=r"negative or not finite; the first is -2\.0 at \[2\]"):
+        model.fit(negative, verbose=0)
+    with pytest.raises(DataError, match="sums to zero"):
+        model.fit(nothing, verbose=0)
+    assert model.evaluate(nothing, verbose=0) == 0  # As it is of arrays.
+
+
 def test_a_negative_weight_of_validation_data_is_an_error_before_training():
     model = model_of()
     with pytest.raises(DataError, match="negative"):

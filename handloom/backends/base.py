@@ -48,6 +48,8 @@ class Backend(abc.ABC):
     """The contract. `handloom.backends.backend` is the one implementation that this process uses."""
 
     name: str
+    holds_text = False
+    """Whether its tensors may hold text."""
 
     def __init__(self) -> None:
         self._nesting = _Nesting()
@@ -70,6 +72,17 @@ class Backend(abc.ABC):
         (JAX, which has no 64-bit integers unless told to, makes them 32-bit). No copy where none is needed; where
         the backend's compiled functions take NumPy arrays at no cost, an array may be returned as it is.
         """
+
+    def sparse_tensor(self, indices: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Tensor | None:
+        """A sparse tensor, to be given to `to_tensor`; `None` where the backend, or Keras on it, has none.
+
+        Args:
+            indices: Where the values stand; whole numbers of shape `(stored, len(shape))`.
+            values: Of shape `(stored,)`; everything else is zero.
+            shape: That of the tensor.
+        """
+        del indices, values, shape  # None by default.
+        return None
 
     @abc.abstractmethod
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:

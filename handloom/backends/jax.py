@@ -22,6 +22,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.sparse import BCOO
 from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
@@ -36,15 +37,21 @@ class JaxBackend(Backend):
     name = "jax"
 
     def is_array(self, leaf: Any) -> bool:
-        return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+        return isinstance(leaf, (jax.Array, np.ndarray, np.generic, BCOO))
 
     def to_tensor(self, array: Any) -> Tensor:
+        if isinstance(array, BCOO):
+            return _padded(array)
         if isinstance(array, np.ndarray) and not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
 
+    def sparse_tensor(self, indices: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        return self.to_tensor(BCOO((jnp.asarray(values), jnp.asarray(indices, np.int32)), shape=shape))
+
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
-        return tensor.shape, jax.dtypes.canonicalize_dtype(tensor.dtype).name
+        kind = f"sparse, {tensor.nse} stored, " if isinstance(tensor, BCOO) else ""
+        return tensor.shape, kind + jax.dtypes.canonicalize_dtype(tensor.dtype).name
 
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         return np.asarray(tensor)
@@ -142,6 +149,21 @@ class JaxBackend(Backend):
         return outputs, aux, [sources.split(row) for row in rows]
 
 
+def _padded(sparse: BCOO) -> BCOO:
+    """The same tensor, with room for a power of two of values, so that batches do not each need a program of their own.
+
+    Where nothing is stored, the index is outside of the tensor, as JAX has it. Always a new object: by type, shape and
+    dtype alone, two such tensors cannot be told apart.
+    """
+    data, indices = sparse.data, sparse.indices
+    data = data.astype(keras.config.floatx()) if data.dtype == np.float64 else data
+    if not (sparse.n_batch or sparse.n_dense):
+        room = (1 << max(sparse.nse - 1, 0).bit_length()) - sparse.nse
+        outside = jnp.broadcast_to(jnp.asarray(sparse.shape, indices.dtype), (room, len(sparse.shape)))
+        data, indices = jnp.pad(data, (0, room)), jnp.concatenate([indices, outside])
+    return BCOO((data, indices), shape=sparse.shape)
+
+
 _NEEDS_A_VALUE = (
     jax.errors.ConcretizationTypeError,
     jax.errors.NonConcreteBooleanIndexError,
@@ -201,7 +223,7 @@ def _program(
 ) -> Program:
     """A step as one executable."""
     traced = jax.jit(pure, donate_argnums=0).trace(_values(written), _values(read), tuple(tensors))
-    if len(traced.jaxpr.in_avals) > len(written) + len(read) + len(tensors):
+    if len(traced.jaxpr.in_avals) > len(written) + len(read) + len(jax.tree.leaves(tensors)):
         raise _leaked("(line unknown)")
     for name in _unused_marks(traced.jaxpr.jaxpr):
         unused(name)

@@ -39,6 +39,7 @@ _convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status
 
 class TensorFlowBackend(Backend):
     name = "tensorflow"
+    holds_text = True
 
     def is_array(self, leaf: Any) -> bool:
         if isinstance(leaf, keras.Variable):
@@ -50,6 +51,9 @@ class TensorFlowBackend(Backend):
         if array.dtype in (np.float64, tf.float64):
             return tf.cast(array, keras.config.floatx())
         return array if tf.is_tensor(array) else tf.constant(array)
+
+    def sparse_tensor(self, indices: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        return tf.sparse.reorder(tf.SparseTensor(indices, values, shape))
 
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         kind = "" if isinstance(tensor, tf.Tensor) else f"{type(tensor).__name__} "

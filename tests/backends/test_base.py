@@ -5,6 +5,7 @@ import signal
 import threading
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -67,6 +68,48 @@ def test_a_dtype_is_kept(dtype):
     tensor = backend.to_tensor(np.ones(3, dtype))
     assert keras.backend.standardize_dtype(tensor.dtype) == dtype
     assert backend.signature(tensor) == ((3,), dtype)
+
+
+def test_bfloat16_of_numpy_is_kept():
+    tensor = backend.to_tensor(np.array([1.5, -2.0, 3e38], ml_dtypes.bfloat16))
+    assert backend.signature(tensor) == ((3,), "bfloat16")
+    close(ops.cast(tensor, "float32"), np.array([1.5, -2.0, 3e38], ml_dtypes.bfloat16).astype("float32"))
+
+
+INDICES, VALUES, DENSE = np.array([[0, 2], [1, 0], [1, 1]]), np.array([5, 7, -2], "float32"), [[0, 0, 5], [7, -2, 0]]
+
+
+@pytest.mark.backend("jax", "tensorflow")
+def test_a_sparse_tensor_is_data_and_goes_through_a_program():
+    tensor = backend.sparse_tensor(INDICES, VALUES, (2, 3))
+    assert backend.is_array(tensor)
+    (shape, dtype), weights = backend.signature(tensor), np.arange(6, dtype="float32").reshape(3, 2)
+    assert shape == (2, 3)
+    assert dtype.endswith("float32")
+    program = compiled(
+        lambda x, weights: [ops.matmul(x, weights), ops.sum(ops.convert_to_tensor(x, sparse=False))], tensor, weights
+    )
+    product, total = run(program, tensor, weights)
+    close(product, np.array(DENSE) @ weights)
+    close(total, 10)
+
+
+@pytest.mark.backend("jax", "tensorflow")
+@settings(max_examples=25, deadline=None)
+@given(arrays.arrays("float32", (4, 5), elements=st.sampled_from([0.0, 0.0, 1.0, -2.5]), fill=st.nothing()))
+def test_a_sparse_tensor_holds_what_it_was_made_of(dense):
+    indices = np.argwhere(dense)
+    tensor = backend.sparse_tensor(indices, dense[tuple(indices.T)], dense.shape)
+    np.testing.assert_array_equal(ops.convert_to_numpy(tensor), dense)
+
+
+@pytest.mark.backend("torch")
+def test_there_are_no_sparse_tensors_for_keras_on_torch():
+    assert backend.sparse_tensor(INDICES, VALUES, (2, 3)) is None
+
+
+def test_text_is_for_tensorflow():
+    assert backend.holds_text is (backend.name == "tensorflow")
 
 
 @pytest.mark.parametrize("floatx", ["float32", "float16"])

@@ -3,6 +3,7 @@
 import sys
 
 import jax
+import jax.experimental.sparse
 import jax.extend.core
 import jax.numpy as jnp
 import keras
@@ -27,6 +28,30 @@ def close(actual, expected):
 
 def address(variable):
     return variable._value.unsafe_buffer_pointer()
+
+
+# ------------------------------------------------------------------------- sparse
+
+
+@pytest.mark.parametrize("kind", [{"n_batch": 1}, {"n_dense": 1}, {}])
+def test_sparse_tensors_of_each_layout_go_through_a_program(kind):
+    dense = np.array([[0, 1.0], [2.0, 0], [0, 0]], "float32")
+    step = hl.function(lambda x: ops.convert_to_tensor(x, sparse=False))
+    for _ in range(2):
+        np.testing.assert_array_equal(step(jax.experimental.sparse.BCOO.fromdense(dense, **kind)), dense)
+    assert len(step.traces) == 1
+
+
+def test_sparse_tensors_with_about_as_many_values_share_a_program():
+    step = hl.function(lambda x: ops.sum(ops.convert_to_tensor(x, sparse=False), axis=1))
+    for stored in (5, 6, 8, 3, 4):
+        indices = np.stack([np.arange(stored) % 2, np.arange(stored)], axis=1)
+        total = step(backend.sparse_tensor(indices, np.ones(stored, "float32"), (2, 9)))
+        np.testing.assert_array_equal(total, [-(-stored // 2), stored // 2])
+    assert [trace.signature for trace in step.traces] == [
+        "x: sparse, 8 stored, float32[2,9]",
+        "x: sparse, 4 stored, float32[2,9]",
+    ]
 
 
 # ------------------------------------------------------------------------- donation
