@@ -320,10 +320,8 @@ def reporting(step: Callable[..., Any], **options: Any) -> ReportingStep:
 
 
 def feed_for(step: Callable[..., Any], data: Any, *, training: bool = False) -> Feed:
-    """Data as a feed, its sample weights checked; a feed is one already, and left as it is."""
-    if isinstance(data, Feed):
-        return data
-    feed, position = Feed(data), _position_of_weights(step)
+    """Data as a feed, its sample weights checked."""
+    feed, position = data.view() if isinstance(data, Feed) else Feed(data), _position_of_weights(step)
     if position is not None:
         feed.check(lambda batch: check_weights(weights_in(None, *batch[position : position + 1]), training=training))
     return feed

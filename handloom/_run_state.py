@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from handloom._callbacks import Callbacks
+from handloom._data import Feed
 from handloom._keras import keras
 from handloom._progress import Progress
 from handloom._reporting import ReportingStep
@@ -16,6 +17,7 @@ from handloom.backends import backend
 from handloom.callbacks import callback_state, restore_callback
 from handloom.checkpoint._configured import configured
 from handloom.checkpoint._names import named
+from handloom.errors import CheckpointError
 
 
 class Record:
@@ -93,6 +95,25 @@ class Place:
             self._hooks.on_epoch_begin(state["epoch_begun"], {})
         # One that a callback ended is over, unless it is now asked for more.
         self._model.stop_training = state["stopped"] and self._epochs <= state["epochs"]
+
+
+class Exactly:
+    """A feed that goes on at its exact place, or not at all."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def state(self) -> dict[str, Any]:
+        return self._feed.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        differences = self._feed.differences(state)
+        if differences:
+            raise CheckpointError(
+                f"The data is not what it was when the run was saved: {'; '.join(differences)}. Give it the same data, "
+                "or go on all the same with resume='auto'."
+            )
+        self._feed.restore(state)
 
 
 class Epoch:

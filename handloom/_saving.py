@@ -16,7 +16,7 @@ from handloom._every import Every
 from handloom._interrupt import Signals
 from handloom._keras import global_seed_generator, keras
 from handloom._reporting import ReportingStep
-from handloom._run_state import Epoch, Kept, Place, Record, by_name
+from handloom._run_state import Epoch, Exactly, Kept, Place, Record, by_name
 from handloom.backends import backend
 from handloom.callbacks import JSONLogger
 from handloom.checkpoint._checkpointer import Checkpointer
@@ -87,12 +87,13 @@ class Saving:
         self._feed: Feed = parts["feed"]
         self._signals, self._log = signals, log
         self._record = Record(parts["state"])
-        # In the order in which it is put back; after it come random numbers, then variables.
+        # In the order in which it is put back; after it come random numbers, then variables. First what may refuse.
         self._whole = {
+            "feed": Exactly(self._feed) if options.resume == "exact" else self._feed,
             "run": self._record,
             "progress": place,
             "step": Epoch(step, parts["state"]),
-            **parts,
+            **{name: part for name, part in parts.items() if name != "feed"},
             "callbacks": {name: Kept(callback) for name, callback in by_name(callbacks).items()},
         }
         directory = options.run_dir / "checkpoints"

@@ -97,10 +97,11 @@ class Validations:
         if state["feed"] is not None and self._feed_state() is not None:
             self._validation.feed.restore(state["feed"])  # type: ignore[union-attr, arg-type]
 
-    def _feed_state(self) -> dict[str, int] | None:
-        """Between two passes; each begins at its first batch."""
+    def _feed_state(self) -> dict[str, object] | None:
+        """Between two passes, each of which begins at its first batch; `None` where a position is more than numbers."""
         feed = None if self._validation is None else self._validation.feed
-        return feed.state() | {"batch": 0} if feed is not None and feed.seekable else None
+        state = {} if feed is None or not feed.seekable else feed.state()
+        return state | {"batch": 0} if state and "source" not in state else None
 
     def forget(self) -> None:
         """A new epoch has its own results."""

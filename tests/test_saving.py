@@ -18,7 +18,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.checkpoint._names import named
-from handloom.errors import CheckpointError, StepError
+from handloom.errors import CheckpointError, HandloomWarning, StepError
 from handloom.optimizers import Accumulated, Averaged
 from tests.checkpoint.common import Nth, install
 from tests.run_log import epochs_in, saves_in
@@ -464,6 +464,20 @@ def test_what_failed_in_the_background_is_raised_by_the_next_step(tmp_path):
         install(None)
     assert Wait.steps == 3
     assert hl.Checkpointer(tmp_path / "checkpoints", {}).steps == [1]
+
+
+def test_other_data_are_told_of_or_refused(tmp_path):
+    def run(x, **options):
+        model = Net()
+        model.compile(OPTIMIZERS["momentum"](), loss="mse")
+        return model.fit(x, Y, batch_size=BATCH, epochs=2, seed=1, run_dir=tmp_path, verbose=0, **options)
+
+    run(X)
+    with pytest.raises(CheckpointError, match=r"not what it was when the run was saved: the values of x are others\. "):
+        run(X + 1, resume="exact")
+    run(X, resume="exact")
+    with pytest.warns(HandloomWarning, match=r"the values of x are others\. It goes on after 0 batches of epoch 2"):
+        run(X + 1)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from handloom._keras import Tensor, Variable, current_value, keras, stored_value
 from handloom.backends._blame import frames_of, needs_a_value, users_line
 from handloom.backends._jax_control import assignments_in_branches, cond
 from handloom.backends._scope import Recorder, Scope, refuse
-from handloom.backends.base import Backend, Gradients, Program, Repeated
+from handloom.backends.base import Backend, Gradients, Program, Repeated, Untraceable
 from handloom.errors import TraceError, VariableError
 
 
@@ -91,6 +91,8 @@ class JaxBackend(Backend):
         jit_compile: bool | str,
     ) -> Repeated:
         del program, jit_compile
+        if not all(isinstance(tensor, (jax.Array, np.ndarray, np.generic)) for tensor in tensors):
+            raise Untraceable("sparse batches have no common shape")
         stacked = [jax.ShapeDtypeStruct((steps, *tensor.shape), tensor.dtype) for tensor in tensors]
         with self._inside("trace"), _unseeded_random_ops():
             written, read = _find_variables(fn, tensors)
