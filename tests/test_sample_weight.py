@@ -83,6 +83,10 @@ def test_a_negative_weight_for_a_plain_step_is_an_error():
 
     with pytest.raises(DataError, match=r"the first is -2.0 at \[5\]"):
         hl.fit(step, (X, with_weight(-2)), verbose=0)
+    feed = hl.Feed((X, with_weight(-2)))
+    with pytest.raises(DataError, match="sample_weight"):
+        hl.fit(step, feed, verbose=0)
+    assert len(list(feed)) == 1  # By itself the feed is not checked.
     with pytest.raises(DataError, match=r"the first is -2.0 at \[5\]"):
         hl.fit(lambda x: {"x": ops.sum(x)}, X, validate=(step, (X, with_weight(-2))), verbose=0)
 
