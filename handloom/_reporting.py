@@ -72,7 +72,6 @@ class ReportingStep:
         self._unpacks, self._reset_metrics = unpacks, reset_metrics
         self._totals: dict[Any, Totals] = {}
         self._renewed: dict[int, keras.Metric] = {}
-        self._in_use: Callable[[keras.Metric], bool] = _is_not_in_use
         self._known: dict[Any, tuple[Run, Report]] = {}
         self._last: list[Report | None] = [None]
         self._windows: dict[int, Accumulated] = {}
@@ -109,7 +108,6 @@ class ReportingStep:
         """The values and the metrics start anew."""
         self.logs.clear()
         self._renewed.clear()
-        self._in_use = _is_not_in_use
         self._known.clear()
         self._last[0] = None
         if self._reset_metrics is not None:
@@ -125,14 +123,14 @@ class ReportingStep:
         """The metrics that were reset when a step of this epoch first used them."""
         return list(self._renewed.values())
 
-    def continue_epoch(self, state: Mapping[str, Any], is_in_use: Callable[[keras.Metric], bool]) -> None:
+    def continue_epoch(self, state: Mapping[str, Any], metrics: Iterable[keras.Metric]) -> None:
         """Goes on within an epoch that an earlier process began.
 
         Args:
             state: From `logs.state()`.
-            is_in_use: Tells which metrics that process had reset in this epoch already.
+            metrics: Those that were reset in this epoch already.
         """
-        self._in_use = is_in_use
+        self._renewed.update((id(metric), metric) for metric in metrics)
         self.logs.restore(state, self._totals_for)
 
     def _totals_for(self, state: Mapping[str, Any]) -> Totals:
@@ -250,8 +248,7 @@ class ReportingStep:
     def _renew(self, metric: keras.Metric) -> None:
         if self._reset_metrics is None and id(metric) not in self._renewed:
             self._renewed[id(metric)] = metric
-            if not self._in_use(metric):
-                metric.reset_state()
+            metric.reset_state()
 
 
 # By how the name of what is not used begins.
@@ -265,11 +262,6 @@ _CURES = {
     "the regularizer of": "an optimizer updates the variable down a loss without it. Use minimize(), which includes "
     "it, or add sum(layer.losses) to the loss.",
 }
-
-
-def _is_not_in_use(metric: keras.Metric) -> bool:
-    del metric  # None is, when an epoch begins.
-    return False
 
 
 def _call_check(step: Callable[..., Any]) -> Callable[..., None]:

@@ -16,7 +16,7 @@ from handloom._validation import Validations
 from handloom.backends import backend
 from handloom.callbacks import callback_state, restore_callback
 from handloom.checkpoint._configured import configured
-from handloom.checkpoint._names import named
+from handloom.checkpoint._names import keras_objects
 from handloom.errors import CheckpointError
 
 
@@ -117,22 +117,19 @@ class Exactly:
 
 
 class Epoch:
-    """What the steps of the epoch at hand have reported, and the metrics that they use."""
+    """What the steps of the epoch at hand have reported, and the metrics that were reset in it."""
 
     def __init__(self, step: ReportingStep, state: Any) -> None:
         self._step, self._state = step, state
 
     def state(self) -> dict[str, Any]:
-        used = {id(variable) for metric in self._step.renewed for variable in metric.variables[:1]}
-        names = [name for name, variable in named(self._state)[0].items() if id(variable) in used]
-        return {"logs": self._step.logs.state(), "metrics": sorted(names)}
+        renewed = set(map(id, self._step.renewed))
+        metrics = [name for name, thing in keras_objects(self._state).items() if id(thing) in renewed]
+        return {"logs": self._step.logs.state(), "metrics": metrics}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        names = set(state["metrics"])  # Of the first variable of each metric.
-        used = {id(variable) for name, variable in named(self._state)[0].items() if name in names}
-        self._step.continue_epoch(
-            state["logs"], lambda metric: any(id(first) in used for first in metric.variables[:1])
-        )
+        known = keras_objects(self._state)
+        self._step.continue_epoch(state["logs"], [known[name] for name in state["metrics"] if name in known])
 
 
 class Kept:

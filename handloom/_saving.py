@@ -141,7 +141,10 @@ class Saving:
         for prepare in self._prepares:  # So that all variables are there, and known.
             prepare()
         self._check_reached()
-        if steps:
+        if not steps:
+            for log in self._log:  # That of a run which was ended before its first save: its steps are taken again.
+                log.begin_anew()
+        else:
             # Callbacks may come and go: a new one begins anew.
             self._checkpointer.restore(allow=[*self._options.allow, "callbacks.*"])
             self._saved = self._place.now

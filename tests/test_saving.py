@@ -268,19 +268,22 @@ def test_a_signal_in_a_validation_within_an_epoch_too(tmp_path):
     def run(run_dir, *callbacks):
         keras.utils.set_random_seed(0)
         model, optimizer = keras.Sequential([layers.Dense(1)]), keras.optimizers.Adam(0.05)
-        seed = keras.random.SeedGenerator(1)
+        seed, error = keras.random.SeedGenerator(1), keras.metrics.MeanSquaredError()
 
         def step(x, y):
-            return {"loss": hl.minimize(lambda: ops.mean((model(x) - y) ** 2), model, optimizer)}
+            error.update_state(y, model(x))
+            loss = hl.minimize(lambda: ops.mean((model(x) - y) ** 2), model, optimizer)
+            return {"loss": loss, "error": error}
 
         def test_step(x, y):
             noise = keras.random.normal(ops.shape(x), seed=seed) + keras.random.normal(ops.shape(x))
-            return {"loss": ops.mean((model(x + noise) - y) ** 2)}
+            error.update_state(y, model(x + noise))  # What training has gathered in it stays.
+            return {"error": error}
 
         return hl.fit(
             step,
             hl.Feed((X, Y), batch_size=BATCH, shuffle=True),
-            state={"model": model, "optimizer": optimizer, "seed": seed},
+            state={"model": model, "optimizer": optimizer, "seed": seed, "error": error},
             epochs=2,
             run_dir=run_dir,
             validate=(test_step, hl.Feed((X, Y), batch_size=BATCH, shuffle=True)),
