@@ -210,7 +210,7 @@ def train(
                 progress.advance(1 if size == 1 else len(batch))
                 if batch_ends:
                     batch_ends(progress.batch - 1, logs)
-                if between.triggers:
+                if between.acts_within_epochs:
                     between.steps()
                 if model.stop_training:
                     break
@@ -227,7 +227,8 @@ class _Between:
     """What happens between two steps and between two epochs: validation, callbacks and saving, in this order.
 
     Attributes:
-        triggers: When something is due within epochs.
+        acts_within_epochs: Whether there is anything to be done between two steps.
+        triggers: When something is due, callbacks included.
         results: What the last epoch reported.
     """
 
@@ -242,6 +243,7 @@ class _Between:
     ) -> None:
         self._progress, self._logs, self._model, self._hooks = progress, logs, model, hooks
         self._validations, self._saving = validations, saving
+        self.acts_within_epochs = bool(saving.triggers or validations.triggers)
         self.triggers = [*saving.triggers, *validations.triggers, *hooks.triggers]
         self.results: dict[str, Value] = {}
 
