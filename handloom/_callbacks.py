@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from handloom._every import Every
 from handloom._keras import keras
 
 _HOOKS = [
@@ -54,6 +55,23 @@ class Callbacks:
             close = getattr(callback, "close", None)
             if callable(close):
                 close()
+
+    @property
+    def each_step(self) -> bool:
+        """Whether one of them is to be called at each step.
+
+        Those with `takes_executions` are content with one call for several steps that are dispatched together, from
+        the first batch to the last.
+        """
+        hooks = ("on_train_batch_begin", "on_train_batch_end")
+        others = [callback for callback in self._callbacks if not getattr(callback, "takes_executions", False)]
+        return any(_listens(callback, hook) for callback in others for hook in hooks)
+
+    @property
+    def triggers(self) -> list[Every]:
+        """When those act that do so now and then."""
+        found = [getattr(callback, "every", None) for callback in self._callbacks]
+        return [every for every in found if isinstance(every, Every)]
 
     def heard(self, hook: str) -> Callable[..., None] | None:
         """A hook, or `None` if nobody listens: for loops that would rather not call at all."""

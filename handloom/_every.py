@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from handloom._progress import Progress
@@ -39,6 +40,10 @@ class Every:
         if self.steps is not None:
             return progress.step % self.steps == 0
         return seconds_since >= (self.seconds or 0.0)
+
+    def steps_left(self, progress: Progress) -> float:
+        """How many steps may be taken before it is due within an epoch; infinity if that is not known in steps."""
+        return math.inf if self.steps is None else self.steps - progress.step % self.steps
 
 
 def every(*, steps: int | None = None, epochs: int | None = None, seconds: float | None = None) -> Every:

@@ -63,8 +63,8 @@ def explain(model: keras.Model, reported: dict[str, dict[str, str]]) -> Explanat
     return Explanation(owners, frozen, reported, (*_notes(model), *_skipped(model)))
 
 
-def show(explanation: Explanation) -> None:
-    """Prints an explanation as a table, followed by its notes."""
+def shown(explanation: Explanation) -> Explanation:
+    """Prints an explanation as a table, followed by its notes; gives it back."""
     table = Table("name", "optimizer", "learning rate", "updates", "variables", "parameters", title="Who trains what")
     for owner in explanation.owners:
         numbers = (f"{owner.learning_rate:.3g}", str(owner.updates), str(len(owner.variables)), f"{owner.parameters:,}")
@@ -79,6 +79,7 @@ def show(explanation: Explanation) -> None:
         console.print(table)
     for note in explanation.notes:
         console.print(f"- {note}", highlight=False)
+    return explanation
 
 
 def _owners(model: keras.Model) -> Iterator[Owner]:

@@ -8,7 +8,7 @@ import inspect
 import operator
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, cast, overload
 
 import numpy as np
@@ -19,7 +19,7 @@ from handloom._warn import warn
 from handloom._watch import new_variables, variables_touched
 from handloom._weight import step_weight
 from handloom.backends import backend
-from handloom.backends.base import Untraceable
+from handloom.backends.base import Program, Repeated, Untraceable
 from handloom.errors import FallbackWarning, RetraceWarning, VariableError
 
 Key: TypeAlias = Any
@@ -96,6 +96,7 @@ class Function:
     Attributes:
         python_function: The original.
         traces: One `Trace` for each compiled version, oldest first.
+        jit_compile: As given to `hl.function`.
     """
 
     def __init__(self, python_function: Callable[..., Any], *, jit_compile: bool | str = "auto") -> None:
@@ -105,7 +106,7 @@ class Function:
         self.__name__ = getattr(python_function, "__name__", type(python_function).__name__)
         self.python_function = python_function
         self.traces: list[Trace] = []
-        self._jit_compile = jit_compile
+        self.jit_compile = jit_compile
         self._versions: dict[Key, Version] = {}
         self._by_raw_key: dict[Key, Version] = {}
         self._signatures: list[dict[str, str]] = []
@@ -127,20 +128,24 @@ class Function:
         bound = instance.__dict__.get(self._kept_as)
         # A copied instance brings the functions of the other.
         if bound is None or getattr(bound.python_function, "__self__", instance) is not instance:
-            bound = Function(self.python_function.__get__(instance, owner), jit_compile=self._jit_compile)
+            bound = Function(self.python_function.__get__(instance, owner), jit_compile=self.jit_compile)
             bound._definition = self  # Alive, it is the only one of its name.
             instance.__dict__[self._kept_as] = bound
         return cast("Function", bound)
 
     def __reduce__(self) -> Any:
         """Copied, and pickled, without its versions, which stay with the process and the instance they are for."""
-        return functools.partial(Function, jit_compile=self._jit_compile), (self.python_function,)
+        return functools.partial(Function, jit_compile=self.jit_compile), (self.python_function,)
 
     @property
     def touched(self) -> list[Variable]:
         """The variables that the compiled versions read or assign."""
-        found = {key: variable for version in self._versions.values() for key, variable in version.touched.items()}
-        return list(found.values())
+        return _distinct(version.touched for version in self._versions.values())
+
+    @property
+    def assigned(self) -> list[Variable]:
+        """Those that they assign; not what an optimizer updates in place, which on some backends it does."""
+        return _distinct(version.assigned for version in self._versions.values())
 
     def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Sequence[Tensor]]:
         """The version for these arguments, compiled if need be, and the tensors among them."""
@@ -182,7 +187,7 @@ class Function:
         reason, started = self._reason(signature), time.perf_counter()
         drawn = _numpys_draws()
         try:
-            version.compile(self._jit_compile, first=not self.traces)
+            version.compile(self.jit_compile, first=not self.traces)
         except Untraceable as error:
             version.fallback_reason = str(error)
             reason = f"op by op: {error}"
@@ -237,6 +242,10 @@ class Function:
                 )
 
 
+def _distinct(found: Iterable[dict[int, Variable]]) -> list[Variable]:
+    return list({key: variable for variables in found for key, variable in variables.items()}.values())
+
+
 class Version:
     """One version of a function: for one structure, one set of shapes and dtypes, one set of static values.
 
@@ -244,6 +253,7 @@ class Version:
         compiled: Whether it is; else it runs op by op.
         unused: The names of marks (see `Backend.marked`) on which nothing depends.
         touched: The variables that it reads or assigns, by id.
+        assigned: Those that it assigns; not what an optimizer updates in place.
     """
 
     def __init__(self, function: Function, arguments: _Arguments) -> None:
@@ -254,30 +264,52 @@ class Version:
         self.fallback_reason = ""
         self.unused: list[str] = []
         self.touched: dict[int, Variable] = {}
+        self.assigned: dict[int, Variable] = {}
         self.signature: dict[str, str] = {}
         self.trace: Trace | None = None
-        self.run: Callable[[Sequence[Tensor]], Sequence[Tensor]] = self._op_by_op
+        self._repeated: dict[int, Repeated | None] = {}
+        self.run: Program = self._op_by_op
 
     def compile(self, jit_compile: bool | str, *, first: bool) -> None:
-        runs = 0
         global_seed_generator()  # Creates it, if need be, before the function is traced.
+        flat = self._flat(self._outputs, first)
+        program = backend.trace(flat, self._arguments.tensors, jit_compile=jit_compile, unused=self.unused.append)
+        if program is not None:
+            self.run, self.compiled = program, True
+
+    def repeated(self, times: int) -> Repeated | None:
+        """What runs this version so many times in a row, in one dispatch; `None` if nothing can."""
+        if times not in self._repeated:
+            with _ONE_TRACE_AT_A_TIME:
+                self._repeated[times] = self._compile_repeated(times) if self.compiled else None
+        return self._repeated[times]
+
+    def _compile_repeated(self, times: int) -> Repeated | None:
+        flat, jit_compile = self._flat(_Outputs(), first=False), self._function.jit_compile
+        try:
+            return backend.repeat(self.run, flat, self._arguments.tensors, times, jit_compile=jit_compile)
+        except Untraceable:
+            return None
+
+    def _flat(self, outputs: _Outputs, first: bool) -> Callable[..., list[Tensor]]:
+        """The function of the tensors among its arguments, to the tensors among its results."""
+        runs = 0
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             nonlocal runs
             python_function = backend.with_control_flow(self._function.python_function)
-            with new_variables() as created, variables_touched() as touched:
+            with new_variables() as created, variables_touched() as (touched, assigned):
                 try:
-                    results = self._outputs.put(self._arguments.call(python_function, tensors))
+                    results = outputs.put(self._arguments.call(python_function, tensors))
                 finally:
                     self.touched.update(touched)
+                    self.assigned.update(assigned)
                     if created and not (first and runs == 0):
                         raise _created_late(self._function.__name__, created, first)
             runs += 1  # Only now: a backend may try again, in another way, what failed halfway to all variables.
             return results
 
-        program = backend.trace(flat, self._arguments.tensors, jit_compile=jit_compile, unused=self.unused.append)
-        if program is not None:
-            self.run, self.compiled = program, True
+        return flat
 
     @property
     def static(self) -> list[Any]:

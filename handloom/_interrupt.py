@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 
 class Interrupts:
@@ -49,7 +51,13 @@ class Interrupts:
 
 
 class Signals:
-    """SIGTERM and Ctrl-C as a wish to stop after the step at hand. A second one stops at once."""
+    """SIGTERM and Ctrl-C as a wish to stop at the next good moment. A second one ends the process at once.
+
+    As a context manager it takes over both, in the main thread.
+
+    Attributes:
+        received: The number of the signal that has come, or `None`.
+    """
 
     received: int | None = None
 
@@ -67,13 +75,18 @@ class Signals:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         del frame
-        if self.received is not None:
-            self.stop(signum)
-        self.received = signum
+        if self.received is None:
+            self.received = signum
+        elif signum == signal.SIGINT and hasattr(sys, "ps1"):  # At a prompt, or in a notebook, which is to live on.
+            raise KeyboardInterrupt
+        else:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
 
-    def stop(self, signum: int) -> None:
-        """Ends the process as the signal would have."""
-        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+    def stop(self) -> NoReturn:
+        """Ends the process by an exception, as the signal that has come asks for."""
+        assert self.received is not None
+        raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + self.received)
 
 
 def _is_main_thread() -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from handloom._keras import keras
+from handloom._sources import on_host
+from handloom.backends import foreign
 from handloom.errors import DataError
 
 
@@ -30,7 +32,7 @@ def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray:
         raise DataError(f"class_weight takes finite numbers, 0 or more; received {wrong}.")
     if y is None or isinstance(y, (dict, list, tuple)):
         raise DataError("class_weight needs the labels of one output as y; for several outputs, pass sample_weight.")
-    labels = _as_numpy(y)
+    labels = on_host(y)
     if labels.ndim > 1:
         labels = labels[..., 0] if labels.shape[-1] == 1 else labels.argmax(-1)
     classes, positions = np.unique(np.rint(labels).astype(np.int64), return_inverse=True)
@@ -54,12 +56,14 @@ def label_check(model: keras.Model) -> Callable[[Any, Any], None]:
     count: list[int | None] = []
 
     def check(x: Any, y: Any) -> None:
-        if y is None or isinstance(y, (dict, list, tuple)) or not _takes_labels(model.loss):
+        if y is None or isinstance(y, (dict, list, tuple)) or foreign.kind_of(y) != "dense":
+            return
+        if not _takes_labels(model.loss):
             return
         if not count:
             count.append(_class_count(model, x))
         if count[0] is not None:
-            _check_below(count[0], _as_numpy(y), model.loss)
+            _check_below(count[0], on_host(y), model.loss)
 
     return check
 
@@ -97,9 +101,3 @@ def _class_count(model: keras.Model, x: Any) -> int | None:
     except Exception:  # A model that cannot say; then the loss will.
         return None
     return int(output.shape[-1]) if isinstance(output, keras.KerasTensor) and output.shape[-1] else None
-
-
-def _as_numpy(array: Any) -> np.ndarray:
-    if hasattr(array, "to_numpy"):
-        return np.asarray(array.to_numpy())
-    return keras.ops.convert_to_numpy(array) if keras.ops.is_tensor(array) else np.asarray(array)

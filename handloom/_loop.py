@@ -7,12 +7,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
 import numbers
 import reprlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,44 +20,26 @@ import optree
 
 from handloom._callbacks import Callbacks
 from handloom._data import Batch, Feed
+from handloom._dispatch import steps_together, taking_together, together
 from handloom._every import Every, every
 from handloom._function import Function
-from handloom._interrupt import Interrupts
+from handloom._interrupt import Interrupts, Signals
 from handloom._keras import keras, take_initial_epoch
-from handloom._logs import Value
+from handloom._logs import Logs, Value
 from handloom._progress import Progress
 from handloom._reporting import ReportingStep
+from handloom._run_state import Place
 from handloom._sample_weight import check_weights, weighed_at, weights_in
-from handloom._saving import SaveOptions, saving_of
+from handloom._saving import NotSaving, SaveOptions, Saving, saving_of
 from handloom._seed import seed_run
 from handloom._trained import trained
+from handloom._validation import BrokenOff, Validation, Validations
 from handloom._warn import warn
 from handloom.callbacks import JSONLogger
 from handloom.callbacks._display import progress_display
 from handloom.errors import StepError
 
 ops = keras.ops
-
-
-@dataclasses.dataclass(frozen=True)
-class Validation:
-    """How a run is validated.
-
-    Attributes:
-        run: Validates, and returns the results.
-        prepare: Compiles what that needs, and makes its variables.
-    """
-
-    run: Callable[[Callbacks], dict[str, Value]]
-    prepare: Callable[[], None] = lambda: None
-
-    @classmethod
-    def by_step(cls, step: ReportingStep, feed: Feed, model: Any, steps: int | None = None) -> Validation:
-        """Validation by a test step on held-out data."""
-        return cls(
-            lambda hooks: evaluate(step, feed, hooks=hooks, model=model, steps=steps),
-            lambda: step.prepare(feed.peek()),
-        )
 
 
 def fit(
@@ -75,9 +54,11 @@ def fit(
     callbacks: Iterable[keras.callbacks.Callback] = (),
     run_dir: str | Path | None = None,
     resume: str = "auto",
+    allow: Sequence[str] = (),
     save: Every | None = every(epochs=1),
     keep: int | None = 3,
     best: str | None = None,
+    steps_per_execution: int | str = "auto",
     verbose: str | int = "auto",
     seed: int | None = None,
 ) -> keras.callbacks.History:
@@ -103,9 +84,14 @@ def fit(
             training goes on where it stood, to the bit. By default nothing is written anywhere.
         resume: `"auto"` to go on if there is a checkpoint; `"exact"` to do so only if the data can go on at its exact
             place; `"never"` to refuse a directory that has one.
+        allow: Patterns of names that a checkpoint to go on from may lack, have besides, or have in another shape, such
+            as `["state.model.head.*"]`: what is missing stays as it is. Anything else that differs is an error.
         save: When to save; it is also done at the end, and when SIGTERM or Ctrl-C asks to stop. `None` for never.
         keep: How many of the last checkpoints to keep; `None` for all.
         best: `"min:val_loss"` or the like, to keep the best by a reported value besides.
+        steps_per_execution: How many steps to dispatch together, which costs less for small steps: on JAX and
+            TensorFlow as one program. It is one by one where a callback is to be called at each step, or something
+            (saving, validation, a callback of Handloom's) is due within so many; `"auto"` is one by one.
         verbose: 0 for silence, 1 for a progress bar, 2 for a line an epoch; `"auto"` for a bar in a terminal and lines
             elsewhere.
         seed: One number for all that is random in the run: the order of data, unseeded random operations, and of what
@@ -136,17 +122,23 @@ def fit(
             validate_every=validate_every,
             callbacks=callbacks,
             run_dir=run_dir,
-            saves=save_options(run_dir, save, resume, keep, best),
+            saves=save_options(run_dir, save, resume, allow, keep, best),
             state=state,
+            steps_per_execution=steps_per_execution,
             verbose=verbose,
         )
 
 
 def save_options(
-    run_dir: str | Path | None, save: Every | None, resume: str, keep: int | None, best: str | None
+    run_dir: str | Path | None,
+    save: Every | None,
+    resume: str,
+    allow: Sequence[str],
+    keep: int | None,
+    best: str | None,
 ) -> SaveOptions | None:
     """When and where to save; `None` for a run that is not."""
-    return None if run_dir is None or save is None else SaveOptions(Path(run_dir), save, resume, keep, best)
+    return None if run_dir is None or save is None else SaveOptions(Path(run_dir), save, resume, allow, keep, best)
 
 
 def train(
@@ -163,17 +155,18 @@ def train(
     callbacks: Iterable[keras.callbacks.Callback] = (),
     run_dir: str | Path | None = None,
     saves: SaveOptions | None = None,
+    steps_per_execution: int | str = "auto",
     verbose: str | int = "auto",
     finish: Callable[[], None] = lambda: None,
 ) -> keras.callbacks.History:
     """The training loop. What the arguments mean is said at `fit`; `finish` runs after the last epoch."""
     _check_counts(epochs=epochs, steps_per_epoch=steps_per_epoch)
-    history = keras.callbacks.History()
+    history, log = keras.callbacks.History(), _log_in(run_dir)
     steps = steps_per_epoch or feed.length
-    kept = [*as_list(callbacks), history, *_writers(run_dir)]
+    kept = [*as_list(callbacks), history, *log]
     listeners = [*kept, *progress_display(verbose)]
-    progress, take, logs, results = Progress(epoch=initial_epoch), step.take, step.logs, dict[str, Value]()
-    validations = _Validations(validation, validate_every, step)
+    progress, logs, signals = Progress(epoch=initial_epoch), step.logs, Signals()
+    validations = Validations(validation, validate_every, step, signals)
     model.stop_training = False
     take_initial_epoch(model)
     with (
@@ -184,24 +177,28 @@ def train(
             {"state": state, "feed": feed, "validations": validations},
             prepares=[lambda: step.prepare(feed.peek()), validations.prepare],
             step=step,
-            progress=progress,
-            hooks=hooks,
+            place=Place(progress, hooks, model, epochs, validations),
+            signals=signals,
             callbacks=kept,
+            log=log,
         ) as saving,
     ):
-        save_if_due = saving.if_due if saves else None
+        size = steps_together(steps_per_execution, each_step=hooks.each_step)
+        take = step.take if size == 1 else taking_together(step, size)
+        between = _Between(progress, logs, model, hooks, validations, saving)
         batch_begins, batch_ends = hooks.heard("on_train_batch_begin"), hooks.heard("on_train_batch_end")
         passes = feed.stream()
         hooks.on_train_begin({})
         progress.epoch = max(progress.epoch, take_initial_epoch(model))
-        saving.begin(tell=bool(verbose))
+        saving.begin({"steps_per_execution": size}, tell=bool(verbose))
+        between.finish_what_a_signal_broke_off()
         while progress.epoch < epochs and not model.stop_training:
-            epoch = progress.epoch
             if not progress.batch:  # Else it goes on within an epoch, which has begun.
                 validations.forget()
                 step.start_epoch()
-                hooks.on_epoch_begin(epoch, {})
-            for batch in feed if steps_per_epoch is None else _limited(passes, steps_per_epoch - progress.batch):
+                hooks.on_epoch_begin(progress.epoch, {})
+            batches = iter(feed) if steps_per_epoch is None else _limited(passes, steps_per_epoch - progress.batch)
+            for batch in batches if size == 1 else together(batches, size, progress, between.triggers):
                 if batch_begins:
                     batch_begins(progress.batch, {})
                 # DO NOT reorder: between here and the release an interrupt would find weights half updated.
@@ -210,26 +207,65 @@ def train(
                     take(batch)
                 finally:
                     interrupts.release()
-                progress.step += 1
-                progress.batch += 1
+                progress.advance(1 if size == 1 else len(batch))
                 if batch_ends:
                     batch_ends(progress.batch - 1, logs)
-                if validations.within_epochs:
-                    validations.if_due(progress, hooks)
+                if between.acts_within_epochs:
+                    between.steps()
                 if model.stop_training:
                     break
-                if save_if_due:
-                    save_if_due()
             step.end_epoch()
             progress.end_epoch()
-            results = logs.reported()
-            results.update(validations.if_due(progress, hooks))
-            hooks.on_epoch_end(epoch, results)
-            saving.if_due(results)
-        saving.end(results)
+            between.epochs()
+        saving.end(between.results)
         finish()
-        hooks.on_train_end(results)
+        hooks.on_train_end(between.results)
     return history
+
+
+class _Between:
+    """What happens between two steps and between two epochs: validation, callbacks and saving, in this order.
+
+    Attributes:
+        acts_within_epochs: Whether there is anything to be done between two steps.
+        triggers: When something is due, callbacks included.
+        results: What the last epoch reported.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        logs: Logs,
+        model: Any,
+        hooks: Callbacks,
+        validations: Validations,
+        saving: Saving | NotSaving,
+    ) -> None:
+        self._progress, self._logs, self._model, self._hooks = progress, logs, model, hooks
+        self._validations, self._saving = validations, saving
+        self.acts_within_epochs = bool(saving.triggers or validations.triggers)
+        self.triggers = [*saving.triggers, *validations.triggers, *hooks.triggers]
+        self.results: dict[str, Value] = {}
+
+    def steps(self) -> None:
+        """After a step, or several in one dispatch."""
+        found = self._validations.if_due(self._progress, self._hooks) if self._validations.triggers else {}
+        if not self._model.stop_training:
+            self._saving.if_due(found)
+
+    def epochs(self) -> None:
+        """After an epoch."""
+        self.results = self._logs.reported()
+        self.results.update(self._validations.if_due(self._progress, self._hooks))
+        if self._validations.broken_off:
+            self._saving.save_and_stop()
+        self._hooks.on_epoch_end(self._progress.epoch - 1, self.results)
+        self._saving.if_due(self.results)
+
+    def finish_what_a_signal_broke_off(self) -> None:
+        """Validates, if a signal came while the run that is gone on with did so."""
+        if self._validations.broken_off:
+            (self.steps if self._progress.batch else self.epochs)()
 
 
 def evaluate(
@@ -239,8 +275,9 @@ def evaluate(
     hooks: Callbacks,
     model: Any,
     steps: int | None = None,
+    signals: Signals | None = None,
 ) -> dict[str, Value]:
-    """The loop of evaluation: one pass, or so many steps of it."""
+    """The loop of evaluation: one pass, or so many steps of it; broken off by a signal, if any are waited for."""
     model.stop_evaluating = False
     step.start_epoch()
     hooks.on_test_begin({})
@@ -248,6 +285,8 @@ def evaluate(
         hooks.on_test_batch_begin(index, {})
         step.take(batch)
         hooks.on_test_batch_end(index, step.logs)
+        if signals and signals.received is not None:
+            raise BrokenOff
         if model.stop_evaluating:
             break
     results = step.logs.reported()
@@ -283,10 +322,8 @@ def reporting(step: Callable[..., Any], **options: Any) -> ReportingStep:
 
 
 def feed_for(step: Callable[..., Any], data: Any, *, training: bool = False) -> Feed:
-    """Data as a feed, its sample weights checked; a feed is one already, and left as it is."""
-    if isinstance(data, Feed):
-        return data
-    feed, position = Feed(data), _position_of_weights(step)
+    """Data as a feed, its sample weights checked."""
+    feed, position = data.view() if isinstance(data, Feed) else Feed(data), _position_of_weights(step)
     if position is not None:
         feed.check(lambda batch: check_weights(weights_in(None, *batch[position : position + 1]), training=training))
     return feed
@@ -327,42 +364,14 @@ def _one_pass(feed: Feed, steps: int | None) -> Iterator[Batch]:
         warn(f"The data ran out after {given} of {steps} steps: it gives no more.")
 
 
-class _Validations:
-    """Validates when it is time, and keeps the last results for the end of the epoch."""
-
-    def __init__(self, validation: Validation | None, when: Every, training: ReportingStep) -> None:
-        self._validation, self._when, self._training = validation, when, training
-        self._results: dict[str, Value] = {}
-        self._last_time = time.perf_counter()
-        self.within_epochs = validation is not None and getattr(when, "epochs", 0) is None
-
-    def if_due(self, progress: Progress, hooks: Callbacks) -> dict[str, Value]:
-        """Validates if it is time; returns the last results at the end of an epoch."""
-        if self._validation is None:
-            return {}
-        if self._when.due(progress, time.perf_counter() - self._last_time):
-            with self._training.metrics_kept():
-                results = self._validation.run(hooks)
-            self._results = {f"val_{name}": value for name, value in results.items()}
-            self._last_time = time.perf_counter()
-        return self._results if progress.batch == 0 else {}
-
-    def prepare(self) -> None:
-        """Compiles what validation needs."""
-        if self._validation is not None:
-            self._validation.prepare()
-
-    def state(self) -> dict[str, Value]:
-        """The last results of this epoch."""
-        return dict(self._results)
-
-    def restore(self, state: Mapping[str, Value]) -> None:
-        """Goes on with them."""
-        self._results = dict(state)
-
-    def forget(self) -> None:
-        """A new epoch has its own results."""
-        self._results = {}
+def validation_by_step(step: ReportingStep, feed: Feed, model: Any, steps: int | None = None) -> Validation:
+    """Validation by a test step on held-out data."""
+    return Validation(
+        lambda hooks, signals: evaluate(step, feed, hooks=hooks, model=model, steps=steps, signals=signals),
+        lambda: step.prepare(feed.peek()),
+        lambda: step.function.assigned,
+        feed,
+    )
 
 
 def _validation(validate: Any, model: Any) -> Validation | None:
@@ -370,9 +379,9 @@ def _validation(validate: Any, model: Any) -> Validation | None:
     if validate is None:
         return None
     if isinstance(validate, Sequence) and len(validate) == 2 and callable(validate[0]):
-        return Validation.by_step(reporting(validate[0]), feed_for(*validate), model)
+        return validation_by_step(reporting(validate[0]), feed_for(*validate), model)
     if callable(validate):
-        return Validation(functools.partial(_asked, validate))
+        return Validation(lambda hooks, _: _asked(validate, hooks))
     raise StepError(
         "validate takes a pair (step, data), or a function without arguments that returns a dict of numbers; received "
         f"{reprlib.repr(validate)} (of type {type(validate).__name__})."
@@ -395,7 +404,7 @@ def _checked_results(results: Any) -> dict[str, Value]:
     return {str(name): float(ops.convert_to_numpy(value)) for name, value in results.items()}
 
 
-def _writers(run_dir: str | Path | None) -> list[keras.callbacks.Callback]:
+def _log_in(run_dir: str | Path | None) -> list[JSONLogger]:
     return [] if run_dir is None else [JSONLogger(Path(run_dir) / "log.jsonl")]
 
 

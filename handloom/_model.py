@@ -13,7 +13,7 @@ from handloom._callbacks import Callbacks
 from handloom._compile import attach, compiled_optimizer, finish_training, prepared
 from handloom._compile import build as build_optimizer
 from handloom._every import Every, every
-from handloom._explain import Explanation, explain, show
+from handloom._explain import Explanation, explain, shown
 from handloom._gradients import Wrt, build
 from handloom._keras import (
     Functional,
@@ -97,7 +97,7 @@ class Model(keras.Model):
         metrics: Any = None,
         weighted_metrics: Any = None,
         run_eagerly: bool = False,
-        steps_per_execution: int = 1,
+        steps_per_execution: int | str = "auto",
         jit_compile: bool | str = "auto",
         auto_scale_loss: bool = True,
     ) -> None:
@@ -113,7 +113,7 @@ class Model(keras.Model):
             metrics: Metrics that ignore sample weights.
             weighted_metrics: Metrics that heed them.
             run_eagerly: Whether to run steps op by op.
-            steps_per_execution: Accepted; steps are dispatched one by one, with the same results.
+            steps_per_execution: How many training steps to dispatch together, as for `hl.fit`.
             jit_compile: As for `hl.function`.
             auto_scale_loss: Whether to scale the loss under the policy `mixed_float16`.
 
@@ -251,6 +251,7 @@ class Model(keras.Model):
         validation_freq: int | Sequence[int] = 1,
         run_dir: str | Path | None = None,
         resume: str = "auto",
+        allow: Sequence[str] = (),
         save: Every | None = every(epochs=1),
         keep: int | None = 3,
         best: str | None = None,
@@ -277,6 +278,7 @@ class Model(keras.Model):
             validation_freq: Validate every so many epochs, or after the epochs listed (counted from 1).
             run_dir: A directory for the log and the checkpoints of the run; it, and the rest, as for `hl.fit`.
             resume: Whether to go on from a checkpoint there.
+            allow: What a checkpoint may lack, or have besides.
             save: When to save.
             keep: How many of the last checkpoints to keep.
             best: By which value to keep the best besides.
@@ -286,8 +288,8 @@ class Model(keras.Model):
             The history: `history.history[name]` is a list with one value an epoch.
 
         Raises:
-            DataError: If the data is empty, of unequal lengths, has labels outside the classes or negative weights, or
-                when the weights of a batch sum to zero.
+            DataError: If the data is empty, of unequal lengths, has labels outside the classes, or weights that are
+                negative or sum to zero in a batch.
             StepError: If a step returns no dict of scalars.
         """
         _check_compiled(self, "fit", "train_step")
@@ -303,7 +305,7 @@ class Model(keras.Model):
         with self._steps.running():
             if held_out is not None:
                 step = self._steps.reporting("test_step")
-                validation = _loop.Validation.by_step(step, held_out, self, validation_steps)
+                validation = _loop.validation_by_step(step, held_out, self, validation_steps)
             self.history = _loop.train(
                 self._steps.reporting("train_step"),
                 feed,
@@ -315,8 +317,9 @@ class Model(keras.Model):
                 validate_every=_validation_times(validation_freq),
                 callbacks=callbacks,
                 run_dir=run_dir,
-                saves=_loop.save_options(run_dir, save, resume, keep, best),
+                saves=_loop.save_options(run_dir, save, resume, allow, keep, best),
                 state={"model": self},
+                steps_per_execution=self.steps_per_execution,
                 verbose=verbose,
                 finish=functools.partial(finish_training, self),
             )
@@ -407,9 +410,7 @@ class Model(keras.Model):
         Raises:
             OptimizerError: If a variable is owned by two optimizers or by none.
         """
-        explanation = explain(self, self._steps.reductions)
-        show(explanation)
-        return explanation
+        return shown(explain(self, self._steps.reductions))
 
     # ------------------------------------------------------------------ insides
 

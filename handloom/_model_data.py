@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from handloom._data import Batch, Feed, is_arrays
+import numpy as np
+
+from handloom._data import Feed
 from handloom._keras import keras
 from handloom._labels import check_labels, class_weights, label_check
 from handloom._sample_weight import check_weights, weights_in, weights_in_batch
+from handloom._sources import Batch, is_arrays
 from handloom.errors import DataError
 
 ops = keras.ops
@@ -50,21 +53,30 @@ def model_feed(
         feed = Feed(packed((x, y, sample_weight)), batch_size=batch_size, shuffle=shuffle, seed=None if shuffle else 0)
         if labels:
             check_labels(model, x, y)
-        weights = weights_in(y, sample_weight)
-        check_weights(weights, training=False)
-        if training and not all(array.all() for array in weights):
-            feed.check(functools.partial(_check_batch, training=True))
+        _check_all(feed, weights_in(y, sample_weight), training=training)
         return feed
+    if isinstance(x, Feed) and class_weight is not None:
+        raise DataError("class_weight is not applied to an hl.Feed; have its data be (x, y, sample_weight).")
     by_batch = shuffle and isinstance(x, keras.utils.PyDataset)
-    feed = x if isinstance(x, Feed) else Feed(x, shuffle=by_batch, seed=None if by_batch else 0)
+    feed = x.view() if isinstance(x, Feed) else Feed(x, shuffle=by_batch, seed=None if by_batch else 0)
     if y is not None or sample_weight is not None:
         raise _not_together(x, y, sample_weight)
-    if feed is not x:
-        feed.prepare(functools.partial(_prepared, class_weight, label_check(model) if labels else None))
-        feed.check(functools.partial(_check_batch, training=training))
-    elif class_weight is not None:
-        raise DataError("class_weight is not applied to an hl.Feed; have its data be (x, y, sample_weight).")
+    if class_weight is not None:
+        feed.prepare(functools.partial(_weighted, class_weight))
+    check = label_check(model) if labels else None
+    if feed.whole is None:
+        feed.check(functools.partial(_check_batch, check, training=training))
+    else:
+        _check_labels(check, feed.whole)
+        _check_all(feed, weights_in_batch(feed.whole), training=training)
     return feed
+
+
+def _check_all(feed: Feed, weights: Sequence[np.ndarray], *, training: bool) -> None:
+    """Checks the weights of arrays at once; in training those of a batch too, if there are zeros among them."""
+    check_weights(weights, training=False)
+    if training and not all(array.all() for array in weights):
+        feed.check(functools.partial(_check_batch, None, training=True))
 
 
 def _not_together(x: Any, y: Any, sample_weight: Any) -> DataError:
@@ -118,26 +130,31 @@ def weights_of(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) ->
     return class_weights(y, class_weight)
 
 
-def _prepared(class_weight: Mapping[int, float] | None, check: Callable[[Any, Any], None] | None, batch: Any) -> Any:
-    """A batch of a source: its labels checked, its class weights added."""
-    if isinstance(batch, tuple) and 2 <= len(batch) <= 3:
-        x, y, sample_weight = unpacked(batch)
-        if check is not None:
-            check(x, y)
-        if class_weight is not None:
-            return x, y, weights_of(y, sample_weight, class_weight)
-    elif class_weight is not None:
+def _weighted(class_weight: Mapping[int, float], batch: Any) -> Any:
+    """A batch of a source, its class weights added."""
+    if not _has_labels(batch):
         raise DataError("class_weight needs labels: batches of the form (x, y).")
-    return batch
+    x, y, sample_weight = unpacked(batch)
+    return x, y, weights_of(y, sample_weight, class_weight)
 
 
-def _check_batch(batch: Any, *, training: bool) -> None:
+def _check_batch(labels: Callable[[Any, Any], None] | None, batch: Any, *, training: bool) -> None:
+    _check_labels(labels, batch)
     check_weights(weights_in_batch(batch), training=training)
+
+
+def _check_labels(labels: Callable[[Any, Any], None] | None, batch: Any) -> None:
+    if labels is not None and _has_labels(batch):
+        labels(batch[0], batch[1])
+
+
+def _has_labels(batch: Any) -> bool:
+    return isinstance(batch, tuple) and 2 <= len(batch) <= 3
 
 
 def as_one_batch(data: Any, *, training: bool = False) -> Batch:
     """Arrays as one batch of tensors."""
     feed = Feed(iter([data]))
-    feed.check(functools.partial(_check_batch, training=training))
+    feed.check(functools.partial(_check_batch, None, training=training))
     [batch] = feed
     return batch

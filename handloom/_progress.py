@@ -20,10 +20,10 @@ class Progress:
     step: int = 0
     batch: int = 0
 
-    def advance(self) -> None:
-        """One step has been taken."""
-        self.step += 1
-        self.batch += 1
+    def advance(self, steps: int = 1) -> None:
+        """So many steps have been taken."""
+        self.step += steps
+        self.batch += steps
 
     def end_epoch(self) -> None:
         """The epoch is over."""

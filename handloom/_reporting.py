@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import optree
 
-from handloom._function import Function, run_eagerly
+from handloom._function import Function, Version, run_eagerly
 from handloom._keras import Tensor, keras
 from handloom._logs import READ_AFTER, Logs, Report, Totals
 from handloom._loss_tracker import LossTracker
@@ -72,11 +72,11 @@ class ReportingStep:
         self._unpacks, self._reset_metrics = unpacks, reset_metrics
         self._totals: dict[Any, Totals] = {}
         self._renewed: dict[int, keras.Metric] = {}
-        self._in_use: Callable[[keras.Metric], bool] = _is_not_in_use
         self._known: dict[Any, tuple[Run, Report]] = {}
         self._last: list[Report | None] = [None]
         self._windows: dict[int, Accumulated] = {}
         self._said_unused: set[str] = set()
+        self._in_one: set[int] = set()
         self.reductions: dict[str, str] = {}
         self._flush = Function(_flush, jit_compile=jit_compile)
 
@@ -108,7 +108,6 @@ class ReportingStep:
         """The values and the metrics start anew."""
         self.logs.clear()
         self._renewed.clear()
-        self._in_use = _is_not_in_use
         self._known.clear()
         self._last[0] = None
         if self._reset_metrics is not None:
@@ -117,21 +116,21 @@ class ReportingStep:
     def prepare(self, batch: Any) -> None:
         """Compiles the step for a batch, and makes its variables, without taking it."""
         with run_eagerly(False):
-            self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
+            self._resolve(batch)
 
     @property
     def renewed(self) -> list[keras.Metric]:
         """The metrics that were reset when a step of this epoch first used them."""
         return list(self._renewed.values())
 
-    def continue_epoch(self, state: Mapping[str, Any], is_in_use: Callable[[keras.Metric], bool]) -> None:
+    def continue_epoch(self, state: Mapping[str, Any], metrics: Iterable[keras.Metric]) -> None:
         """Goes on within an epoch that an earlier process began.
 
         Args:
             state: From `logs.state()`.
-            is_in_use: Tells which metrics that process had reset in this epoch already.
+            metrics: Those that were reset in this epoch already.
         """
-        self._in_use = is_in_use
+        self._renewed.update((id(metric), metric) for metric in metrics)
         self.logs.restore(state, self._totals_for)
 
     def _totals_for(self, state: Mapping[str, Any]) -> Totals:
@@ -185,6 +184,25 @@ class ReportingStep:
 
         return take
 
+    def take_in_one(self, batches: Sequence[Any]) -> None:
+        """Takes a step on each of several batches: in one dispatch, if they are alike and the backend can."""
+        begun, known = time.perf_counter(), len(self._in_one)
+        resolved = [self._resolve(batch) for batch in batches]
+        version, alike = resolved[0][0], len({id(version) for version, _ in resolved}) == 1
+        run = version.repeated(len(batches)) if alike else None
+        if run is None:
+            for batch in batches:
+                self.take(batch)
+            return
+        report = self._about_to_run(version)
+        run([tensors for _, tensors in resolved])
+        self._in_one.add(id(run))
+        self.logs.steps.extend([report] * len(batches))
+        if len(self.logs.steps) >= READ_AFTER:
+            self.logs.read()
+        if len(self._in_one) != known:
+            self.logs.seconds_compiling += time.perf_counter() - begun
+
     def _take_new(self, batch: Any) -> None:
         """Takes a step on a batch unlike the last one."""
         begun, versions = time.perf_counter(), len(self.function.traces)
@@ -193,21 +211,30 @@ class ReportingStep:
             self.logs.seconds_compiling += time.perf_counter() - begun
 
     def _take_any(self, batch: Any) -> None:
-        version, tensors = self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
+        version, tensors = self._resolve(batch)
         if not version.compiled:
             report = version.rebuild(version.run(tensors))
             self._note(report, report.unused)
             self.logs.steps.append(report)
             return
-        report = self._last[0] = version.static[0]
-        self._note(report, [*version.unused, *report.unused])
-        for metric in report.metrics:
-            self._renew(metric)
+        report = self._about_to_run(version)
         version.run(tensors)
         self.logs.steps.append(report)
         leaves = batch if type(batch) is tuple else (batch,)
         if len(leaves) == len(tensors) and all(map(operator.is_, leaves, tensors)):
             self._known[(leaves is batch, *[(leaf.shape, leaf.dtype) for leaf in leaves])] = (version.run, report)
+
+    def _resolve(self, batch: Any) -> tuple[Version, Sequence[Tensor]]:
+        return self.function.resolve(batch if self._unpacks and type(batch) is tuple else (batch,))
+
+    def _about_to_run(self, version: Version) -> Report:
+        """What a compiled version reports; the metrics that it updates begin the epoch, if they have not."""
+        report: Report = version.static[0]
+        self._last[0] = report
+        self._note(report, [*version.unused, *report.unused])
+        for metric in report.metrics:
+            self._renew(metric)
+        return report
 
     def _note(self, report: Report, unused: Iterable[str]) -> None:
         """Keeps how values are reduced; warns, once each, of what the step was given and did not use."""
@@ -221,8 +248,7 @@ class ReportingStep:
     def _renew(self, metric: keras.Metric) -> None:
         if self._reset_metrics is None and id(metric) not in self._renewed:
             self._renewed[id(metric)] = metric
-            if not self._in_use(metric):
-                metric.reset_state()
+            metric.reset_state()
 
 
 # By how the name of what is not used begins.
@@ -236,11 +262,6 @@ _CURES = {
     "the regularizer of": "an optimizer updates the variable down a loss without it. Use minimize(), which includes "
     "it, or add sum(layer.losses) to the loss.",
 }
-
-
-def _is_not_in_use(metric: keras.Metric) -> bool:
-    del metric  # None is, when an epoch begins.
-    return False
 
 
 def _call_check(step: Callable[..., Any]) -> Callable[..., None]:

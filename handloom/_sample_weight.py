@@ -9,7 +9,8 @@ import numpy as np
 import optree
 
 from handloom._keras import Tensor, keras
-from handloom.backends import backend
+from handloom._sources import on_host
+from handloom.backends import backend, foreign
 from handloom.errors import DataError
 
 ops = keras.ops
@@ -84,7 +85,7 @@ def check_weights(weights: Sequence[np.ndarray], *, training: bool) -> None:
 
 def weights_in(y: Any, sample_weight: Any) -> list[np.ndarray]:
     """The arrays of weights, in host memory, in what was given to a model as such."""
-    arrays = [_on_host(leaf) for leaf in optree.tree_leaves(sample_weight)]
+    arrays = [on_host(leaf) for leaf in optree.tree_leaves(sample_weight) if foreign.kind_of(leaf) == "dense"]
     several = len(arrays) > 1
     return [array for array in arrays if array.dtype.kind in "biuf" and (several or _is_weight(array, y))]
 
@@ -94,9 +95,3 @@ def weights_in_batch(batch: Any) -> list[np.ndarray]:
     if type(batch) is not tuple or len(batch) != 3:
         return []
     return [weights for weights in weights_in(None, batch[2]) if _is_weight(weights, None)]
-
-
-def _on_host(leaf: Any) -> np.ndarray:
-    if hasattr(leaf, "to_numpy"):
-        return np.asarray(leaf.to_numpy())
-    return np.asarray(ops.convert_to_numpy(leaf) if ops.is_tensor(leaf) else leaf)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from handloom._callbacks import Callbacks
 from handloom._data import Feed
 from handloom._every import Every
 from handloom._interrupt import Signals
 from handloom._keras import global_seed_generator, keras
-from handloom._progress import Progress
 from handloom._reporting import ReportingStep
+from handloom._run_state import Epoch, Exactly, Kept, Place, Record, by_name
 from handloom.backends import backend
-from handloom.callbacks import callback_state, restore_callback
+from handloom.callbacks import JSONLogger
 from handloom.checkpoint._checkpointer import Checkpointer
 from handloom.checkpoint._names import named
+from handloom.checkpoint._store import Written
 from handloom.errors import CheckpointError, StepError
 
 _RESUME = ("auto", "exact", "never")
@@ -38,6 +36,7 @@ class SaveOptions:
         when: When to save.
         resume: `"auto"` to go on where there is a checkpoint, `"exact"` to do so only where the data goes on at its
             exact place, `"never"` to begin anew, in a directory without checkpoints.
+        allow: Patterns of names that a checkpoint may lack, have besides, or have in another shape.
         keep: How many checkpoints to keep.
         best: By which metric to keep the best besides.
     """
@@ -45,6 +44,7 @@ class SaveOptions:
     run_dir: Path
     when: Every
     resume: str = "auto"
+    allow: Sequence[str] = ()
     keep: int | None = 3
     best: str | None = None
 
@@ -53,6 +53,8 @@ class SaveOptions:
             raise ValueError(f"resume takes one of {', '.join(map(repr, _RESUME))}; received {self.resume!r}.")
         if not isinstance(self.when, Every):
             raise TypeError(f"save takes a time such as hl.every(epochs=1), or None; received {self.when!r}.")
+        if isinstance(self.allow, str):
+            raise TypeError(f"allow takes a list of patterns, such as [{self.allow!r}]; received {self.allow!r}.")
 
 
 class Saving:
@@ -63,9 +65,10 @@ class Saving:
         parts: What has a state, by name: `state`, what the run trains, in any structure; `feed`, its data; and more.
         prepares: Functions that make the variables which the run's first steps would make.
         step: The training step.
-        progress: Where training stands.
-        hooks: The callbacks as the loop calls them.
+        place: Where training stands.
+        signals: Those at which to save and stop.
         callbacks: Those whose state belongs to the run, the history among them.
+        log: The log of the run, if there is one.
     """
 
     def __init__(
@@ -75,25 +78,30 @@ class Saving:
         *,
         prepares: Iterable[Callable[[], None]],
         step: ReportingStep,
-        progress: Progress,
-        hooks: Callbacks,
+        place: Place,
+        signals: Signals,
         callbacks: Sequence[keras.callbacks.Callback],
+        log: Sequence[JSONLogger],
     ) -> None:
-        self._options, self._prepares, self._step, self._progress = options, prepares, step, progress
+        self._options, self._prepares, self._step, self._place = options, prepares, step, place
         self._feed: Feed = parts["feed"]
-        self._signals = Signals()
-        # In the order in which it is put back; after it come random numbers, then variables.
+        self._signals, self._log = signals, log
+        self._record = Record(parts["state"])
+        # In the order in which it is put back; after it come random numbers, then variables. First what may refuse.
         self._whole = {
-            "run": _Record(),
-            "progress": _Place(progress, hooks),
-            "step": _Epoch(step, parts["state"]),
-            **parts,
-            "callbacks": {name: _Kept(callback) for name, callback in _by_name(callbacks).items()},
+            "feed": Exactly(self._feed) if options.resume == "exact" else self._feed,
+            "run": self._record,
+            "progress": place,
+            "step": Epoch(step, parts["state"]),
+            **{name: part for name, part in parts.items() if name != "feed"},
+            "callbacks": {name: Kept(callback) for name, callback in by_name(callbacks).items()},
         }
         directory = options.run_dir / "checkpoints"
         self._checkpointer = Checkpointer(directory, self._whole, keep=options.keep, best=options.best)
         self._saved: tuple[int, int] | None = None
         self._saved_at = time.perf_counter()
+        self._logged: Written | None = None
+        self.triggers = [options.when]
 
     def __enter__(self) -> Saving:
         self._checkpointer.__enter__()
@@ -102,16 +110,24 @@ class Saving:
 
     def __exit__(self, *error: Any) -> None:
         self._signals.__exit__(*error)
-        self._checkpointer.close()
+        self._checkpointer.__exit__(*error)
+        if self._signals.received is not None and error[0] is None:  # It came when all was done and saved.
+            self._signals.stop()
 
-    def begin(self, *, tell: bool) -> None:
+    def begin(self, choices: Mapping[str, int], *, tell: bool) -> None:
         """Goes on from the last checkpoint, if there is one, and tells of it.
+
+        Args:
+            choices: What was chosen for the run, for the record.
+            tell: Whether to print what was restored.
 
         Raises:
             CheckpointError: If the run is not to go on, or the checkpoint is of another.
             StepError: If the step uses variables that would not be saved.
         """
         steps, resume = self._checkpointer.steps, self._options.resume
+        jit_compile = backend.compiles_kernels(self._step.function.jit_compile)
+        self._record.choices = {"jit_compile": jit_compile, **choices}
         if steps and resume == "never":
             raise CheckpointError(
                 f"{self._checkpointer.directory} has checkpoints of a run, up to step {steps[-1]}, and resume='never' "
@@ -126,41 +142,77 @@ class Saving:
             prepare()
         self._check_reached()
         if not steps:
-            return
-        self._checkpointer.restore()
-        self._saved = self._place
-        if tell:
-            done = (
-                f"{self._progress.step} steps taken, {self._progress.epoch} epochs and {self._progress.batch} batches"
-            )
-            how = (
-                "" if self._feed.seekable else f" {self._feed.name} is read again up to there, in the order it now has."
-            )
-            print(f"Going on from {self._checkpointer.directory}: {done}.{how}", flush=True)
+            for log in self._log:  # That of a run which was ended before its first save: its steps are taken again.
+                log.begin_anew()
+        else:
+            # Callbacks may come and go: a new one begins anew.
+            self._checkpointer.restore(allow=[*self._options.allow, "callbacks.*"])
+            self._saved = self._place.now
+            if tell:
+                print(*self._told(), sep="\n", flush=True)
 
     def if_due(self, results: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Saves if it is time, or if a signal asks to stop; then it does not return."""
-        signum = self._signals.received
-        if signum is not None or self._options.when.due(self._progress, time.perf_counter() - self._saved_at):
+        """Saves if it is time, or if a signal asks to stop; then it does not return.
+
+        Raises:
+            CheckpointError: If what was saved before could not be written.
+        """
+        self._checkpointer.check()
+        if self._checkpointer.written is not self._logged:
+            self._log_written()
+        if self._signals.received is not None:
+            self.save_and_stop(results)
+        if self._options.when.due(self._place.progress, time.perf_counter() - self._saved_at):
             self._save(results)
-        if signum is not None:
-            self._checkpointer.wait()
-            self._signals.stop(signum)
+
+    def save_and_stop(self, results: Mapping[str, Any] = MappingProxyType({})) -> NoReturn:
+        """Saves, and ends the process as the signal that has come asks for."""
+        self._save(results)
+        self._checkpointer.wait()
+        self._log_written()
+        self._signals.stop()
 
     def end(self, results: Mapping[str, Any]) -> None:
         """Saves what the run ended with, unless that is saved."""
-        if self._saved != self._place:
+        if self._saved != self._place.now:
             self._save(results)
         self._checkpointer.wait()
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        return self._progress.step, self._progress.batch
+        self._log_written()
 
     def _save(self, results: Mapping[str, Any]) -> None:
         numbers = {name: value for name, value in results.items() if np.ndim(value) == 0}
-        self._checkpointer.save(self._progress.step, numbers)
-        self._saved, self._saved_at = self._place, time.perf_counter()
+        self._checkpointer.save(self._place.progress.step, numbers)
+        self._log_written()  # The one before, for which this one has waited.
+        self._saved, self._saved_at = self._place.now, time.perf_counter()
+
+    def _log_written(self) -> None:
+        """Notes in the log what the last checkpoint took."""
+        written = self._checkpointer.written
+        if written is not None and written is not self._logged:
+            for log in self._log:
+                log.write({"saved": dataclasses.asdict(written)})
+        self._logged = written
+
+    def _told(self) -> Iterator[str]:
+        """What a run goes on from, line by line."""
+        progress, restored = self._place.progress, self._checkpointer.restored
+        yield (
+            f"Going on from {self._checkpointer.directory}: {progress.step} steps taken, {progress.epoch} epochs and "
+            f"{progress.batch} batches."
+        )
+        callbacks = [name.removeprefix("callbacks.") for name in restored.things if name.startswith("callbacks.")]
+        yield (
+            f"  Restored: {len(restored.variables)} variables, the position in the data, random numbers, and "
+            f"{', '.join(callbacks)}."
+        )
+        if restored.missing:
+            yield f"  Not in the checkpoint, and begun anew: {', '.join(restored.missing)}."
+        if restored.unused:
+            yield f"  Only in the checkpoint: {', '.join(restored.unused)}."
+        if self._record.differences:
+            yield (f"  Not as it was saved, so not to the bit from here on: {'; '.join(self._record.differences)}.")
+        if not self._feed.seekable:
+            yield f"  {self._feed.name} is read again up to there, in the order it now has."
 
     def _check_reached(self) -> None:
         known = {id(variable) for variable in [*named(self._whole)[0].values(), global_seed_generator().state]}
@@ -173,94 +225,31 @@ class Saving:
             )
 
 
-class _NotSaving:
+class NotSaving:
     """Stands for `Saving` in a run that is not saved."""
 
-    def __enter__(self) -> _NotSaving:
+    triggers: Sequence[Every] = ()
+
+    def __enter__(self) -> NotSaving:
         return self
 
     def __exit__(self, *error: Any) -> None:
         pass
 
-    def begin(self, *, tell: bool) -> None:
+    def begin(self, choices: Mapping[str, int], *, tell: bool) -> None:
         """There is nothing to go on from."""
 
     def if_due(self, results: Mapping[str, Any] = MappingProxyType({})) -> None:
         """It never is."""
 
+    def save_and_stop(self) -> NoReturn:
+        """No signal is waited for."""
+        raise AssertionError
+
     def end(self, results: Mapping[str, Any]) -> None:
         """Nothing is saved."""
 
 
-def saving_of(options: SaveOptions | None, parts: Mapping[str, Any], **of: Any) -> Saving | _NotSaving:
+def saving_of(options: SaveOptions | None, parts: Mapping[str, Any], **of: Any) -> Saving | NotSaving:
     """What saves a run, as `Saving`; nothing for `None`."""
-    return _NotSaving() if options is None else Saving(options, parts, **of)
-
-
-class _Record:
-    """What the run was made with: for whoever looks at a checkpoint."""
-
-    def state(self) -> dict[str, str]:
-        versions = {name: importlib.metadata.version(name) for name in ("handloom", "keras", "numpy")}
-        return {"python": platform.python_version()} | versions | backend.versions()
-
-    def restore(self, state: Mapping[str, str]) -> None:
-        """A checkpoint of other versions, or of another backend, may be gone on with."""
-
-
-class _Place:
-    """Progress; going on within an epoch, callbacks are told of it before they get their state back."""
-
-    def __init__(self, progress: Progress, hooks: Callbacks) -> None:
-        self._progress, self._hooks = progress, hooks
-
-    def state(self) -> dict[str, int]:
-        return vars(self._progress).copy()
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        vars(self._progress).update(state)
-        if self._progress.batch:
-            self._hooks.on_epoch_begin(self._progress.epoch, {})
-
-
-class _Epoch:
-    """What the steps of the epoch at hand have reported, and the metrics that they use."""
-
-    def __init__(self, step: ReportingStep, state: Any) -> None:
-        self._step, self._state = step, state
-
-    def state(self) -> dict[str, Any]:
-        used = {id(variable) for metric in self._step.renewed for variable in metric.variables[:1]}
-        names = [name for name, variable in named(self._state)[0].items() if id(variable) in used]
-        return {"logs": self._step.logs.state(), "metrics": sorted(names)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        names = set(state["metrics"])  # Of the first variable of each metric.
-        used = {id(variable) for name, variable in named(self._state)[0].items() if name in names}
-        self._step.continue_epoch(
-            state["logs"], lambda metric: any(id(first) in used for first in metric.variables[:1])
-        )
-
-
-class _Kept:
-    """A callback, as something that has a state."""
-
-    def __init__(self, callback: keras.callbacks.Callback) -> None:
-        self._callback = callback
-
-    def state(self) -> dict[str, Any]:
-        return callback_state(self._callback)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        restore_callback(self._callback, state)
-
-
-def _by_name(callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, keras.callbacks.Callback]:
-    """Callbacks by class; several of one class are numbered."""
-    named_: dict[str, keras.callbacks.Callback] = {}
-    for callback in callbacks:
-        name, count = type(callback).__name__, 1
-        while name in named_:
-            name, count = f"{type(callback).__name__}{count + 1}", count + 1
-        named_[name] = callback
-    return named_
+    return NotSaving() if options is None else Saving(options, parts, **of)

@@ -101,14 +101,22 @@ def _assignments_noted(on_assign: Callable[[Variable], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def variables_touched() -> Iterator[dict[int, Variable]]:
-    """Collects the variables that are read or assigned inside, by id, Handloom's own apart."""
+def variables_touched() -> Iterator[tuple[dict[int, Variable], dict[int, Variable]]]:
+    """Collects the variables that are read or assigned inside, and those that are assigned, Handloom's own apart.
+
+    Both by id.
+    """
     touched: dict[int, Variable] = {}
+    assigned: dict[int, Variable] = {}
     thread = threading.get_ident()
 
     def note(variable: Variable) -> None:
         if not isinstance(variable, OwnVariable):
             touched[id(variable)] = variable
+
+    def note_assigned(variable: Variable) -> None:
+        if not isinstance(variable, OwnVariable):
+            touched[id(variable)] = assigned[id(variable)] = variable
 
     def noting_read(original: property) -> property:
         def value(self: Variable) -> Tensor:
@@ -118,8 +126,8 @@ def variables_touched() -> Iterator[dict[int, Variable]]:
 
         return property(value, doc=original.__doc__)
 
-    with _replaced(keras.Variable, "value", noting_read), _assignments_noted(note):
-        yield touched
+    with _replaced(keras.Variable, "value", noting_read), _assignments_noted(note_assigned):
+        yield touched, assigned
 
 
 class Metrics:

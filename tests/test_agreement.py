@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 
 import keras
@@ -13,6 +12,7 @@ from rich.console import Console
 
 import handloom as hl
 from handloom.callbacks import EpochLines, ProgressBar
+from tests.run_log import epochs_in
 
 RANDOM = np.random.default_rng(0)
 X, Y = RANDOM.normal(size=(2, 70, 1)).astype("float32")
@@ -114,8 +114,7 @@ def test_a_value_is_the_same_everywhere(fit, tmp_path, capsys, monkeypatch):
     assert seen.of_epochs == epochs
     assert seen.of_batches == epochs
 
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [{name: line[name] for name in NAMES} for line in lines] == epochs
+    assert [{name: line[name] for name in NAMES} for line in epochs_in(tmp_path / "run")] == epochs
     with (tmp_path / "log.csv").open() as file:
         assert [{name: float(row[name]) for name in NAMES} for row in csv.DictReader(file)] == epochs
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from handloom.cli import main
 from tests.conftest import BACKEND
+from tests.run_log import epochs_in
 
 # Hides modules as if they were not installed, and then is the command `handloom`.
 WITHOUT = """
@@ -181,13 +182,13 @@ def test_a_file_of_the_users_trains_on_the_backend_at_hand(tmp_path):
     result = run("line.py")
     assert result.output.startswith(f"line.py on {BACKEND}\n")
     assert answer(result) == "True in 3"
-    assert len((tmp_path / "runs" / f"line-{BACKEND}" / "log.jsonl").read_text().splitlines()) == 3
+    assert len(epochs_in(tmp_path / "runs" / f"line-{BACKEND}")) == 3
 
 
 def test_a_recipe_runs_by_its_name_for_so_many_epochs():
     output = run("wide-and-deep", "--epochs", 1, "--run-dir", "out").output
     assert output.startswith(f"wide-and-deep on {BACKEND}\n")
-    assert len(Path("out", "log.jsonl").read_text().splitlines()) == 1
+    assert len(epochs_in(Path("out"))) == 1
     result = json.loads(Path("out", "run.json").read_text())["result"]
     assert result.startswith("Accuracy on held-out tumours: ")
     assert result in output
@@ -326,9 +327,9 @@ def test_a_run_whose_checkpoints_are_there_goes_on_where_it_is_asked_for():
     run("wide-and-deep", "--epochs", 1, "--run-dir", "out")
     output = run("wide-and-deep", "--epochs", 2, "--run-dir", "out").output
     assert f"Going on from {Path('out', 'checkpoints')}" in output
-    assert len(Path("out", "log.jsonl").read_text().splitlines()) == 2
+    assert len(epochs_in(Path("out"))) == 2
     assert "Going on" not in run("wide-and-deep", "--epochs", 1, "--run-dir", "out", "--fresh").output
-    assert len(Path("out", "log.jsonl").read_text().splitlines()) == 1
+    assert len(epochs_in(Path("out"))) == 1
 
 
 @pytest.mark.once

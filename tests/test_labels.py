@@ -153,6 +153,29 @@ def test_sources_of_every_kind_are_checked(source):
         compiled(functional()).evaluate(sources[source], verbose=0)
 
 
+FEEDS = {
+    "arrays": lambda y: hl.Feed((X, y), batch_size=2),
+    "batches": lambda y: hl.Feed(lambda: iter([(X, y)])),
+}
+
+
+@pytest.mark.parametrize("feed", FEEDS)
+@pytest.mark.parametrize("method", ["fit", "evaluate"])
+def test_the_labels_in_a_feed_are_checked(feed, method):
+    with pytest.raises(DataError, match=NAMED):
+        getattr(compiled(functional()), method)(FEEDS[feed](BAD), verbose=0)
+
+
+@pytest.mark.parametrize("feed", FEEDS)
+def test_a_feed_is_free_of_a_model_s_checks_when_it_is_used_elsewhere(feed):
+    given = FEEDS[feed](BAD)
+    with pytest.raises(DataError, match=NAMED):
+        compiled(functional()).fit(given, verbose=0)
+    assert np.isfinite(compiled(functional(9)).fit(given, verbose=0).history["loss"]).all()
+    seen = np.concatenate([ops.convert_to_numpy(y) for _, y in given])
+    np.testing.assert_array_equal(seen, BAD)
+
+
 def test_a_source_has_its_model_s_classes_counted_once():
     class Counting(Net):
         counted = 0

@@ -28,6 +28,8 @@ LAYERS = [
     {"_gradients", "_function", "_update", "optimizers"},
     {
         "_data",
+        "_sources",
+        "_plain",
         "_labels",
         "_sample_weight",
         "_seed",
@@ -39,6 +41,8 @@ LAYERS = [
         "_trained",
         "report",
     },
+    {"_validation", "_dispatch"},
+    {"_run_state"},
     {"_saving"},
     {"_loop"},
     {"_model", "_compile", "_model_data", "_model_steps", "_variants", "_explain"},

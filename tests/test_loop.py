@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import json
 import os
 import signal
 import threading
@@ -14,6 +13,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import DataError, HandloomWarning, StepError
+from tests.run_log import epochs_in
 
 X = np.arange(40, dtype="float32")  # In batches of 10: means 4.5, 14.5, 24.5, 34.5.
 
@@ -394,14 +394,14 @@ def test_training_stops_when_a_callback_says_so(with_model):
 def test_a_run_directory_holds_the_log_as_json_lines(tmp_path):
     directory = tmp_path / "runs" / "first"
     fit(epochs=2, run_dir=directory, validate=(mean, X[:3]))
-    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    lines = epochs_in(directory)
     assert [(line["epoch"], line["step"], line["mean"], line["val_mean"]) for line in lines] == [
         (0, 4, 19.5, 1.0),
         (1, 8, 19.5, 1.0),
     ]
     assert all(line["seconds"] >= 0 for line in lines)
     fit(epochs=3, run_dir=str(directory))  # Goes on: one epoch more.
-    assert len((directory / "log.jsonl").read_text().splitlines()) == 3
+    assert len(epochs_in(directory)) == 3
 
 
 def test_without_a_run_directory_nothing_is_written(tmp_path, monkeypatch):

@@ -56,6 +56,20 @@ def batches_of(batches):
     return lambda: iter(batches)
 
 
+@pytest.mark.parametrize("source", [lambda data: data, lambda data: lambda: iter([data])], ids=["arrays", "batches"])
+def test_the_weights_in_a_feed_are_checked(source):
+    x, y = np.ones((4, 2), "float32"), np.ones((4, 1), "float32")
+    negative = hl.Feed(source((x, y, np.array([1, 1, -2, 1], "float32"))))
+    nothing = hl.Feed(source((x, y, np.zeros(4, "float32"))))
+    model = hl.Sequential([layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(DataError, match=r"negative or not finite; the first is -2\.0 at \[2\]"):
+        model.fit(negative, verbose=0)
+    with pytest.raises(DataError, match="sums to zero"):
+        model.fit(nothing, verbose=0)
+    assert model.evaluate(nothing, verbose=0) == 0  # As it is of arrays.
+
+
 def test_a_negative_weight_of_validation_data_is_an_error_before_training():
     model = model_of()
     with pytest.raises(DataError, match="negative"):
@@ -69,6 +83,10 @@ def test_a_negative_weight_for_a_plain_step_is_an_error():
 
     with pytest.raises(DataError, match=r"the first is -2.0 at \[5\]"):
         hl.fit(step, (X, with_weight(-2)), verbose=0)
+    feed = hl.Feed((X, with_weight(-2)))
+    with pytest.raises(DataError, match="sample_weight"):
+        hl.fit(step, feed, verbose=0)
+    assert len(list(feed)) == 1  # By itself the feed is not checked.
     with pytest.raises(DataError, match=r"the first is -2.0 at \[5\]"):
         hl.fit(lambda x: {"x": ops.sum(x)}, X, validate=(step, (X, with_weight(-2))), verbose=0)
 

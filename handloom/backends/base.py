@@ -32,6 +32,14 @@ class Program(Protocol):
         ...
 
 
+class Repeated(Protocol):
+    """A program that runs several times in one call."""
+
+    def __call__(self, batches: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Runs it on one set of tensors after the other; returns what the last run does. Exceptions: as `Program`."""
+        ...
+
+
 class Untraceable(Exception):
     """Raised by `Backend.trace` for a function that must run op by op; its text is the reason."""
 
@@ -40,6 +48,8 @@ class Backend(abc.ABC):
     """The contract. `handloom.backends.backend` is the one implementation that this process uses."""
 
     name: str
+    holds_text = False
+    """Whether its tensors may hold text."""
 
     def __init__(self) -> None:
         self._nesting = _Nesting()
@@ -62,6 +72,17 @@ class Backend(abc.ABC):
         (JAX, which has no 64-bit integers unless told to, makes them 32-bit). No copy where none is needed; where
         the backend's compiled functions take NumPy arrays at no cost, an array may be returned as it is.
         """
+
+    def sparse_tensor(self, indices: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Tensor | None:
+        """A sparse tensor, to be given to `to_tensor`; `None` where the backend, or Keras on it, has none.
+
+        Args:
+            indices: Where the values stand; whole numbers of shape `(stored, len(shape))`.
+            values: Of shape `(stored,)`; everything else is zero.
+            shape: That of the tensor.
+        """
+        del indices, values, shape  # None by default.
+        return None
 
     @abc.abstractmethod
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
@@ -128,6 +149,44 @@ class Backend(abc.ABC):
             Untraceable: If `fn` cannot be compiled on this backend but may run op by op.
             TraceError: If `fn` uses a tensor where Python needs a number, as in `if loss < 1:`.
         """
+
+    @abc.abstractmethod
+    def compiles_kernels(self, jit_compile: bool | str) -> bool:
+        """Whether `trace` uses the backend's kernel compiler, so told: what `"auto"` comes to on this machine."""
+
+    def repeat(
+        self,
+        program: Program,
+        fn: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        steps: int,
+        *,
+        jit_compile: bool | str,
+    ) -> Repeated:
+        """A program run several times in a row, in one dispatch where that costs less than several.
+
+        Args:
+            program: What `trace` made of `fn`.
+            fn: As for `trace`; it may be traced again.
+            tensors: As for `trace`.
+            steps: How often it runs.
+            jit_compile: As for `trace`.
+
+        Returns:
+            What runs it, on so many sets of tensors alike in shapes and dtypes. The results of the last run come back.
+
+        Raises:
+            Untraceable: If only one after the other will do, for such tensors.
+        """
+        del fn, tensors, steps, jit_compile  # By default there is nothing to gain.
+
+        def run(batches: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+            results: Sequence[Tensor] = []
+            for batch in batches:
+                results = program(batch)
+            return results
+
+        return run
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """A user's function, made ready for the control flow in it.

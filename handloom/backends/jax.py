@@ -15,20 +15,21 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.sparse import BCOO
 from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
 from handloom.backends._blame import frames_of, needs_a_value, users_line
 from handloom.backends._jax_control import assignments_in_branches, cond
 from handloom.backends._scope import Recorder, Scope, refuse
-from handloom.backends.base import Backend, Gradients, Program
+from handloom.backends.base import Backend, Gradients, Program, Repeated, Untraceable
 from handloom.errors import TraceError, VariableError
 
 
@@ -36,15 +37,21 @@ class JaxBackend(Backend):
     name = "jax"
 
     def is_array(self, leaf: Any) -> bool:
-        return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+        return isinstance(leaf, (jax.Array, np.ndarray, np.generic, BCOO))
 
     def to_tensor(self, array: Any) -> Tensor:
+        if isinstance(array, BCOO):
+            return _padded(array)
         if isinstance(array, np.ndarray) and not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
 
+    def sparse_tensor(self, indices: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        return self.to_tensor(BCOO((jnp.asarray(values), jnp.asarray(indices, np.int32)), shape=shape))
+
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
-        return tensor.shape, jax.dtypes.canonicalize_dtype(tensor.dtype).name
+        kind = f"sparse, {tensor.nse} stored, " if isinstance(tensor, BCOO) else ""
+        return tensor.shape, kind + jax.dtypes.canonicalize_dtype(tensor.dtype).name
 
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         return np.asarray(tensor)
@@ -60,16 +67,37 @@ class JaxBackend(Backend):
         jit_compile: bool | str,
         unused: Callable[[str], None] = lambda _: None,
     ) -> Program | None:
-        if jit_compile is False:
+        if not self.compiles_kernels(jit_compile):
             return None
         try:
             with self._inside("trace"), _unseeded_random_ops():
                 written, read = _find_variables(fn, tensors)
-                return _program(fn, tensors, written, read, unused)
+                return _program(_pure(fn, written, read), tensors, written, read, unused)
         except _NEEDS_A_VALUE as error:
             raise needs_a_value(frames_of(error)) from error
         except jax.errors.UnexpectedTracerError as error:
             raise _leaked(users_line(frames_of(error))) from error
+
+    def compiles_kernels(self, jit_compile: bool | str) -> bool:
+        return jit_compile is not False
+
+    def repeat(
+        self,
+        program: Program,
+        fn: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        steps: int,
+        *,
+        jit_compile: bool | str,
+    ) -> Repeated:
+        del program, jit_compile
+        if not all(isinstance(tensor, (jax.Array, np.ndarray, np.generic)) for tensor in tensors):
+            raise Untraceable("sparse batches have no common shape")
+        stacked = [jax.ShapeDtypeStruct((steps, *tensor.shape), tensor.dtype) for tensor in tensors]
+        with self._inside("trace"), _unseeded_random_ops():
+            written, read = _find_variables(fn, tensors)
+            run = _program(functools.partial(_rolled, _pure(fn, written, read), steps), stacked, written, read)
+        return lambda batches: run(list(map(_stacked, zip(*batches, strict=True))))
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return assignments_in_branches()(fn)
@@ -123,6 +151,21 @@ class JaxBackend(Backend):
         return outputs, aux, [sources.split(row) for row in rows]
 
 
+def _padded(sparse: BCOO) -> BCOO:
+    """The same tensor, with room for a power of two of values, so that batches do not each need a program of their own.
+
+    Where nothing is stored, the index is outside of the tensor, as JAX has it. Always a new object: by type, shape and
+    dtype alone, two such tensors cannot be told apart.
+    """
+    data, indices = sparse.data, sparse.indices
+    data = data.astype(keras.config.floatx()) if data.dtype == np.float64 else data
+    if not (sparse.n_batch or sparse.n_dense):
+        room = (1 << max(sparse.nse - 1, 0).bit_length()) - sparse.nse
+        outside = jnp.broadcast_to(jnp.asarray(sparse.shape, indices.dtype), (room, len(sparse.shape)))
+        data, indices = jnp.pad(data, (0, room)), jnp.concatenate([indices, outside])
+    return BCOO((data, indices), shape=sparse.shape)
+
+
 _NEEDS_A_VALUE = (
     jax.errors.ConcretizationTypeError,
     jax.errors.NonConcreteBooleanIndexError,
@@ -131,23 +174,58 @@ _NEEDS_A_VALUE = (
 )
 
 
-def _program(
-    fn: Callable[..., Sequence[Tensor]],
-    tensors: Sequence[Tensor],
-    written: list[Variable],
-    read: list[Variable],
-    unused: Callable[[str], None],
-) -> Program:
-    """A step as one executable: (written state, read state, tensors) -> [*new written state, *results]."""
+Pure: TypeAlias = Callable[[list[Tensor], list[Tensor], tuple[Tensor, ...]], list[Tensor]]
+"""A step without side effects: (written state, read state, tensors) -> [*new written state, *results]."""
 
+
+def _pure(fn: Callable[..., Sequence[Tensor]], written: list[Variable], read: list[Variable]) -> Pure:
     def pure(written_values: list[Tensor], read_values: list[Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
         bindings = zip(written + read, written_values + read_values, strict=True)
         with _OneTrace(bindings, outer=refuse) as scope:
             results = list(fn(*tensors))
         return [*(scope.get_current_value(variable) for variable in written), *results]
 
+    return pure
+
+
+def _rolled(
+    pure: Pure, steps: int, written_values: list[Tensor], read_values: list[Tensor], stacked: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """Steps one after the other on slices of tensors along their first axis; the results are those of the last."""
+    count = len(written_values)
+
+    def step(values: list[Tensor], tensors: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        returned = pure(values, read_values, tensors)
+        news = [jnp.asarray(new, old.dtype) for new, old in zip(returned, values, strict=False)]
+        return news, returned[count:]
+
+    one = jax.make_jaxpr(pure)(written_values, read_values, tuple(tensor[0] for tensor in stacked))
+    # XLA's convolutions are several times slower on a CPU within a loop than without.
+    unroll = jax.default_backend() == "cpu" and "conv_general_dilated" in _primitives(one.jaxpr)
+    news, results = jax.lax.scan(step, written_values, stacked, steps, unroll=unroll)
+    return [*news, *(result[-1] for result in results)]
+
+
+def _primitives(jaxpr: Any) -> set[str]:
+    """The names of all operations, those in branches, loops and functions among them."""
+    names = {equation.primitive.name for equation in jaxpr.eqns}
+    return names.union(*map(_primitives, jax.extend.core.subjaxprs(jaxpr)))
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return (np if all(isinstance(tensor, np.ndarray) for tensor in tensors) else jnp).stack(tensors)
+
+
+def _program(
+    pure: Pure,
+    tensors: Sequence[Any],
+    written: list[Variable],
+    read: list[Variable],
+    unused: Callable[[str], None] = lambda _: None,
+) -> Program:
+    """A step as one executable."""
     traced = jax.jit(pure, donate_argnums=0).trace(_values(written), _values(read), tuple(tensors))
-    if len(traced.jaxpr.in_avals) > len(written) + len(read) + len(tensors):
+    if len(traced.jaxpr.in_avals) > len(written) + len(read) + len(jax.tree.leaves(tensors)):
         raise _leaked("(line unknown)")
     for name in _unused_marks(traced.jaxpr.jaxpr):
         unused(name)

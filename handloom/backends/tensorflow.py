@@ -24,7 +24,7 @@ from handloom.backends._blame import Frames, frames_of, needs_a_value
 from handloom.backends._reach import leads_to_an_end
 from handloom.backends._scope import Scope
 from handloom.backends._tensorflow_assigned import assignments_noted, watch
-from handloom.backends.base import Backend, Gradients
+from handloom.backends.base import Backend, Gradients, Program, Repeated, Untraceable
 
 # Called from a user's converted code, Handloom's own runs as it is written.
 autograph_config.CONVERSION_RULES = (
@@ -39,6 +39,7 @@ _convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status
 
 class TensorFlowBackend(Backend):
     name = "tensorflow"
+    holds_text = True
 
     def is_array(self, leaf: Any) -> bool:
         if isinstance(leaf, keras.Variable):
@@ -51,12 +52,15 @@ class TensorFlowBackend(Backend):
             return tf.cast(array, keras.config.floatx())
         return array if tf.is_tensor(array) else tf.constant(array)
 
+    def sparse_tensor(self, indices: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        return tf.sparse.reorder(tf.SparseTensor(indices, values, shape))
+
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         kind = "" if isinstance(tensor, tf.Tensor) else f"{type(tensor).__name__} "
         return tuple(tensor.shape), kind + tensor.dtype.name
 
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
-        return np.asarray(tensor.numpy())
+        return np.asarray(tensor)  # On a CPU the very memory, which `tensor.numpy()` would copy.
 
     def detach(self, tensor: Tensor) -> Tensor:
         return _read(tensor)
@@ -82,11 +86,9 @@ class TensorFlowBackend(Backend):
         jit_compile: bool | str,
         unused: Callable[[str], None] = lambda _: None,
     ) -> TensorFlowProgram | None:
-        function = tf.function(lambda *tensors: list(fn(*tensors)), autograph=False, jit_compile=_with_xla(jit_compile))
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
         try:
-            with self._inside("trace"), _variables_made_outside_of_graphs():
-                program = TensorFlowProgram(function.get_concrete_function(*specs))
+            program = self._program(lambda *tensors: list(fn(*tensors)), specs, jit_compile)
         except (TypeError, NotImplementedError, AttributeError) as error:
             if not any(word in str(error) for word in _SYMBOLIC):
                 raise
@@ -96,6 +98,43 @@ class TensorFlowBackend(Backend):
         for name in program.unused_marks():
             unused(name)
         return program
+
+    def compiles_kernels(self, jit_compile: bool | str) -> bool:
+        if jit_compile == "auto":  # As Keras does: XLA where there is an accelerator.
+            return any(device.device_type != "CPU" for device in tf.config.list_physical_devices())
+        return bool(jit_compile)
+
+    def repeat(
+        self,
+        program: Program,
+        fn: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        steps: int,
+        *,
+        jit_compile: bool | str,
+    ) -> Repeated:
+        del program
+        if not all(isinstance(tensor, tf.Tensor) for tensor in tensors):
+            raise Untraceable("sparse and ragged batches have no common shape")
+
+        def steps_in_a_row(*stacked: Tensor) -> list[Tensor]:
+            def step(index: Tensor) -> Tensor:
+                fn(*(tensor[index] for tensor in stacked))
+                return index + 1
+
+            tf.while_loop(lambda index: index < steps - 1, step, [0], parallel_iterations=1)
+            return list(fn(*(tensor[-1] for tensor in stacked)))
+
+        specs = [tf.TensorSpec((steps, *tensor.shape), tensor.dtype) for tensor in tensors]
+        run = self._program(steps_in_a_row, specs, jit_compile)
+        return lambda batches: run(list(map(tf.stack, zip(*batches, strict=True))))
+
+    def _program(
+        self, fn: Callable[..., list[Tensor]], specs: Sequence[tf.TypeSpec], jit_compile: bool | str
+    ) -> TensorFlowProgram:
+        function = tf.function(fn, autograph=False, jit_compile=self.compiles_kernels(jit_compile))
+        with self._inside("trace"), _variables_made_outside_of_graphs():
+            return TensorFlowProgram(function.get_concrete_function(*specs))
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return _convert(fn) if self._nesting.trace else fn
@@ -244,13 +283,6 @@ def _as_raised(error: StagingError) -> BaseException:
         original = original.__context__
     original.add_note(str(error))  # Where it was raised: the traceback leads through generated code.
     return original
-
-
-def _with_xla(jit_compile: bool | str) -> bool:
-    """`"auto"` is what Keras's own `"auto"` is: XLA where there is an accelerator."""
-    if jit_compile == "auto":
-        return any(device.device_type != "CPU" for device in tf.config.list_physical_devices())
-    return bool(jit_compile)
 
 
 _SYMBOLIC = ("symbolic", "SymbolicTensor")

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
 from handloom._warn import warn
+from handloom.backends import _foreign as foreign
 from handloom.backends._blame import frames_of, needs_a_value
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends._torch_control import traceable_control_flow
@@ -54,9 +55,13 @@ class TorchBackend(Backend):
     def to_tensor(self, array: Any) -> Tensor:
         if not isinstance(array, torch.Tensor):
             array = np.require(array, array.dtype.newbyteorder("="), ["C_CONTIGUOUS", "WRITEABLE"])
-            array = torch.from_numpy(array)
+            array = foreign.tensor_of("torch", array, copy=False)
         dtype = getattr(torch, keras.config.floatx()) if array.dtype == torch.float64 else array.dtype
-        return array.to(device=core.get_device(), dtype=dtype)
+        device = core.get_device()
+        # From pinned memory CUDA copies by itself, and nobody waits; else the copy would wait for the step under way.
+        waits = not device.startswith("cuda") or array.device.type != "cpu" or self.nested
+        array = array.to(dtype=dtype)
+        return array.to(device=device) if waits else array.pin_memory().to(device=device, non_blocking=True)
 
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
@@ -105,9 +110,12 @@ class TorchBackend(Backend):
             program = self._trace_with_gradients_recorded(fn, tensors, first)
         for name in program.unused_marks:
             unused(name)
-        if jit_compile is True:
+        if self.compiles_kernels(jit_compile):
             program.compile_kernels(_contiguous(tensors))
         return program
+
+    def compiles_kernels(self, jit_compile: bool | str) -> bool:
+        return jit_compile is True
 
     def _trace_with_gradients_recorded(self, fn: Step, tensors: Sequence[Tensor], first: Exception) -> TorchProgram:
         """For a step in torch's own manner, `loss.backward()`: every variable records what is done with it."""

@@ -43,8 +43,8 @@ class _Clock:
     def begin_epoch(self, epoch: int) -> None:
         self._end = self._done + self._steps * (self._epochs - epoch) if self._steps else None
 
-    def step(self) -> None:
-        self._done += 1
+    def add(self, steps: int) -> None:
+        self._done += steps
 
     @property
     def text(self) -> str:
@@ -65,6 +65,8 @@ class ProgressBar(Stateful, keras.callbacks.Callback):
         console: Where to draw; standard output by default.
     """
 
+    takes_executions = True  # See `Callbacks.each_step`.
+
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
         self._console = console or Console()
@@ -80,9 +82,12 @@ class ProgressBar(Stateful, keras.callbacks.Callback):
         self._clock.begin_epoch(epoch)
         self._open(f"Epoch {epoch + 1}/{self.params['epochs']}", self.params.get("steps"))
 
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._first = batch
+
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._clock.step()
-        self._seen = batch + 1
+        self._clock.add(batch + 1 - self._first)
+        self._seen = self._first = batch + 1
         if time.perf_counter() >= self._next_refresh:
             self._refresh(logs)
 
@@ -99,7 +104,11 @@ class ProgressBar(Stateful, keras.callbacks.Callback):
 
     def on_test_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         if not self._training:
-            self.on_train_batch_end(batch, logs)
+            self._count_one(batch, logs)
+
+    def _count_one(self, batch: int, logs: Mapping[str, Any] | None) -> None:
+        self.on_train_batch_begin(batch)
+        self.on_train_batch_end(batch, logs)
 
     def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
         if not self._training:
@@ -110,7 +119,7 @@ class ProgressBar(Stateful, keras.callbacks.Callback):
         self._open("Predicting", self.params.get("steps"))
 
     def on_predict_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self.on_train_batch_end(batch, None)
+        self._count_one(batch, None)
 
     def on_predict_end(self, logs: Mapping[str, Any] | None = None) -> None:
         self._close(None)
@@ -139,7 +148,7 @@ class ProgressBar(Stateful, keras.callbacks.Callback):
         self._task: TaskID = self._bar.add_task(title, total=steps, clock="", values="")
         self._bar.start()
         self._next_refresh = 0.0
-        self._seen = 0
+        self._seen = self._first = 0
 
     def _refresh(self, logs: Mapping[str, Any] | None) -> None:
         assert self._bar is not None

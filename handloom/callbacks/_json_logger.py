@@ -41,6 +41,14 @@ class JSONLogger(Periodic):
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         self.close()
 
+    def begin_anew(self) -> None:
+        """Puts away what is in the file, of a run of which nothing else is left, as a file with the ending `.old`."""
+        assert self._file is not None
+        if self._path.stat().st_size:
+            self._file.close()
+            self._path.replace(self._path.with_name(f"{self._path.name}.old"))
+            self._file = self._path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Closes the file; also called when training ends by an exception."""
         if self._file is not None:
@@ -66,10 +74,17 @@ class JSONLogger(Periodic):
         self._write(epoch, logs)
 
     def _write(self, epoch: int, logs: Mapping[str, Any]) -> None:
-        assert self._file is not None
         seconds = round(time.perf_counter() - self._begun, 3)
         line = {"epoch": epoch, "step": self.progress.step, "seconds": seconds}
-        line |= {name: _plain(value) for name, value in logs.items()}
+        self.write(line | {name: _plain(value) for name, value in logs.items()})
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Writes another line, while training runs.
+
+        Args:
+            line: JSON values by name.
+        """
+        assert self._file is not None
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 

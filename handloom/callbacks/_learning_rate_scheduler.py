@@ -39,6 +39,7 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
     """
 
     carries = ("step",)
+    takes_executions = True  # See `Callbacks.each_step`.
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
         self.step = 0
         self._takes_rate = takes_rate(schedule)
         if every.steps is not None:  # Only then is there anything to do at each step.
-            self.on_train_batch_begin = self._before_step
+            self.on_train_batch_begin, self.on_train_batch_end = self._before_steps, self._after_steps
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         self.step = 0
@@ -68,11 +69,14 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
         if logs is not None:
             logs.update(self._rates.labelled())
 
-    def _before_step(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+    def _before_steps(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         assert self.every.steps is not None
         if self.step % self.every.steps == 0:
             self._ask("Step", self.step)
-        self.step += 1
+        self._first = batch
+
+    def _after_steps(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self.step += batch + 1 - self._first
 
     def _ask(self, unit: str, number: int) -> None:
         for name, rate in self._rates.items():

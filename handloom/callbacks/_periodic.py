@@ -22,6 +22,8 @@ class Periodic(Stateful, keras.callbacks.Callback):
         progress: Where training stands.
     """
 
+    takes_executions = True  # See `Callbacks.each_step`.
+
     def __init__(self, every: Every) -> None:
         super().__init__()
         if not isinstance(every, Every):
@@ -43,7 +45,7 @@ class Periodic(Stateful, keras.callbacks.Callback):
         self.progress.epoch, self.progress.batch = epoch, 0
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self.progress.step += 1
+        self.progress.step += batch + 1 - self.progress.batch
         self.progress.batch = batch + 1
         if self.every.epochs is None and self.every.due(self.progress, time.perf_counter() - self._last_time):
             self._last_time = time.perf_counter()
@@ -57,9 +59,9 @@ class Periodic(Stateful, keras.callbacks.Callback):
 
     def state(self) -> dict[str, Any]:
         """What the callback carries between hooks, as JSON values."""
-        return super().state() | {"step": self.progress.step}
+        return super().state() | {"step": self.progress.step, "batch": self.progress.batch}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from there; to be called after `on_train_begin`."""
         super().restore(state)
-        self.progress.step = state["step"]
+        self.progress.step, self.progress.batch = state["step"], state["batch"]

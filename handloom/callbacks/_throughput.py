@@ -21,6 +21,8 @@ class Throughput(Stateful, keras.callbacks.Callback):
     The callbacks after this one, the history, the log and the display see these values; give it first.
     """
 
+    takes_executions = True  # See `Callbacks.each_step`.
+
     def __init__(self) -> None:
         super().__init__()
         self._steps = 0
@@ -31,10 +33,11 @@ class Throughput(Stateful, keras.callbacks.Callback):
         self._begin()
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._first = batch
         self._waited += time.perf_counter() - self._ready
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._steps += 1
+        self._steps += batch + 1 - self._first
         self._logs = logs
         self._ready = time.perf_counter()
 
@@ -59,4 +62,4 @@ class Throughput(Stateful, keras.callbacks.Callback):
 
     def _begin(self) -> None:
         self._begun = self._ready = self._test_begun = time.perf_counter()
-        self._steps, self._waited, self._logs = 0, 0.0, None
+        self._first, self._steps, self._waited, self._logs = 0, 0, 0.0, None

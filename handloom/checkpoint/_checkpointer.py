@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import operator
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +16,7 @@ import numpy as np
 from handloom._warn import warn
 from handloom.checkpoint import _snapshot
 from handloom.checkpoint._dtypes import is_finite
+from handloom.checkpoint._files import give_way
 from handloom.checkpoint._format import Draft
 from handloom.checkpoint._load import warn_of
 from handloom.checkpoint._retention import Best
@@ -41,7 +44,8 @@ class Checkpointer:
         directory: Where the checkpoints are.
         state: What is saved.
         written: The last checkpoint known to be on the disk: its `step`, `bytes`, and the `seconds` that writing took
-            in the background. `None` before the first.
+            in the background, and for how many `save` had the steps wait. `None` before the first.
+        restored: What `restore` put back and what it did not, by name; nothing before.
 
     Raises:
         ValueError: `keep` is not positive, or `best` is no direction and name.
@@ -70,11 +74,13 @@ class Checkpointer:
         self.directory = Path(directory)
         self.state = state
         self.written: Written | None = None
+        self.restored = _snapshot.Restored()
         self._finite = finite
         self._best = Best.of(best) if best is not None else None
         self._store = Store(self.directory, keep, self._best)
         self._metrics: set[str] = set()
-        self._pending: tuple[int, concurrent.futures.Future[Written]] | None = None
+        self._pending: _Pending | None = None
+        self._copied: dict[str, np.ndarray] = {}
 
     @property
     def steps(self) -> list[int]:
@@ -94,12 +100,14 @@ class Checkpointer:
             CheckpointError: The one before could not be written; or this one cannot be, as the directory is read-only,
                 another process writes to it, it holds a later step, or something in the state cannot be saved.
         """
+        begun = time.perf_counter()
         self.wait()
         step = _step(step)
         self._store.open()
         self._store.check_step(step)
         numbers = _numbers(metrics or {})
-        arrays, contents = _snapshot.take(self.state)
+        arrays, contents = _snapshot.take(self.state, self._copied)
+        self._copied = arrays
         if self._finite and (names := _not_finite(arrays)):
             warn(
                 f"The state at step {step} is not saved: NaN or infinity in {', '.join(names[:3])}"
@@ -111,7 +119,8 @@ class Checkpointer:
         self._metrics |= numbers.keys()
         # A thread for each, which ends by itself; the interpreter waits for it at its exit.
         executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="handloom-checkpoint")
-        self._pending = (step, executor.submit(self._store.save, draft))
+        written = executor.submit(_in_background, self._store, draft)
+        self._pending = _Pending(step, written, time.perf_counter() - begun)
         executor.shutdown(wait=False)
 
     def wait(self) -> None:
@@ -122,13 +131,17 @@ class Checkpointer:
         """
         if self._pending is None:
             return
-        step, future = self._pending
-        concurrent.futures.wait([future])  # Apart from the result: an interrupt here must not lose it.
-        self._pending = None
+        concurrent.futures.wait([self._pending.written])  # Apart from the result: an interrupt must not lose it.
+        pending, self._pending = self._pending, None
         try:
-            self.written = future.result()
+            self.written = dataclasses.replace(pending.written.result(), seconds_waited=pending.seconds_waited)
         except Exception as error:
-            raise CheckpointError(f"Saving the checkpoint of step {step} failed. {error}") from error
+            raise CheckpointError(f"Saving the checkpoint of step {pending.step} failed. {error}") from error
+
+    def check(self) -> None:
+        """Takes note of whether the last checkpoint is on the disk by now; does not wait. Raises what `wait` does."""
+        if self._pending is not None and self._pending.written.done():
+            self.wait()
 
     def restore(self, *, allow: Sequence[str] = ()) -> int | None:
         """Gives the state what the newest whole checkpoint holds.
@@ -154,7 +167,7 @@ class Checkpointer:
             return None
         self._store.damaged |= damaged
         warn_of(damaged, found)
-        _snapshot.put(self.state, found.arrays, found.contents, allow)
+        self.restored = _snapshot.put(self.state, found.arrays, found.contents, allow)
         return found.step
 
     def close(self) -> None:
@@ -184,6 +197,20 @@ class Checkpointer:
             if error is None:
                 raise
             error.add_note(str(failure))  # The user's own error comes first.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written: its step, what it will have taken, and how long `save` took to begin it."""
+
+    step: int
+    written: concurrent.futures.Future[Written]
+    seconds_waited: float
+
+
+def _in_background(store: Store, draft: Draft) -> Written:
+    give_way()  # A step on all cores is as slow as its slowest thread.
+    return store.save(draft)
 
 
 def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:

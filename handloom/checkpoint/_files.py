@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +16,13 @@ _CHUNK = 1 << 20  # What is hashed just before or after is still in the processo
 
 @contextlib.contextmanager
 def creating(path: Path) -> Iterator[int]:
-    """A new file to write to, on the disk when the block is left without an error."""
+    """A new file to write to, on the disk when the block is left without an error, and read from there."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         yield file
         os.fsync(file)
+        if hasattr(os, "posix_fadvise"):  # Else what is read back would come out of memory, where it was put just now.
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
 
@@ -88,6 +91,17 @@ def fill(file: int, buffer: memoryview) -> int:
     return done
 
 
+def is_next(file: int, data: memoryview) -> bool:
+    """Whether the next bytes of a file are these. Reads as many."""
+    found = bytearray(min(_CHUNK, len(data)))
+    same = True
+    for chunk in chunks(data):
+        if len(found) != len(chunk):
+            found = bytearray(len(chunk))
+        same &= fill(file, memoryview(found)) == len(chunk) and found == chunk
+    return same
+
+
 def names(directory: Path) -> list[str]:
     """The directories in a directory, links to some left out; none if it is not there."""
     try:
@@ -134,6 +148,12 @@ def remove(directory: Path) -> None:
     finally:
         os.close(folder)
     os.rmdir(directory)
+
+
+def give_way() -> None:
+    """Has the calling thread run where others leave it room. On Linux a thread has a priority of its own."""
+    if sys.platform == "linux":
+        os.nice(10)
 
 
 def free_bytes(directory: Path) -> int:

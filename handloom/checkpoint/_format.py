@@ -66,9 +66,18 @@ class Draft:
         self.bytes = size + len(self._manifest({}).to_bytes()) + 4096
 
     def write(self, directory: Path) -> None:
-        """Writes the three files into an empty directory, and to the disk."""
+        """Writes the three files into an empty directory, to the disk, and reads them back.
+
+        Raises:
+            CheckpointError: What is read is not what was written, by name.
+        """
         files = {ARRAYS: self._write_arrays(directory / ARRAYS), CONTENTS: _write(directory / CONTENTS, self._contents)}
-        _write(directory / MANIFEST, self._manifest(files).to_bytes())
+        manifest = self._manifest(files).to_bytes()
+        _write(directory / MANIFEST, manifest)
+        arrays = {f"the tensor {name!r}": as_bytes(array) for name, array in self._arrays.items()}
+        _compare_with_memory(directory, ARRAYS, {"its header": memoryview(self._header)} | arrays)
+        _compare_with_memory(directory, CONTENTS, {"something in it": memoryview(self._contents)})
+        _compare_with_memory(directory, MANIFEST, {"something in it": memoryview(manifest)})
 
     def _write_arrays(self, path: Path) -> File:
         digest, size = hashlib.sha256(self._header), len(self._header)
@@ -92,6 +101,13 @@ def _write(path: Path, data: bytes) -> File:
     with _files.creating(path) as file:
         _files.write(file, memoryview(data))
     return File(len(data), hashlib.sha256(data).hexdigest())
+
+
+def _compare_with_memory(directory: Path, name: str, parts: Mapping[str, memoryview]) -> None:
+    with _files.reading(directory, name) as (file, _):
+        damaged = [part for part, data in parts.items() if not _files.is_next(file, data)]
+    if damaged:
+        raise CheckpointError(f"{directory / name} is damaged: {_list(damaged)} not as written.")
 
 
 def _in_order(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

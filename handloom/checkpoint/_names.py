@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from handloom._keras import Variable, keras
+from handloom._keras import Variable, keras, trained_by
 from handloom.backends import backend
 
 Stateful: TypeAlias = Any
@@ -33,24 +33,35 @@ def named(state: Any) -> tuple[dict[str, Variable | np.ndarray], dict[str, State
     """All variables and arrays in a structure by where they are, and what else in it has a state.
 
     A variable is found in dicts, lists and tuples, and in the attributes of Keras's layers, models, optimizers, metrics
-    and seed generators: `model.encoder.kernel`, `model.layers[1].bias`, `optimizer.momentums[0]`. One that is at
-    several places has the name of the first.
+    and seed generators: `model.encoder.kernel`, `model.layers[1].bias`. One that is at several places has the name of
+    the first. What an optimizer keeps for each variable that it trains has the name of that,
+    `optimizer.momentums[model.encoder.kernel]`, so that it stays with it when others come and go.
 
     Raises:
         TypeError: If there is anything else in the structure.
     """
-    walk = _Walk()
-    walk.into("", state)
+    walk = _Walk(state)
     return walk.variables, walk.stateful
 
 
-class _Walk:
-    """One walk through a structure."""
+def keras_objects(state: Any) -> dict[str, Any]:
+    """The layers, models, optimizers, metrics and seed generators in a structure, named likewise."""
+    return _Walk(state).objects
 
-    def __init__(self) -> None:
+
+class _Walk:
+    """One walk through a structure; optimizers come last, when what they train has its names."""
+
+    def __init__(self, state: Any) -> None:
         self.variables: dict[str, Variable | np.ndarray] = {}
         self.stateful: dict[str, Stateful] = {}
+        self.objects: dict[str, Any] = {}
         self._seen: set[int] = set()
+        self._optimizers: list[tuple[str, keras.Optimizer]] = []
+        self.into("", state)
+        names = {id(variable): name for name, variable in self.variables.items()}
+        for name, optimizer in self._optimizers:
+            self._optimizer(name, optimizer, names)
 
     def into(self, name: str, thing: Any) -> None:
         """Visits a thing of the user's, which must be something that has a state."""
@@ -73,43 +84,84 @@ class _Walk:
                 "restore(state), in dicts and lists."
             )
 
-    def _keras_thing(self, name: str, thing: Any, owned: set[int] | None = None) -> None:
-        """Visits what stands in an attribute.
+    def _keras_thing(self, name: str, thing: Any) -> None:
+        """Visits what stands in an attribute, which may be anything; what holds no variables is passed over."""
+        if isinstance(thing, keras.Variable):
+            self._variable(name, thing)
+        elif isinstance(thing, keras.optimizers.Optimizer):
+            self._optimizers.append((name, thing))
+        elif isinstance(thing, _KERAS_OBJECTS):
+            if self._is_new(name, thing):
+                self._attributes(name, thing)
+        else:
+            for inner_name, inner in _inside(name, thing):
+                self._keras_thing(inner_name, inner)
+
+    def _attributes(self, name: str, thing: Any) -> None:
+        for attribute, value in _in_order(backend.attributes(thing)):
+            self._keras_thing(_dotted(name, attribute.lstrip("_")), value)
+        self._rest(name, thing)
+
+    def _rest(self, name: str, thing: Any) -> None:
+        """What it keeps inside other objects; Keras knows of that too."""
+        for index, variable in enumerate(getattr(thing, "variables", ())):
+            self._variable(f"{name}.variables[{index}]", variable)
+
+    def _optimizer(self, name: str, optimizer: keras.Optimizer, names: Mapping[int, str]) -> None:
+        """Visits an optimizer, which also knows variables and layers that it only trains.
 
         Args:
             name: Where it is.
-            thing: Anything; what holds no variables is passed over.
-            owned: The variables of the optimizer that it is in, which also knows variables that it only trains.
+            optimizer: The optimizer; others may be inside it.
+            names: Of the variables in all else.
         """
-        if isinstance(thing, keras.Variable):
-            if id(thing) not in self._seen and (owned is None or id(thing) in owned):
-                self._seen.add(id(thing))
-                self._add(name, thing)
-        elif isinstance(thing, _KERAS_OBJECTS):
-            if id(thing) not in self._seen and not (owned and isinstance(thing, keras.Layer)):
-                self._seen.add(id(thing))
-                self._attributes(name, thing)
-        elif isinstance(thing, Mapping):
-            for key, inner in thing.items():
-                self._keras_thing(_dotted(name, str(key)), inner, owned)
-        elif isinstance(thing, (list, tuple)):
-            for index, inner in enumerate(thing):
-                self._keras_thing(f"{name}[{index}]", inner, owned)
+        if not self._is_new(name, optimizer):
+            return
+        owned, trained = set(map(id, optimizer.variables)), trained_by(optimizer)
+        labels = [names.get(id(variable), str(index)) for index, variable in enumerate(trained)]
 
-    def _attributes(self, name: str, thing: Any) -> None:
-        is_optimizer = isinstance(thing, keras.optimizers.Optimizer)
-        owned = set(map(id, thing.variables)) if is_optimizer else None
-        for attribute, value in _in_order(backend.attributes(thing)):
-            self._keras_thing(_dotted(name, attribute.lstrip("_")), value, owned)
-        # What it keeps inside other objects; Keras knows of that too.
-        for index, variable in enumerate(getattr(thing, "variables", ())):
-            self._keras_thing(f"{name}.variables[{index}]", variable, owned)
+        def visit(name: str, thing: Any) -> None:
+            if isinstance(thing, keras.Variable):
+                if id(thing) in owned:
+                    self._variable(name, thing)
+            elif isinstance(thing, keras.optimizers.Optimizer):
+                self._optimizer(name, thing, names)
+            elif isinstance(thing, (keras.Metric, keras.random.SeedGenerator)):
+                self._keras_thing(name, thing)
+            elif not isinstance(thing, keras.Layer):
+                for inner_name, inner in _inside(name, thing, labels):
+                    visit(inner_name, inner)
+
+        for attribute, value in _in_order(backend.attributes(optimizer)):
+            visit(_dotted(name, attribute.lstrip("_")), value)
+        self._rest(name, optimizer)
+
+    def _is_new(self, name: str, thing: Any) -> bool:
+        if id(thing) in self._seen:
+            return False
+        self._seen.add(id(thing))
+        self.objects[name] = thing
+        return True
+
+    def _variable(self, name: str, variable: Variable) -> None:
+        if id(variable) not in self._seen:
+            self._seen.add(id(variable))
+            self._add(name, variable)
 
     def _add(self, name: str, variable: Variable | np.ndarray) -> None:
         unique, count = name, 1
         while unique in self.variables:  # `kernel` and `_kernel`, say.
             unique, count = f"{name}#{count}", count + 1
         self.variables[unique] = variable
+
+
+def _inside(name: str, thing: Any, labels: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """What is in a dict or list, by name; in a list with one item for each label by that."""
+    if isinstance(thing, Mapping):
+        yield from ((_dotted(name, str(key)), inner) for key, inner in thing.items())
+    elif isinstance(thing, (list, tuple)):
+        known = labels if len(labels) == len(thing) else range(len(thing))
+        yield from ((f"{name}[{label}]", inner) for label, inner in zip(known, thing, strict=True))
 
 
 def _in_order(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

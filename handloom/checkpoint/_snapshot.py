@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,24 +27,44 @@ _NUMBER = "__number__"  # One that JSON does not have.
 _SHOWN = 5
 
 
-def take(state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def take(
+    state: Mapping[str, Any], into: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Copies a state off the device.
 
     Args:
         state: Models, layers, optimizers, metrics, variables, and objects with `state()` and `restore(state)`, in dicts
             and lists.
+        into: The arrays of an earlier copy, whose memory may be written over: fresh memory costs more than the copying.
 
     Returns:
         Arrays by name, and what is JSON. Where random numbers stand is among both.
     """
     variables, stateful = named(state)
-    arrays = {name: _copied(variable) for name, variable in variables.items()}
+    arrays = {name: _copied(variable, into.get(name)) for name, variable in variables.items()}
     contents = {name: _packed(f"{OF_STATE}{name}", thing.state(), arrays) for name, thing in stateful.items()}
     return arrays, contents | {_RANDOM: _packed(_RANDOM, random_state(), arrays)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What was put back.
+
+    Attributes:
+        variables: The names of variables and arrays that have the values of the checkpoint now.
+        things: The names of what else has its state back.
+        missing: What the checkpoint has not, or in another shape, and which stays as it was, as it may.
+        unused: What is in the checkpoint alone, as it may be.
+    """
+
+    variables: tuple[str, ...] = ()
+    things: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
 def check(state: Mapping[str, Any], shapes: Shapes, allow: Sequence[str] = ()) -> None:
-    """Checks that a checkpoint fits a state, before anything is read.
+    """Checks that the arrays of a checkpoint fit a state, before anything is read.
 
     Args:
         state: As for `take`.
@@ -50,7 +72,7 @@ def check(state: Mapping[str, Any], shapes: Shapes, allow: Sequence[str] = ()) -
         allow: Patterns of names that may be missing, left over or of another shape, such as `"model.head.*"`.
 
     Raises:
-        CheckpointError: If it does not.
+        CheckpointError: If they do not.
     """
     variables, _ = named(state)
     saved = {name for name in shapes if not name.startswith(OF_STATE)}
@@ -59,41 +81,47 @@ def check(state: Mapping[str, Any], shapes: Shapes, allow: Sequence[str] = ()) -
         for name in sorted(saved & variables.keys())
         if tuple(shapes[name][0]) != tuple(variables[name].shape)
     }
-    missing, extra = sorted(variables.keys() - saved), sorted(saved - variables.keys())
-    problems = [
-        *_listed("not in the checkpoint: ", _refused(missing, allow)),
-        *_listed("only in the checkpoint: ", _refused(extra, allow)),
-        *_listed("", [wrong[name] for name in _refused(wrong, allow)]),
-    ]
-    if problems:
-        raise CheckpointError(
-            f"The checkpoint is of another model or optimizer: {'; '.join(problems)}. Make them as they were when it "
-            "was saved, or name what may differ: restore(allow=['model.head.*'])."
-        )
+    _refuse(variables.keys() - saved, saved - variables.keys(), wrong, allow)
 
 
 def put(
     state: Mapping[str, Any], arrays: Mapping[str, np.ndarray], contents: Mapping[str, Any], allow: Sequence[str] = ()
-) -> None:
+) -> Restored:
     """Puts a saved state back; see `check`, which comes before.
 
     First what is no variable, in the order of the state, then random numbers: whatever the first does to these and to
     variables does not stay.
+
+    Raises:
+        CheckpointError: If what else has a state is not what is in the checkpoint. Nothing has been put back then.
     """
     variables, stateful = named(state)
-    for name, thing in stateful.items():
-        if name in contents:
-            thing.restore(_unpacked(contents[name], arrays))
+    kept = contents.keys() - {_RANDOM}
+    _refuse(stateful.keys() - kept, kept - stateful.keys(), {}, allow)
+    things = [name for name in stateful if name in contents]
+    for name in things:
+        stateful[name].restore(_unpacked(contents[name], arrays))
     if _RANDOM in contents:
         set_random_state(_unpacked(contents[_RANDOM], arrays))
-    for name, variable in variables.items():
-        fits = name in arrays and tuple(arrays[name].shape) == tuple(variable.shape)
-        if fits or not _is_allowed(name, allow):
-            _assign(variable, arrays[name])
+    fitting = [name for name, variable in variables.items() if _fits(variable, arrays.get(name))]
+    for name in fitting:
+        _assign(variables[name], arrays[name])
+    saved = {name for name in arrays if not name.startswith(OF_STATE)} | kept
+    here = [*stateful, *variables]
+    missing = [name for name in here if name not in {*things, *fitting}]
+    return Restored(tuple(fitting), tuple(things), tuple(missing), tuple(sorted(saved - set(here))))
 
 
-def _copied(variable: Variable | np.ndarray) -> np.ndarray:
-    return np.array(variable if isinstance(variable, np.ndarray) else backend.to_numpy(variable.value))
+def _fits(variable: Variable | np.ndarray, array: np.ndarray | None) -> bool:
+    return array is not None and tuple(array.shape) == tuple(variable.shape)
+
+
+def _copied(variable: Variable | np.ndarray, into: np.ndarray | None) -> np.ndarray:
+    value = variable if isinstance(variable, np.ndarray) else backend.to_numpy(variable.value)
+    if into is None or (into.dtype, into.shape) != (value.dtype, value.shape):
+        return np.array(value)
+    np.copyto(into, value)
+    return into
 
 
 def _assign(variable: Variable | np.ndarray, array: np.ndarray) -> None:
@@ -135,8 +163,22 @@ def _is_allowed(name: str, allow: Iterable[str]) -> bool:
     return any(re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) for pattern in allow)
 
 
-def _refused(names: Collection[str], allow: Sequence[str]) -> list[str]:
-    return [name for name in names if not _is_allowed(name, allow)]
+def _refuse(missing: Set[str], extra: Set[str], wrong: Mapping[str, str], allow: Sequence[str]) -> None:
+    """An error of what is not in the checkpoint, only there, or otherwise there, unless it is allowed."""
+    problems = [
+        *_listed("not in the checkpoint: ", _not_allowed(missing, allow)),
+        *_listed("only in the checkpoint: ", _not_allowed(extra, allow)),
+        *_listed("", [wrong[name] for name in _not_allowed(wrong.keys(), allow)]),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint is of another model or optimizer: {'; '.join(problems)}. Make them as they were when it "
+            "was saved, or name what may differ: allow=['model.head.*']."
+        )
+
+
+def _not_allowed(names: Set[str], allow: Sequence[str]) -> list[str]:
+    return [name for name in sorted(names) if not _is_allowed(name, allow)]
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from handloom.checkpoint import _files
-from handloom.checkpoint._format import Draft, read_arrays, read_contents, read_manifest, verify
+from handloom.checkpoint._format import Draft, read_arrays, read_contents, read_manifest
 from handloom.checkpoint._lock import WriterLock
 from handloom.checkpoint._manifest import Manifest
 from handloom.checkpoint._retention import Best, Slot, kept
@@ -49,11 +49,19 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A checkpoint that has been written: its step, its size in bytes, and how many seconds that took."""
+    """A checkpoint that has been written.
+
+    Attributes:
+        step: Its step.
+        bytes: Its size.
+        seconds: How long that took, in the background.
+        seconds_waited: For how long the steps waited before that.
+    """
 
     step: int
     bytes: int
     seconds: float
+    seconds_waited: float = 0.0
 
 
 class Store:
@@ -146,20 +154,19 @@ class Store:
         aside = self.directory / _WRITING
         try:
             _files.make(aside)
-            draft.write(aside)
+            self._write(draft, aside, slot)
             _files.sync(aside)
-            manifest = self._read_back(aside, slot)
             _files.rename(aside, self.directory / slot.name)
         except BaseException:
             with contextlib.suppress(OSError):
                 _files.remove(aside)
             raise
         _files.sync(self.directory)
-        self._metrics[slot] = manifest.metrics
+        self._metrics[slot] = draft.metrics
 
-    def _read_back(self, aside: Path, slot: Slot) -> Manifest:
+    def _write(self, draft: Draft, aside: Path, slot: Slot) -> None:
         try:
-            return verify(aside)
+            draft.write(aside)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{slot.name} was not written to {self.directory}, as reading it back failed: {error} "

@@ -5,6 +5,7 @@ import signal
 import threading
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from keras import layers, ops
 
+import handloom as hl
 from handloom.backends import Backend, backend
 from handloom.errors import TraceError, VariableError
 
@@ -66,6 +68,48 @@ def test_a_dtype_is_kept(dtype):
     tensor = backend.to_tensor(np.ones(3, dtype))
     assert keras.backend.standardize_dtype(tensor.dtype) == dtype
     assert backend.signature(tensor) == ((3,), dtype)
+
+
+def test_bfloat16_of_numpy_is_kept():
+    tensor = backend.to_tensor(np.array([1.5, -2.0, 3e38], ml_dtypes.bfloat16))
+    assert backend.signature(tensor) == ((3,), "bfloat16")
+    close(ops.cast(tensor, "float32"), np.array([1.5, -2.0, 3e38], ml_dtypes.bfloat16).astype("float32"))
+
+
+INDICES, VALUES, DENSE = np.array([[0, 2], [1, 0], [1, 1]]), np.array([5, 7, -2], "float32"), [[0, 0, 5], [7, -2, 0]]
+
+
+@pytest.mark.backend("jax", "tensorflow")
+def test_a_sparse_tensor_is_data_and_goes_through_a_program():
+    tensor = backend.sparse_tensor(INDICES, VALUES, (2, 3))
+    assert backend.is_array(tensor)
+    (shape, dtype), weights = backend.signature(tensor), np.arange(6, dtype="float32").reshape(3, 2)
+    assert shape == (2, 3)
+    assert dtype.endswith("float32")
+    program = compiled(
+        lambda x, weights: [ops.matmul(x, weights), ops.sum(ops.convert_to_tensor(x, sparse=False))], tensor, weights
+    )
+    product, total = run(program, tensor, weights)
+    close(product, np.array(DENSE) @ weights)
+    close(total, 10)
+
+
+@pytest.mark.backend("jax", "tensorflow")
+@settings(max_examples=25, deadline=None)
+@given(arrays.arrays("float32", (4, 5), elements=st.sampled_from([0.0, 0.0, 1.0, -2.5]), fill=st.nothing()))
+def test_a_sparse_tensor_holds_what_it_was_made_of(dense):
+    indices = np.argwhere(dense)
+    tensor = backend.sparse_tensor(indices, dense[tuple(indices.T)], dense.shape)
+    np.testing.assert_array_equal(ops.convert_to_numpy(tensor), dense)
+
+
+@pytest.mark.backend("torch")
+def test_there_are_no_sparse_tensors_for_keras_on_torch():
+    assert backend.sparse_tensor(INDICES, VALUES, (2, 3)) is None
+
+
+def test_text_is_for_tensorflow():
+    assert backend.holds_text is (backend.name == "tensorflow")
 
 
 @pytest.mark.parametrize("floatx", ["float32", "float16"])
@@ -157,6 +201,82 @@ def test_a_program_reads_and_writes_the_variables_of_the_moment():
     total.assign(np.zeros(3))
     run(program, 2 * ones(3))
     close(total, 20 * ones(3))
+
+
+def repeated(fn, *examples, steps):
+    """A program that runs `fn` so often in one call."""
+    tensors = [backend.to_tensor(example) for example in examples]
+    program = backend.trace(fn, tensors, jit_compile="auto")
+    run = backend.repeat(program, fn, tensors, steps, jit_compile="auto")
+    return lambda *batches: run([[backend.to_tensor(array) for array in batch] for batch in batches])
+
+
+def test_a_repeated_program_takes_its_batches_in_their_order_and_returns_the_last_results():
+    value, factor = keras.Variable(1.0), keras.Variable(2.0)
+
+    def fn(x, y):
+        value.assign(factor * value + ops.sum(x))
+        return [value * 1, y + 1]
+
+    run = repeated(fn, ones(2), np.int32(0), steps=4)
+    close(value, 1)  # Tracing changes nothing.
+    for start in (1.0, 5.0):
+        value.assign(start)
+        last, other = run(*((k * ones(2), np.int32(k)) for k in range(4)))
+        expected = start
+        for k in range(4):
+            expected = 2 * expected + 2 * k
+        close(value, expected)
+        close(last, expected)
+        close(other, 4)
+    factor.assign(0.0)  # Read anew in each call.
+    run(*((ones(2), np.int32(0)) for _ in range(4)))
+    close(value, 2)
+
+
+def test_a_repeated_program_may_have_neither_tensors_nor_results():
+    value = keras.Variable(1.0)
+
+    def fn():
+        value.assign(value * 3)
+        return []
+
+    assert list(repeated(fn, steps=3)([], [], [])) == []
+    close(value, 27)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [lambda: layers.Dense(2), lambda: layers.Conv1D(2, 2, padding="same")],
+    ids=["in a loop", "unrolled"],  # As JAX does it.
+)
+def test_a_repeated_step_does_what_single_ones_do(net):
+    """With batch-norm, dropout, momentum and a metric: all that a step keeps."""
+    batches = [np.random.default_rng(k).normal(size=(3, 4, 2)).astype("float32") for k in range(5)]
+
+    def trained(run_all):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([net(), layers.BatchNormalization(), layers.Dropout(0.5, seed=1)])
+        optimizer, metric = keras.optimizers.SGD(0.1, momentum=0.9), keras.metrics.Mean()
+
+        def fn(x):
+            loss = hl.minimize(lambda: ops.mean((model(x, training=True) - 1) ** 2), model, optimizer)
+            metric.update_state(loss)
+            return [loss]
+
+        model.build((None, 4, 2))
+        optimizer.build(model.trainable_variables)
+        run_all(fn)
+        return [np.array(v.numpy()) for v in (*model.variables, *optimizer.variables, *metric.variables)]
+
+    def one_by_one(fn):
+        program = compiled(fn, batches[0])
+        for batch in batches:
+            run(program, batch)
+
+    together = trained(lambda fn: repeated(fn, batches[0], steps=5)(*([batch] for batch in batches)))
+    for one, other in zip(together, trained(one_by_one), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_tracing_changes_no_variable():

@@ -3,6 +3,7 @@
 import sys
 
 import jax
+import jax.experimental.sparse
 import jax.extend.core
 import jax.numpy as jnp
 import keras
@@ -27,6 +28,30 @@ def close(actual, expected):
 
 def address(variable):
     return variable._value.unsafe_buffer_pointer()
+
+
+# ------------------------------------------------------------------------- sparse
+
+
+@pytest.mark.parametrize("kind", [{"n_batch": 1}, {"n_dense": 1}, {}])
+def test_sparse_tensors_of_each_layout_go_through_a_program(kind):
+    dense = np.array([[0, 1.0], [2.0, 0], [0, 0]], "float32")
+    step = hl.function(lambda x: ops.convert_to_tensor(x, sparse=False))
+    for _ in range(2):
+        np.testing.assert_array_equal(step(jax.experimental.sparse.BCOO.fromdense(dense, **kind)), dense)
+    assert len(step.traces) == 1
+
+
+def test_sparse_tensors_with_about_as_many_values_share_a_program():
+    step = hl.function(lambda x: ops.sum(ops.convert_to_tensor(x, sparse=False), axis=1))
+    for stored in (5, 6, 8, 3, 4):
+        indices = np.stack([np.arange(stored) % 2, np.arange(stored)], axis=1)
+        total = step(backend.sparse_tensor(indices, np.ones(stored, "float32"), (2, 9)))
+        np.testing.assert_array_equal(total, [-(-stored // 2), stored // 2])
+    assert [trace.signature for trace in step.traces] == [
+        "x: sparse, 8 stored, float32[2,9]",
+        "x: sparse, 4 stored, float32[2,9]",
+    ]
 
 
 # ------------------------------------------------------------------------- donation
@@ -318,3 +343,17 @@ def test_a_backward_rule_is_called_only_for_what_is_reached():
     gradients = reached.only(pullback(jnp.ones_like(value)))
     close(gradients[0], 0)
     assert gradients[1] is None
+
+
+def test_convolutions_are_found_wherever_they_are():
+    kernel = jnp.ones((2, 1, 1))
+
+    def convolve(x):
+        return jax.lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+
+    def step(x):
+        return jax.lax.cond(x.sum() > 0, jax.jit(convolve), lambda x: x, x)
+
+    found = ours._primitives(jax.make_jaxpr(step)(jnp.ones((1, 3, 1))).jaxpr)
+    assert "conv_general_dilated" in found
+    assert "conv_general_dilated" not in ours._primitives(jax.make_jaxpr(lambda x: x @ x.T)(jnp.ones((2, 3))).jaxpr)

@@ -268,6 +268,23 @@ def test_kernels_that_agree_are_used(monkeypatch):
 # ----------------------------------------------------------------------- half precision
 
 
+def test_on_cuda_a_batch_is_moved_from_pinned_memory_and_not_waited_for(monkeypatch):
+    done = []
+
+    class Watched(torch.Tensor):
+        def pin_memory(self):
+            done.append("pinned")
+            return self
+
+        def to(self, **options):
+            done.append(options)
+            return self
+
+    monkeypatch.setattr("keras.src.backend.torch.core.get_device", lambda: "cuda")
+    backend.to_tensor(torch.ones(2).as_subclass(Watched))
+    assert done == [{"dtype": torch.float32}, "pinned", {"device": "cuda", "non_blocking": True}]
+
+
 def test_bfloat16_is_read_as_float32():
     array = backend.to_numpy(torch.tensor([0.5, 2.0], dtype=torch.bfloat16))
     assert array.dtype == np.float32

@@ -1,6 +1,7 @@
 """Arrays and JSON values come back as they were, to the last bit."""
 
 import io
+import os
 import sys
 
 import ml_dtypes
@@ -15,7 +16,7 @@ from handloom.checkpoint import _files
 from handloom.checkpoint._dtypes import CODES, dtype_of, is_finite
 from handloom.checkpoint._format import Draft, read_arrays, read_contents, read_manifest, verify
 from handloom.errors import CheckpointError
-from tests.checkpoint.common import Shim, arrays, contents, same
+from tests.checkpoint.common import Shim, arrays, contents, install, same
 
 pytestmark = pytest.mark.once
 
@@ -114,6 +115,24 @@ def test_a_type_that_safetensors_has_not_is_an_error_by_name(dtype):
         pytest.skip("Here it is the same as another.")
     with pytest.raises(CheckpointError, match=r"The array 'model.w' is of type .*, which safetensors has not. Turn it"):
         Draft(1, {"model.w": array}, {}, {})
+
+
+@pytest.mark.parametrize("name", ["arrays.safetensors", "contents.json", "manifest.json"])
+def test_what_is_read_back_is_compared_byte_by_byte(name, tmp_path):
+    """A disk that turns one bit of one file, whichever it is, and says nothing."""
+
+    def turn(call, arguments):
+        path = tmp_path / name
+        if call == "fsync" and path.exists() and os.path.samestat(os.fstat(arguments[0]), path.stat()):
+            data = path.read_bytes()
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    install(turn)
+    try:
+        with pytest.raises(CheckpointError, match=rf"{name} is damaged: .* is not as written"):
+            written(tmp_path, arrays=arrays(1), contents=contents(1))
+    finally:
+        install(None)
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,6 @@ class Parts(hl.Model):
 
 def test_a_functional_models_parts_have_their_places_and_an_optimizers_its_own():
     assert names({"model": functional()}) == [
-        "model.optimizer.iterations",
-        "model.optimizer.learning_rate",
-        *(f"model.optimizer.{slot}[{place}]" for slot in ("momentums", "velocities") for place in (0, 1)),
         "model.compile_metrics.flat_metrics[0].metrics[0].count",
         "model.compile_metrics.flat_metrics[0].metrics[0].total",
         "model.loss_tracker.count",
@@ -49,7 +46,32 @@ def test_a_functional_models_parts_have_their_places_and_an_optimizers_its_own()
         "model.layers[1].bias",
         "model.layers[1].kernel",
         "model.layers[2].seed_generator.state",
+        "model.optimizer.iterations",
+        "model.optimizer.learning_rate",
+        *(
+            f"model.optimizer.{slot}[model.layers[1].{weight}]"
+            for slot in ("momentums", "velocities")
+            for weight in ("kernel", "bias")
+        ),
     ]
+
+
+def test_slots_have_the_names_of_what_they_are_for():
+    model = Parts()
+    model.compile({"*": Accumulated(Averaged("adam"), 2)}, loss="mse")
+    model.fit(X, Y, verbose=0)
+    optimizer, found = model.optimizer["*"], named({"model": model})[0]
+    place = [variable.path for variable in model.trainable_variables].index(model.norm.gamma.path)
+    name = "model.optimizer.by_name.*"
+    assert found[f"{name}.sums[model.norm.gamma]"] is optimizer._sums[place]
+    assert found[f"{name}.inner_optimizer.averages[model.norm.gamma]"] is optimizer.inner_optimizer._averages[place]
+
+
+def test_slots_of_what_is_named_nowhere_have_their_place():
+    layer, optimizer = layers.Dense(1), keras.optimizers.SGD(momentum=0.9)
+    layer.build((None, 1))
+    optimizer.build(layer.trainable_variables)
+    assert names({"optimizer": optimizer})[:2] == ["optimizer.momentums[0]", "optimizer.momentums[1]"]
 
 
 def test_a_subclassed_models_parts_have_the_names_of_its_attributes():

@@ -54,6 +54,20 @@ def test_what_was_taken_does_not_change_with_what_it_was_taken_from():
     np.testing.assert_array_equal(arrays["layer.kernel"], KERNEL)
 
 
+def test_the_memory_of_an_earlier_copy_is_used_again_where_it_fits():
+    layer, array = dense(), np.arange(3.0)
+    before, _ = take({"layer": layer, "array": array})
+    before["array"] = np.zeros(4)  # As of another shape then.
+    layer.set_weights([KERNEL, BIAS])
+    after, _ = take({"layer": layer, "array": array}, before)
+    assert after["layer.kernel"] is before["layer.kernel"]
+    assert after["array"] is not before["array"]
+    np.testing.assert_array_equal(after["layer.kernel"], KERNEL)
+    np.testing.assert_array_equal(after["array"], array)
+    layer.kernel.assign_add(ops.ones((2, 2)))
+    np.testing.assert_array_equal(after["layer.kernel"], KERNEL)
+
+
 @pytest.mark.parametrize(
     "kept",
     [
@@ -121,6 +135,48 @@ def test_what_may_differ_is_named_and_stays_as_it_is(tmp_path):
     assert fresh.restore(allow=["head[0].*"]) == 4
     np.testing.assert_array_equal(new["body"].get_weights()[0], KERNEL)
     np.testing.assert_array_equal(new["head"][0].get_weights()[0], np.ones((2, 3)))
+
+
+def test_slots_stay_with_their_variables_when_others_come_between(tmp_path):
+    def made(names):
+        state = {"net": {name: dense() for name in names}, "optimizer": keras.optimizers.SGD(0.1, momentum=0.9)}
+        variables = [variable for layer in state["net"].values() for variable in layer.trainable_variables]
+        state["optimizer"].build(variables)
+        return state, variables
+
+    state, variables = made("ac")
+    state["optimizer"].apply([ops.full(variable.shape, float(k)) for k, variable in enumerate(variables)], variables)
+    with hl.Checkpointer(tmp_path, state) as checkpointer:
+        checkpointer.save(1)
+    other, _ = made("abc")
+    with pytest.raises(CheckpointError, match=r"not in the checkpoint: .*optimizer\.momentums\[net\.b\.bias\]"):
+        hl.Checkpointer(tmp_path, other).restore()
+    again = hl.Checkpointer(tmp_path, other)
+    assert again.restore(allow=["*net.b.*"]) == 1
+    momentums = [ops.convert_to_numpy(momentum).ravel()[0] for momentum in other["optimizer"].momentums]
+    np.testing.assert_allclose(momentums, [0, -0.1, 0, 0, -0.2, -0.3], rtol=1e-6)
+    assert again.restored.missing == (
+        "net.b.bias",
+        "net.b.kernel",
+        "optimizer.momentums[net.b.kernel]",
+        "optimizer.momentums[net.b.bias]",
+    )
+    assert again.restored.unused == ()
+
+
+def test_what_has_a_state_must_be_in_the_checkpoint_too(tmp_path):
+    one = {"layer": dense(), "feed": Remembers(1)}
+    with hl.Checkpointer(tmp_path, one) as checkpointer:
+        checkpointer.save(1)
+    for other, words in (
+        ({"layer": dense()}, "only in the checkpoint: feed"),
+        (one | {"more": Remembers()}, "not in the checkpoint: more"),
+    ):
+        before = other["layer"].get_weights()[0]
+        with pytest.raises(CheckpointError, match=words):
+            hl.Checkpointer(tmp_path, other).restore()
+        np.testing.assert_array_equal(other["layer"].get_weights()[0], before)
+    assert hl.Checkpointer(tmp_path, {"layer": dense()}).restore(allow=["feed"]) == 1
 
 
 def test_a_loop_of_ones_own_goes_on_to_the_bit(tmp_path):

@@ -1,7 +1,6 @@
 """Each recipe, run whole: it learns what it says, and leaves what it says."""
 
 import ast
-import json
 import re
 from pathlib import Path
 
@@ -14,12 +13,9 @@ from matplotlib.image import imread
 import handloom.recipes
 from handloom.recipes import digits, gan_digits, wide_and_deep
 from handloom.report import save_image_grid
+from tests.run_log import epochs_in
 
 FILES = sorted(path for path in Path(handloom.recipes.__file__).parent.glob("*.py") if path.stem != "__init__")
-
-
-def logged(run_dir):
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def assert_is_a_picture(path):
@@ -81,7 +77,7 @@ def test_digits_holds_out_a_third_that_it_never_trains_on():
 def test_digits_leaves_its_curves_and_a_line_an_epoch(told_apart):
     run_dir, line = told_apart
     assert_is_a_picture(run_dir / "curves.png")
-    lines = logged(run_dir)
+    lines = epochs_in(run_dir)
     assert [entry["epoch"] for entry in lines] == list(range(30))
     assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
     assert f"{lines[-1]['val_accuracy']:.3f}" in line
@@ -148,7 +144,7 @@ def test_wide_and_deep_moves_both_paths_each_by_its_own_optimizer(tumours, tumou
 def test_wide_and_deep_leaves_its_curves_and_a_line_an_epoch(tumours):
     run_dir, _, _ = tumours
     assert_is_a_picture(run_dir / "curves.png")
-    lines = logged(run_dir)
+    lines = epochs_in(run_dir)
     assert [entry["epoch"] for entry in lines] == list(range(30))
     assert {"loss", "accuracy", "val_loss", "val_accuracy"} <= lines[-1].keys()
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
@@ -185,7 +181,7 @@ def test_gan_digits_ends_nearer_to_real_digits_than_to_noise(drawn):
 def test_gan_digits_leaves_its_curves_and_both_losses_an_epoch(drawn):
     run_dir, _ = drawn
     assert_is_a_picture(run_dir / "curves.png")
-    lines = logged(run_dir)
+    lines = epochs_in(run_dir)
     assert [(entry["epoch"], entry["step"]) for entry in lines] == [(epoch, 19 * (epoch + 1)) for epoch in range(80)]
     assert all(np.isfinite([entry["d_loss"], entry["g_loss"]]).all() for entry in lines)
 

@@ -1,0 +1,75 @@
+"""Tensors of the three libraries, whichever of them is the backend: what they are, and what they hold on the host."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+LIBRARIES = ("jax", "tensorflow", "torch")
+
+
+def library_of(leaf: Any) -> str | None:
+    """The library that a tensor is of, `None` for anything else. None is imported for that: then there is no tensor."""
+    loaded = {name: sys.modules[name] for name in LIBRARIES if name in sys.modules}
+    if "torch" in loaded and isinstance(leaf, loaded["torch"].Tensor):
+        return "torch"
+    if "tensorflow" in loaded and loaded["tensorflow"].is_tensor(leaf):
+        return "tensorflow"
+    if "jax" in loaded and (isinstance(leaf, loaded["jax"].Array) or _is_jax_sparse(leaf)):
+        return "jax"
+    return None
+
+
+def kind_of(leaf: Any) -> str:
+    """How a tensor of any library holds its values: `"dense"`, `"sparse"` or `"ragged"`."""
+    if type(leaf).__name__ == "SparseTensor" or _is_jax_sparse(leaf):
+        return "sparse"
+    if type(leaf).__name__ == "RaggedTensor" or getattr(leaf, "is_nested", False):
+        return "ragged"
+    layout = getattr(leaf, "layout", None)
+    return "sparse" if str(layout).startswith("torch.sparse") else "dense"
+
+
+def dense_on_host(tensor: Any) -> np.ndarray:
+    """The values of a dense tensor of any library; the array may share its memory."""
+    if library_of(tensor) != "torch":
+        return np.asarray(tensor)
+    tensor = tensor.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":  # Which torch does not give to NumPy.
+        return np.asarray(tensor.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16))
+    return np.asarray(tensor.numpy())
+
+
+def sparse_on_host(tensor: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """A sparse tensor of any library by coordinates: indices `(stored, axes)`, values `(stored,)`, and its shape."""
+    shape = tuple(int(size) for size in tensor.shape)
+    library = library_of(tensor)
+    if library == "torch":
+        tensor = tensor.detach().to_sparse_coo().coalesce()
+        return dense_on_host(tensor.indices().T), dense_on_host(tensor.values()), shape
+    values = tensor.data if library == "jax" else tensor.values
+    return np.asarray(tensor.indices), np.asarray(values), shape
+
+
+def tensor_of(library: str, array: np.ndarray, *, copy: bool = True) -> Any:
+    """A dense tensor of a library, on the host; of torch's one that shares the memory of the array, unless copied.
+
+    Raises:
+        ImportError: If the library is not installed.
+    """
+    module = importlib.import_module(library)
+    if library == "torch":
+        array = array.copy() if copy else array
+        if array.dtype == ml_dtypes.bfloat16:  # Which torch does not take from NumPy.
+            return module.from_numpy(array.view(np.int16)).view(module.bfloat16)
+        return module.from_numpy(array)
+    return module.constant(array) if library == "tensorflow" else module.numpy.asarray(array)
+
+
+def _is_jax_sparse(leaf: Any) -> bool:
+    sparse = sys.modules.get("jax.experimental.sparse")
+    return sparse is not None and isinstance(leaf, sparse.JAXSparse)
