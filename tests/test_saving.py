@@ -1,4 +1,4 @@
-"""A run that was stopped, wherever that was, ends with the same bits as one that never was."""
+"""A run is saved now and then, and goes on where it was stopped; that this is to the bit is in `tests/resume`."""
 
 import contextlib
 import errno
@@ -19,8 +19,8 @@ from keras import layers, ops
 import handloom as hl
 from handloom.checkpoint._names import named
 from handloom.errors import CheckpointError, HandloomWarning, StepError
-from handloom.optimizers import Accumulated, Averaged
 from tests.checkpoint.common import Nth, install
+from tests.resume.stopped import StopAt, Stopped
 from tests.run_log import epochs_in, saves_in
 
 numbers = np.random.default_rng(0)
@@ -46,13 +46,6 @@ class Net(hl.Model):
         return self.head(self.drop(self.norm(self.low(x), training=training), training=training))
 
 
-class OwnStep(Net):
-    def train_step(self, data):
-        x, y = data
-        x = x + 0.1 * keras.random.normal(ops.shape(x))  # From the global seed generator.
-        return {"error": self.minimize(lambda: ops.mean((self(x, training=True) - y) ** 2)), "rows": len(x)}
-
-
 class Noisy(Net):
     """Draws random numbers in validation too, of its own and of Keras's; counts what it has validated."""
 
@@ -76,32 +69,8 @@ class Larger(Net):
         return super().call(self.extra(x), training)
 
 
-def schedule():
-    return keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.9)
-
-
-OPTIMIZERS = {
-    "momentum": lambda: keras.optimizers.SGD(0.01, momentum=0.9),
-    "gathered and averaged": lambda: Accumulated(Averaged(keras.optimizers.Adam(schedule())), 3),
-    "by name": lambda: {"head": keras.optimizers.SGD(0.05), "*": Accumulated("adam", 2)},
-}
-
-
-class Stopped(Exception):
-    """The end of a run, where nothing is done on the way out that a killed process would not do."""
-
-
-class StopAt(keras.callbacks.Callback):
-    takes_executions = True
-
-    def __init__(self, step):
-        super().__init__()
-        self.step = step  # As the constructor calls it: not a state, which would be given back.
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.step -= 1
-        if self.step == 0:
-            raise Stopped
+def momentum():
+    return keras.optimizers.SGD(0.01, momentum=0.9)
 
 
 class SignalInValidation(keras.callbacks.Callback):
@@ -119,9 +88,9 @@ class SignalInValidation(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(run_dir, stop=0, *, cls=Net, optimizer="momentum", epochs=3, together=1, **options):
+def train(run_dir, stop=0, *, cls=Net, epochs=3, together=1, **options):
     model = cls()
-    model.compile(OPTIMIZERS[optimizer](), loss="mse", metrics=["mae"], steps_per_execution=together)
+    model.compile(momentum(), loss="mse", metrics=["mae"], steps_per_execution=together)
     options = {"save": hl.every(steps=2), "validation_data": (X, Y)} | options
     callbacks = [StopAt(stop), *options.pop("callbacks", [])]
     try:
@@ -156,100 +125,12 @@ def stopped_and_gone_on(tmp_path, *stops, **options):
 # -------------------------------------------------------------------- to the bit
 
 
-# Before the first save; after it within an epoch; at the end of one; just after; at the end of the run. It takes some
-# seconds on JAX, since each of the eleven runs compiles its steps, as it would in a process of its own.
-@pytest.mark.parametrize("cls", [Net, OwnStep])
-def test_a_stopped_run_ends_with_the_same_bits(cls, tmp_path):
-    whole = train(tmp_path / "whole", cls=cls, epochs=2)
-    for stop in (1, 3, 5, 6, 10):
-        train(tmp_path / str(stop), stop, cls=cls, epochs=2)
-        assert_same_bits(train(tmp_path / str(stop), cls=cls, epochs=2), whole)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_it_may_be_stopped_twice_with_any_optimizer(optimizer, tmp_path):
-    whole = train(tmp_path / "whole", optimizer=optimizer)
-    assert_same_bits(stopped_and_gone_on(tmp_path, 4, 8, optimizer=optimizer), whole)
-
-
 def test_steps_in_one_dispatch_are_grouped_alike_after_a_stop(tmp_path):
     options = {"together": 2, "save": hl.every(steps=4), "epochs": 2}
     whole = train(tmp_path / "whole", **options)  # In groups of 2, 2, 1 an epoch.
     for stop in (1, 2, 3, 5):
         train(tmp_path / str(stop), stop, **options)
         assert_same_bits(train(tmp_path / str(stop), **options), whole)
-
-
-def test_op_by_op_too(tmp_path):
-    with hl.run_eagerly(True):
-        whole = train(tmp_path / "whole", epochs=2)
-        assert_same_bits(stopped_and_gone_on(tmp_path, 4, epochs=2), whole)
-
-
-def test_callbacks_go_on_too(tmp_path):
-    def callbacks():
-        return [
-            hl.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True),
-            hl.callbacks.ReduceLROnPlateau("loss", patience=0, factor=0.5, min_delta=10.0),
-        ]
-
-    whole = train(tmp_path / "whole", callbacks=callbacks(), epochs=6)
-    for stop in (7, 12):
-        train(tmp_path / "run", stop, callbacks=callbacks(), epochs=6)
-    assert_same_bits(train(tmp_path / "run", callbacks=callbacks(), epochs=6), whole)
-    assert whole.optimizer.learning_rate < 0.01
-
-
-def test_epochs_of_so_many_steps_go_on_within_a_pass(tmp_path):
-    options = {"steps_per_epoch": 4, "epochs": 4}
-    whole = train(tmp_path / "whole", **options)
-    assert_same_bits(stopped_and_gone_on(tmp_path, 7, 8, **options), whole)
-
-
-def test_validation_within_epochs_goes_on(tmp_path):
-    def run(run_dir, stop=0):
-        model, optimizer = keras.Sequential([layers.Dense(1)]), keras.optimizers.Adam(0.05)
-        error = keras.metrics.MeanSquaredError(name="error")
-
-        def step(x, y):
-            loss = hl.minimize(lambda: ops.mean((model(x) - y) ** 2), model, optimizer)
-            error.update_state(y, model(x))
-            return {"loss": loss, "error": error}
-
-        def test_step(x, y):
-            return {"loss": ops.mean((model(x) - y) ** 2)}
-
-        try:
-            return hl.fit(
-                step,
-                hl.Feed((X, Y), batch_size=BATCH, shuffle=True),
-                state={"model": model, "optimizer": optimizer, "error": error},
-                epochs=3,
-                seed=0,
-                run_dir=run_dir,
-                save=hl.every(steps=1),
-                validate=(test_step, (X, Y)),
-                validate_every=hl.every(steps=3),
-                callbacks=[StopAt(stop)],
-                verbose=0,
-            ).history
-        except Stopped:
-            return None
-
-    whole = run(tmp_path / "whole")
-    for stop in (4, 5):
-        run(tmp_path / "run", stop)
-    assert run(tmp_path / "run") == whole
-    assert len(whole["val_loss"]) == 3
-
-
-def test_random_numbers_of_python_and_numpy_go_on(tmp_path):
-    class Draws(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            logs["drawn"] = np.random.uniform()
-
-    whole = train(tmp_path / "whole", callbacks=[Draws()])
-    assert_same_bits(stopped_and_gone_on(tmp_path, 8, callbacks=[Draws()]), whole)
 
 
 @pytest.mark.parametrize("validation", [1, 2], ids=["the first", "the second"])
@@ -302,15 +183,6 @@ def test_a_signal_in_a_validation_within_an_epoch_too(tmp_path):
 # ----------------------------------------------------------- the end, and after it
 
 
-def test_after_the_end_nothing_runs_and_more_epochs_go_on(tmp_path):
-    whole = train(tmp_path / "whole", epochs=4)
-    train(tmp_path / "run", epochs=2)
-    again = train(tmp_path / "run", epochs=2)
-    assert again.history.epoch == [0, 1]
-    assert again.optimizer.iterations == 2 * STEPS
-    assert_same_bits(train(tmp_path / "run", epochs=4), whole)
-
-
 def test_a_run_that_a_callback_ended_is_over_unless_more_is_asked_for(tmp_path):
     class Ends(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -323,18 +195,10 @@ def test_a_run_that_a_callback_ended_is_over_unless_more_is_asked_for(tmp_path):
     assert train(tmp_path, epochs=5, callbacks=[Ends()]).history.epoch == [0, 1, 2, 3, 4]
 
 
-def test_what_keras_does_to_weights_at_the_end_is_not_saved(tmp_path):
-    OPTIMIZERS["keras averages"] = lambda: keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5)
-    options = {"optimizer": "keras averages"}
-    whole = train(tmp_path / "whole", epochs=3, **options)
-    train(tmp_path / "run", epochs=2, **options)
-    assert_same_bits(train(tmp_path / "run", epochs=3, **options), whole)
-
-
 def test_it_says_where_it_goes_on(tmp_path, capsys):
     train(tmp_path, 8)
     model = Net()
-    model.compile(OPTIMIZERS["momentum"](), loss="mse", metrics=["mae"])
+    model.compile(momentum(), loss="mse", metrics=["mae"])
     model.fit(X, Y, batch_size=BATCH, epochs=2, validation_data=(X, Y), run_dir=tmp_path, verbose=2)
     first, second, *rest = capsys.readouterr().out.splitlines()
     assert first == f"Going on from {tmp_path / 'checkpoints'}: 6 steps taken, 1 epochs and 1 batches."
@@ -373,6 +237,35 @@ def test_the_log_has_each_epoch_once(tmp_path):
     train(tmp_path, 8, epochs=3)
     train(tmp_path, epochs=3)
     assert [line["epoch"] for line in epochs_in(tmp_path)] == [0, 1, 2]
+
+
+def test_the_log_of_a_run_that_begins_anew_does_so_too(tmp_path):
+    options = {"save": hl.every(steps=100), "epochs": 2}
+    train(tmp_path, STEPS + 1, **options)
+    assert [line["epoch"] for line in epochs_in(tmp_path)] == [0]
+    train(tmp_path, **options)
+    assert [line["epoch"] for line in epochs_in(tmp_path)] == [0, 1]
+
+
+def test_a_metric_that_only_some_steps_use_goes_on_past_a_process_whose_steps_do_not(tmp_path):
+    batches = [X[:4], X[4:6], X[6:10]]
+
+    def run(directory, stop=0):
+        seen = keras.metrics.Mean(name="seen")
+
+        def step(x):
+            if len(x) == 4:
+                seen.update_state(x)
+            return {"seen": seen, "mean": ops.mean(x)}
+
+        options = {"state": {"seen": seen}, "save": EVERY_STEP, "run_dir": directory, "verbose": 0}
+        return hl.fit(step, lambda: iter(batches), callbacks=[StopAt(stop)], **options).history
+
+    whole = run(tmp_path / "whole")
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            run(tmp_path / "run", 2)  # One more step is saved each time.
+    assert run(tmp_path / "run") == whole
 
 
 def test_the_log_tells_what_each_save_took(tmp_path):
@@ -432,7 +325,7 @@ def test_data_without_a_position_goes_on_by_reading_or_not_at_all(tmp_path):
 
     def run(run_dir, stop=0, **options):
         model = Net()
-        model.compile(OPTIMIZERS["momentum"](), loss="mse")
+        model.compile(momentum(), loss="mse")
         callbacks = [StopAt(stop)]
         with contextlib.suppress(Stopped):
             model.fit(
@@ -472,7 +365,7 @@ def test_what_failed_in_the_background_is_raised_by_the_next_step(tmp_path):
 def test_other_data_are_told_of_or_refused(tmp_path):
     def run(x, **options):
         model = Net()
-        model.compile(OPTIMIZERS["momentum"](), loss="mse")
+        model.compile(momentum(), loss="mse")
         return model.fit(x, Y, batch_size=BATCH, epochs=2, seed=1, run_dir=tmp_path, verbose=0, **options)
 
     run(X)
@@ -515,7 +408,7 @@ SCRIPT = """
     model = hl.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile("adam", loss="mse")
     x = np.ones((12, 3), "float32")
-    history = model.fit(x, x[:, :1], batch_size=2, epochs=2, seed=0, run_dir=sys.argv[1], verbose=2, callbacks=[Send()])
+    history = model.fit(x, x[:, :1], batch_size=2, epochs=2, run_dir=sys.argv[1], verbose=2, callbacks=[Send()])
     print("steps", Send.steps, int(model.optimizer.iterations))
 """
 

@@ -3,8 +3,6 @@
 A module that only imports: processes are forked from one that has imported it, where no backend has run yet.
 """
 
-import json
-
 import keras
 import numpy as np
 from keras import layers, ops
@@ -12,6 +10,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom.checkpoint._names import named
 from handloom.optimizers import Accumulated, Averaged
+from tests.run_log import epochs_in
 
 numbers = np.random.default_rng(0)
 X = numbers.normal(size=(24, 3)).astype("float32")
@@ -33,6 +32,8 @@ class Net(hl.Model):
 
 class Tells(keras.callbacks.Callback):
     """Tells what a run is about to do."""
+
+    takes_executions = True  # Steps may go together.
 
     def __init__(self, tell):
         super().__init__()
@@ -60,12 +61,13 @@ class Tells(keras.callbacks.Callback):
 
 def by_model(run_dir, tell, keep):
     """A model that stops early: momentum and a plateau for its head; a schedule, averages, gathered gradients for the
-    rest, in windows that reach from one save over the next.
+    rest, in windows that reach from one save over the next; two steps in a dispatch, or one before a save.
     """
     model = Net()
     schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.9)
     rest = Accumulated(Averaged(keras.optimizers.Adam(schedule)), 4)
-    model.compile({"head": keras.optimizers.SGD(0.01, momentum=0.9), "*": rest}, loss="mse", metrics=["mae"])
+    optimizers = {"head": keras.optimizers.SGD(0.01, momentum=0.9), "*": rest}
+    model.compile(optimizers, loss="mse", metrics=["mae"], steps_per_execution=2)
     callbacks = [
         hl.callbacks.EarlyStopping("val_loss", min_delta=10.0, patience=2, restore_best_weights=True),
         hl.callbacks.ReduceLROnPlateau("val_loss", min_delta=10.0, patience=0, factor=0.5, optimizer="head"),
@@ -140,13 +142,11 @@ def outcome(kind, run_dir, tell=lambda word: None, keep=3):
 def left(run_dir, state, history, callbacks):
     """All that is left of a run, as JSON: in memory, in its log, in its newest checkpoint."""
     newest = hl.load_checkpoint(run_dir / "checkpoints")
-    del newest.contents["step"]["metrics"]  # Those the last epoch had used: none, for who went on at its very end.
-    lines = (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "variables": {name: bits(variable.value) for name, variable in named(state)[0].items()},
         "history": [history.epoch, history.history],
         "callbacks": [plain(hl.callbacks.callback_state(callback)) for callback in callbacks],
-        "log": {line["epoch"]: plain(line) for line in map(json.loads, lines)},
+        "log": [plain(line) for line in epochs_in(run_dir)],
         "saved at": hl.Checkpointer(run_dir / "checkpoints", {}).steps[-1],
         "saved": {name: bits(array) for name, array in newest.arrays.items()},
         "contents": plain(newest.contents),

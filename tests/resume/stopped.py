@@ -10,6 +10,8 @@ class Stopped(Exception):
 class StopAt(keras.callbacks.Callback):
     """Stops a run after a step, or a batch of validation, counted from 1; never at 0."""
 
+    takes_executions = True  # Steps may go together: it then counts dispatches.
+
     def __init__(self, step=0, validation=0):
         super().__init__()
         self.step, self.validation = step, validation  # As the constructor calls them: not a state to be given back.

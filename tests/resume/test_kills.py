@@ -66,7 +66,8 @@ def where(told):
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_killed_at_random_instants_ends_with_the_same_bits(kind, tmp_path):
     print(f"HANDLOOM_SEED={SEED}: {kind}, {KILLS} kills")
-    random, result, output = np.random.default_rng(SEED), tmp_path / "result.json", tmp_path / "output"
+    random = np.random.default_rng([SEED, list(RUNS).index(kind)])
+    result, output = tmp_path / "result.json", tmp_path / "output"
 
     def child(run_dir):
         return Child(to_the_end, kind, run_dir, 3, result, output=output)
