@@ -73,7 +73,8 @@ class Looks(keras.callbacks.Callback):
 
 
 def values(model):
-    return {name: ops.convert_to_numpy(variable.value) for name, variable in named({"model": model})[0].items()}
+    variables, _ = named({"state": {"model": model}})  # As in a run.
+    return {name: ops.convert_to_numpy(variable.value) for name, variable in variables.items()}
 
 
 def train(directory, run, stop=0):

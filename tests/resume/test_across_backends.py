@@ -57,7 +57,7 @@ class Run:
 def assert_same_place_and_bits(run, stayed, saved, way):
     assert saved.step == 6
     assert run.begun == stayed.begun == [1, 1], way
-    arrays = {name.removeprefix("state."): array for name, array in saved.arrays.items() if name[0] != "@"}
+    arrays = {name: array for name, array in saved.arrays.items() if name[0] != "@"}
     assert run.first.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(run.first[name], array, err_msg=f"{way}: {name}")
