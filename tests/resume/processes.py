@@ -91,6 +91,7 @@ def to_the_end(kind, run_dir, keep, result, tell):
     tell("begin")
     tell_of_saves(tell)
     result.write_text(json.dumps(outcome(kind, run_dir, tell, keep)), encoding="utf-8")
+    tell("done")
 
 
 def killed_at(number, kind, run_dir, keep, tell):

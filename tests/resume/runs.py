@@ -90,29 +90,36 @@ def by_model(run_dir, tell, keep):
 
 
 def by_step(run_dir, tell, keep):
-    """Two networks, two optimizers, noise, a metric; validated within epochs."""
-    low, high = keras.Sequential([layers.Dense(3)]), keras.Sequential([layers.Dense(1)])
-    optimizers = {"low": keras.optimizers.Adam(0.05), "high": keras.optimizers.SGD(0.05, momentum=0.9)}
+    """A GAN: two networks, two optimizers, noise; a metric that training and validation share, within epochs."""
+    generator, discriminator = keras.Sequential([layers.Dense(3)]), keras.Sequential([layers.Dense(1)])
+    optimizers = {
+        "generator": keras.optimizers.Adam(0.05),
+        "discriminator": keras.optimizers.SGD(0.05, momentum=0.9),
+    }
     seed, error = keras.random.SeedGenerator(), keras.metrics.MeanSquaredError(name="error")
 
-    def step(x, y):
-        drawn = low(x + keras.random.normal(ops.shape(x), seed=seed))
+    def step(real, y):
+        noise = keras.random.normal(ops.shape(real), seed=seed)
 
-        def judged(drawn):
-            return ops.mean(ops.softplus(-high(x)) + ops.softplus(high(drawn)))
+        def d_loss():
+            return ops.mean(ops.softplus(-discriminator(real)) + ops.softplus(discriminator(generator(noise))))
 
-        error.update_state(y, high(x))
+        def g_loss():
+            return ops.mean(ops.softplus(-discriminator(generator(noise))))
+
+        error.update_state(y, discriminator(real))
         return {
-            "high": hl.minimize(lambda: judged(drawn), high, optimizers["high"]),
-            "low": hl.minimize(lambda: -judged(low(x)), low, optimizers["low"]),
+            "d_loss": hl.minimize(d_loss, discriminator, optimizers["discriminator"]),
+            "g_loss": hl.minimize(g_loss, generator, optimizers["generator"]),
             "error": error,
         }
 
-    def test_step(x, y):
-        error.update_state(y, high(low(x)))  # What training has gathered in it stays.
+    def test_step(real, y):
+        error.update_state(y, discriminator(generator(real)))  # What training has gathered in it stays.
         return {"error": error}
 
-    state = {"low": low, "high": high, "optimizers": optimizers, "seed": seed, "error": error}
+    networks = {"generator": generator, "discriminator": discriminator}
+    state = {**networks, "optimizers": optimizers, "seed": seed, "error": error}
     callbacks = [Tells(tell)]
     history = hl.fit(
         step,
@@ -131,7 +138,7 @@ def by_step(run_dir, tell, keep):
     return state, history, callbacks
 
 
-RUNS = {"model": by_model, "step": by_step}
+RUNS = {"model": by_model, "step": by_step}  # By `Model.fit`, and by `hl.fit`.
 
 
 def outcome(kind, run_dir, tell=lambda word: None, keep=3):

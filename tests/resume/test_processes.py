@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -132,6 +133,30 @@ def test_a_limit_on_what_may_be_written_is_met_like_a_full_disk(whole, tmp_path)
     assert re.search(r"of step 6 failed.* File too large.* It needs [\d,]+ bytes.* make room", child.output)
     assert saved(tmp_path) == [3]
     assert_goes_on_to_the_same_bits(tmp_path, whole)
+
+
+def to_the_end_as_nobody(kind, run_dir, keep, result, tell):
+    """As `to_the_end`, without the rights that root has everywhere."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    to_the_end(kind, run_dir, keep, result, tell)
+
+
+def test_a_directory_that_may_not_be_written_is_an_error_before_training_begins():
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "run").mkdir()
+        (directory / "run").chmod(0o555)
+        directory.chmod(0o755)
+        child = run(directory, to_the_end_as_nobody)
+        assert child.end() == 1
+        assert steps(child) == 0
+        assert (
+            f"No checkpoints can be written to {directory / 'run' / 'checkpoints'}: Permission denied." in child.output
+        )
+        assert list((directory / "run").iterdir()) == []
 
 
 # ------------------------------------------------------------------- two writers
