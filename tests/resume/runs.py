@@ -90,7 +90,9 @@ def by_model(run_dir, tell, keep):
 
 
 def by_step(run_dir, tell, keep):
-    """A GAN: two networks, two optimizers, noise; a metric that training and validation share, within epochs."""
+    """A GAN: two networks, two optimizers, noise with and without a seed of its own; a metric that training shares with
+    validation, which is within epochs.
+    """
     generator, discriminator = keras.Sequential([layers.Dense(3)]), keras.Sequential([layers.Dense(1)])
     optimizers = {
         "generator": keras.optimizers.Adam(0.05),
@@ -99,7 +101,7 @@ def by_step(run_dir, tell, keep):
     seed, error = keras.random.SeedGenerator(), keras.metrics.MeanSquaredError(name="error")
 
     def step(real, y):
-        noise = keras.random.normal(ops.shape(real), seed=seed)
+        noise = keras.random.normal(ops.shape(real), seed=seed) + 0.1 * keras.random.normal(ops.shape(real))
 
         def d_loss():
             return ops.mean(ops.softplus(-discriminator(real)) + ops.softplus(discriminator(generator(noise))))
