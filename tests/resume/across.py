@@ -17,6 +17,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom.checkpoint._names import named
 from handloom.optimizers import Accumulated, Averaged
+from tests.resume.stopped import Stopped
 
 numbers = np.random.default_rng(0)
 X = numbers.normal(size=(40, 3)).astype("float32")
@@ -36,10 +37,6 @@ class Net(hl.Model):
     def train_step(self, data):
         x, y = data
         return {"loss": self.minimize(lambda: ops.mean((self(x, training=True) - y) ** 2)), "first": x[0, 0]}
-
-
-class Stopped(Exception):
-    """The end of a run, as sudden as a kill."""
 
 
 class Looks(keras.callbacks.Callback):

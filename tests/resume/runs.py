@@ -59,6 +59,10 @@ class Tells(keras.callbacks.Callback):
         self._tell("ended")
 
 
+def run_options(run_dir, keep):
+    return {"seed": 1, "run_dir": run_dir, "save": hl.every(steps=3), "keep": keep, "verbose": 0}
+
+
 def by_model(run_dir, tell, keep):
     """A model that stops early: momentum and a plateau for its head; a schedule, averages, gathered gradients for the
     rest, in windows that reach from one save over the next; two steps in a dispatch, or one before a save.
@@ -80,11 +84,7 @@ def by_model(run_dir, tell, keep):
         epochs=5,
         validation_data=(X[:12], Y[:12]),
         callbacks=callbacks,
-        seed=1,
-        run_dir=run_dir,
-        save=hl.every(steps=3),
-        keep=keep,
-        verbose=0,
+        **run_options(run_dir, keep),
     )
     return {"model": model}, history, callbacks
 
@@ -131,11 +131,7 @@ def by_step(run_dir, tell, keep):
         validate=(test_step, hl.Feed((X, Y), batch_size=12)),
         validate_every=hl.every(steps=4),
         callbacks=callbacks,
-        seed=1,
-        run_dir=run_dir,
-        save=hl.every(steps=3),
-        keep=keep,
-        verbose=0,
+        **run_options(run_dir, keep),
     )
     return state, history, callbacks
 

@@ -191,7 +191,7 @@ def test_the_newest_is_that_of_the_last_step_while_the_clock_goes_back(whole, tm
     child.kill()
     assert child.end() == -signal.SIGKILL
     for age, step in enumerate(saved(tmp_path)):  # The later the step, the older the files.
-        for path in (tmp_path / "run" / "checkpoints").glob(f"step_*{step}*"):
+        for path in (tmp_path / "run" / "checkpoints").glob(f"step_{step:09d}*"):
             for found in (path, *path.iterdir()):
                 os.utime(found, 2 * (time.time() - 10**6 * (age + 1),))
     assert len(saved(tmp_path)) > 1
