@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from handloom._callbacks import Callbacks
 from handloom._data import Feed
@@ -87,21 +88,26 @@ class Validations:
         if self._validation is not None:
             self._validation.prepare()
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """The last results of this epoch, and where the data stands."""
-        return {"results": dict(self._results), "broken_off": self.broken_off, "feed": self._feed_state()}
+        feed = self._feed()
+        return {
+            "results": dict(self._results),
+            "broken_off": self.broken_off,
+            "feed": None if feed is None else feed.state() | {"batch": 0},  # Each pass begins at its first batch.
+        }
 
-    def restore(self, state: Mapping[str, object]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on with them."""
-        self._results, self.broken_off = dict(state["results"]), state["broken_off"]  # type: ignore[call-overload, assignment]
-        if state["feed"] is not None and self._feed_state() is not None:
-            self._validation.feed.restore(state["feed"])  # type: ignore[union-attr, arg-type]
+        self._results, self.broken_off = dict(state["results"]), state["broken_off"]
+        feed = self._feed()
+        if feed is not None and state["feed"] is not None:
+            feed.restore(state["feed"])
 
-    def _feed_state(self) -> dict[str, object] | None:
-        """Between two passes, each of which begins at its first batch; `None` where a position is more than numbers."""
+    def _feed(self) -> Feed | None:
+        """The data, where its position between two passes is numbers and no more."""
         feed = None if self._validation is None else self._validation.feed
-        state = {} if feed is None or not feed.seekable else feed.state()
-        return state | {"batch": 0} if state and "source" not in state else None
+        return feed if feed is not None and feed.seekable and "source" not in feed.state() else None
 
     def forget(self) -> None:
         """A new epoch has its own results."""
