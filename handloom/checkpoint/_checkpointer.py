@@ -87,6 +87,12 @@ class Checkpointer:
         """The steps of the checkpoints there are, oldest first; not those that are evidently damaged."""
         return valid_steps(self.directory)
 
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint there is, by the metric that `best` names; `None` if none has it."""
+        best = self._store.best()
+        return None if best is None else best.step
+
     def save(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Copies the state, and writes it in the background.
 
@@ -143,12 +149,13 @@ class Checkpointer:
         if self._pending is not None and self._pending.written.done():
             self.wait()
 
-    def restore(self, *, allow: Sequence[str] = ()) -> int | None:
-        """Gives the state what the newest whole checkpoint holds.
+    def restore(self, step: int | None = None, *, allow: Sequence[str] = ()) -> int | None:
+        """Gives the state what the newest whole checkpoint holds, or that of a step.
 
         A damaged one is passed over for the one before, with a `HandloomWarning` that names file and array.
 
         Args:
+            step: Which one, such as `checkpointer.best_step`; by default the newest.
             allow: Patterns of names that may be missing, left over, or of another shape: `["model.head.*"]`. What is
                 missing stays as it is.
 
@@ -156,13 +163,17 @@ class Checkpointer:
             Its step; `None` if there is no checkpoint.
 
         Raises:
-            CheckpointError: There are some and none is whole; or it is the checkpoint of something else: names what is
-                missing, not expected, or of another shape. Nothing has been restored then.
+            CheckpointError: There are some and none is whole; or there is none of that step; or it is the checkpoint
+                of something else: names what is missing, not expected, or of another shape. Nothing has been restored
+                then.
         """
         self.wait()
         found, damaged = read_newest(
-            self.directory, lambda manifest: _snapshot.check(self.state, manifest.shapes, allow)
+            self.directory, lambda manifest: _snapshot.check(self.state, manifest.shapes, allow), step
         )
+        if found is None and step is not None:
+            known = ", ".join(map(str, self.steps)) or "none"
+            raise CheckpointError(f"{self.directory} holds no checkpoint of step {step}; there are {known}.")
         if found is None:
             return None
         self._store.damaged |= damaged

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +176,19 @@ class Store:
     def _prune(self, new: Slot) -> None:
         there = slots(self.directory)
         sound = [slot for slot in there if slot not in self.damaged or slot == new]
-        best = self._best.among({slot: self._metrics_of(slot) for slot in sound}) if self._best else None
-        for slot in set(there) - kept(sound, self._keep, best):
+        for slot in set(there) - kept(sound, self._keep, self._best_of(sound)):
             # Under another name first: a checkpoint that is half removed would look like a damaged one.
             _files.rename(self.directory / slot.name, self.directory / _REMOVING)
             _files.remove(self.directory / _REMOVING)
             self._metrics.pop(slot, None)
             self.damaged.pop(slot, None)
+
+    def best(self) -> Slot | None:
+        """The best checkpoint there is."""
+        return self._best_of([slot for slot in slots(self.directory) if slot not in self.damaged])
+
+    def _best_of(self, candidates: Sequence[Slot]) -> Slot | None:
+        return self._best.among({slot: self._metrics_of(slot) for slot in candidates}) if self._best else None
 
     def _metrics_of(self, slot: Slot) -> dict[str, float]:
         if slot not in self._metrics:
@@ -257,7 +263,7 @@ def _read(path: Path, manifest: Manifest) -> Checkpoint:
 
 
 def read_newest(
-    directory: Path, check: Callable[[Manifest], None] | None = None
+    directory: Path, check: Callable[[Manifest], None] | None = None, step: int | None = None
 ) -> tuple[Checkpoint | None, dict[Slot, CheckpointError]]:
     """Reads the newest checkpoint that is whole.
 
@@ -265,6 +271,7 @@ def read_newest(
         directory: Where they are.
         check: Is given the manifest before any array is read, and may refuse it. What it raises is raised: a checkpoint
             of something else is no damaged one.
+        step: Of which step, if not of any.
 
     Returns:
         The checkpoint (`None` if there is none at all), and what is wrong with the newer ones.
@@ -274,7 +281,8 @@ def read_newest(
     """
     damaged: dict[Slot, CheckpointError] = {}
     tried: set[Slot] = set()
-    while rest := [slot for slot in slots(directory) if slot not in tried]:  # Again: a writer may have moved on.
+    # Again and again, as a writer may have moved on.
+    while rest := [slot for slot in slots(directory) if slot not in tried and step in (None, slot.step)]:
         slot, path = rest[-1], directory / rest[-1].name
         tried.add(slot)
         try:

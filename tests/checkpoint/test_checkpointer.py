@@ -90,6 +90,30 @@ def test_the_best_is_kept_besides(tmp_path):
     assert hl.load_checkpoint(tmp_path / "step_000000001").metrics == {"accuracy": 0.9, "loss": 1.0}
 
 
+def test_that_of_a_step_is_restored_the_best_one_say(tmp_path):
+    state = a_state()
+    with hl.Checkpointer(tmp_path, state, keep=2, best="min:loss") as checkpointer:
+        assert checkpointer.best_step is None
+        for step, loss in enumerate([3.0, 1.0, 2.0, 5.0]):
+            state["model"]["w"][:] = loss
+            checkpointer.save(step, {"loss": loss})
+        checkpointer.wait()
+        assert checkpointer.best_step == 1
+        assert checkpointer.restore(checkpointer.best_step) == 1
+        assert (state["model"]["w"] == 1.0).all()
+        assert checkpointer.restore() == 3
+        assert (state["model"]["w"] == 5.0).all()
+        with pytest.raises(CheckpointError, match=r"holds no checkpoint of step 0; there are 1, 2, 3\."):
+            checkpointer.restore(0)
+        path = tmp_path / "step_000000002" / "contents.json"
+        path.write_bytes(path.read_bytes() + b" ")
+        with pytest.raises(CheckpointError, match=r"No checkpoint .* is whole\. .*step_000000002/contents\.json"):
+            checkpointer.restore(2)
+    again = hl.Checkpointer(tmp_path, a_state(), best="max:loss")
+    assert again.best_step == 3  # Of those that are there.
+    assert hl.Checkpointer(tmp_path, a_state()).best_step is None
+
+
 def test_a_metric_for_the_best_that_never_came_is_named(tmp_path):
     checkpointer = hl.Checkpointer(tmp_path, a_state(), best="min:val_los")
     checkpointer.save(1, {"loss": 1.0, "val_loss": 2.0})

@@ -111,12 +111,11 @@ def by_hand(run_dir):
             for batch in hl.Feed(held_out):
                 loss = test_step(*batch)
             losses.append(float(loss))
-            if losses[-1] == min(losses):
-                best, best_weights = len(losses), model.get_weights()
             checkpointer.save(step, {"val_loss": losses[-1]})
-            if len(losses) - best == PATIENCE:
+            if len(losses) - int(np.argmin(losses)) > PATIENCE:
                 break
-    model.set_weights(best_weights)
+        checkpointer.wait()
+        checkpointer.restore(checkpointer.best_step)
     return losses, model
 
 
