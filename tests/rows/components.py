@@ -75,7 +75,8 @@ class InLoop:
     """Any layer, trained by a compiled step and a loop by hand."""
 
     def __init__(self, layer, optimizer, loss="mse", metrics=()):
-        self.net, self.optimizer, self.loss, self.metrics = layer, optimizer, loss, list(metrics)
+        self.net, self.optimizer, self.loss = layer, optimizer, loss
+        self.metrics = metrics = list(metrics)
         mean, loss = keras.metrics.Mean(name="loss"), keras.losses.get(loss)
         self._reported = [mean, *metrics, *layer.metrics]
 
@@ -150,6 +151,66 @@ WAYS = {"functional": functional, "subclassed": subclassed, "own loop": by_hand}
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
+# -------------------------------------------------------------- the same for metrics
+
+
+class AsItIs(hl.Model):
+    def call(self, x):
+        return ops.copy(x)
+
+
+def functional_as_it_is():
+    inputs = keras.Input((1,))
+    return hl.Model(inputs, keras.layers.Identity()(inputs))
+
+
+class Seen(keras.callbacks.Callback):
+    """The last of the reported values, after each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = []
+
+    def on_test_batch_end(self, batch, logs=None):
+        self.values.append(list(logs.values())[-1])
+
+
+def evaluated(build):
+    def measure(metric, y, y_pred, batch_size, epochs):
+        model, seen = build(), Seen()
+        model.compile(loss="mse", metrics=[metric])
+        for _ in range(epochs):
+            model.evaluate(y_pred, y, batch_size=batch_size, callbacks=[seen], verbose=0)
+        return seen.values
+
+    return measure
+
+
+def measured_by_hand(metric, y, y_pred, batch_size, epochs):
+    if not isinstance(metric, keras.Metric):
+        metric = keras.metrics.MeanMetricWrapper(metric)
+
+    @hl.function
+    def step(y, y_pred):
+        metric.update_state(y, y_pred)
+        return metric.result()
+
+    values = []
+    for _ in range(epochs):
+        metric.reset_state()
+        values += [float(step(*batch)) for batch in hl.Feed((y, y_pred), batch_size=batch_size)]
+    return values
+
+
+metric_ways = pytest.mark.parametrize(
+    "measure", [evaluated(functional_as_it_is), evaluated(AsItIs), measured_by_hand], ids=WAYS
+)
+"""How a metric is measured: each gives its value after each batch, of a few epochs."""
+
+
+# -------------------------------------------------------------------------- compared
+
+
 def goes_on_as_if_it_had_never_been_saved(used, data, path):
     """Saves and loads in the midst of training. Returns what was loaded: the same to the bit ever after."""
     used.train(data)
@@ -162,22 +223,25 @@ def goes_on_as_if_it_had_never_been_saved(used, data, path):
     return loaded
 
 
-def in_numpy(update, data, weights, epochs=2):
+def in_numpy(update, data, weights, epochs=2, batch_size=BATCH):
     """Trains in NumPy.
 
     Args:
-        update: Takes the weights and a batch, array by array; returns the next weights, and the loss of each example.
+        update: Takes the weights and a batch, array by array; returns the next weights, and what is to be reported of
+            each example, such as its loss.
         data: Arrays in any structure.
         weights: To begin with.
         epochs: How often.
+        batch_size: The last batch is what is left.
 
     Returns:
-        The mean loss of each epoch, and the last weights.
+        The means of each epoch, and the last weights.
     """
-    arrays = [array.astype("float64") for array in keras.tree.flatten(data)]
-    losses = np.empty((epochs, len(arrays[0])))
-    for epoch in range(epochs):
-        for first in range(0, len(arrays[0]), BATCH):  # The last batch is what is left.
-            batch = slice(first, first + BATCH)
-            weights, losses[epoch, batch] = update(weights, *(array[batch] for array in arrays))
-    return losses.mean(axis=1), weights
+    arrays, means = [array.astype("float64") for array in keras.tree.flatten(data)], []
+    for _ in range(epochs):
+        reported = []
+        for first in range(0, len(arrays[0]), batch_size):
+            weights, of_batch = update(weights, *(array[first : first + batch_size] for array in arrays))
+            reported.append(of_batch)
+        means.append(np.concatenate(reported).mean(axis=0))
+    return np.array(means), weights
