@@ -9,6 +9,7 @@ HandloomError
 ├── DataError                 (ValueError)    data that no step could be given
 ├── OptimizerError            (ValueError)    an optimizer without variables, or variables without an optimizer
 ├── CheckpointError           (ValueError)    a checkpoint that is damaged, of something else, or cannot be written
+├── SavedModelError           (ValueError)    a saved model with parts that are not known here
 └── RecipeError               (ValueError)    a recipe that is not there or does not run
 
 HandloomWarning (UserWarning)
@@ -30,6 +31,7 @@ __all__ = [
     "OptimizerError",
     "RecipeError",
     "RetraceWarning",
+    "SavedModelError",
     "StepError",
     "TraceError",
     "VariableError",
@@ -70,6 +72,10 @@ class OptimizerError(HandloomError, ValueError):
 
 class CheckpointError(HandloomError, ValueError):
     """A checkpoint cannot be written, or what is there is damaged, unsafe, or does not fit what it is to restore."""
+
+
+class SavedModelError(HandloomError, ValueError):
+    """A saved model has parts that are not known where it is loaded."""
 
 
 class RecipeError(HandloomError, ValueError):
