@@ -187,8 +187,8 @@ def _apply(optimizer: keras.Optimizer, gradients: list[Tensor | None], variables
             raise
         raise OptimizerError(
             f"The optimizer {optimizer.name!r} was built for other variables than {[v.path for v in variables]}. Use "
-            "one optimizer for each part, or build it for all parts first: optimizer.build([*a, *b]). To a model's own "
-            "optimizer, layers may be added between two runs, once they are built: call them on data first."
+            "one optimizer for each part, or build it for all parts first: optimizer.build([*a, *b]). If some of them "
+            "came, or were thawed, later: handloom.optimizers.extend(optimizer, model), and compile the step anew."
         ) from error
 
 

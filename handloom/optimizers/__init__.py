@@ -3,6 +3,7 @@
 from handloom.optimizers._accumulated import Accumulated as Accumulated
 from handloom.optimizers._averaged import Averaged as Averaged
 from handloom.optimizers._averaged import averaged_weights as averaged_weights
+from handloom.optimizers._extend import extend as extend
 from handloom.optimizers._less_often import UpdateEvery as UpdateEvery
 from handloom.optimizers._loss_scale import LossScaleOptimizer as LossScaleOptimizer
 from handloom.optimizers._named import NamedOptimizers as NamedOptimizers
@@ -37,5 +38,6 @@ __all__ = [
     "Transformed",
     "UpdateEvery",
     "averaged_weights",
+    "extend",
     "global_norm",
 ]

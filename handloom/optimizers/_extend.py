@@ -4,29 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from handloom._gradients import Wrt, variables_of
 from handloom._keras import Variable, forget_slots, keras, slots_of, trained_by
 from handloom.errors import OptimizerError
+from handloom.optimizers._inside import inside
 from handloom.optimizers._named import NamedOptimizers
 
 
-def extend(optimizer: keras.Optimizer, variables: Sequence[Variable], order: Sequence[Variable]) -> None:
-    """Gives a built optimizer slots for further variables; those that it knows keep theirs, frozen or not.
+def extend(optimizer: keras.Optimizer, wrt: Wrt) -> None:
+    """Gives a built optimizer slots for what it is to train from now on; what it has trained keeps its own.
+
+    For loops by hand in which a layer is thawed, or a block comes, between two steps. Compile the step anew after it,
+    `hl.function(train_step)`: one that is compiled trains what it was compiled for. A model's `fit` does both.
 
     Args:
-        optimizer: With all that it wraps or names. One that is not built yet is left for its first step.
-        variables: What it is to train.
-        order: All variables of the model. Slots stand in this order, as if they had been made at once.
+        optimizer: With all that it wraps. One that is not built yet is left for its first step.
+        wrt: What it is to train: a variable, a layer or model (its trainable variables), or a list, tuple or dict of
+            these. Slots stand in the order of the variables of layers, as if they had been made at once; what the
+            optimizer knows besides comes after.
 
     Raises:
+        GradientError: If there is nothing to train in `wrt`, or anything else.
         OptimizerError: If two variables cannot be told apart by their paths.
+
+    Example:
+        ```python
+        model.get_layer("encoder").trainable = True
+        handloom.optimizers.extend(optimizer, model)
+        step = hl.function(train_step)
+        ```
+    """
+    order: dict[int, Variable] = {}
+    for leaf in keras.tree.flatten(wrt):
+        variables = leaf.variables if isinstance(leaf, keras.Layer) else [leaf]
+        order.update((id(variable), variable) for variable in variables)
+    for part in inside(optimizer):
+        order.update((id(variable), variable) for variable in trained_by(part) if id(variable) not in order)
+    extend_in_order(optimizer, variables_of(wrt), list(order.values()))
+
+
+def extend_in_order(optimizer: keras.Optimizer, variables: Sequence[Variable], order: Sequence[Variable]) -> None:
+    """Gives an optimizer, with all that it wraps or names, slots for variables; see `extend`.
+
+    Args:
+        optimizer: The optimizer.
+        variables: What it is to train.
+        order: All variables of the model, in the order in which slots are to stand.
     """
     if isinstance(optimizer, NamedOptimizers):
         for name, owned in optimizer.owners().items():
-            extend(optimizer[name], owned, order)
+            extend_in_order(optimizer[name], owned, order)
         return
     inner = getattr(optimizer, "inner_optimizer", None)
     if isinstance(inner, keras.Optimizer):
-        extend(inner, variables, order)
+        extend_in_order(inner, variables, order)
     known = set(map(id, trained_by(optimizer)))
     if optimizer.built and any(id(variable) not in known for variable in variables):
         wanted = known | set(map(id, variables))

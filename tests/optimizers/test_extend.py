@@ -8,7 +8,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom._keras import forget_slots, slots_of, trained_by
 from handloom.errors import OptimizerError
-from handloom.optimizers import Accumulated, Averaged, LossScaleOptimizer, Transformed
+from handloom.optimizers import Accumulated, Averaged, LossScaleOptimizer, Transformed, extend
 
 numbers = np.random.default_rng(0)
 X = numbers.normal(size=(8, 3)).astype("float32")
@@ -96,6 +96,37 @@ def test_a_layer_that_was_added_is_trained(make):
     before = model.get_weights()
     train(model, epochs=2)
     assert all((old != new).any() for old, new in zip(before, model.get_weights(), strict=True))
+
+
+def test_by_hand_what_is_extended_trains_on_and_a_step_that_knows_nothing_of_it_says_what_to_do():
+    model, optimizer = two_parts(), keras.optimizers.SGD(RATE, momentum=MOMENTUM)
+
+    def step(x, y):
+        return hl.minimize(lambda: keras.ops.mean((model(x) - y) ** 2), model, optimizer)
+
+    model.get_layer("a").trainable = False
+    hl.function(step)(X, Y)
+    model.get_layer("a").trainable = True
+    with pytest.raises(OptimizerError, match=r"or were thawed, later: handloom.optimizers.extend\(optimizer, model\)"):
+        hl.function(step)(X, Y)
+    before = slots(optimizer)
+    extend(optimizer, model)
+    [added] = set(slots(optimizer)) - set(before)
+    assert "a_kernel" in added
+    hl.function(step)(X, Y)
+    assert (model.get_weights()[0] != STARTS[0]).any()
+
+
+def test_what_an_optimizer_knows_besides_stays_when_it_is_extended_for_a_part():
+    a, b = keras.Variable(1.0, name="a"), keras.Variable(2.0, name="b")
+    optimizer = keras.optimizers.SGD(RATE, momentum=MOMENTUM)
+    for variables in ([a], [b]):
+        extend(optimizer, variables)
+        hl.minimize(lambda: a**2 + b**2, variables, optimizer)
+    assert trained_by(optimizer) == [b, a]
+    assert {name: float(value) for name, value in slots(optimizer).items() if "momentum" in name} == pytest.approx(
+        {"sgd/a_momentum": -2 * RATE, "sgd/b_momentum": -4 * RATE}
+    )
 
 
 @optimizers
