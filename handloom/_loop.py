@@ -325,7 +325,7 @@ def feed_for(step: Callable[..., Any], data: Any, *, training: bool = False) -> 
     """Data as a feed, its sample weights checked."""
     feed, position = data.view() if isinstance(data, Feed) else Feed(data), _position_of_weights(step)
     if position is not None:
-        feed.check(lambda batch: check_weights(weights_in(None, *batch[position : position + 1]), training=training))
+        feed.check(lambda batch: check_weights(weights_in(None, batch[position : position + 1]), training=training))
     return feed
 
 
