@@ -12,7 +12,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.backends import backend
-from handloom.errors import DataError
+from handloom.errors import DataError, TraceError
 
 # --------------------------------------------------------------------------- F1, dtypes
 
@@ -257,6 +257,29 @@ def test_f3_a_queue_in_a_step(eagerly, shown):
 
     assert [float(delayed(np.float32(number))) for number in range(5)] == [-1, -1, 0, 1, 2]
     shown("queues")
+
+
+def through_a_tensor_array(x):
+    return tf().TensorArray(tf().float32, size=1).write(0, x).stack()
+
+
+def through_sets(x):
+    return tf().sets.size(tf().sets.intersection(x, x))
+
+
+def through_a_queue(x):
+    queue = tf().queue.FIFOQueue(8, ["float32"])
+    queue.enqueue(x)
+    return queue.dequeue()
+
+
+@pytest.mark.backend("jax", "torch")
+@pytest.mark.parametrize("through", [through_a_tensor_array, through_sets, through_a_queue])
+def test_f3_operations_of_tensorflow_are_refused_with_the_way_out(through, refused):
+    with pytest.raises(TraceError, match=r"calls TensorFlow, .*(?s:.)*Use keras\.ops .*scan.*pipeline") as raised:
+        hl.function(through)(np.ones((1, 2), "float32"))
+    assert "test_f_data.py, line" in str(raised.value)
+    refused("TensorArray, sets and queues of TensorFlow")
 
 
 # ------------------------------------------------------------ F7, larger than memory
