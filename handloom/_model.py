@@ -281,7 +281,7 @@ class Model(keras.Model):
             allow: What a checkpoint may lack, or have besides.
             save: When to save.
             keep: How many of the last checkpoints to keep.
-            best: By which value to keep the best besides.
+            best: By which value to keep the best besides, saved when it is reported.
             seed: One number for all that is random in the run.
 
         Returns:

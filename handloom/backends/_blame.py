@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-from handloom._keras import keras
 from handloom.errors import TraceError
 
 _NOT_THE_USERS = (
@@ -41,7 +40,7 @@ def users_line(frames: Frames) -> str:
 
 def needs_a_value(frames: Frames) -> TraceError:
     """The error for Python control flow over a tensor, or a tensor turned into a number, inside a trace."""
-    return tensorflow_called(frames) or TraceError(
+    return TraceError(
         "A compiled step needs the value of a tensor while it is being compiled, when it has none yet:\n"
         f"    {users_line(frames)}\n"
         "Use operations instead of Python here: keras.ops.cond or keras.ops.where for a branch, "
@@ -50,15 +49,15 @@ def needs_a_value(frames: Frames) -> TraceError:
     )
 
 
-def tensorflow_called(frames: Frames) -> TraceError | None:
+def tensorflow_called(frames: Frames, backend: str) -> TraceError | None:
     """The error for an operation of TensorFlow inside a trace of another backend, if that is what failed.
 
     It takes tensors of others for data, and turns them into arrays.
     """
-    if keras.backend.backend() == "tensorflow" or not any(_TENSORFLOW in file for file, _ in frames):
+    if not any(_TENSORFLOW in file for file, _ in frames):
         return None
     return TraceError(
-        f"A compiled step on {keras.backend.backend()} calls TensorFlow, whose operations, TensorArray, sets and "
+        f"A compiled step on {backend} calls TensorFlow, whose operations, TensorArray, sets and "
         f"queues take tensors of TensorFlow alone:\n    {users_line(frames)}\n"
         "Use keras.ops in the step (a TensorArray is what keras.ops.scan gathers), do it in the data's own pipeline "
         "(tf.data), or choose the backend: KERAS_BACKEND=tensorflow. To run the step op by op: hl.run_eagerly(True)."

@@ -107,7 +107,7 @@ class TorchBackend(Backend):
         except _NeedsValue as error:
             raise needs_a_value(frames_of(error)) from error
         except Exception as first:
-            if refusal := tensorflow_called(frames_of(first)):
+            if refusal := tensorflow_called(frames_of(first), self.name):
                 raise refusal from first
             program = self._trace_with_gradients_recorded(fn, tensors, first)
         for name in program.unused_marks:
