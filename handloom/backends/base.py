@@ -118,6 +118,20 @@ class Backend(abc.ABC):
         """Sets what `random_state` gives, where `keras.utils.set_random_seed` does not; nothing by default."""
         del seed
 
+    # --------------------------------------------------------------- exporting
+
+    def prepare_export(self, model: Any, format: str) -> None:  # noqa: A002  Keras's name.
+        """Makes a model ready for Keras to export, or refuses a format that cannot be written on this backend.
+
+        Args:
+            model: A Keras model.
+            format: As for `keras.Model.export`.
+
+        Raises:
+            ExportError: Says what to do instead.
+        """
+        del model, format  # By default there is nothing to do.
+
     # --------------------------------------------------------------- compiling
 
     @abc.abstractmethod
