@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,6 +118,14 @@ class Backend(abc.ABC):
     def seed_random_state(self, seed: int) -> None:
         """Sets what `random_state` gives, where `keras.utils.set_random_seed` does not; nothing by default."""
         del seed
+
+    @abc.abstractmethod
+    def profiled(self, directory: Path) -> contextlib.AbstractContextManager[Any]:
+        """Traces what runs within, host and device, and writes it at the end, as the backend's own tools read it.
+
+        Args:
+            directory: What TensorBoard would know as a run; made if it is not there.
+        """
 
     # --------------------------------------------------------------- exporting
 

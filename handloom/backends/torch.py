@@ -20,6 +20,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +91,10 @@ class TorchBackend(Backend):
             torch.set_rng_state(torch.from_numpy(state["torch"].copy()))
         if "torch_cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(torch.from_numpy(state["torch_cuda"].copy()))
+
+    def profiled(self, directory: Path) -> Any:
+        write = torch.profiler.tensorboard_trace_handler(str(directory))
+        return torch.profiler.profile(on_trace_ready=write)
 
     def prepare_export(self, model: Any, format: str) -> None:  # noqa: A002
         if format == "tf_saved_model":
