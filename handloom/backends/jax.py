@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -108,6 +109,9 @@ class JaxBackend(Backend):
 
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         return checkpoint_name(tensor, _MARK + name)
+
+    def profiled(self, directory: Path) -> Any:
+        return jax.profiler.trace(directory)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._inside("trace"), _unseeded_random_ops(), Scope(creates=True):

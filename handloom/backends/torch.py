@@ -20,6 +20,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +42,7 @@ from handloom.backends._torch_control import traceable_control_flow
 from handloom.backends._torch_graph import generate, mark, take_marks, tidy
 from handloom.backends._torch_random import traceable_random_ops
 from handloom.backends.base import Backend, Gradients, Untraceable
-from handloom.errors import FallbackWarning, HandloomError
+from handloom.errors import ExportError, FallbackWarning, HandloomError
 
 Step = Callable[..., Sequence[Tensor]]
 
@@ -90,6 +91,21 @@ class TorchBackend(Backend):
             torch.set_rng_state(torch.from_numpy(state["torch"].copy()))
         if "torch_cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(torch.from_numpy(state["torch_cuda"].copy()))
+
+    def profiled(self, directory: Path) -> Any:
+        write = torch.profiler.tensorboard_trace_handler(str(directory))
+        return torch.profiler.profile(on_trace_ready=write)
+
+    def prepare_export(self, model: Any, format: str) -> None:  # noqa: A002
+        if format == "tf_saved_model":
+            raise ExportError(
+                "On PyTorch a model cannot be exported as a TensorFlow SavedModel: Keras does it by torch_xla, of "
+                'which there is no version for this PyTorch. Use export(..., format="onnx"), or let TensorFlow do it: '
+                'model.save("model.keras"), then KERAS_BACKEND=tensorflow python -c "from handloom import Model; '
+                "from keras.saving import load_model; load_model('model.keras', compile=False).export('exported')\"."
+            )
+        # Keras makes parameters of a module's variables when they are asked for, and torch's exporter does not ask.
+        list(model.named_parameters())
 
     def trace(
         self,
