@@ -31,6 +31,7 @@ from handloom._model_data import Parts, as_one_batch, model_feed, packed, split,
 from handloom._model_steps import ModelSteps
 from handloom._progress import Progress
 from handloom._seed import seed_run
+from handloom._unknown_parts import deserialized, naming_unknown_parts
 from handloom._update import minimize
 from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
 from handloom._watch import divisors, note_loss
@@ -93,7 +94,8 @@ class Model(keras.Model):
         """Makes the model that `get_config` describes."""
         if "layers" in config and "input_layers" not in config and not issubclass(cls, keras.Sequential):
             return cast(Model, variant(cls, keras.Sequential).from_config(config, custom_objects))
-        return cast(Model, super().from_config(config, custom_objects))
+        with naming_unknown_parts(config, custom_objects):
+            return cast(Model, super().from_config(config, custom_objects))
 
     # ------------------------------------------------------------------ compile
 
@@ -154,7 +156,7 @@ class Model(keras.Model):
         if type(self).compile is not Model.compile:
             super().compile_from_config(config)  # Says what a model with a compile of its own has to do.
             return
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.compile(**deserialized(config))
         if self.optimizer is not None and self.built:
             build_optimizer(self.optimizer, self)
 
@@ -289,7 +291,7 @@ class Model(keras.Model):
             allow: What a checkpoint may lack, or have besides.
             save: When to save.
             keep: How many of the last checkpoints to keep.
-            best: By which value to keep the best besides.
+            best: By which value to keep the best besides, saved when it is reported.
             seed: One number for all that is random in the run.
 
         Returns:

@@ -10,6 +10,7 @@ HandloomError
 ├── OptimizerError            (ValueError)    an optimizer without variables, or variables without an optimizer
 ├── CheckpointError           (ValueError)    a checkpoint that is damaged, of something else, or cannot be written
 ├── ExportError               (ValueError)    a model that cannot be exported in that format on this backend
+├── SavedModelError           (ValueError)    a saved model with parts that are not known here
 └── RecipeError               (ValueError)    a recipe that is not there or does not run
 
 HandloomWarning (UserWarning)
@@ -32,6 +33,7 @@ __all__ = [
     "OptimizerError",
     "RecipeError",
     "RetraceWarning",
+    "SavedModelError",
     "StepError",
     "TraceError",
     "VariableError",
@@ -76,6 +78,10 @@ class CheckpointError(HandloomError, ValueError):
 
 class ExportError(HandloomError, ValueError):
     """The backend cannot export a model in the format asked for."""
+
+
+class SavedModelError(HandloomError, ValueError):
+    """A saved model has parts that are not known where it is loaded."""
 
 
 class RecipeError(HandloomError, ValueError):

@@ -27,7 +27,7 @@ from jax.experimental.sparse import BCOO
 from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
-from handloom.backends._blame import frames_of, needs_a_value, users_line
+from handloom.backends._blame import frames_of, needs_a_value, tensorflow_called, users_line
 from handloom.backends._jax_control import assignments_in_branches, cond
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends.base import Backend, Gradients, Program, Repeated, Untraceable
@@ -75,7 +75,8 @@ class JaxBackend(Backend):
                 written, read = _find_variables(fn, tensors)
                 return _program(_pure(fn, written, read), tensors, written, read, unused)
         except _NEEDS_A_VALUE as error:
-            raise needs_a_value(frames_of(error)) from error
+            frames = frames_of(error)
+            raise tensorflow_called(frames, self.name) or needs_a_value(frames) from error
         except jax.errors.UnexpectedTracerError as error:
             raise _leaked(users_line(frames_of(error))) from error
 

@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
 from handloom._warn import warn
 from handloom.backends import _foreign as foreign
-from handloom.backends._blame import frames_of, needs_a_value
+from handloom.backends._blame import frames_of, needs_a_value, tensorflow_called
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends._torch_control import traceable_control_flow
 from handloom.backends._torch_graph import generate, mark, take_marks, tidy
@@ -123,6 +123,8 @@ class TorchBackend(Backend):
         except _NeedsValue as error:
             raise needs_a_value(frames_of(error)) from error
         except Exception as first:
+            if refusal := tensorflow_called(frames_of(first), self.name):
+                raise refusal from first
             program = self._trace_with_gradients_recorded(fn, tensors, first)
         for name in program.unused_marks:
             unused(name)

@@ -26,7 +26,7 @@ class Transformed(Wrapper):
         name: Name of the optimizer.
 
     Example:
-        `Transformed("sgd", [Centralize(), lambda gradients, variables: [g and -g for g in gradients]])`
+        `Transformed("sgd", [Centralize(), ClipByGlobalNorm(1.0)])`
     """
 
     def __init__(self, inner_optimizer: Any, transforms: Sequence[Transform], name: str | None = None) -> None:

@@ -77,13 +77,16 @@ class WithAnOwnStep(ReconstructingRegressor):
         return {"loss": loss, "reconstruction_error": self.reconstruction_error.result()}
 
 
+C7_START = start((10, 8), 8, (8, 1), 1, (8, 10), 10)
+
+
 def c7(kind=ReconstructingRegressor):
     """`fit` of such a model. Returns the loss and the error of the reconstruction by epoch."""
     x, y = diabetes()
     model = kind()
     model.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse")
     model(x[:1])
-    model.set_weights(start((10, 8), 8, (8, 1), 1, (8, 10), 10))
+    model.set_weights(C7_START)
     history = model.fit(x[:440], y[:440], batch_size=88, epochs=8, shuffle=False, verbose=0).history
     return {name: np.array(values) for name, values in history.items()}
 

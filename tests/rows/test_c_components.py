@@ -1,4 +1,4 @@
-"""Rows C: own components."""
+"""Rows C: own losses, activations, metrics, optimizers and the like; `test_c_layers.py` has the layers."""
 
 import keras
 import numpy as np
@@ -6,103 +6,29 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
+from handloom._keras import layers_of
 from tests.resume.runs import left
 from tests.resume.stopped import StopAt, Stopped
 from tests.rows import curves
+from tests.rows.components import (
+    IN_EACH_WAY,
+    WAYS,
+    ChainModel,
+    InModel,
+    functional,
+    goes_on_as_if_it_had_never_been_saved,
+    in_numpy,
+    metric_ways,
+    registered,
+    subclassed,
+    ways,
+)
+from tests.rows.figures import below
 from tests.rows.real_data import diabetes
 
-registered = keras.saving.register_keras_serializable("rows")
 RATE = 0.1
-
-
-# ------------------------------------------------------------ the ways to use them
-
-
-def functional(layer):
-    inputs = keras.Input((10,))
-    return hl.Model(inputs, layer(inputs))
-
-
-@registered
-class Subclassed(hl.Model):
-    """A model of one layer, with a `call` of its own."""
-
-    def __init__(self, layer, **options):
-        super().__init__(**options)
-        self.layer = layer
-
-    def call(self, x):
-        return self.layer(x)
-
-    def get_config(self):
-        return {"layer": keras.saving.serialize_keras_object(self.layer)}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(keras.saving.deserialize_keras_object(config["layer"]))
-
-
-def subclassed(layer):
-    model = Subclassed(layer)
-    model(np.zeros((1, 10), "float32"))
-    return model
-
-
-def by_default(build):
-    """Trains a layer in a model, by the model's own `fit`; returns what is reported."""
-
-    def train(layer, loss, data, optimizer, **options):
-        x, y, *weight = data
-        model = build(layer)
-        model.compile(optimizer, loss)
-        options = {"batch_size": 64, "shuffle": False, "verbose": 0} | options
-        return model.fit(x, y, sample_weight=weight[0] if weight else None, **options).history
-
-    return train
-
-
-def by_own_step(layer, loss, data, optimizer, batch_size=64, **options):
-    """Trains a layer by itself, in a step that is a plain function; returns what is reported."""
-
-    def step(x, y, weight=None):
-        def loss_fn():
-            if isinstance(loss, keras.Loss):
-                return loss(y, layer(x), sample_weight=weight)
-            values = loss(y, layer(x))
-            return ops.mean(values if weight is None else values * weight)
-
-        return {"loss": hl.minimize(loss_fn, layer, optimizer)}
-
-    layer.build((None, 10))
-    return hl.fit(step, hl.Feed(data, batch_size=batch_size), verbose=0, **options).history
-
-
-ways = pytest.mark.parametrize(
-    "train",
-    [by_default(functional), by_default(subclassed), by_own_step],
-    ids=["functional", "subclassed", "own step"],
-)
-
-
-def by_hand(update, data, kernel, epochs=2, batch_size=64):
-    """Trains a kernel in NumPy.
-
-    Args:
-        update: Takes the kernel and a batch; returns the next kernel, and the loss of each example.
-        data: Arrays.
-        kernel: To begin with.
-        epochs: How often.
-        batch_size: The last batch is what is left.
-
-    Returns:
-        The mean loss of each epoch, and the last kernel.
-    """
-    losses = np.empty((epochs, len(data[0])))
-    for epoch in range(epochs):
-        for first in range(0, len(data[0]), batch_size):
-            batch = slice(first, first + batch_size)
-            kernel, losses[epoch, batch] = update(kernel, *(array[batch].astype("float64") for array in data))
-    return losses.mean(axis=1), kernel
+X, Y = diabetes()
+in_models = pytest.mark.parametrize("build", [functional, subclassed])
 
 
 def linear():
@@ -160,7 +86,7 @@ def test_c1_huber_of_each_example_is_that_of_numpy(form, eagerly):
 
 
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["unweighted", "weighted"])
-def test_c1_every_reduction_of_huber(weight, eagerly):
+def test_c1_every_reduction_of_huber(weight, eagerly, shown):
     of_example = huber_by_hand(OFF, 2.0)[:, 0] * (1 if weight is None else weight)
     expected = {
         None: of_example,
@@ -178,13 +104,14 @@ def test_c1_every_reduction_of_huber(weight, eagerly):
 
     for found, right in zip(reduced(np.zeros_like(OFF), OFF), expected.values(), strict=True):
         np.testing.assert_allclose(ops.convert_to_numpy(found), right, rtol=1e-6)
+    shown(f"{len(expected)} reductions as in NumPy")
 
 
 @ways
 @pytest.mark.parametrize("form", HUBERS)
-def test_c1_huber_trains_as_in_numpy_and_heeds_sample_weights(form, train):
+def test_c1_huber_trains_as_in_numpy_and_heeds_sample_weights(form, way, shown):
     loss, threshold = HUBERS[form]
-    data = (*diabetes(), np.random.default_rng(0).uniform(0, 2, 442).astype("float32"))
+    data = (X, Y, np.random.default_rng(0).uniform(0, 2, 442).astype("float32"))
 
     def update(kernel, x, y, weight):
         off = x @ kernel - y
@@ -192,31 +119,26 @@ def test_c1_huber_trains_as_in_numpy_and_heeds_sample_weights(form, train):
         return kernel - RATE * x.T @ slope, weight * huber_by_hand(off, threshold)[:, 0]
 
     layer = linear()
-    history = train(layer, loss, data, keras.optimizers.SGD(RATE), epochs=2)
-    losses, kernel = by_hand(update, data, ZEROS)
+    history = way([layer], X, keras.optimizers.SGD(RATE), loss).train(data)
+    losses, kernel = in_numpy(update, data, ZEROS)
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
     np.testing.assert_allclose(layer.get_weights()[0], kernel, rtol=1e-3, atol=1e-5)
+    shown(f"weighted loss {history['loss'][-1]:.3f} as in NumPy, {IN_EACH_WAY}")
 
 
-@pytest.mark.parametrize("build", [functional, subclassed])
-def test_c1_the_threshold_of_a_huber_loss_survives_saving(build, tmp_path):
-    model = build(linear())
-    model.compile(keras.optimizers.SGD(RATE), HuberLoss(0.25))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+@in_models
+def test_c1_the_threshold_of_a_huber_loss_survives_saving(build, tmp_path, shown):
+    loaded = build([linear()], X, loss=HuberLoss(0.25)).reloaded(tmp_path).net
     assert loaded.loss.threshold == 0.25
-    x, y = diabetes()
-    np.testing.assert_allclose(loaded.evaluate(x, y, verbose=0), huber_by_hand(y, 0.25).mean(), rtol=1e-5)
+    np.testing.assert_allclose(loaded.evaluate(X, Y, verbose=0), huber_by_hand(Y, 0.25).mean(), rtol=1e-5)
+    shown(f"threshold {loaded.loss.threshold} after loading")
 
 
 def test_c1_a_function_with_a_threshold_of_its_own_is_given_again_on_loading(tmp_path):
-    model = functional(linear())
-    model.compile(keras.optimizers.SGD(RATE), create_huber(0.25))
-    model.save(tmp_path / "model.keras")
+    functional([linear()], X, loss=create_huber(0.25)).net.save(tmp_path / "model.keras")
     own = {"huber_with_threshold": create_huber(0.25)}
     loaded = keras.saving.load_model(tmp_path / "model.keras", custom_objects=own)
-    x, y = diabetes()
-    np.testing.assert_allclose(loaded.evaluate(x, y, verbose=0), huber_by_hand(y, 0.25).mean(), rtol=1e-5)
+    np.testing.assert_allclose(loaded.evaluate(X, Y, verbose=0), huber_by_hand(Y, 0.25).mean(), rtol=1e-5)
 
 
 # ---------------------------- C2, activation, initializer, regularizer, constraint
@@ -300,7 +222,7 @@ def layer_of(parts):
 
 @ways
 @pytest.mark.parametrize("form", PARTS)
-def test_c2_own_activation_initializer_regularizer_and_constraint_train_as_in_numpy(form, train):
+def test_c2_own_activation_initializer_regularizer_and_constraint_train_as_in_numpy(form, way, shown):
     parts, (leak, steep, penalty, least) = PARTS[form]
 
     def update(kernel, x, y):
@@ -310,43 +232,28 @@ def test_c2_own_activation_initializer_regularizer_and_constraint_train_as_in_nu
         moved = kernel - RATE * (x.T @ slope + 2 * penalty * kernel)
         return np.maximum(moved, least), off[:, 0] ** 2 + penalty * (kernel**2).sum()
 
-    layer, data = layer_of(parts), diabetes()
-    history = train(layer, keras.losses.MeanSquaredError(), data, keras.optimizers.SGD(RATE), epochs=2)
-    losses, kernel = by_hand(update, data, np.linspace(-steep, steep, 10)[:, None])
+    layer = layer_of(parts)
+    history = way([layer], X, keras.optimizers.SGD(RATE)).train((X, Y))
+    losses, kernel = in_numpy(update, (X, Y), np.linspace(-steep, steep, 10)[:, None])
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
     np.testing.assert_allclose(layer.get_weights()[0], kernel, rtol=1e-3, atol=1e-5)
     assert (kernel == least).any()  # The constraint had something to do.
+    shown(f"loss {history['loss'][-1]:.3f} as in NumPy, {IN_EACH_WAY}")
 
 
-def trains_on_as_one_that_was_never_saved(model, path):
-    """Saves and loads a model in the midst of training; returns the loaded one, the same to the bit ever after."""
-    data, options = diabetes(), {"batch_size": 64, "shuffle": False, "verbose": 0}
-    model.fit(*data, epochs=2, **options)
-    model.save(path)
-    loaded = keras.saving.load_model(path)
-    histories = [either.fit(*data, epochs=2, **options).history for either in (model, loaded)]
-    assert histories[0] == histories[1]
-    for one, other in zip(model.get_weights(), loaded.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
-    for one, other in zip(model.optimizer.variables, loaded.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(ops.convert_to_numpy(one), ops.convert_to_numpy(other))
-    return loaded
-
-
-@pytest.mark.parametrize("build", [functional, subclassed])
+@ways
 @pytest.mark.parametrize("form", PARTS)
-def test_c2_their_configs_survive_saving(form, build, tmp_path):
+def test_c2_their_configs_survive_saving(form, way, tmp_path, shown):
     parts, numbers = PARTS[form]
-    model = build(layer_of(parts))
-    model.compile(keras.optimizers.SGD(RATE), "mse")
-    loaded = trains_on_as_one_that_was_never_saved(model, tmp_path / "model.keras")
-    layer = loaded.layers[-1]
+    loaded = goes_on_as_if_it_had_never_been_saved(way([layer_of(parts)], X), (X, Y), tmp_path)
+    [layer] = [layer for layer in layers_of(loaded.net) if isinstance(layer, layers.Dense)]
     found = layer.activation, layer.kernel_initializer, layer.kernel_regularizer, layer.kernel_constraint
     if form == "classes":
         assert [type(part) for part in found] == [Leaky, Ramp, Squared, AtLeast]
         assert tuple(part.number for part in found) == numbers
     else:
         assert found == parts
+    shown("trains on to the bit after loading")
 
 
 # -------------------------------------------------------------- C3, streaming precision
@@ -385,7 +292,7 @@ def count(variable):
 
 
 @precisions
-def test_c3_precision_streams_and_is_reset(make, eagerly):
+def test_c3_precision_streams_and_is_reset(make, eagerly, shown):
     precision = make()
 
     @hl.function
@@ -394,59 +301,22 @@ def test_c3_precision_streams_and_is_reset(make, eagerly):
         return precision.result()
 
     for _ in range(2):
-        assert float(step(TRUTH[0], GUESS[0])) == pytest.approx(0.8)
-        assert float(step(TRUTH[1], GUESS[1])) == pytest.approx(0.5)
+        first, second = (float(step(*batch)) for batch in zip(TRUTH, GUESS, strict=True))
+        assert first == pytest.approx(0.8)
+        assert second == pytest.approx(0.5)
         assert [count(precision.true_positives), count(precision.false_positives)] == [4, 4]
+        counts = f"TP {count(precision.true_positives):.0f}", f"FP {count(precision.false_positives):.0f}"
         precision.reset_state()
         assert [count(precision.true_positives), count(precision.false_positives)] == [0, 0]
+    shown(f"{first:.1f} then {second:.1f}; {' and '.join(counts)}")
 
 
-def as_it_is():
-    inputs = keras.Input((1,))
-    return hl.Model(inputs, layers.Identity()(inputs))
-
-
-class AsItIs(hl.Model):
-    def call(self, x):
-        return ops.copy(x)
-
-
-class Seen(keras.callbacks.Callback):
-    """One reported value, after each batch."""
-
-    def __init__(self, name):
-        super().__init__()
-        self.name, self.values = name, []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.values.append(logs[self.name])
-
-    on_test_batch_end = on_train_batch_end
-
-
+@metric_ways
 @precisions
-@pytest.mark.parametrize("build", [as_it_is, AsItIs], ids=["functional", "subclassed"])
-def test_c3_precision_streams_over_the_batches_of_a_model(build, make):
-    model, seen = build(), Seen("streaming_precision")
-    model.compile(metrics=[make()], loss="mse")
-    for _ in range(2):
-        model.evaluate(GUESS.reshape(16, 1), TRUTH.reshape(16, 1), batch_size=8, callbacks=[seen], verbose=0)
-    np.testing.assert_allclose(seen.values, [0.8, 0.5, 0.8, 0.5], rtol=1e-6)
-
-
-@precisions
-def test_c3_precision_streams_in_an_own_step(make, eagerly):
-    precision, seen = make(), Seen("streaming_precision")
-
-    def step(truth, guess):
-        precision.update_state(truth, guess)
-        return {precision.name: precision.result()}
-
-    feed = hl.Feed((TRUTH.ravel(), GUESS.ravel()), batch_size=8)
-    history = hl.fit(step, feed, epochs=2, callbacks=[seen], verbose=0).history
-    np.testing.assert_allclose(seen.values, [0.8, 0.5, 0.8, 0.5], rtol=1e-6)
-    np.testing.assert_allclose(history["streaming_precision"], [0.5, 0.5], rtol=1e-6)
-    assert [count(precision.true_positives), count(precision.false_positives)] == [4, 4]
+def test_c3_precision_streams_over_batches_and_begins_anew_each_epoch(make, measure, shown):
+    seen = measure(make(), TRUTH.reshape(16, 1), GUESS.reshape(16, 1), batch_size=8, epochs=2)
+    np.testing.assert_allclose(seen, [0.8, 0.5, 0.8, 0.5], rtol=1e-6)
+    shown(f"the same {IN_EACH_WAY}")
 
 
 def share_off(y, y_pred):
@@ -454,21 +324,10 @@ def share_off(y, y_pred):
     return ops.mean(ops.cast(ops.abs(y - y_pred) > 0.5, "float32"), axis=-1)
 
 
-@pytest.mark.parametrize("build", [as_it_is, AsItIs], ids=["functional", "subclassed"])
-def test_c3_a_function_is_a_metric_of_a_model(build):
-    model = build()
-    model.compile(metrics=[share_off], loss="mse")
-    found = model.evaluate(GUESS.reshape(16, 1), TRUTH.reshape(16, 1), batch_size=5, verbose=0, return_dict=True)
-    assert found["share_off"] == pytest.approx(np.mean(GUESS != TRUTH))
-
-
-def test_c3_a_function_is_a_metric_of_an_own_step(eagerly):
-    def step(truth, guess):
-        return {"share_off": ops.mean(share_off(truth, guess))}
-
-    feed = hl.Feed((TRUTH.reshape(16, 1), GUESS.reshape(16, 1)), batch_size=5)
-    [found] = hl.fit(step, feed, verbose=0).history["share_off"]
-    assert found == pytest.approx(np.mean(GUESS != TRUTH))
+@metric_ways
+def test_c3_a_metric_that_is_a_function_is_the_mean_over_examples(measure):
+    seen = measure(share_off, TRUTH.reshape(16, 1), GUESS.reshape(16, 1), batch_size=5, epochs=1)
+    assert seen[-1] == pytest.approx(np.mean(GUESS != TRUTH))
 
 
 # --------------------------------------------------------------------- C4, Huber metric
@@ -496,74 +355,98 @@ class HuberMetric(keras.Metric):
 
 # Batches of 4 and of 1: the mean of the means of batches would be another.
 ERRORS = np.array([[0.5], [1.0], [0.0], [-1.5], [8.0]], "float32")
-MEAN_HUBER = huber_by_hand(ERRORS, 2.0).mean()
 
 
-@pytest.mark.parametrize("build", [as_it_is, AsItIs], ids=["functional", "subclassed"])
-def test_c4_a_huber_metric_is_the_mean_over_examples_in_a_model(build):
-    model = build()
-    model.compile(metrics=[HuberMetric(2.0)], loss="mse")
-    for _ in range(2):
-        found = model.evaluate(ERRORS, np.zeros_like(ERRORS), batch_size=4, verbose=0, return_dict=True)
-        assert found["huber"] == pytest.approx(MEAN_HUBER, rel=1e-6)
-    of_batches = [huber_by_hand(batch, 2.0).mean() for batch in (ERRORS[:4], ERRORS[4:])]
-    assert np.mean(of_batches) > 2 * MEAN_HUBER  # What would be wrong shows.
+@metric_ways
+def test_c4_a_huber_metric_is_the_mean_over_examples_and_not_over_batches(measure, shown):
+    seen = measure(HuberMetric(2.0), ERRORS, np.zeros_like(ERRORS), batch_size=4, epochs=2)
+    of_examples = huber_by_hand(ERRORS, 2.0)
+    np.testing.assert_allclose(seen, 2 * [of_examples[:4].mean(), of_examples.mean()], rtol=1e-6)
+    of_batches = np.mean([of_examples[:4].mean(), of_examples[4:].mean()])
+    assert of_batches > 2 * of_examples.mean()  # What would be wrong shows.
+    shown(f"{seen[-1]:.3f}; the mean of the means of batches would be {of_batches:.3f}")
 
 
-def test_c4_a_huber_metric_is_the_mean_over_examples_in_an_own_step(eagerly):
-    metric = HuberMetric(2.0)
+@ways
+def test_c4_a_huber_metric_in_training_is_that_of_numpy_also_when_loaded(way, tmp_path, shown):
+    def update(kernel, x, y):
+        off = x @ kernel - y
+        return kernel - RATE * x.T @ (2 * off / len(x)), huber_by_hand(off, 0.5)[:, 0]
 
-    def step(y, y_pred):
-        metric.update_state(y, y_pred)
-        return {"huber": metric}
-
-    history = hl.fit(step, hl.Feed((np.zeros_like(ERRORS), ERRORS), batch_size=4), epochs=2, verbose=0).history
-    np.testing.assert_allclose(history["huber"], 2 * [MEAN_HUBER], rtol=1e-6)
-
-
-@pytest.mark.parametrize("build", [functional, subclassed])
-def test_c4_the_threshold_of_a_huber_metric_survives_saving(build, tmp_path):
-    model, (x, y) = build(linear()), diabetes()
-    model.compile(keras.optimizers.SGD(RATE), "mse", metrics=[HuberMetric(0.25)])
-    model.fit(x, y, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    off = y - x @ loaded.get_weights()[0]
-    found = loaded.evaluate(x, y, verbose=0, return_dict=True)
-    assert found["huber"] == pytest.approx(huber_by_hand(off, 0.25).mean(), rel=1e-4)
+    used = way([linear()], X, keras.optimizers.SGD(RATE), metrics=[HuberMetric(0.5)])
+    before, after = used.train((X, Y)), used.reloaded(tmp_path).train((X, Y))
+    expected, _ = in_numpy(update, (X, Y), ZEROS, epochs=4)
+    np.testing.assert_allclose(before["huber"] + after["huber"], expected, rtol=1e-4)
+    shown(f"{after['huber'][-1]:.3f} after loading, as in NumPy, {IN_EACH_WAY}")
 
 
 # ------------------------------------------------------- C7, a loss added by a layer
 
 
-def reconstructing_regressor_by_hand():
-    """The run `curves.c7` in NumPy: loss and error of the reconstruction by epoch."""
-    x, y = (array[:440].astype("float64") for array in diabetes())
-    weights = [weight.astype("float64") for weight in curves.start((10, 8), 8, (8, 1), 1, (8, 10), 10)]
-    losses, errors = [], []
-    for _ in range(8):
-        for x_batch, y_batch in zip(np.split(x, 5), np.split(y, 5), strict=True):
-            w1, b1, w2, b2, w3, b3 = weights
-            hidden = np.tanh(x_batch @ w1 + b1)
-            off, lost = hidden @ w2 + b2 - y_batch, hidden @ w3 + b3 - x_batch
-            errors.append((lost**2).mean())
-            losses.append((off**2).mean() + 0.05 * errors[-1])
-            d_off, d_lost = 2 * off / off.size, 0.05 * 2 * lost / lost.size
-            d_hidden = (d_off @ w2.T + d_lost @ w3.T) * (1 - hidden**2)
-            inputs_and_slopes = [(x_batch, d_hidden), (hidden, d_off), (hidden, d_lost)]
-            gradients = [part for inputs, slope in inputs_and_slopes for part in (inputs.T @ slope, slope.sum(axis=0))]
-            weights = [weight - 0.1 * gradient for weight, gradient in zip(weights, gradients, strict=True)]
-    by_epoch = [np.reshape(values, (8, 5)).mean(axis=1) for values in (losses, errors)]
-    return dict(zip(("loss", "reconstruction_error"), by_epoch, strict=True))
+def update_of_reconstructing_regressor(weights, x, y):
+    """One update in NumPy: the weights, and of each example the loss and the error of the reconstruction."""
+    w1, b1, w2, b2, w3, b3 = weights
+    hidden = np.tanh(x @ w1 + b1)
+    off, lost = hidden @ w2 + b2 - y, hidden @ w3 + b3 - x
+    d_off, d_lost = 2 * off / off.size, 0.05 * 2 * lost / lost.size
+    d_hidden = (d_off @ w2.T + d_lost @ w3.T) * (1 - hidden**2)
+    inputs_and_slopes = [(x, d_hidden), (hidden, d_off), (hidden, d_lost)]
+    gradients = [part for inputs, slope in inputs_and_slopes for part in (inputs.T @ slope, slope.sum(axis=0))]
+    error = (lost**2).mean(axis=1)
+    reported = np.stack([off[:, 0] ** 2 + 0.05 * error, error], axis=1)
+    return [weight - RATE * gradient for weight, gradient in zip(weights, gradients, strict=True)], reported
+
+
+def assert_fall_as_in_numpy(history, data, weights, epochs, **options):
+    expected, _ = in_numpy(update_of_reconstructing_regressor, data, weights, epochs, **options)
+    assert history.keys() == {"loss", "reconstruction_error"}
+    for name, curve in zip(("loss", "reconstruction_error"), expected.T, strict=True):
+        assert (np.diff(history[name]) < 0).all()
+        np.testing.assert_allclose(history[name], curve, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [curves.ReconstructingRegressor, curves.WithAnOwnStep])
 def test_c7_a_reconstruction_loss_by_add_loss_and_its_error_as_a_metric_fall_as_in_numpy(kind):
-    found, expected = curves.c7(kind), reconstructing_regressor_by_hand()
-    assert found.keys() == expected.keys()
-    for name, curve in found.items():
-        assert (np.diff(curve) < 0).all()
-        np.testing.assert_allclose(curve, expected[name], rtol=1e-4)
+    assert_fall_as_in_numpy(curves.c7(kind), (X[:440], Y[:440]), curves.C7_START, epochs=8, batch_size=88)
+
+
+@registered
+class Reconstructing(keras.Layer):
+    """A hidden layer from which its inputs are to be rebuilt."""
+
+    def __init__(self, units, **options):
+        super().__init__(**options)
+        self.units = units
+        self.hidden = layers.Dense(units, "tanh")
+        self.error = keras.metrics.Mean(name="reconstruction_error")
+
+    def build(self, shape):
+        self.reconstruct = layers.Dense(shape[-1])
+        self.hidden.build(shape)
+        self.reconstruct.build((None, self.units))
+
+    def call(self, x, training=False):
+        hidden = self.hidden(x)
+        errors = ops.mean((self.reconstruct(hidden) - x) ** 2, axis=-1)
+        self.add_loss(0.05 * ops.mean(errors))
+        if training:
+            self.error.update_state(errors)
+        return hidden
+
+    def get_config(self):
+        return super().get_config() | {"units": self.units}
+
+
+@ways
+def test_c7_a_layer_that_adds_a_loss_and_has_a_metric_trains_as_in_numpy_also_when_loaded(way, tmp_path, shown):
+    w1, b1, w2, b2, w3, b3 = curves.C7_START
+    used = way([Reconstructing(8), layers.Dense(1)], X, keras.optimizers.SGD(RATE))
+    used.net.set_weights([w1, b1, w3, b3, w2, b2])
+    before, after = used.train((X, Y)), used.reloaded(tmp_path).train((X, Y))
+    history = {name: values + after[name] for name, values in before.items()}
+    assert_fall_as_in_numpy(history, (X, Y), curves.C7_START, epochs=4)
+    first, last = ((history["loss"][at], history["reconstruction_error"][at]) for at in (0, -1))
+    shown(f"loss from {first[0]:.3f} to {last[0]:.3f}, error from {first[1]:.3f} to {last[1]:.3f}, {IN_EACH_WAY}")
 
 
 @pytest.mark.once  # Starts three processes.
@@ -601,7 +484,7 @@ class Momentum(keras.Optimizer):
 
 
 @ways
-def test_c8_an_own_optimizer_follows_the_recurrence_of_numpy(train):
+def test_c8_an_own_optimizer_follows_the_recurrence_of_numpy(way, shown):
     def update(state, x, y):
         kernel, velocity = state
         off = x @ kernel - y
@@ -609,12 +492,14 @@ def test_c8_an_own_optimizer_follows_the_recurrence_of_numpy(train):
         return (kernel + velocity, velocity), off[:, 0] ** 2
 
     layer, optimizer = linear(), Momentum(0.05, momentum=0.8)
-    history = train(layer, keras.losses.MeanSquaredError(), diabetes(), optimizer, epochs=3)
-    losses, (kernel, velocity) = by_hand(update, diabetes(), (ZEROS, ZEROS), epochs=3)
+    history = way([layer], X, optimizer).train((X, Y), epochs=3)
+    losses, (kernel, velocity) = in_numpy(update, (X, Y), (ZEROS, ZEROS), epochs=3)
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
     np.testing.assert_allclose(layer.get_weights()[0], kernel, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(ops.convert_to_numpy(optimizer.velocities[0]), velocity, rtol=1e-3, atol=1e-5)
     assert int(optimizer.iterations) == 3 * 7
+    off = np.abs(ops.convert_to_numpy(optimizer.velocities[0]) - velocity).max()
+    shown(f"velocities off NumPy by {below(off)}, {IN_EACH_WAY}")
 
 
 def test_c8_the_config_of_an_own_optimizer_makes_the_same_one():
@@ -623,35 +508,34 @@ def test_c8_the_config_of_an_own_optimizer_makes_the_same_one():
 
 
 @registered
-class WithOwnStep(Subclassed):
+class WithOwnStep(ChainModel):
     def train_step(self, data):
         x, y = data
         return {"loss": self.minimize(lambda: ops.mean((self(x, training=True) - y) ** 2))}
 
 
-def with_own_step(layer):
-    model = WithOwnStep(layer)
-    model(np.zeros((1, 10), "float32"))
-    return model
+def with_own_step(parts, x, optimizer):
+    model = WithOwnStep(parts)
+    model(x[:1])
+    return InModel(model, optimizer, loss=None)
 
 
-@pytest.mark.parametrize("build", [functional, subclassed, with_own_step])
-def test_c8_a_saved_model_and_its_own_optimizer_resume_exactly(build, tmp_path):
-    model = build(layers.Dense(1))
-    model.compile(Momentum(0.05, momentum=0.8), "mse")
-    loaded = trains_on_as_one_that_was_never_saved(model, tmp_path / "model.keras")
+@pytest.mark.parametrize("way", [*WAYS.values(), with_own_step], ids=[*WAYS, "own step"])
+def test_c8_what_is_saved_with_an_own_optimizer_goes_on_exactly(way, tmp_path):
+    used = way([layers.Dense(1)], X, Momentum(0.05, momentum=0.8))
+    loaded = goes_on_as_if_it_had_never_been_saved(used, (X, Y), tmp_path)
     assert type(loaded.optimizer) is Momentum
     assert loaded.optimizer.momentum == 0.8
     assert np.any(ops.convert_to_numpy(loaded.optimizer.velocities[0]))
 
 
 @pytest.mark.parametrize("build", [functional, subclassed, with_own_step])
-def test_c8_a_run_by_an_own_optimizer_that_is_stopped_resumes_exactly(build, tmp_path):
+def test_c8_a_run_by_an_own_optimizer_that_is_stopped_resumes_exactly(build, tmp_path, shown):
     def run(run_dir, stop=0):
-        model, callbacks = build(layers.Dense(1, kernel_initializer="zeros")), [StopAt(stop)]
-        model.compile(Momentum.from_config(Momentum(0.05, momentum=0.8).get_config()), "mse")
+        model = build([layers.Dense(1, kernel_initializer="zeros")], X, Momentum(0.05, momentum=0.8)).net
+        callbacks = [StopAt(stop)]
         options = {"batch_size": 64, "epochs": 2, "shuffle": False, "callbacks": callbacks, "verbose": 0}
-        history = model.fit(*diabetes(), run_dir=run_dir, save=hl.every(steps=3), **options)
+        history = model.fit(X, Y, run_dir=run_dir, save=hl.every(steps=3), **options)
         return left(run_dir, {"model": model}, history, callbacks)
 
     whole = run(tmp_path / "whole")
@@ -659,3 +543,4 @@ def test_c8_a_run_by_an_own_optimizer_that_is_stopped_resumes_exactly(build, tmp
         run(tmp_path / "run", stop=11)
     assert run(tmp_path / "run") == whole
     assert any("velocities" in name for name in whole["saved"])
+    shown("resumed to the bit")
