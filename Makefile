@@ -7,7 +7,10 @@ BACKENDS ?= jax tensorflow torch
 JOBS ?= auto
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test nightly lint format bench clean
+# The rows' table is compared with what they showed when all of them ran.
+WHOLE = $(if $(ARGS),,$(if $(filter 3,$(words $(BACKENDS))),yes))
+
+.PHONY: run test rows nightly lint format bench clean
 
 run: $(INSTALLED)  ## Train a GAN on handwritten digits, on the default backend. ARGS="--backend torch" for another.
 	$(BIN)/handloom run gan-digits $(ARGS)
@@ -16,8 +19,13 @@ run: $(INSTALLED)  ## Train a GAN on handwritten digits, on the default backend.
 test: lint  ## Lint, then the whole suite on every backend, each in processes of its own. ARGS="-k feed" for a part.
 	set -e; for backend in $(BACKENDS); do \
 	    echo "== $$backend"; OMP_NUM_THREADS=1 KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
-	        $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS); \
+	        $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --rows build/rows/$$backend.json $(ARGS); \
 	done
+	$(if $(WHOLE),$(BIN)/python -m tests.rows.table build/rows --check)
+
+rows: ARGS := tests/rows
+rows: test  ## What must work, row by row, shown anew: docs/rows.md.
+	$(BIN)/python -m tests.rows.table build/rows
 
 nightly: $(INSTALLED)  ## Runs killed at a hundred random instants, and at each call of a save, on every backend.
 	set -e; for backend in $(BACKENDS); do \
@@ -38,7 +46,7 @@ bench: $(INSTALLED)  ## What a step costs, beside Keras's fit, a loop by hand an
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 
 clean:  ## Remove the virtual environment and what runs left.
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # torch first, and by its exact version: there is a CPU build of just that one.
 $(INSTALLED): pyproject.toml

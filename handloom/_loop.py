@@ -88,7 +88,8 @@ def fit(
             as `["state.model.head.*"]`: what is missing stays as it is. Anything else that differs is an error.
         save: When to save; it is also done at the end, and when SIGTERM or Ctrl-C asks to stop. `None` for never.
         keep: How many of the last checkpoints to keep; `None` for all.
-        best: `"min:val_loss"` or the like, to keep the best by a reported value besides.
+        best: `"min:val_loss"` or the like, to keep the best by a reported value besides; saved when that is reported,
+            whatever `save` says.
         steps_per_execution: How many steps to dispatch together, which costs less for small steps: on JAX and
             TensorFlow as one program. It is one by one where a callback is to be called at each step, or something
             (saving, validation, a callback of Handloom's) is due within so many; `"auto"` is one by one.
@@ -325,7 +326,7 @@ def feed_for(step: Callable[..., Any], data: Any, *, training: bool = False) -> 
     """Data as a feed, its sample weights checked."""
     feed, position = data.view() if isinstance(data, Feed) else Feed(data), _position_of_weights(step)
     if position is not None:
-        feed.check(lambda batch: check_weights(weights_in(None, *batch[position : position + 1]), training=training))
+        feed.check(lambda batch: check_weights(weights_in(None, batch[position : position + 1]), training=training))
     return feed
 
 

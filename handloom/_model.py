@@ -14,6 +14,7 @@ from handloom._compile import attach, compiled_optimizer, finish_training, prepa
 from handloom._compile import build as build_optimizer
 from handloom._every import Every, every
 from handloom._explain import Explanation, explain, shown
+from handloom._export import export
 from handloom._gradients import Wrt, build
 from handloom._keras import (
     Functional,
@@ -87,6 +88,14 @@ class Model(keras.Model):
         """Pickled and copied as Keras does, but by a class that a module knows by name: a variant is not."""
         rebuild, contents = super().__reduce__()
         return getattr(Model, rebuild.__name__), contents
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Model:
+        """Makes the model that `get_config` describes."""
+        if "layers" in config and "input_layers" not in config and not issubclass(cls, keras.Sequential):
+            return cast(Model, variant(cls, keras.Sequential).from_config(config, custom_objects))
+        with naming_unknown_parts(config, custom_objects):
+            return cast(Model, super().from_config(config, custom_objects))
 
     # ------------------------------------------------------------------ compile
 
@@ -282,7 +291,7 @@ class Model(keras.Model):
             allow: What a checkpoint may lack, or have besides.
             save: When to save.
             keep: How many of the last checkpoints to keep.
-            best: By which value to keep the best besides.
+            best: By which value to keep the best besides, saved when it is reported.
             seed: One number for all that is random in the run.
 
         Returns:
@@ -413,15 +422,7 @@ class Model(keras.Model):
         """
         return shown(explain(self, self._steps.reductions))
 
-    # ------------------------------------------------------------------ insides
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Model:
-        """Makes the model that `get_config` describes."""
-        if "layers" in config and "input_layers" not in config and not issubclass(cls, keras.Sequential):
-            return cast(Model, variant(cls, keras.Sequential).from_config(config, custom_objects))
-        with naming_unknown_parts(config, custom_objects):
-            return cast(Model, super().from_config(config, custom_objects))
+    export = export
 
 
 @keras.saving.register_keras_serializable("handloom")

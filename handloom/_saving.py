@@ -21,6 +21,7 @@ from handloom.backends import backend
 from handloom.callbacks import JSONLogger
 from handloom.checkpoint._checkpointer import Checkpointer
 from handloom.checkpoint._names import named
+from handloom.checkpoint._retention import OF_RUN
 from handloom.checkpoint._store import Written
 from handloom.errors import CheckpointError, StepError
 
@@ -38,7 +39,7 @@ class SaveOptions:
             exact place, `"never"` to begin anew, in a directory without checkpoints.
         allow: Patterns of names that a checkpoint may lack, have besides, or have in another shape.
         keep: How many checkpoints to keep.
-        best: By which metric to keep the best besides.
+        best: By which metric to keep the best besides; it is saved when it is reported.
     """
 
     run_dir: Path
@@ -96,7 +97,7 @@ class Saving:
             **{name: part for name, part in parts.items() if name != "feed"},
             "callbacks": {name: Kept(callback) for name, callback in by_name(callbacks).items()},
         }
-        directory = options.run_dir / "checkpoints"
+        directory = options.run_dir / OF_RUN
         self._checkpointer = Checkpointer(directory, self._whole, keep=options.keep, best=options.best)
         self._saved: tuple[int, int] | None = None
         self._saved_at = time.perf_counter()
@@ -162,8 +163,13 @@ class Saving:
             self._log_written()
         if self._signals.received is not None:
             self.save_and_stop(results)
-        if self._options.when.due(self._place.progress, time.perf_counter() - self._saved_at):
+        due = self._options.when.due(self._place.progress, time.perf_counter() - self._saved_at)
+        if due or self._is_best(results):
             self._save(results)
+
+    def _is_best(self, results: Mapping[str, Any]) -> bool:
+        """Whether these results, if there are any now, are the best so far of what `best` names."""
+        return bool(results) and self._options.best is not None and self._checkpointer.is_best(_numbers(results))
 
     def save_and_stop(self, results: Mapping[str, Any] = MappingProxyType({})) -> NoReturn:
         """Saves, and ends the process as the signal that has come asks for."""
@@ -180,8 +186,7 @@ class Saving:
         self._log_written()
 
     def _save(self, results: Mapping[str, Any]) -> None:
-        numbers = {name: value for name, value in results.items() if np.ndim(value) == 0}
-        self._checkpointer.save(self._place.progress.step, numbers)
+        self._checkpointer.save(self._place.progress.step, _numbers(results))
         self._log_written()  # The one before, for which this one has waited.
         self._saved, self._saved_at = self._place.now, time.perf_counter()
 
@@ -223,6 +228,10 @@ class Saving:
                 f"{' ...' if len(lost) > 5 else ''}. Name in state what they belong to, state={{'model': model, "
                 "'optimizer': optimizer, 'metric': metric}; for a model, set it as an attribute."
             )
+
+
+def _numbers(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in results.items() if np.ndim(value) == 0}
 
 
 class NotSaving:

@@ -17,11 +17,11 @@ from types import ModuleType
 
 import click
 
+from handloom.checkpoint._retention import OF_RUN
 from handloom.errors import HandloomError, RecipeError
 
 _BACKENDS = ("jax", "tensorflow", "torch")
 _RECIPES = Path(__file__).parent / "recipes"
-_CHECKPOINTS = "checkpoints"
 _RECORD = "run.json"
 
 
@@ -85,7 +85,7 @@ _where = click.argument("path", metavar="DIR", type=click.Path(exists=True, path
 @checkpoint.command("ls")
 @_where
 def list_checkpoints(path: Path) -> None:
-    """List the checkpoints in a directory, oldest first."""
+    """List the checkpoints in a directory, or of a run, oldest first."""
     for line in _inspect().listed(path):
         click.echo(line)
 
@@ -165,7 +165,7 @@ def _configured(installed: list[str]) -> str:
 def _prepared(run_dir: Path | None, name: str, fresh: bool) -> Path:
     """The run directory, made: the one asked for, whose run goes on if there is one, or the first that is free."""
     chosen = run_dir or Path("runs") / name
-    saved = (chosen / _CHECKPOINTS).is_dir()
+    saved = (chosen / OF_RUN).is_dir()
     if fresh and (saved or (chosen / _RECORD).exists()):
         _empty(chosen)
     if _in_use(chosen) and not (saved and run_dir is not None):

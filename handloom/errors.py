@@ -9,6 +9,7 @@ HandloomError
 ├── DataError                 (ValueError)    data that no step could be given
 ├── OptimizerError            (ValueError)    an optimizer without variables, or variables without an optimizer
 ├── CheckpointError           (ValueError)    a checkpoint that is damaged, of something else, or cannot be written
+├── ExportError               (ValueError)    a model that cannot be exported in that format on this backend
 ├── SavedModelError           (ValueError)    a saved model with parts that are not known here
 └── RecipeError               (ValueError)    a recipe that is not there or does not run
 
@@ -24,6 +25,7 @@ __all__ = [
     "BackendNotInstalledError",
     "CheckpointError",
     "DataError",
+    "ExportError",
     "FallbackWarning",
     "GradientError",
     "HandloomError",
@@ -72,6 +74,10 @@ class OptimizerError(HandloomError, ValueError):
 
 class CheckpointError(HandloomError, ValueError):
     """A checkpoint cannot be written, or what is there is damaged, unsafe, or does not fit what it is to restore."""
+
+
+class ExportError(HandloomError, ValueError):
+    """The backend cannot export a model in the format asked for."""
 
 
 class SavedModelError(HandloomError, ValueError):

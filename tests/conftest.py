@@ -23,6 +23,7 @@ import pytest
 import handloom as hl
 
 BACKEND = keras.backend.backend()
+pytest_plugins = ["tests.rows.shown"]
 
 
 # A shell that runs tests in the background has them ignore Ctrl-C, which some of them are about.

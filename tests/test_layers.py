@@ -45,7 +45,7 @@ LAYERS = [
     {"_run_state"},
     {"_saving"},
     {"_loop"},
-    {"_model", "_compile", "_model_data", "_model_steps", "_variants", "_unknown_parts", "_explain"},
+    {"_model", "_compile", "_model_data", "_model_steps", "_variants", "_unknown_parts", "_explain", "_export"},
     {"recipes", "cli"},
 ]
 # What names a backend: the messages about one that is missing, and the choices of the command line.

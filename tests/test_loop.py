@@ -171,13 +171,13 @@ def test_a_step_is_anything_that_can_be_called(kind):
 
 
 def test_an_argument_called_sample_weight_weighs_the_averages(eagerly):
-    weights = np.repeat([1.0, 3.0, 0.0, 0.0], 10).astype("float32")
+    weights = np.repeat([1.0, 3.0, 0.5, 0.5], 10).astype("float32")
 
     def step(x, sample_weight):
         return {"mean": ops.sum(x * sample_weight) / ops.sum(sample_weight)}
 
     history = fit(step, hl.Feed((X, weights), batch_size=10), epochs=2).history
-    np.testing.assert_allclose(history["mean"], [(4.5 + 3 * 14.5) / 4] * 2, rtol=1e-6)
+    np.testing.assert_allclose(history["mean"], [(4.5 + 3 * 14.5 + 0.5 * 24.5 + 0.5 * 34.5) / 5] * 2, rtol=1e-6)
 
 
 def test_without_weights_in_the_data_examples_count():

@@ -287,6 +287,16 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     assert steps == sorted({best, 5 * STEPS, 6 * STEPS})
 
 
+@pytest.mark.parametrize("save", [hl.every(steps=3), hl.every(epochs=4), hl.every(seconds=1000)])
+def test_the_best_is_saved_when_it_is_reported_whenever_else_is_saved(save, tmp_path):
+    model = train(tmp_path, epochs=6, save=save, keep=1, best="min:val_loss")
+    values = model.history.history["val_loss"]
+    assert np.argmin(values) not in (3, 5)  # Epochs at whose end some of these save anyway.
+    checkpointer = hl.Checkpointer(tmp_path / "checkpoints", {}, best="min:val_loss")
+    assert checkpointer.best_step == (1 + int(np.argmin(values))) * STEPS
+    assert checkpointer.steps == [checkpointer.best_step, 6 * STEPS]
+
+
 def test_without_save_there_is_only_the_log(tmp_path):
     train(tmp_path, save=None)
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]

@@ -17,6 +17,7 @@ _NOT_THE_USERS = (
     sysconfig.get_paths()["stdlib"] + os.sep,
     "<frozen",
 )
+_TENSORFLOW = f"{os.sep}site-packages{os.sep}tensorflow{os.sep}"
 
 
 Frames = Iterable[tuple[str, int]]
@@ -45,4 +46,19 @@ def needs_a_value(frames: Frames) -> TraceError:
         "Use operations instead of Python here: keras.ops.cond or keras.ops.where for a branch, "
         "keras.ops.while_loop or keras.ops.fori_loop for a loop, keras.ops.cast for a conversion. "
         "To debug, run the step op by op: hl.run_eagerly(True)."
+    )
+
+
+def tensorflow_called(frames: Frames, backend: str) -> TraceError | None:
+    """The error for an operation of TensorFlow inside a trace of another backend, if that is what failed.
+
+    It takes tensors of others for data, and turns them into arrays.
+    """
+    if not any(_TENSORFLOW in file for file, _ in frames):
+        return None
+    return TraceError(
+        f"A compiled step on {backend} calls TensorFlow, whose operations, TensorArray, sets and "
+        f"queues take tensors of TensorFlow alone:\n    {users_line(frames)}\n"
+        "Use keras.ops in the step (a TensorArray is what keras.ops.scan gathers), do it in the data's own pipeline "
+        "(tf.data), or choose the backend: KERAS_BACKEND=tensorflow. To run the step op by op: hl.run_eagerly(True)."
     )

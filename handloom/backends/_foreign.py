@@ -14,7 +14,7 @@ LIBRARIES = ("jax", "tensorflow", "torch")
 
 def library_of(leaf: Any) -> str | None:
     """The library that a tensor is of, `None` for anything else. None is imported for that: then there is no tensor."""
-    loaded = {name: sys.modules[name] for name in LIBRARIES if name in sys.modules}
+    loaded = {name: sys.modules[name] for name in LIBRARIES if sys.modules.get(name)}
     if "torch" in loaded and isinstance(leaf, loaded["torch"].Tensor):
         return "torch"
     if "tensorflow" in loaded and loaded["tensorflow"].is_tensor(leaf):

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,6 +118,28 @@ class Backend(abc.ABC):
     def seed_random_state(self, seed: int) -> None:
         """Sets what `random_state` gives, where `keras.utils.set_random_seed` does not; nothing by default."""
         del seed
+
+    @abc.abstractmethod
+    def profiled(self, directory: Path) -> contextlib.AbstractContextManager[Any]:
+        """Traces what runs within, host and device, and writes it at the end, as the backend's own tools read it.
+
+        Args:
+            directory: What TensorBoard would know as a run; made if it is not there.
+        """
+
+    # --------------------------------------------------------------- exporting
+
+    def prepare_export(self, model: Any, format: str) -> None:  # noqa: A002  Keras's name.
+        """Makes a model ready for Keras to export, or refuses a format that cannot be written on this backend.
+
+        Args:
+            model: A Keras model.
+            format: As for `keras.Model.export`.
+
+        Raises:
+            ExportError: Says what to do instead.
+        """
+        del model, format  # By default there is nothing to do.
 
     # --------------------------------------------------------------- compiling
 

@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -26,7 +27,7 @@ from jax.experimental.sparse import BCOO
 from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
-from handloom.backends._blame import frames_of, needs_a_value, users_line
+from handloom.backends._blame import frames_of, needs_a_value, tensorflow_called, users_line
 from handloom.backends._jax_control import assignments_in_branches, cond
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends.base import Backend, Gradients, Program, Repeated, Untraceable
@@ -74,7 +75,8 @@ class JaxBackend(Backend):
                 written, read = _find_variables(fn, tensors)
                 return _program(_pure(fn, written, read), tensors, written, read, unused)
         except _NEEDS_A_VALUE as error:
-            raise needs_a_value(frames_of(error)) from error
+            frames = frames_of(error)
+            raise tensorflow_called(frames, self.name) or needs_a_value(frames) from error
         except jax.errors.UnexpectedTracerError as error:
             raise _leaked(users_line(frames_of(error))) from error
 
@@ -107,6 +109,9 @@ class JaxBackend(Backend):
 
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         return checkpoint_name(tensor, _MARK + name)
+
+    def profiled(self, directory: Path) -> Any:
+        return jax.profiler.trace(directory)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._inside("trace"), _unseeded_random_ops(), Scope(creates=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,9 @@ class TensorFlowBackend(Backend):
 
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         return tf.identity(tensor, name=_MARK + name.encode().hex())
+
+    def profiled(self, directory: Path) -> Any:
+        return tf.profiler.experimental.Profile(str(directory))
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._inside("trace"), Scope(creates=True), tf.__internal__.FuncGraph("shapes").as_default():

@@ -20,6 +20,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,13 +36,13 @@ from torch.overrides import TorchFunctionMode
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
 from handloom._warn import warn
 from handloom.backends import _foreign as foreign
-from handloom.backends._blame import frames_of, needs_a_value
+from handloom.backends._blame import frames_of, needs_a_value, tensorflow_called
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends._torch_control import traceable_control_flow
 from handloom.backends._torch_graph import generate, mark, take_marks, tidy
 from handloom.backends._torch_random import traceable_random_ops
 from handloom.backends.base import Backend, Gradients, Untraceable
-from handloom.errors import FallbackWarning, HandloomError
+from handloom.errors import ExportError, FallbackWarning, HandloomError
 
 Step = Callable[..., Sequence[Tensor]]
 
@@ -91,6 +92,21 @@ class TorchBackend(Backend):
         if "torch_cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(torch.from_numpy(state["torch_cuda"].copy()))
 
+    def profiled(self, directory: Path) -> Any:
+        write = torch.profiler.tensorboard_trace_handler(str(directory))
+        return torch.profiler.profile(on_trace_ready=write)
+
+    def prepare_export(self, model: Any, format: str) -> None:  # noqa: A002
+        if format == "tf_saved_model":
+            raise ExportError(
+                "On PyTorch a model cannot be exported as a TensorFlow SavedModel: Keras does it by torch_xla, of "
+                'which there is no version for this PyTorch. Use export(..., format="onnx"), or let TensorFlow do it: '
+                'model.save("model.keras"), then KERAS_BACKEND=tensorflow python -c "from handloom import Model; '
+                "from keras.saving import load_model; load_model('model.keras', compile=False).export('exported')\"."
+            )
+        # Keras makes parameters of a module's variables when they are asked for, and torch's exporter does not ask.
+        list(model.named_parameters())
+
     def trace(
         self,
         fn: Step,
@@ -107,6 +123,8 @@ class TorchBackend(Backend):
         except _NeedsValue as error:
             raise needs_a_value(frames_of(error)) from error
         except Exception as first:
+            if refusal := tensorflow_called(frames_of(first), self.name):
+                raise refusal from first
             program = self._trace_with_gradients_recorded(fn, tensors, first)
         for name in program.unused_marks:
             unused(name)

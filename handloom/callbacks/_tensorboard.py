@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, on every backend."""
+"""Scalars and profiles for TensorBoard, on every backend."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from handloom._every import Every, every
 from handloom.callbacks._periodic import Periodic
+from handloom.callbacks._profile import Profile
 from handloom.callbacks._rates import learning_rates
 
 
@@ -21,27 +22,52 @@ class TensorBoard(Periodic):
     stands over the number of the epoch, `batch_<name>` (the values so far) over that of the step, and
     `evaluation_<name>_vs_iterations` over that of the step at which validation ran. `epoch_learning_rate` is the rate
     at the end of the epoch; optimizers by name have one each, `epoch_learning_rate_<name>`. Other than with Keras,
-    there are no graphs, histograms, images or profiles.
+    there are no graphs, histograms or images.
 
-    Needs tensorboardX: `pip install "handloom[tensorboard]"`.
+    Needs tensorboardX: `pip install "handloom[tensorboard]"`. What shows a profile is a plugin: xprof for those of JAX
+    and TensorFlow, in `train/plugins/profile`, torch-tb-profiler for `train/*.pt.trace.json` of PyTorch.
 
     Args:
         log_dir: The directory for both runs.
         every: When to write: at the end of epochs, or, with `hl.every(steps=...)`, also within them. It stands for
             Keras's `update_freq`.
+        profile_batch: Which steps to trace, counted from 1 over the whole training: one, or the first and the last,
+            as `(10, 20)`. Of steps that are dispatched together, those dispatches that begin there. 0 for none.
 
     Raises:
         ImportError: If tensorboardX is not installed.
+        ValueError: If `profile_batch` says nothing of the kind.
 
     Example:
         `model.fit(x, y, callbacks=[TensorBoard("logs", every=hl.every(steps=100))])`, then `tensorboard --logdir logs`
     """
 
-    def __init__(self, log_dir: str | Path = "logs", *, every: Every = every(epochs=1)) -> None:
+    def __init__(
+        self,
+        log_dir: str | Path = "logs",
+        *,
+        every: Every = every(epochs=1),
+        profile_batch: int | tuple[int, int] = 0,
+    ) -> None:
         super().__init__(every)
         self._new_writer = _writer_class()
         self._log_dir = Path(log_dir)
         self._writers: dict[str, Any] = {}
+        self._profile = Profile(profile_batch, self._log_dir / "train") if profile_batch != 0 else None
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        super().on_train_begin(logs)
+        if self._profile:
+            self._profile.start_over()
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        if self._profile:
+            self._profile.begin(self.progress.step + 1)
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        super().on_train_batch_end(batch, logs)
+        if self._profile:
+            self._profile.end(self.progress.step, logs or {})
 
     def within_epoch(self, logs: Mapping[str, Any]) -> None:
         self._write("train", {f"batch_{name}": value for name, value in logs.items()}, self.progress.step)
@@ -62,9 +88,21 @@ class TensorBoard(Periodic):
 
     def close(self) -> None:
         """Closes the files; also called when training ends by an exception."""
+        if self._profile:
+            self._profile.stop()
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+
+    def state(self) -> dict[str, Any]:
+        """What the callback carries between hooks, as JSON values."""
+        return super().state() | {"profiled": self._profile is not None and self._profile.done}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from there; to be called after `on_train_begin`. What has been profiled is not profiled again."""
+        super().restore(state)
+        if self._profile:
+            self._profile.done = state["profiled"]
 
     def _write(self, run: str, values: Mapping[str, Any], step: int) -> None:
         scalars = {name: value for name, value in values.items() if _is_number(value)}

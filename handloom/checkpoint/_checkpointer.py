@@ -89,9 +89,18 @@ class Checkpointer:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best checkpoint there is, by the metric that `best` names; `None` if none has it."""
+        """The step of the best checkpoint, by the metric that `best` names; `None` if none has it. Waits too."""
+        self.wait()
         best = self._store.best()
         return None if best is None else best.step
+
+    def is_best(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether a state saved with these metrics would be the best there is; waits for the one before.
+
+        For loops that save now and then, and whenever it gets better.
+        """
+        self.wait()
+        return self._store.is_best(_numbers(metrics))
 
     def save(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Copies the state, and writes it in the background.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from handloom._warn import warn
 from handloom.checkpoint._manifest import MANIFEST
-from handloom.checkpoint._retention import Slot
+from handloom.checkpoint._retention import OF_RUN, Slot
 from handloom.checkpoint._store import Checkpoint, read, read_newest, slots
 from handloom.errors import CheckpointError
 
@@ -17,8 +17,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Every byte is verified; nothing in it is run or looked up. No backend is imported.
 
     Args:
-        path: A checkpoint, such as `run/step_000000120`, or a directory of them, of which the newest that is whole is
-            read; a damaged one that is passed over is named in a `HandloomWarning`.
+        path: A checkpoint, such as `run/checkpoints/step_000000120`, or a directory of them, or a run's directory; of
+            several the newest that is whole is read, and a damaged one that is passed over is named in a
+            `HandloomWarning`.
 
     Returns:
         An object with `step`, `arrays` (name to NumPy array; bfloat16 and float8 of the types of `ml_dtypes`),
@@ -30,11 +31,16 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if is_checkpoint(path):
         return read(path)
-    found, damaged = read_newest(path)
+    found, damaged = read_newest(_directory(path))
     if found is None:
         raise _nothing_at(path)
     warn_of(damaged, found)
     return found
+
+
+def _directory(path: Path) -> Path:
+    """Where checkpoints are: a directory itself, or the one in that of a run."""
+    return path / OF_RUN if (path / OF_RUN).is_dir() else path
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -54,7 +60,8 @@ def checkpoints(path: Path) -> list[Path]:
     Raises:
         CheckpointError: There are none.
     """
-    found = [path] if is_checkpoint(path) else [path / slot.name for slot in slots(path)]
+    directory = _directory(path)
+    found = [path] if is_checkpoint(path) else [directory / slot.name for slot in slots(directory)]
     if not found:
         raise _nothing_at(path)
     return found

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+OF_RUN = "checkpoints"  # Where they are in a run's directory.
 _NAME = re.compile("step_([0-9]{9,18})(?:_([0-9]{1,9}))?")
 
 
@@ -51,6 +52,11 @@ class Best:
         if direction not in ("min", "max") or not colon or not metric:
             raise ValueError(f"best= takes 'min:METRIC' or 'max:METRIC', as in 'min:val_loss'; received {words!r}.")
         return cls(metric, 1 if direction == "min" else -1)
+
+    def better(self, metrics: Mapping[str, float], than: Mapping[str, float]) -> bool:
+        """Whether metrics are better than others; they are if these have no finite value."""
+        value, other = (self.sign * found.get(self.metric, math.nan) for found in (metrics, than))
+        return math.isfinite(value) and not other <= value
 
     def among(self, metrics: Mapping[Slot, Mapping[str, float]]) -> Slot | None:
         """The best one; of equals the earliest step, as it was saved last.

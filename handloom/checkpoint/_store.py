@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,11 @@ class Store:
     def best(self) -> Slot | None:
         """The best checkpoint there is."""
         return self._best_of([slot for slot in slots(self.directory) if slot not in self.damaged])
+
+    def is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a checkpoint with these metrics would be better than all there are."""
+        best = self.best()
+        return self._best is not None and self._best.better(metrics, {} if best is None else self._metrics_of(best))
 
     def _best_of(self, candidates: Sequence[Slot]) -> Slot | None:
         return self._best.among({slot: self._metrics_of(slot) for slot in candidates}) if self._best else None

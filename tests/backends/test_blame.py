@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import handloom
-from handloom.backends._blame import frames_of, needs_a_value, users_line
+from handloom.backends._blame import frames_of, needs_a_value, tensorflow_called, users_line
 from handloom.errors import TraceError
 
 pytestmark = pytest.mark.once
@@ -68,3 +68,12 @@ def test_the_error_says_where_why_and_what_to_do():
 def test_a_folder_whose_name_begins_as_ours_is_the_users():
     beside = str(Path(handloom.__file__).parent) + "_experiments"
     assert users_line([(f"{beside}/train.py", 1)]).startswith(beside)
+
+
+def test_an_operation_of_tensorflow_in_a_step_of_another_backend_is_named_as_that():
+    inside = str(Path(pytest.__file__).parents[1] / "tensorflow" / "python" / "ops.py")
+    line = failing.__code__.co_firstlineno + 1
+    told = str(tensorflow_called([(__file__, line), (inside, 3)], "jax"))
+    assert "A compiled step on jax calls TensorFlow" in told
+    assert f'{__file__}, line {line}: json.loads("{{")' in told
+    assert tensorflow_called([(__file__, line), (LIBRARY, 3)], "jax") is None

@@ -1,5 +1,7 @@
 """Tensors of any library, on each backend."""
 
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -59,3 +61,9 @@ def test_what_asks_for_gradients_and_parameters_are_read():
 @pytest.mark.parametrize("thing", [1, "a", None, np.ones(2), [1], int, torch.nn.Linear(1, 1)])
 def test_everything_else_is_no_tensor(thing):
     assert foreign.library_of(thing) is None
+
+
+@pytest.mark.parametrize("library", foreign.LIBRARIES)
+def test_a_library_whose_import_is_forbidden_is_one_that_is_not_there(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    assert foreign.library_of(DENSE) is None

@@ -90,6 +90,19 @@ def test_the_best_is_kept_besides(tmp_path):
     assert hl.load_checkpoint(tmp_path / "step_000000001").metrics == {"accuracy": 0.9, "loss": 1.0}
 
 
+def test_it_tells_whether_one_would_be_the_best(tmp_path):
+    with hl.Checkpointer(tmp_path, a_state(), best="min:loss") as checkpointer:
+        assert not checkpointer.is_best({"other": 1.0})
+        assert checkpointer.is_best({"loss": 2.0})
+        checkpointer.save(1)  # Without the metric: it is no measure for others.
+        assert checkpointer.is_best({"loss": 2.0})
+        checkpointer.save(2, {"loss": 2.0})
+        assert checkpointer.is_best({"loss": 1.9})
+        assert not any(checkpointer.is_best({"loss": loss}) for loss in (2.0, 2.1, float("nan"), -float("inf")))
+    with hl.Checkpointer(tmp_path / "other", a_state()) as checkpointer:
+        assert not checkpointer.is_best({"loss": 1.0})
+
+
 def test_that_of_a_step_is_restored_the_best_one_say(tmp_path):
     state = a_state()
     with hl.Checkpointer(tmp_path, state, keep=2, best="min:loss") as checkpointer:

@@ -39,6 +39,11 @@ def test_ls_has_a_line_for_each(directory):
     assert second.startswith("step_000000002  5 arrays, ")
 
 
+def test_ls_takes_a_runs_directory_too(tmp_path):
+    save(tmp_path / "checkpoints", 3)
+    assert run("ls", tmp_path).output.startswith("step_000000003  5 arrays, ")
+
+
 def test_ls_marks_what_is_evidently_damaged(directory):
     (directory / "step_000000001" / "contents.json").write_text("")
     result = run("ls", directory)

@@ -22,6 +22,11 @@ def test_one_is_read_or_the_newest_of_many(tmp_path):
     assert found.path == tmp_path / "step_000000001"
 
 
+def test_a_runs_directory_has_them_in_one_of_its_own(tmp_path):
+    save(tmp_path / "checkpoints", 1)
+    assert is_of(hl.load_checkpoint(tmp_path), 1)
+
+
 def test_one_may_be_read_from_where_one_stands(tmp_path, monkeypatch):
     save(tmp_path, 1)
     monkeypatch.chdir(tmp_path)

@@ -148,6 +148,7 @@ def _called(net, x):
 
 
 WAYS = {"functional": functional, "subclassed": subclassed, "own loop": by_hand}
+IN_EACH_WAY = "in a functional model, a subclassed one and a loop by hand"
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 

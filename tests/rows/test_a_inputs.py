@@ -83,7 +83,7 @@ def by_numpy(epochs):
 
 
 @every_pipeline
-def test_a16_a_pipeline_gives_the_batches_that_its_library_gives(pipeline):
+def test_a16_a_pipeline_gives_the_batches_that_its_library_gives(pipeline, shown):
     feed, expected = hl.Feed(made(pipeline)), native(pipeline, 2)
     step = hl.function(lambda x, y: (x, y))
     for epoch in expected:
@@ -93,10 +93,11 @@ def test_a16_a_pipeline_gives_the_batches_that_its_library_gives(pipeline):
             np.testing.assert_array_equal(ops.convert_to_numpy(x), pixels)
             np.testing.assert_array_equal(ops.convert_to_numpy(y), labels)
     assert not np.array_equal(expected[0][0][1], LABELS[:BATCH])
+    shown(f"the batches of {pipeline}, to the bit")
 
 
 @every_pipeline
-def test_a16_a_step_over_a_pipeline_trains_as_numpy_does_over_the_same(pipeline):
+def test_a16_a_step_over_a_pipeline_trains_as_numpy_does_over_the_same(pipeline, shown):
     weights = keras.Variable(np.zeros((PIXELS.shape[1], CLASSES), "float32"))
     optimizer = keras.optimizers.SGD(RATE)
 
@@ -112,3 +113,4 @@ def test_a16_a_step_over_a_pipeline_trains_as_numpy_does_over_the_same(pipeline)
     np.testing.assert_allclose(ops.convert_to_numpy(weights.value), expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
     assert losses[-1] < 0.5 * losses[0]
+    shown(f"{pipeline}: loss from {losses[0]:.2f} to {losses[-1]:.2f} as in NumPy")

@@ -12,6 +12,7 @@ from sklearn.model_selection import train_test_split
 import handloom as hl
 from handloom.callbacks import ProgressBar
 from tests.rows import curves
+from tests.rows.figures import below
 from tests.rows.real_data import diabetes, digits, tumours
 
 
@@ -46,17 +47,20 @@ def whole_batch_regression_by_hand():
     return np.array(losses)
 
 
-def test_a1_whole_batch_regression_falls_along_the_curve_of_numpy():
+def test_a1_whole_batch_regression_falls_along_the_curve_of_numpy(shown):
     losses = curves.a1()["loss"]
     assert losses[-1] < 0.6 * losses[0]
     np.testing.assert_allclose(losses, whole_batch_regression_by_hand(), rtol=1e-4)
+    shown(f"loss from {losses[0]:.3f} to {losses[-1]:.3f}, along the curve of NumPy")
 
 
 @pytest.mark.once  # Starts three processes.
-def test_a1_whole_batch_regression_has_the_same_curve_on_three_backends():
+def test_a1_whole_batch_regression_has_the_same_curve_on_three_backends(shown):
     found = curves.on_three_backends()
     for backend in found:
         np.testing.assert_allclose(found[backend]["a1/loss"], found["jax"]["a1/loss"], rtol=1e-4, err_msg=backend)
+    apart = np.ptp([curve["a1/loss"] for curve in found.values()], axis=0)
+    shown(f"the curves of three backends apart by {below(apart.max())}")
 
 
 def two_headed():
@@ -75,7 +79,7 @@ def two_losses_by_hand(weights, pixels, labels, ink):
     return losses, [0.5 * hidden.T @ slope for slope in slopes]
 
 
-def test_a2_two_outputs_with_two_losses_weighted_a_half_each():
+def test_a2_two_outputs_with_two_losses_weighted_a_half_each(shown):
     pixels, labels = (array[:512] for array in digits())
     ink = pixels.mean(axis=1, keepdims=True)
     ink, pixels = (ink - ink.mean()) / ink.std(), pixels - pixels.mean(axis=0)
@@ -103,6 +107,7 @@ def test_a2_two_outputs_with_two_losses_weighted_a_half_each():
         _, losses = train_step(pixels, labels, ink)
     assert float(losses[0]) < 0.5 * np.log(10)  # Of what knowing nothing costs: all digits alike, the mean ink.
     assert float(losses[1]) < 0.5 * 1
+    shown(f"losses from {expected[0]:.2f} and {expected[1]:.2f} to {float(losses[0]):.2f} and {float(losses[1]):.2f}")
 
 
 def softmax_regression_by_hand(pixels, labels, batch_size, epochs=1, rate=0.5):
@@ -140,7 +145,7 @@ def softmax_regression(rate=0.5):
     return train_step, accuracy
 
 
-def test_a3_a_streaming_metric_is_that_of_its_epoch_when_it_is_reset(eagerly):
+def test_a3_a_streaming_metric_is_that_of_its_epoch_when_it_is_reset(eagerly, shown):
     pixels, labels = (array[:160] for array in digits())
     step, accuracy = softmax_regression()
     train_step, epochs = hl.function(step), []
@@ -153,6 +158,7 @@ def test_a3_a_streaming_metric_is_that_of_its_epoch_when_it_is_reset(eagerly):
     _, right = softmax_regression_by_hand(pixels, labels, batch_size=40, epochs=3)
     np.testing.assert_allclose(epochs, right.mean(axis=1), rtol=1e-6)
     assert epochs[0] < epochs[1] < epochs[2]  # So that an epoch more or less would show.
+    shown(f"accuracy of each epoch: {', '.join(f'{value:.3f}' for value in epochs)}")
 
 
 def test_a3_a_streaming_metric_is_that_of_its_epoch_in_fit_without_a_word(eagerly):
@@ -163,7 +169,7 @@ def test_a3_a_streaming_metric_is_that_of_its_epoch_in_fit_without_a_word(eagerl
     np.testing.assert_allclose(history["accuracy"], right.mean(axis=1), rtol=1e-6)
 
 
-def test_a4_a_classifier_tells_digits_apart(capsys):
+def test_a4_a_classifier_tells_digits_apart(capsys, shown):
     train, test, y_train, y_test = train_test_split(*digits(), test_size=0.2, random_state=0)
     model = keras.Sequential([keras.Input((64,)), layers.Dense(128, activation="relu"), layers.Dense(10)])
     optimizer = keras.optimizers.Adam(5e-3)
@@ -190,6 +196,7 @@ def test_a4_a_classifier_tells_digits_apart(capsys):
     assert step == 5 * len(feed) == 5 * 45
     assert capsys.readouterr().out.startswith("step 200: loss 0.")
     assert float(accuracy.result()) > 0.95
+    shown(f"accuracy on digits held out: {float(accuracy.result()):.3f}")
 
 
 def by_own_loop(step, feed):
@@ -206,7 +213,7 @@ def by_fit(step, feed):
 
 
 @pytest.mark.parametrize("loop", [by_own_loop, by_fit])
-def test_a5_the_epoch_means_weigh_the_smaller_last_batch_right(loop, eagerly):
+def test_a5_the_epoch_means_weigh_the_smaller_last_batch_right(loop, eagerly, shown):
     pixels, labels = (array[:70] for array in digits())
     order = np.argsort(labels)  # The last batch has digits that no other has, and so a loss of its own.
     pixels, labels = pixels[order], labels[order]
@@ -216,9 +223,10 @@ def test_a5_the_epoch_means_weigh_the_smaller_last_batch_right(loop, eagerly):
     step, _ = softmax_regression()
     found = loop(step, hl.Feed((pixels, labels), batch_size=32))
     assert found == pytest.approx((losses.mean(), right.mean()), rel=1e-4)
+    shown(f"mean loss {found[0]:.3f}; the mean of batch means would be {mean_of_batch_means:.3f}")
 
 
-def test_a6_linear_regression_follows_the_closed_form_for_1000_epochs():
+def test_a6_linear_regression_follows_the_closed_form_for_1000_epochs(shown):
     """Off the least squares solution, full-batch gradient descent multiplies by (1 - 2 r A'A / n) each time."""
     random = np.random.default_rng(0)
     x = random.uniform(-1, 1, 100)
@@ -240,6 +248,7 @@ def test_a6_linear_regression_follows_the_closed_form_for_1000_epochs():
         expected.append(solution + off)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     np.testing.assert_allclose(found[-1], [2, 1], atol=0.1)
+    shown(f"1000 updates off the closed form by {below(np.abs(np.subtract(found, expected)).max())}")
 
 
 def mean_absolute_error(y, y_pred):
@@ -264,16 +273,18 @@ def test_a7_a_plain_function_as_a_metric_in_a_step_equals_numpy(eagerly):
         assert float(mae) == pytest.approx(np.abs(batch[0] @ kernel + bias - batch[1]).mean(), rel=1e-5)
 
 
-def test_a7_a_plain_function_as_a_compiled_metric_equals_numpy(eagerly):
+def test_a7_a_plain_function_as_a_compiled_metric_equals_numpy(eagerly, shown):
     x, y = diabetes()
     model = hl.Model([layers.Dense(1)])
     model.compile(loss="mse", metrics=[mean_absolute_error])
     found = model.evaluate(x, y, verbose=0, return_dict=True)["mean_absolute_error"]
     kernel, bias = model.get_weights()
-    assert found == pytest.approx(np.abs(x @ kernel + bias - y).mean(), rel=1e-5)
+    expected = np.abs(x @ kernel + bias - y).mean()
+    assert found == pytest.approx(expected, rel=1e-5)
+    shown(f"mean absolute error {found:.3f}, as in NumPy")
 
 
-def test_a8_a_learning_rate_changed_in_the_loop_counts_at_once_without_a_retrace():
+def test_a8_a_learning_rate_changed_in_the_loop_counts_at_once_without_a_retrace(shown):
     w, optimizer = keras.Variable(4.0), keras.optimizers.SGD(0.1)
 
     @hl.function
@@ -293,6 +304,7 @@ def test_a8_a_learning_rate_changed_in_the_loop_counts_at_once_without_a_retrace
     assert found[-1] < 1 < found[0]
     assert rate == pytest.approx(0.01)
     assert len(train_step.traces) == 1
+    shown(f"rate from 0.1 to {float(optimizer.learning_rate):.2f}, {len(train_step.traces)} trace")
 
 
 def imbalanced_tumours():
@@ -362,14 +374,16 @@ def detector_trained(recompute):
 
 
 @pytest.mark.parametrize("recompute", [in_the_step, in_a_callback])
-def test_a9_class_weights_recomputed_from_what_was_seen_raise_the_rare_classs_recall(recompute):
+def test_a9_class_weights_recomputed_from_what_was_seen_raise_the_rare_classs_recall(recompute, shown):
     (_, malignant), test = imbalanced_tumours()
     detector = detector_trained(recompute)
     np.testing.assert_array_equal(detector.seen, 10 * np.bincount(malignant))
     balanced = len(malignant) / (2 * np.bincount(malignant))
     # In the step they are one batch behind.
     np.testing.assert_allclose(detector.class_weights, balanced, rtol=0.05 if recompute is in_the_step else 1e-6)
-    assert detector.recall(*test) > detector_trained(never).recall(*test) + 0.1
+    recall, unweighted = detector.recall(*test), detector_trained(never).recall(*test)
+    assert recall > unweighted + 0.1
+    shown(f"recall of the rare class {recall:.2f}; unweighted {unweighted:.2f}")
 
 
 def test_a9_the_update_by_the_class_weights_of_the_moment_is_that_of_numpy():
@@ -389,10 +403,11 @@ def test_a9_the_update_by_the_class_weights_of_the_moment_is_that_of_numpy():
         seen += np.bincount(rare, minlength=2)
 
 
-def test_a9_the_rest_of_the_weights_stays_to_the_bit():
+def test_a9_the_rest_of_the_weights_stays_to_the_bit(shown):
     untrained, trained = TumourDetector(), detector_trained(in_the_step)
     for index, (one, other) in enumerate(zip(untrained.model.get_weights(), trained.model.get_weights(), strict=True)):
         assert np.array_equal(one, other) == (index < 2)
+    shown("what is not trained stays to the bit")
 
 
 def nadam_by_hand(x, y, kernel, steps, rate, penalty):
@@ -424,7 +439,7 @@ class Kernels(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("adds_them", [True, False], ids=["adds model.losses itself", "leaves them to minimize"])
-def test_a10_an_l2_regularized_net_with_constraints_follows_nadam(adds_them, eagerly):
+def test_a10_an_l2_regularized_net_with_constraints_follows_nadam(adds_them, eagerly, shown):
     x, y = diabetes()
     layer = layers.Dense(1, use_bias=False, kernel_regularizer=keras.regularizers.L2(0.1), kernel_constraint="non_neg")
     model, optimizer = keras.Sequential([keras.Input((10,)), layer]), keras.optimizers.Nadam(0.05)
@@ -444,9 +459,10 @@ def test_a10_an_l2_regularized_net_with_constraints_follows_nadam(adds_them, eag
     np.testing.assert_allclose(looking.seen, kernels, rtol=1e-3, atol=1e-5)
     assert all((kernel >= 0).all() for kernel in looking.seen)
     assert any((kernel == 0).any() for kernel in kernels[1:])  # The constraint had something to do.
+    shown(f"20 steps off Nadam in NumPy by {below(np.abs(np.subtract(looking.seen, kernels)).max())}")
 
 
-def test_a10_a_constraint_holds_after_every_step(eagerly):
+def test_a10_a_constraint_holds_after_every_step(eagerly, shown):
     layer = layers.Dense(16, activation="relu", kernel_constraint=keras.constraints.MaxNorm(0.5))
     model, optimizer = keras.Sequential([keras.Input((10,)), layer, layers.Dense(1)]), keras.optimizers.Nadam(0.01)
 
@@ -458,6 +474,7 @@ def test_a10_a_constraint_holds_after_every_step(eagerly):
     norms = [np.linalg.norm(kernel, axis=0) for kernel in looking.seen]
     assert len(norms) == 14
     assert np.max(norms) == pytest.approx(0.5, rel=1e-4)
+    shown(f"largest norm {np.max(norms):.3f} of 0.5 allowed, in {len(norms)} steps")
 
 
 def test_a10_the_training_flag_reaches_dropout_and_batch_normalization(eagerly):
@@ -553,7 +570,7 @@ def points_and_noise():
     return real.astype("float32"), random.normal(loc=2, scale=4, size=(64, 3)).astype("float32")
 
 
-def test_a12_a_gan_with_two_gradients_a_step_each_clipped_by_norm(eagerly):
+def test_a12_a_gan_with_two_gradients_a_step_each_clipped_by_norm(eagerly, shown):
     gan, (real, noise) = LinearGAN(), points_and_noise()
     expected, lengths = gan.get_weights(), []
     for _ in range(10):
@@ -565,10 +582,11 @@ def test_a12_a_gan_with_two_gradients_a_step_each_clipped_by_norm(eagerly):
     long, short = np.max(lengths, axis=0) > 1, np.min(lengths, axis=0) < 1
     assert long[[0, 2]].all()  # Both kernels had something to clip,
     assert short[[1, 3]].all()  # both biases had not, at times.
+    shown(f"gradients up to {np.max(lengths):.1f} long, clipped to 1.0 as in NumPy")
 
 
 @pytest.mark.parametrize("still", ["generator", "discriminator"])
-def test_a12_each_optimizer_moves_only_its_own_network(still, eagerly):
+def test_a12_each_optimizer_moves_only_its_own_network(still, eagerly, shown):
     gan, (real, noise) = LinearGAN(), points_and_noise()
     getattr(gan, f"{still[0]}_optimizer").learning_rate = 0.0
     before = {name: getattr(gan, name).get_weights() for name in ("generator", "discriminator")}
@@ -577,6 +595,7 @@ def test_a12_each_optimizer_moves_only_its_own_network(still, eagerly):
     for name, weights in before.items():
         for weight, now in zip(weights, getattr(gan, name).get_weights(), strict=True):
             assert np.array_equal(weight, now) == (name == still)
+    shown("the other network stays to the bit")
 
 
 BINS = 4
@@ -637,7 +656,7 @@ def adam_by_hand(weight, gradient, mean, square, step, rate=0.01):
     return weight - rate * mean / (np.sqrt(square) + 1e-7), mean, square
 
 
-def test_a13_the_wide_path_moves_by_ftrl_and_the_deep_one_by_adam():
+def test_a13_the_wide_path_moves_by_ftrl_and_the_deep_one_by_adam(shown):
     model, inputs, malignant = wide_and_deep()
     wide, *deep = (weight.astype("float64") for weight in model.get_weights())
     slots, total, linear = [(0.0, 0.0)] * 4, np.full_like(wide, 0.1), np.zeros_like(wide)
@@ -655,6 +674,7 @@ def test_a13_the_wide_path_moves_by_ftrl_and_the_deep_one_by_adam():
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     unused = (wide == 0).mean()
     assert 0.1 < unused < 0.9  # The penalty of Ftrl keeps some of the wide weights at nothing, and only those.
+    shown(f"5 steps along those of NumPy; Ftrl keeps {unused:.2f} of the wide weights at zero")
 
 
 @pytest.mark.parametrize("still", ["wide", "deep"])
@@ -670,6 +690,8 @@ def test_a13_each_path_moves_under_its_own_optimizer(still):
     assert [int(optimizer.iterations) for optimizer in model.optimizer.values()] == [1, 1]
 
 
-def test_a13_wide_and_deep_together_learn():
+def test_a13_wide_and_deep_together_learn(shown):
     model, inputs, malignant = wide_and_deep()
-    assert model.fit(inputs, malignant, epochs=5, verbose=0).history["accuracy"][-1] > 0.95
+    accuracy = model.fit(inputs, malignant, epochs=5, verbose=0).history["accuracy"][-1]
+    assert accuracy > 0.95
+    shown(f"accuracy on tumours {accuracy:.3f}")

@@ -86,7 +86,7 @@ def sequential():
 
 
 @pytest.mark.parametrize("build", [functional, sequential, Subclassed])
-def test_b1_a_train_step_with_compute_loss_and_the_compiled_metrics(build):
+def test_b1_a_train_step_with_compute_loss_and_the_compiled_metrics(build, shown):
     random = np.random.default_rng(0)
     x = random.uniform(-1, 1, size=(1000, 32)).astype("float32")
     y = (x @ random.normal(size=(32, 1)) + random.normal(size=(1000, 1))).astype("float32")
@@ -101,6 +101,7 @@ def test_b1_a_train_step_with_compute_loss_and_the_compiled_metrics(build):
     np.testing.assert_allclose(history["mae"], np.abs(errors).mean(axis=1), rtol=1e-4)
     for found, expected in zip(model.get_weights(), weights, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    shown(f"{len(steps) // 2} steps an epoch; loss {history['loss'][-1]:.3f}, mae {history['mae'][-1]:.3f} as in NumPy")
 
 
 class OwnTrackers(hl.Model):
@@ -128,7 +129,7 @@ class OwnTrackers(hl.Model):
         return {"loss": self.loss_tracker.result(), "mae": self.mae_metric.result()}
 
 
-def test_b2_own_trackers_are_reset_each_epoch(eagerly):
+def test_b2_own_trackers_are_reset_each_epoch(eagerly, shown):
     x, y = diabetes()
     inputs = keras.Input((10,))
     model = OwnTrackers(inputs, linear()(inputs))
@@ -139,6 +140,7 @@ def test_b2_own_trackers_are_reset_each_epoch(eagerly):
     np.testing.assert_allclose(history["mae"], np.abs(errors).mean(axis=1), rtol=1e-4)
     over_all_epochs = (errors**2).mean(axis=1).cumsum() / [1, 2, 3]
     assert history["loss"][-1] < 0.95 * over_all_epochs[-1]  # What would be wrong shows.
+    shown(f"loss {history['loss'][-1]:.3f}; never reset it would be {over_all_epochs[-1]:.3f}")
 
 
 class WeightedStep(hl.Model):
@@ -154,7 +156,7 @@ class WeightedStep(hl.Model):
 
 
 @pytest.mark.parametrize("kind", ["sample_weight", "class_weight"])
-def test_b3_weights_in_an_own_step_equal_weighting_by_hand(kind, eagerly):
+def test_b3_weights_in_an_own_step_equal_weighting_by_hand(kind, eagerly, shown):
     pixels, labels = (array[:200] for array in digits())
     y = (labels == 8).astype("float32")[:, None]
     of_class = {0: 0.5, 1: 4.0}
@@ -170,10 +172,11 @@ def test_b3_weights_in_an_own_step_equal_weighting_by_hand(kind, eagerly):
     np.testing.assert_allclose(history["loss"], np.mean(weight * errors**2), rtol=1e-4)
     np.testing.assert_allclose(history["mse"], np.average(errors**2, weights=weight), rtol=1e-4)
     np.testing.assert_allclose(history["mae"], np.abs(errors).mean(), rtol=1e-4)  # Not a weighted metric.
+    shown(f"{kind}: loss {history['loss'][0]:.3f} as in NumPy")
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"optimizer": None}], ids=["unsaid", "none"])
-def test_b4_a_model_without_an_optimizer_evaluates_by_its_own_test_step_as_keras_does(optimizer, eagerly):
+def test_b4_a_model_without_an_optimizer_evaluates_by_its_own_test_step_as_keras_does(optimizer, eagerly, shown):
     x, y = diabetes()
     random = np.random.default_rng(0)
     weights = [random.normal(size=(10, 1)), random.normal(size=1)]
@@ -186,6 +189,7 @@ def test_b4_a_model_without_an_optimizer_evaluates_by_its_own_test_step_as_keras
         results.append(list(model.evaluate(x, y, verbose=0, return_dict=True).values()))
     off = x @ weights[0] + weights[1] - y
     np.testing.assert_allclose(results, 4 * [[(off**2).mean(), np.abs(off).mean()]], rtol=1e-4)
+    shown(f"loss {results[0][0]:.3f}, mae {results[0][1]:.3f}, as Keras")
 
 
 def test_b4_a_model_compiled_with_no_optimizer_says_so_when_it_is_trained():
@@ -262,7 +266,7 @@ def digits_gan():
     return GAN(discriminator, generator)
 
 
-def test_b5_a_gan_with_its_own_compile_draws_more_and_more_like_the_data():
+def test_b5_a_gan_with_its_own_compile_draws_more_and_more_like_the_data(shown):
     import tensorflow as tf  # noqa: PLC0415  For its datasets, which every backend reads.
 
     images = digits()[0].reshape(-1, 8, 8, 1)
@@ -286,7 +290,9 @@ def test_b5_a_gan_with_its_own_compile_draws_more_and_more_like_the_data():
     assert int(gan.d_optimizer.iterations) == int(gan.g_optimizer.iterations) == 100
     assert list(history) == ["d_loss", "g_loss"]
     assert all(np.isfinite(value) and value > 0 for [value] in history.values())
-    assert distance() < 0.7 * before
+    after = distance()
+    assert after < 0.7 * before
+    shown(f"{len(steps)} steps; Fréchet distance from {before:.1f} to {after:.1f}")
 
 
 class EveryHook(keras.callbacks.Callback):
@@ -389,15 +395,17 @@ def default_run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("base", [keras.Sequential, OwnStep, BareLoss], ids=["Keras", "own", "bare loss"])
-def test_b6_callbacks_lose_nothing_with_an_own_step(base, default_run, tmp_path):
+def test_b6_callbacks_lose_nothing_with_an_own_step(base, default_run, tmp_path, shown):
     found = watched_run(base, tmp_path / "run")
     assert 3 < len(found["epochs"]) < 20  # Stopped early.
     for name, expected in default_run.items():
         assert_the_same(found[name], expected)
+    shown(f"{len(default_run['hooks'])} calls of callbacks, files, weights: the same as by the default step")
 
 
-def test_b6_steps_asked_to_be_fused_lose_nothing(default_run, tmp_path):
+def test_b6_steps_asked_to_be_fused_lose_nothing(default_run, tmp_path, shown):
     assert_the_same(watched_run(OwnStep, tmp_path / "run", steps_per_execution=3), default_run)
+    shown("the same with three steps in a dispatch asked for")
 
 
 # 442 patients in batches of 16: windows of 5, then one of 3, the last batch of it smaller.
@@ -419,7 +427,7 @@ def models_step(model, optimizer, data, batch_size):
 
 
 @pytest.mark.parametrize("train", [plain_step, models_step])
-def test_b7_accumulation_in_an_own_step_equals_the_big_batch_in_numpy(train, eagerly):
+def test_b7_accumulation_in_an_own_step_equals_the_big_batch_in_numpy(train, eagerly, shown):
     data = diabetes()
     model, optimizer = BareLoss([keras.Input((10,)), linear()]), Accumulated(keras.optimizers.SGD(RATE), WINDOW)
     history = train(model, optimizer, data, BATCH)
@@ -428,6 +436,7 @@ def test_b7_accumulation_in_an_own_step_equals_the_big_batch_in_numpy(train, eag
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(history["loss"], (errors**2).mean(axis=1), rtol=1e-4)
     assert int(optimizer.iterations) == 2 * 6
+    shown(f"{int(optimizer.iterations) // 2} updates an epoch, the last of a shorter window, as in NumPy")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tests.resume.runs import left
 from tests.resume.stopped import StopAt, Stopped
 from tests.rows import curves
 from tests.rows.components import (
+    IN_EACH_WAY,
     WAYS,
     ChainModel,
     InModel,
@@ -22,6 +23,7 @@ from tests.rows.components import (
     subclassed,
     ways,
 )
+from tests.rows.figures import below
 from tests.rows.real_data import diabetes
 
 RATE = 0.1
@@ -84,7 +86,7 @@ def test_c1_huber_of_each_example_is_that_of_numpy(form, eagerly):
 
 
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["unweighted", "weighted"])
-def test_c1_every_reduction_of_huber(weight, eagerly):
+def test_c1_every_reduction_of_huber(weight, eagerly, shown):
     of_example = huber_by_hand(OFF, 2.0)[:, 0] * (1 if weight is None else weight)
     expected = {
         None: of_example,
@@ -102,11 +104,12 @@ def test_c1_every_reduction_of_huber(weight, eagerly):
 
     for found, right in zip(reduced(np.zeros_like(OFF), OFF), expected.values(), strict=True):
         np.testing.assert_allclose(ops.convert_to_numpy(found), right, rtol=1e-6)
+    shown(f"{len(expected)} reductions as in NumPy")
 
 
 @ways
 @pytest.mark.parametrize("form", HUBERS)
-def test_c1_huber_trains_as_in_numpy_and_heeds_sample_weights(form, way):
+def test_c1_huber_trains_as_in_numpy_and_heeds_sample_weights(form, way, shown):
     loss, threshold = HUBERS[form]
     data = (X, Y, np.random.default_rng(0).uniform(0, 2, 442).astype("float32"))
 
@@ -120,13 +123,15 @@ def test_c1_huber_trains_as_in_numpy_and_heeds_sample_weights(form, way):
     losses, kernel = in_numpy(update, data, ZEROS)
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
     np.testing.assert_allclose(layer.get_weights()[0], kernel, rtol=1e-3, atol=1e-5)
+    shown(f"weighted loss {history['loss'][-1]:.3f} as in NumPy, {IN_EACH_WAY}")
 
 
 @in_models
-def test_c1_the_threshold_of_a_huber_loss_survives_saving(build, tmp_path):
+def test_c1_the_threshold_of_a_huber_loss_survives_saving(build, tmp_path, shown):
     loaded = build([linear()], X, loss=HuberLoss(0.25)).reloaded(tmp_path).net
     assert loaded.loss.threshold == 0.25
     np.testing.assert_allclose(loaded.evaluate(X, Y, verbose=0), huber_by_hand(Y, 0.25).mean(), rtol=1e-5)
+    shown(f"threshold {loaded.loss.threshold} after loading")
 
 
 def test_c1_a_function_with_a_threshold_of_its_own_is_given_again_on_loading(tmp_path):
@@ -217,7 +222,7 @@ def layer_of(parts):
 
 @ways
 @pytest.mark.parametrize("form", PARTS)
-def test_c2_own_activation_initializer_regularizer_and_constraint_train_as_in_numpy(form, way):
+def test_c2_own_activation_initializer_regularizer_and_constraint_train_as_in_numpy(form, way, shown):
     parts, (leak, steep, penalty, least) = PARTS[form]
 
     def update(kernel, x, y):
@@ -233,11 +238,12 @@ def test_c2_own_activation_initializer_regularizer_and_constraint_train_as_in_nu
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
     np.testing.assert_allclose(layer.get_weights()[0], kernel, rtol=1e-3, atol=1e-5)
     assert (kernel == least).any()  # The constraint had something to do.
+    shown(f"loss {history['loss'][-1]:.3f} as in NumPy, {IN_EACH_WAY}")
 
 
 @ways
 @pytest.mark.parametrize("form", PARTS)
-def test_c2_their_configs_survive_saving(form, way, tmp_path):
+def test_c2_their_configs_survive_saving(form, way, tmp_path, shown):
     parts, numbers = PARTS[form]
     loaded = goes_on_as_if_it_had_never_been_saved(way([layer_of(parts)], X), (X, Y), tmp_path)
     [layer] = [layer for layer in layers_of(loaded.net) if isinstance(layer, layers.Dense)]
@@ -247,6 +253,7 @@ def test_c2_their_configs_survive_saving(form, way, tmp_path):
         assert tuple(part.number for part in found) == numbers
     else:
         assert found == parts
+    shown("trains on to the bit after loading")
 
 
 # -------------------------------------------------------------- C3, streaming precision
@@ -285,7 +292,7 @@ def count(variable):
 
 
 @precisions
-def test_c3_precision_streams_and_is_reset(make, eagerly):
+def test_c3_precision_streams_and_is_reset(make, eagerly, shown):
     precision = make()
 
     @hl.function
@@ -294,18 +301,22 @@ def test_c3_precision_streams_and_is_reset(make, eagerly):
         return precision.result()
 
     for _ in range(2):
-        assert float(step(TRUTH[0], GUESS[0])) == pytest.approx(0.8)
-        assert float(step(TRUTH[1], GUESS[1])) == pytest.approx(0.5)
+        first, second = (float(step(*batch)) for batch in zip(TRUTH, GUESS, strict=True))
+        assert first == pytest.approx(0.8)
+        assert second == pytest.approx(0.5)
         assert [count(precision.true_positives), count(precision.false_positives)] == [4, 4]
+        counts = f"TP {count(precision.true_positives):.0f}", f"FP {count(precision.false_positives):.0f}"
         precision.reset_state()
         assert [count(precision.true_positives), count(precision.false_positives)] == [0, 0]
+    shown(f"{first:.1f} then {second:.1f}; {' and '.join(counts)}")
 
 
 @metric_ways
 @precisions
-def test_c3_precision_streams_over_batches_and_begins_anew_each_epoch(make, measure):
+def test_c3_precision_streams_over_batches_and_begins_anew_each_epoch(make, measure, shown):
     seen = measure(make(), TRUTH.reshape(16, 1), GUESS.reshape(16, 1), batch_size=8, epochs=2)
     np.testing.assert_allclose(seen, [0.8, 0.5, 0.8, 0.5], rtol=1e-6)
+    shown(f"the same {IN_EACH_WAY}")
 
 
 def share_off(y, y_pred):
@@ -347,15 +358,17 @@ ERRORS = np.array([[0.5], [1.0], [0.0], [-1.5], [8.0]], "float32")
 
 
 @metric_ways
-def test_c4_a_huber_metric_is_the_mean_over_examples_and_not_over_batches(measure):
+def test_c4_a_huber_metric_is_the_mean_over_examples_and_not_over_batches(measure, shown):
     seen = measure(HuberMetric(2.0), ERRORS, np.zeros_like(ERRORS), batch_size=4, epochs=2)
     of_examples = huber_by_hand(ERRORS, 2.0)
     np.testing.assert_allclose(seen, 2 * [of_examples[:4].mean(), of_examples.mean()], rtol=1e-6)
-    assert np.mean([of_examples[:4].mean(), of_examples[4:].mean()]) > 2 * of_examples.mean()  # What is wrong shows.
+    of_batches = np.mean([of_examples[:4].mean(), of_examples[4:].mean()])
+    assert of_batches > 2 * of_examples.mean()  # What would be wrong shows.
+    shown(f"{seen[-1]:.3f}; the mean of the means of batches would be {of_batches:.3f}")
 
 
 @ways
-def test_c4_a_huber_metric_in_training_is_that_of_numpy_also_when_loaded(way, tmp_path):
+def test_c4_a_huber_metric_in_training_is_that_of_numpy_also_when_loaded(way, tmp_path, shown):
     def update(kernel, x, y):
         off = x @ kernel - y
         return kernel - RATE * x.T @ (2 * off / len(x)), huber_by_hand(off, 0.5)[:, 0]
@@ -364,6 +377,7 @@ def test_c4_a_huber_metric_in_training_is_that_of_numpy_also_when_loaded(way, tm
     before, after = used.train((X, Y)), used.reloaded(tmp_path).train((X, Y))
     expected, _ = in_numpy(update, (X, Y), ZEROS, epochs=4)
     np.testing.assert_allclose(before["huber"] + after["huber"], expected, rtol=1e-4)
+    shown(f"{after['huber'][-1]:.3f} after loading, as in NumPy, {IN_EACH_WAY}")
 
 
 # ------------------------------------------------------- C7, a loss added by a layer
@@ -424,13 +438,15 @@ class Reconstructing(keras.Layer):
 
 
 @ways
-def test_c7_a_layer_that_adds_a_loss_and_has_a_metric_trains_as_in_numpy_also_when_loaded(way, tmp_path):
+def test_c7_a_layer_that_adds_a_loss_and_has_a_metric_trains_as_in_numpy_also_when_loaded(way, tmp_path, shown):
     w1, b1, w2, b2, w3, b3 = curves.C7_START
     used = way([Reconstructing(8), layers.Dense(1)], X, keras.optimizers.SGD(RATE))
     used.net.set_weights([w1, b1, w3, b3, w2, b2])
     before, after = used.train((X, Y)), used.reloaded(tmp_path).train((X, Y))
     history = {name: values + after[name] for name, values in before.items()}
     assert_fall_as_in_numpy(history, (X, Y), curves.C7_START, epochs=4)
+    first, last = ((history["loss"][at], history["reconstruction_error"][at]) for at in (0, -1))
+    shown(f"loss from {first[0]:.3f} to {last[0]:.3f}, error from {first[1]:.3f} to {last[1]:.3f}, {IN_EACH_WAY}")
 
 
 @pytest.mark.once  # Starts three processes.
@@ -468,7 +484,7 @@ class Momentum(keras.Optimizer):
 
 
 @ways
-def test_c8_an_own_optimizer_follows_the_recurrence_of_numpy(way):
+def test_c8_an_own_optimizer_follows_the_recurrence_of_numpy(way, shown):
     def update(state, x, y):
         kernel, velocity = state
         off = x @ kernel - y
@@ -482,6 +498,8 @@ def test_c8_an_own_optimizer_follows_the_recurrence_of_numpy(way):
     np.testing.assert_allclose(layer.get_weights()[0], kernel, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(ops.convert_to_numpy(optimizer.velocities[0]), velocity, rtol=1e-3, atol=1e-5)
     assert int(optimizer.iterations) == 3 * 7
+    off = np.abs(ops.convert_to_numpy(optimizer.velocities[0]) - velocity).max()
+    shown(f"velocities off NumPy by {below(off)}, {IN_EACH_WAY}")
 
 
 def test_c8_the_config_of_an_own_optimizer_makes_the_same_one():
@@ -512,7 +530,7 @@ def test_c8_what_is_saved_with_an_own_optimizer_goes_on_exactly(way, tmp_path):
 
 
 @pytest.mark.parametrize("build", [functional, subclassed, with_own_step])
-def test_c8_a_run_by_an_own_optimizer_that_is_stopped_resumes_exactly(build, tmp_path):
+def test_c8_a_run_by_an_own_optimizer_that_is_stopped_resumes_exactly(build, tmp_path, shown):
     def run(run_dir, stop=0):
         model = build([layers.Dense(1, kernel_initializer="zeros")], X, Momentum(0.05, momentum=0.8)).net
         callbacks = [StopAt(stop)]
@@ -525,3 +543,4 @@ def test_c8_a_run_by_an_own_optimizer_that_is_stopped_resumes_exactly(build, tmp
         run(tmp_path / "run", stop=11)
     assert run(tmp_path / "run") == whole
     assert any("velocities" in name for name in whole["saved"])
+    shown("resumed to the bit")

@@ -8,6 +8,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom._keras import layers_of
 from tests.rows.components import (
+    IN_EACH_WAY,
     InLoop,
     InModel,
     by_hand,
@@ -191,17 +192,16 @@ INSIDE = {
 
 @ways
 @pytest.mark.parametrize(("make", "data", "options", "by_numpy"), INSIDE.values(), ids=INSIDE)
-def test_c5_a_layer_inside_others_trains_as_in_numpy(make, data, options, by_numpy, way):
+def test_c5_a_layer_inside_others_trains_as_in_numpy(make, data, options, by_numpy, way, shown):
     (loss, rate), (update, weights) = options, by_numpy
     used = way(make(), data[0], keras.optimizers.SGD(rate), loss)
     used.net.set_weights(weights)
     history = used.train(data)
     losses, weights = in_numpy(update, data, weights)
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
-    for found, expected in zip(
-        used.net.get_weights(), weights if isinstance(weights, list) else [weights], strict=True
-    ):
+    for found, expected in zip(used.net.get_weights(), weights, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    shown(f"trains as in NumPy, {IN_EACH_WAY}")
 
 
 def test_c5_noise_alone_is_normal_and_new_at_each_call_of_a_compiled_step(eagerly):
@@ -215,7 +215,7 @@ def test_c5_noise_alone_is_normal_and_new_at_each_call_of_a_compiled_step(eagerl
 
 
 @ways
-def test_c5_noise_is_in_the_loss_of_training_and_in_nothing_else(way):
+def test_c5_noise_is_in_the_loss_of_training_and_in_nothing_else(way, shown):
     """Noise on the inputs of a linear model adds its variance times the square of the weights to the squared error."""
     [kernel] = start((10, 1))
     used = way([Noisy(1.0), linear()], X, keras.optimizers.SGD(0.0))
@@ -226,12 +226,14 @@ def test_c5_noise_is_in_the_loss_of_training_and_in_nothing_else(way):
     assert abs(np.mean(history) - np.mean(off**2) - added) < 4 * deviation < added / 2
     assert len(set(history)) == 10
     np.testing.assert_allclose(ops.convert_to_numpy(used.net(X)), X @ kernel, rtol=1e-5, atol=1e-6)
+    shown(f"noise in training adds {np.mean(history) - np.mean(off**2):.1f} to the loss, of {added:.1f} to be expected")
 
 
 @ways
 @pytest.mark.parametrize(("make", "data"), [row[:2] for row in INSIDE.values()], ids=INSIDE)
-def test_c5_what_is_saved_with_an_own_layer_in_it_goes_on_exactly(make, data, way, tmp_path):
+def test_c5_what_is_saved_with_an_own_layer_in_it_goes_on_exactly(make, data, way, tmp_path, shown):
     goes_on_as_if_it_had_never_been_saved(way(make(), data[0], keras.optimizers.Adam(0.01)), data, tmp_path)
+    shown("trains on to the bit after loading")
 
 
 @ways
@@ -371,7 +373,7 @@ def by_finite_differences(weights, x, y):
 
 
 @regressors
-def test_c6_a_block_that_is_used_again_and_again_trains_as_finite_differences_say(make):
+def test_c6_a_block_that_is_used_again_and_again_trains_as_finite_differences_say(make, shown):
     used = make(keras.optimizers.SGD(RATE))
     set_start(used.net)
     history = used.train((X, Y))
@@ -379,10 +381,11 @@ def test_c6_a_block_that_is_used_again_and_again_trains_as_finite_differences_sa
     np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
     for found, expected in zip(in_order(used.net), weights, strict=True):
         np.testing.assert_allclose(ops.convert_to_numpy(found), expected, rtol=1e-3, atol=1e-4)
+    shown(f"loss {history['loss'][-1]:.3f} as by finite differences, {IN_EACH_WAY}")
 
 
 @regressors
-def test_c6_nested_layers_are_found_each_once(make):
+def test_c6_nested_layers_are_found_each_once(make, shown):
     net = make(keras.optimizers.SGD(RATE)).net
     assert len(net.weights) == len(net.trainable_variables) == len(WEIGHTS)
     assert net.count_params() == sum(weight.size for weight in WEIGHTS)
@@ -390,6 +393,7 @@ def test_c6_nested_layers_are_found_each_once(make):
     assert len(blocks) == 2
     blocks[0].hidden[1].trainable = False
     assert len(net.trainable_variables) == len(WEIGHTS) - 2
+    shown(f"{len(net.weights)} weights found, each once")
 
 
 def test_c6_an_optimizer_by_name_trains_a_layer_deep_inside():
@@ -403,16 +407,18 @@ def test_c6_an_optimizer_by_name_trains_a_layer_deep_inside():
 
 
 @regressors
-def test_c6_a_whole_model_goes_on_exactly_after_it_was_saved(make, tmp_path):
+def test_c6_a_whole_model_goes_on_exactly_after_it_was_saved(make, tmp_path, shown):
     loaded = goes_on_as_if_it_had_never_been_saved(make(keras.optimizers.Adam(0.01)), (X, Y), tmp_path)
     assert loaded.net.count_params() == sum(weight.size for weight in WEIGHTS)
+    shown("trains on to the bit after loading")
 
 
 @regressors
-def test_c6_weights_alone_make_a_new_model_the_same(make, tmp_path):
+def test_c6_weights_alone_make_a_new_model_the_same(make, tmp_path, shown):
     used, fresh = make(keras.optimizers.SGD(RATE)), make(keras.optimizers.SGD(RATE))
     used.train((X, Y), epochs=1)
     used.net.save_weights(tmp_path / "net.weights.h5")
     assert not np.array_equal(ops.convert_to_numpy(fresh.net(X)), ops.convert_to_numpy(used.net(X)))
     fresh.net.load_weights(tmp_path / "net.weights.h5")
     np.testing.assert_array_equal(ops.convert_to_numpy(fresh.net(X)), ops.convert_to_numpy(used.net(X)))
+    shown("weights alone make a new model the same")

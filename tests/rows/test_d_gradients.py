@@ -10,6 +10,7 @@ from keras import layers, ops
 from sklearn.datasets import load_digits
 
 import handloom as hl
+from tests.rows.figures import below
 
 
 def f(w1, w2):
@@ -23,10 +24,11 @@ def numbers(values):
     return None if values is None else float(values)
 
 
-def test_d1_a_gradient_with_respect_to_variables(eagerly):
+def test_d1_a_gradient_with_respect_to_variables(eagerly, shown):
     w1, w2 = keras.Variable(5.0), keras.Variable(3.0)
     gradients = hl.function(hl.grad(lambda: f(w1, w2), wrt=[w1, w2]))()
     assert numbers(gradients) == [36, 10]
+    shown(f"{numbers(gradients)}")
 
 
 @settings(max_examples=20, deadline=None)
@@ -37,15 +39,16 @@ def test_d1_finite_differences_agree(a, b):
     np.testing.assert_allclose(numbers(hl.grad(f, wrt=(0, 1))(a, b)), differences, rtol=1e-4, atol=1e-4)
 
 
-def test_d2_several_gradients_of_one_function_with_respect_to_plain_tensors(eagerly):
+def test_d2_several_gradients_of_one_function_with_respect_to_plain_tensors(eagerly, shown):
     def gradients(w1, w2):
         return hl.grad(f, wrt=0)(w1, w2), hl.grad(f, wrt=1)(w1, w2), hl.grad(f, wrt=(0, 1))(w1, w2)
 
     found = hl.function(gradients)(np.float32(5), np.float32(3))
     assert numbers(found) == [36, 10, [36, 10]]
+    shown(f"{numbers(found)}")
 
 
-def test_d2_what_is_not_reached_has_no_gradient(eagerly):
+def test_d2_what_is_not_reached_has_no_gradient(eagerly, shown):
     w1, bystander = keras.Variable(5.0), keras.Variable(7.0)
 
     def gradients(w2, constant):
@@ -53,12 +56,16 @@ def test_d2_what_is_not_reached_has_no_gradient(eagerly):
         of_variables = hl.grad(lambda: f(w1, w2), wrt=[w1, bystander])()
         return of_tensors, of_variables
 
-    assert numbers(hl.function(gradients)(np.float32(3), np.float32(1))) == [[10, None], [36, None]]
+    found = numbers(hl.function(gradients)(np.float32(3), np.float32(1)))
+    assert found == [[10, None], [36, None]]
+    shown(f"not reached: {found}")
 
 
-def test_d3_second_order(eagerly):
+def test_d3_second_order(eagerly, shown):
     w1, w2 = keras.Variable(5.0), keras.Variable(3.0)
-    assert numbers(hl.function(hl.hessian(lambda: f(w1, w2), wrt=[w1, w2]))()) == [[6, 2], [2, None]]
+    found = numbers(hl.function(hl.hessian(lambda: f(w1, w2), wrt=[w1, w2]))())
+    assert found == [[6, 2], [2, None]]
+    shown(f"{found}")
 
 
 def test_d3_second_order_as_a_gradient_of_a_gradient(eagerly):
@@ -72,10 +79,12 @@ def test_d3_second_order_as_a_gradient_of_a_gradient(eagerly):
     assert numbers(second()) == [[6, 2], [2, None]]
 
 
-def test_d4_stop_gradient_on_the_second_term(eagerly):
+def test_d4_stop_gradient_on_the_second_term(eagerly, shown):
     w1, w2 = keras.Variable(5.0), keras.Variable(3.0)
     stopped = hl.grad(lambda: 3 * w1**2 + ops.stop_gradient(2 * w1 * w2), wrt=(w1, w2))
-    assert numbers(hl.function(stopped)()) == [30, None]
+    found = numbers(hl.function(stopped)())
+    assert found == [30, None]
+    shown(f"{found}")
 
 
 def naive_softplus(z):
@@ -99,23 +108,28 @@ def stable_softplus(z):
     return ops.where(z > 30, z, ops.log(ops.exp(ops.minimum(z, 30.0)) + 1))
 
 
-def test_d5_the_naive_gradient_overflows_to_nan(eagerly):
-    assert np.isnan(float(hl.function(hl.grad(naive_softplus))(np.float32(100))))
+def test_d5_the_naive_gradient_overflows_to_nan(eagerly, shown):
+    slope = float(hl.function(hl.grad(naive_softplus))(np.float32(100)))
+    assert np.isnan(slope)
+    shown(f"naive: {slope}")
 
 
 @pytest.mark.parametrize("z", [100.0, 1.0, -2.0])
-def test_d5_a_custom_gradient_is_right(eagerly, z):
+def test_d5_a_custom_gradient_is_right(eagerly, z, shown):
     slope = hl.function(hl.grad(softplus_with_its_gradient))(np.float32(z))
     assert float(slope) == pytest.approx(1 / (1 + np.exp(-z)), rel=1e-6)  # 1.0 at 100, to the last bit.
+    if z == 100:
+        shown(f"custom gradient: {float(slope)}")
 
 
 def test_d5_keras_own_softplus_has_the_gradient_1(eagerly):
     assert float(hl.function(hl.grad(ops.softplus))(np.float32(100))) == 1.0
 
 
-def test_d5_the_stable_forward_gives_100(eagerly):
+def test_d5_the_stable_forward_gives_100(eagerly, shown):
     value, slope = hl.function(hl.value_and_grad(stable_softplus))(np.float32(100))
     assert (float(value), float(slope)) == (100.0, 1.0)
+    shown(f"stable: {float(value)}, slope {float(slope)}")
 
 
 def critic_of(sizes):
@@ -151,7 +165,7 @@ def digits_and_noise(count):
 
 
 @pytest.mark.parametrize("first", [0, 1], ids=["inputs", "activations"])
-def test_d6_a_penalty_on_the_gradient_trains(first):
+def test_d6_a_penalty_on_the_gradient_trains(first, shown):
     critic, optimizer = critic_of([16, 16]), keras.optimizers.Adam(1e-2)
 
     @hl.function
@@ -163,6 +177,7 @@ def test_d6_a_penalty_on_the_gradient_trains(first):
     losses, penalties = history.T
     assert losses[-1] < losses[0]
     assert penalties[-1] < penalties[0] / 10
+    shown(f"penalty from {penalties[0]:.2f} to below a tenth")
 
 
 def critic_by_hand(weights, x, tanh):
@@ -251,12 +266,13 @@ def gradients_by_hand_in_tensorflow(weights, real, drawn):
         pytest.param(gradients_by_hand_in_torch, marks=pytest.mark.backend("torch"), id="torch"),
     ],
 )
-def test_d6_the_gradient_through_a_penalty_is_that_of_the_framework_by_hand(eagerly, by_hand):
+def test_d6_the_gradient_through_a_penalty_is_that_of_the_framework_by_hand(eagerly, by_hand, shown):
     critic, data = critic_of([16, 16]), digits_and_noise(32)
     gradients = hl.function(hl.grad(lambda *data: loss_with_penalty(critic, 0, *data)[0], wrt=critic))(*data)
     expected = by_hand([weight for layer in critic for weight in layer.get_weights()], *data)
     for gradient, right in zip(keras.tree.flatten(gradients), expected, strict=True):
         np.testing.assert_allclose(ops.convert_to_numpy(gradient), ops.convert_to_numpy(right), rtol=1e-4, atol=1e-5)
+    shown("gradients as by hand in the framework")
 
 
 INNER_RATE, OUTER_RATE = 0.1, 0.05
@@ -266,7 +282,7 @@ def quadratic(theta, curvature, minimum):
     return ops.sum((theta - minimum) * ops.matmul(curvature, theta - minimum)) / 2
 
 
-def test_d7_the_gradient_through_an_update_is_the_closed_form(eagerly):
+def test_d7_the_gradient_through_an_update_is_the_closed_form(eagerly, shown):
     """Of q2(t - r q1'(t)), with qi(t) = (t - mi) Hi (t - mi) / 2, that is (1 - r H1) H2 (t' - m2)."""
     random = np.random.default_rng(0)
     roots, (start, *minima) = random.normal(size=(2, 3, 3)), random.normal(size=(3, 3))
@@ -286,6 +302,7 @@ def test_d7_the_gradient_through_an_update_is_the_closed_form(eagerly):
         start = start - OUTER_RATE * (np.eye(3) - INNER_RATE * h1) @ h2 @ (updated - minima[1])
         step(h1, h2, *minima)
         np.testing.assert_allclose(ops.convert_to_numpy(theta), start, rtol=1e-4, atol=1e-5)
+    shown(f"off the closed form by {below(np.abs(ops.convert_to_numpy(theta) - start).max())}")
 
 
 def test_d7_a_layer_learns_to_be_learned(eagerly):

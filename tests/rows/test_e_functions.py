@@ -8,6 +8,7 @@ from sklearn.datasets import load_diabetes
 
 import handloom as hl
 from handloom.errors import TraceError
+from tests.rows.figures import below
 
 
 def cube(x):
@@ -15,8 +16,10 @@ def cube(x):
 
 
 @pytest.mark.parametrize("number", [2, 2.0, np.float32(2), np.int32(2)])
-def test_e1_the_cube_of_2_is_8(eagerly, number):
-    assert float(hl.function(cube)(number)) == 8
+def test_e1_the_cube_of_2_is_8(eagerly, number, shown):
+    found = hl.function(cube)(number)
+    assert float(found) == 8
+    shown(f"{float(found):.0f} for 2 and for 2.0")
 
 
 def test_e1_the_original_is_kept():
@@ -26,7 +29,7 @@ def test_e1_the_original_is_kept():
     assert compiled.traces == []
 
 
-def test_e1_there_is_one_trace_for_each_shape_and_dtype():
+def test_e1_there_is_one_trace_for_each_shape_and_dtype(shown):
     compiled = hl.function(cube)
     new = {"float32[]": np.float32(2), "int32[]": np.int32(2), "float32[3]": np.ones(3, "float32")}
     for signature, x in new.items():
@@ -37,6 +40,7 @@ def test_e1_there_is_one_trace_for_each_shape_and_dtype():
         compiled(ops.convert_to_tensor(x))
     assert len(compiled.traces) == len(new)
     assert all(trace.compiled for trace in compiled.traces)
+    shown(f"{len(compiled.traces)} traces for {len(new)} shapes and dtypes")
 
 
 def squares_up_to(n):
@@ -60,13 +64,14 @@ def by_fori_loop(n, seen):
 
 
 @pytest.mark.parametrize("loop", [by_while_loop, by_fori_loop])
-def test_e2_a_loop_over_tensors_is_compiled_and_not_unrolled(loop):
+def test_e2_a_loop_over_tensors_is_compiled_and_not_unrolled(loop, shown):
     seen = []
     compiled = hl.function(lambda n: loop(n, seen))
     assert [int(compiled(np.int32(n))) for n in (3, 1000, 0)] == [squares_up_to(n) for n in (3, 1000, 0)]
     [trace] = compiled.traces
     assert trace.compiled
     assert len(seen) < 10  # The body ran while it was traced, and not once an iteration.
+    shown(f"squares up to 1000: {int(compiled(np.int32(1000)))}, in {len(compiled.traces)} trace")
 
 
 def test_e2_a_loop_is_compiled_in_a_step_that_builds_its_layers_too():
@@ -132,21 +137,23 @@ python_control_flow = pytest.mark.parametrize("by_python", [by_python_for, by_py
 
 @python_control_flow
 @pytest.mark.backend("tensorflow")
-def test_e2_python_loops_and_branches_over_tensors_are_compiled_on_tensorflow(by_python):
+def test_e2_python_loops_and_branches_over_tensors_are_compiled_on_tensorflow(by_python, shown):
     compiled = hl.function(by_python)
     assert [int(compiled(np.int32(n))) for n in (3, 1000, 0)] == [squares_up_to(n) for n in (3, 1000, 0)]
     [trace] = compiled.traces
     assert trace.compiled
+    shown("Python's own for, while and if are compiled")
 
 
 @python_control_flow
 @pytest.mark.backend("jax", "torch")
-def test_e2_python_loops_and_branches_over_tensors_are_an_error_elsewhere(by_python):
+def test_e2_python_loops_and_branches_over_tensors_are_an_error_elsewhere(by_python, refused):
     with pytest.raises(TraceError) as raised:
         hl.function(by_python)(np.int32(3))
     for alternative in ("ops.fori_loop", "ops.while_loop", "ops.cond"):
         assert alternative in str(raised.value)
     assert "test_e_functions.py, line" in str(raised.value)
+    refused("Python's own for, while and if over tensors")
 
 
 @python_control_flow
@@ -181,7 +188,7 @@ def losses_and_weights(seen):
     return history, model.get_weights(), step.traces
 
 
-def test_e4_a_step_run_op_by_op_gives_the_same_numbers():
+def test_e4_a_step_run_op_by_op_gives_the_same_numbers(shown):
     seen = []
     compiled, compiled_weights, traces = losses_and_weights([])
     with hl.run_eagerly(True):
@@ -192,3 +199,4 @@ def test_e4_a_step_run_op_by_op_gives_the_same_numbers():
     for one, other in zip(weights, compiled_weights, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     assert [float(loss) for loss in seen] == [loss for loss, _ in eager]  # For `print` and `pdb` to see.
+    shown(f"10 losses apart by {below(np.abs(np.subtract(eager, compiled)).max())}")

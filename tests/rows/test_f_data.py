@@ -12,7 +12,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.backends import backend
-from handloom.errors import DataError
+from handloom.errors import DataError, TraceError
 
 # --------------------------------------------------------------------------- F1, dtypes
 
@@ -49,13 +49,14 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", GIVEN)
-def test_f1_what_goes_in_comes_out_by_one_rule(way, dtype, eagerly):
+def test_f1_what_goes_in_comes_out_by_one_rule(way, dtype, eagerly, shown):
     array = np.array([0, 1, 1]).astype(dtype)
     for data in (lambda: WAYS[way](array), lambda: iter([WAYS[way](array)])):
         [batch] = hl.Feed(data())
         out = hl.function(lambda x: x)(batch)
         assert dtype_of(out) == GIVEN[dtype]
         np.testing.assert_array_equal(ops.convert_to_numpy(out), array)
+    shown("float64 becomes float32, all else stays")
 
 
 def test_f1_parts_of_mixed_types_keep_each_its_own(eagerly):
@@ -132,7 +133,7 @@ def sparse_batches():
 
 
 @pytest.mark.backend("jax", "tensorflow")
-def test_f3_sparse_batches_train_as_dense_ones_do(eagerly):
+def test_f3_sparse_batches_train_as_dense_ones_do(eagerly, shown):
     x, y = sparse_and_dense()
     model, dense = regressor(), regressor()
     model.build((None, x.shape[1]))
@@ -149,15 +150,17 @@ def test_f3_sparse_batches_train_as_dense_ones_do(eagerly):
         rtol=1e-4,
         atol=1e-6,
     )
+    shown("sparse batches train as dense ones")
 
 
 @pytest.mark.backend("torch")
-def test_f3_sparse_batches_are_refused_with_the_way_out():
+def test_f3_sparse_batches_are_refused_with_the_way_out(refused):
     with pytest.raises(DataError, match=r"x is a sparse tensor, which .*dataset\.map\(tf\.sparse\.to_dense\)"):
         regressor().fit(sparse_batches(), verbose=0)
     x, _ = sparse_and_dense()
     feed = hl.Feed(sparse_batches().map(lambda x, y: tf().sparse.to_dense(x)))
     np.testing.assert_array_equal(np.concatenate([ops.convert_to_numpy(batch) for batch in feed]), x)
+    refused("sparse batches")
 
 
 def ragged_batches():
@@ -165,19 +168,21 @@ def ragged_batches():
 
 
 @pytest.mark.backend("tensorflow")
-def test_f3_ragged_batches_in_a_step(eagerly):
+def test_f3_ragged_batches_in_a_step(eagerly, shown):
     step = hl.function(lambda x: {"sum": tf().reduce_sum(x, axis=1), "longest": x.bounding_shape()[1]})
     found = [step(batch) for batch in hl.Feed(ragged_batches())]
     assert [out["sum"].numpy().tolist() for out in found] == [[1, 5, 15], [0]]
     assert [int(out["longest"]) for out in found] == [3, 0]
+    shown("ragged batches")
 
 
 @pytest.mark.backend("jax", "torch")
-def test_f3_ragged_batches_are_refused_with_the_way_out():
+def test_f3_ragged_batches_are_refused_with_the_way_out(refused):
     with pytest.raises(DataError, match=r"the data is a ragged tensor, .*to_tensor\(\), or padded_batch"):
         hl.fit(lambda x: {"sum": ops.sum(x)}, ragged_batches(), verbose=0)
     padded = hl.Feed(ragged_batches().map(lambda batch: batch.to_tensor()))
     assert [ops.convert_to_numpy(batch).tolist() for batch in padded] == [[[1, 0, 0], [2, 3, 0], [4, 5, 6]], [[]]]
+    refused("ragged batches")
 
 
 def text_batches():
@@ -186,16 +191,17 @@ def text_batches():
 
 
 @pytest.mark.backend("tensorflow")
-def test_f3_text_in_a_step():
+def test_f3_text_in_a_step(shown):
     lookup = layers.StringLookup(vocabulary=VOCABULARY, num_oov_indices=0)
     step = hl.function(lambda lines: lookup(tf().strings.split(lines).to_tensor("be")))
     found = [step(batch).numpy().tolist() for batch in hl.Feed(text_batches())]
     assert found == [[[3, 0, 0], [2, 1, 3]], [[0]]]
     assert all(trace.compiled for trace in step.traces)
+    shown("text")
 
 
 @pytest.mark.backend("jax", "torch")
-def test_f3_text_is_refused_with_the_way_out():
+def test_f3_text_is_refused_with_the_way_out(refused):
     with pytest.raises(
         DataError, match=r"the data is text, .*StringLookup or TextVectorization in a pipeline of tf\.data"
     ):
@@ -204,10 +210,11 @@ def test_f3_text_is_refused_with_the_way_out():
     [first, last] = hl.Feed(text_batches().map(vectorize))
     assert ops.convert_to_numpy(first).tolist() == [[5, 2, 0], [4, 3, 5]]
     assert ops.convert_to_numpy(last).tolist() == [[2, 0, 0]]
+    refused("text")
 
 
 @pytest.mark.backend("tensorflow")
-def test_f3_a_tensor_array_in_a_step(eagerly):
+def test_f3_a_tensor_array_in_a_step(eagerly, shown):
     total = keras.Variable(0.0)
 
     @hl.function
@@ -223,10 +230,11 @@ def test_f3_a_tensor_array_in_a_step(eagerly):
     assert squares(np.int32(2)).numpy().tolist() == [0, 1]
     assert float(total.value) == 15
     assert len(squares.traces) == (0 if eagerly else 1)
+    shown("TensorArray")
 
 
 @pytest.mark.backend("tensorflow")
-def test_f3_sets_in_a_step(eagerly):
+def test_f3_sets_in_a_step(eagerly, shown):
     @hl.function
     def common(one, two):
         shared = tf().sets.intersection(one, two)
@@ -235,10 +243,11 @@ def test_f3_sets_in_a_step(eagerly):
     count, shared = common(np.array([[1, 2, 3], [4, 5, 6]]), np.array([[3, 1, 9], [7, 8, 9]]))
     assert count.numpy().tolist() == [2, 0]
     assert shared.numpy().tolist() == [[1, 3], [0, 0]]
+    shown("sets")
 
 
 @pytest.mark.backend("tensorflow")
-def test_f3_a_queue_in_a_step(eagerly):
+def test_f3_a_queue_in_a_step(eagerly, shown):
     queue = tf().queue.FIFOQueue(8, ["float32"], shapes=[()])
 
     @hl.function
@@ -247,6 +256,30 @@ def test_f3_a_queue_in_a_step(eagerly):
         return queue.dequeue() if queue.size() > 2 else tf().constant(-1.0)
 
     assert [float(delayed(np.float32(number))) for number in range(5)] == [-1, -1, 0, 1, 2]
+    shown("queues")
+
+
+def through_a_tensor_array(x):
+    return tf().TensorArray(tf().float32, size=1).write(0, x).stack()
+
+
+def through_sets(x):
+    return tf().sets.size(tf().sets.intersection(x, x))
+
+
+def through_a_queue(x):
+    queue = tf().queue.FIFOQueue(8, ["float32"])
+    queue.enqueue(x)
+    return queue.dequeue()
+
+
+@pytest.mark.backend("jax", "torch")
+@pytest.mark.parametrize("through", [through_a_tensor_array, through_sets, through_a_queue])
+def test_f3_operations_of_tensorflow_are_refused_with_the_way_out(through, refused):
+    with pytest.raises(TraceError, match=r"calls TensorFlow, .*(?s:.)*Use keras\.ops .*scan.*pipeline") as raised:
+        hl.function(through)(np.ones((1, 2), "float32"))
+    assert "test_f_data.py, line" in str(raised.value)
+    refused("TensorArray, sets and queues of TensorFlow")
 
 
 # ------------------------------------------------------------ F7, larger than memory
@@ -314,7 +347,7 @@ for name, source in SOURCES.items():
 
 # Writes 256 MiB and streams them five times, in a new process.
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux tells what memory is whose")
-def test_f7_what_is_larger_than_memory_streams_and_memory_stays_flat(tmp_path):
+def test_f7_what_is_larger_than_memory_streams_and_memory_stays_flat(tmp_path, shown):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(STREAMED), str(tmp_path)],
         capture_output=True,
@@ -331,3 +364,4 @@ def test_f7_what_is_larger_than_memory_streams_and_memory_stays_flat(tmp_path):
         assert int(grown) < 64, (name, grown)
         if "mapped" in name:
             assert int(made) < 32, (name, made)
+    shown(f"{len(rows)} kinds of sources of 256 MiB: memory grows by less than 64 MiB")
