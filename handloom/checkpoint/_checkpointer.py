@@ -89,7 +89,8 @@ class Checkpointer:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best checkpoint there is, by the metric that `best` names; `None` if none has it."""
+        """The step of the best checkpoint, by the metric that `best` names; `None` if none has it. Waits too."""
+        self.wait()
         best = self._store.best()
         return None if best is None else best.step
 

@@ -10,8 +10,9 @@ import pytest
 from keras import ops
 from matplotlib.image import imread
 
+import handloom as hl
 import handloom.recipes
-from handloom.recipes import digits, gan_digits, wide_and_deep
+from handloom.recipes import digits, gan_digits, loop_by_hand, wide_and_deep
 from handloom.report import save_image_grid
 from tests.run_log import epochs_in
 
@@ -42,7 +43,7 @@ def test_a_recipe_is_short_explains_itself_and_names_no_backend(path):
 
 @pytest.mark.once
 def test_there_are_the_recipes_that_the_readme_speaks_of():
-    assert {path.stem for path in FILES} >= {"digits", "gan_digits", "wide_and_deep"}
+    assert {path.stem for path in FILES} >= {"digits", "gan_digits", "loop_by_hand", "wide_and_deep"}
 
 
 # ----------------------------------------------------------------------- digits
@@ -197,3 +198,36 @@ def test_gan_digits_leaves_its_model_and_what_that_drew_after_each_epoch(drawn, 
     assert last.shape[:2] == (8 * 10 * 6, 8 * 10 * 6)
     np.testing.assert_allclose(again, last, atol=2 / 255)
     assert np.abs(first - last).mean() > 0.1
+
+
+# ----------------------------------------------------------------- loop by hand
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    """A whole run of `loop_by_hand`: its directory and the line it returns."""
+    run_dir = tmp_path_factory.mktemp("loop_by_hand")
+    return run_dir, loop_by_hand.main(run_dir)
+
+
+def test_a_loop_by_hand_stops_after_three_bad_epochs_with_the_best_and_the_last_three_kept(by_hand):
+    run_dir, line = by_hand
+    steps_per_epoch = 1198 // 64 + 1
+    [accuracy], [best] = re.findall(r"digits: (0\.\d+)", line), re.findall(r"after epoch (\d+), the best", line)
+    assert float(accuracy) > 0.95
+    checkpointer = hl.Checkpointer(run_dir / "checkpoints", {}, best="min:val_loss")
+    assert checkpointer.best_step == int(best) * steps_per_epoch
+    assert checkpointer.steps == [(int(best) + after) * steps_per_epoch for after in range(4)]
+    kept = [hl.load_checkpoint(folder) for folder in sorted((run_dir / "checkpoints").glob("step_*"))]
+    losses = [checkpoint.metrics["val_loss"] for checkpoint in kept]
+    assert min(losses) == losses[0]
+
+
+def test_a_loop_by_hand_that_is_stopped_goes_on_to_the_same_bits(by_hand, tmp_path):
+    run_dir, line = by_hand
+    loop_by_hand.main(tmp_path, epochs=2)
+    assert loop_by_hand.main(tmp_path) == line
+    assert loop_by_hand.main(tmp_path) == line  # It has ended, and stays so.
+    one, other = (keras.models.load_model(folder / "model.keras").get_weights() for folder in (run_dir, tmp_path))
+    for found, expected in zip(other, one, strict=True):
+        np.testing.assert_array_equal(found, expected)

@@ -124,6 +124,7 @@ def test_a_stopped_run_ends_with_the_same_bits(row, tmp_path):
     assert_goes_on_to_the_same_bits(tmp_path, stop, **options)
 
 
+@pytest.mark.once
 def test_what_the_rows_have_makes_a_difference(tmp_path):
     """Else its state would not matter."""
     kernel = "model.head.kernel"

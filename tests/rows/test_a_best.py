@@ -114,7 +114,6 @@ def by_hand(run_dir):
             checkpointer.save(step, {"val_loss": losses[-1]})
             if len(losses) - int(np.argmin(losses)) > PATIENCE:
                 break
-        checkpointer.wait()
         checkpointer.restore(checkpointer.best_step)
     return losses, model
 
