@@ -42,8 +42,9 @@ format: $(INSTALLED)  ## Mend what a machine can mend.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## What a step costs, beside Keras's fit, a loop by hand and native torch.
+bench: $(INSTALLED)  ## What a step costs, beside Keras's fit, a loop by hand, native torch, and op by op.
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+	$(BIN)/python benchmarks/compiled.py
 
 clean:  ## Remove the virtual environment and what runs left.
 	rm -rf $(VENV) build runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

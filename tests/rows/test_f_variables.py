@@ -25,7 +25,7 @@ def batches(*shape, count=3):
     return np.random.default_rng(0).integers(-9, 9, (count, *shape)).astype("float32")
 
 
-def test_f2_assign(table, eagerly):
+def test_f2_assign(table, eagerly, shown):
     @hl.function
     def step(x):
         before = ops.copy(table.value)
@@ -39,6 +39,7 @@ def test_f2_assign(table, eagerly):
         expected = 2 * expected + x
         same(after, expected)
         same(table, expected)
+    shown("assigned, sliced and scattered: equal to NumPy")
 
 
 def test_f2_assign_add_and_assign_sub(table, eagerly):
