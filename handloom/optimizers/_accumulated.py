@@ -76,12 +76,13 @@ class Accumulated(Wrapper):
         return tuple(variable.path for variable in self._reached.values())
 
     def _make_update(self) -> None:
-        variables = list(self._reached.values())
+        # What was frozen since then would be moved by its momentum.
+        variables = [variable for variable in self._reached.values() if variable.trainable]
         # A window of examples that all weigh nothing asks for no change.
         weight = ops.where(ops.equal(self._weight, 0), 1.0, self._weight.value)
         sums = [self._sum_of(variable) for variable in variables]
         self.apply_inner([total / ops.cast(weight, total.dtype) for total in sums], variables)
-        for kept in [*sums, self._weight, self.gathered]:
+        for kept in [*map(self._sum_of, self._reached.values()), self._weight, self.gathered]:
             kept.assign(ops.zeros_like(kept.value))
 
     def _sum_of(self, variable: Variable) -> Variable:

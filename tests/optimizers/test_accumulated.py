@@ -54,6 +54,17 @@ def test_op_by_op_too():
     same_weights(small, big)
 
 
+def test_what_is_frozen_between_two_runs_is_no_longer_moved_by_its_momentum():
+    model = net(Accumulated(keras.optimizers.SGD(0.02, momentum=0.9), 3))
+    model.fit(X, Y, batch_size=4, verbose=0)
+    model.layers[-1].trainable = False
+    first, *frozen = model.layers[0].get_weights(), *model.layers[-1].get_weights()
+    model.fit(X, Y, batch_size=4, verbose=0)
+    for before, after in zip(frozen, model.layers[-1].get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert not np.array_equal(first[0], model.layers[0].get_weights()[0])
+
+
 # Of each optimizer a window that is no whole part of the 11 steps.
 windows = pytest.mark.parametrize(("kind", "steps"), [("SGD", 2), ("momentum", 3), ("Adam", 8)])
 
