@@ -117,13 +117,14 @@ def whole(tmp_path_factory):
     return {run: run(tmp_path_factory.mktemp(run.__name__)) for run in (by_fit, by_hand)}
 
 
-def test_a17_training_goes_on_by_fit_as_by_hand(whole):
+def test_a17_training_goes_on_by_fit_as_by_hand(whole, shown):
     (losses, model, _), (by_hands, same, _) = whole[by_fit], whole[by_hand]
     assert len(losses) == len(STAGES) * EPOCHS
     np.testing.assert_allclose(losses, by_hands, rtol=1e-4)
     assert (np.diff(np.reshape(losses, (len(STAGES), EPOCHS))) < 0).all()
     for one, other in zip(model.get_weights(), same.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+    shown(f"loss from {losses[0]:.3f} to {losses[-1]:.3f} over {len(STAGES)} stages, by fit as by hand")
 
 
 def taking_a_step(model, optimizer):
@@ -134,7 +135,7 @@ def slots(optimizer):
     return {variable.path: ops.convert_to_numpy(variable.value) for variable in optimizer.variables}
 
 
-def test_a17_old_slots_are_kept_and_new_ones_are_made():
+def test_a17_old_slots_are_kept_and_new_ones_are_made(shown):
     """As the NumPy of momentum has it: what was known goes on with its velocity, what is new begins at rest."""
     growing = Growing()
     with_its_first_layer_frozen(growing)
@@ -155,11 +156,12 @@ def test_a17_old_slots_are_kept_and_new_ones_are_made():
     for found, weight, velocity, gradient in zip(model.get_weights(), weights, velocities, gradients, strict=True):
         expected = weight + 0.9 * velocity - 0.02 * ops.convert_to_numpy(gradient)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    shown(f"{len(before)} slots kept to the bit, {len(after) - len(before)} new ones")
 
 
 @ways
 @pytest.mark.parametrize("stop", [2, 11], ids=["before its first save", "within its second epoch"])
-def test_a17_a_run_that_is_stopped_after_the_change_resumes_exactly(run, stop, whole, tmp_path):
+def test_a17_a_run_that_is_stopped_after_the_change_resumes_exactly(run, stop, whole, tmp_path, shown):
     with pytest.raises(Stopped):
         run(tmp_path, stop)
     _, model, optimizer = run(tmp_path)
@@ -169,3 +171,4 @@ def test_a17_a_run_that_is_stopped_after_the_change_resumes_exactly(run, stop, w
         for net, of in ((model, optimizer), expected)
     )
     assert found == right
+    shown("resumed to the bit after the change")
