@@ -14,5 +14,5 @@ def blank(text):
 
 
 def below(difference):
-    """The power of ten that a difference does not reach; what is left of rounding differs by machine."""
-    return f"below 1e{math.floor(math.log10(difference)) + 1:d}" if difference else "no difference"
+    """The power of ten that a difference does not reach; what is left of rounding, if anything, differs by machine."""
+    return f"below 1e{math.floor(math.log10(max(difference, 1e-12))) + 1:d}"

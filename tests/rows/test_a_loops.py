@@ -107,7 +107,7 @@ def test_a2_two_outputs_with_two_losses_weighted_a_half_each(shown):
         _, losses = train_step(pixels, labels, ink)
     assert float(losses[0]) < 0.5 * np.log(10)  # Of what knowing nothing costs: all digits alike, the mean ink.
     assert float(losses[1]) < 0.5 * 1
-    shown(f"losses from {expected[0]:.2f} and {expected[1]:.2f} to {float(losses[0]):.2f} and {float(losses[1]):.2f}")
+    shown(f"losses from {expected[0]:.2f} and {expected[1]:.2f} to {float(losses[0]):.3f} and {float(losses[1]):.3f}")
 
 
 def softmax_regression_by_hand(pixels, labels, batch_size, epochs=1, rate=0.5):

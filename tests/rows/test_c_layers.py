@@ -226,7 +226,7 @@ def test_c5_noise_is_in_the_loss_of_training_and_in_nothing_else(way, shown):
     assert abs(np.mean(history) - np.mean(off**2) - added) < 4 * deviation < added / 2
     assert len(set(history)) == 10
     np.testing.assert_allclose(ops.convert_to_numpy(used.net(X)), X @ kernel, rtol=1e-5, atol=1e-6)
-    shown(f"noise in training adds {np.mean(history) - np.mean(off**2):.1f} to the loss, of {added:.1f} to be expected")
+    shown(f"noise in training adds {np.mean(history) - np.mean(off**2):.2f} to the loss, of {added:.2f} to be expected")
 
 
 @ways

@@ -109,7 +109,7 @@ def test_numbers_are_not_part_of_what_a_text_tells():
 def test_a_difference_is_below_the_next_power_of_ten(difference):
     bound = float(below(difference).removeprefix("below "))
     assert difference < bound <= 10 * difference * (1 + 1e-6)
-    assert below(0.0) == "no difference"
+    assert below(0.0) == below(1e-13) == "below 1e-11"
 
 
 def test_a_test_is_of_the_row_in_its_name():
