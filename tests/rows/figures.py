@@ -3,6 +3,7 @@
 import math
 import re
 
+FIGURE, REFUSAL = "figure", "refusal"  # What a test tells of its row.
 _ONE = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 NUMBER = re.compile(rf"(?<![\w.]){_ONE}(?![\w])")
 NUMBERS = re.compile(rf"(?<![\w.]){_ONE}(?: / {_ONE})*(?![\w])")  # Of one backend, or of each.

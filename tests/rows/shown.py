@@ -10,9 +10,7 @@ from pathlib import Path
 import keras
 import pytest
 
-from tests.rows.figures import blank
-
-FIGURE, REFUSAL = "figure", "refusal"
+from tests.rows.figures import FIGURE, REFUSAL, blank
 
 
 def row_of(nodeid):

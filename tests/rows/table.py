@@ -11,7 +11,7 @@ import math
 import sys
 from pathlib import Path
 
-from tests.rows.figures import NUMBER, NUMBERS, blank
+from tests.rows.figures import FIGURE, NUMBER, NUMBERS, REFUSAL, blank
 
 TABLE = Path(__file__).parents[2] / "docs" / "rows.md"
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
@@ -117,7 +117,7 @@ def _problems(row, found):
             yield f"{row}: no test of it ran on {BACKENDS[backend]}"
         elif rows[row]["failed"]:
             yield f"{row}: failed on {BACKENDS[backend]}: {', '.join(rows[row]['failed'])}"
-        elif not rows[row]["figure"] and not rows[row]["refusal"]:
+        elif not rows[row][FIGURE] and not rows[row][REFUSAL]:
             yield f"{row}: no figure on {BACKENDS[backend]} (see tests/rows/shown.py)"
 
 
@@ -137,12 +137,12 @@ def _line(row, what, found):
     if row in LATER:
         return _cells([row, what, *["to come"] * len(BACKENDS), ""])
     of_backends = {backend: found[backend][row] for backend in BACKENDS}
-    texts = [*_together(of_backends, "figure", "{}"), *_together(of_backends, "refusal", "refused: {}")]
+    texts = [*_together(of_backends, FIGURE, "{}"), *_together(of_backends, REFUSAL, "refused: {}")]
     return _cells([row, what, *map(_status, of_backends.values()), "; ".join(texts)])
 
 
 def _status(of_row):
-    return "in part" if of_row["refusal"] else "works"
+    return "in part" if of_row[REFUSAL] else "works"
 
 
 def _together(of_backends, kind, form):

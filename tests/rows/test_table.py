@@ -8,8 +8,8 @@ import pytest
 from _pytest.reports import TestReport
 
 from tests.rows import table
-from tests.rows.figures import below, blank
-from tests.rows.shown import FIGURE, REFUSAL, Rows, row_of
+from tests.rows.figures import FIGURE, REFUSAL, below, blank
+from tests.rows.shown import Rows, row_of
 
 pytestmark = pytest.mark.once
 
