@@ -121,7 +121,7 @@ def test_help_names_the_commands():
 def test_list_names_every_recipe_with_its_first_line():
     lines = CliRunner().invoke(main, ["list"]).output.splitlines()
     listed = dict(re.split(" {2,}", line) for line in lines)
-    assert list(listed) == ["digits", "gan-digits", "wide-and-deep"]
+    assert list(listed) == ["digits", "gan-digits", "loop-by-hand", "wide-and-deep"]
     assert listed["gan-digits"] == "Handwritten digits drawn by a GAN: two networks, two optimizers, one step."
 
 
@@ -137,7 +137,7 @@ def test_an_unknown_recipe_is_answered_with_the_nearest_one(typed):
 @pytest.mark.once
 def test_a_recipe_like_no_other_is_answered_with_all_of_them():
     message = refusal(run("xyz"))
-    assert "there are digits, gan-digits, wide-and-deep." in message
+    assert "there are digits, gan-digits, loop-by-hand, wide-and-deep." in message
     assert "For a file of your own, give its path: xyz.py" in message
 
 
