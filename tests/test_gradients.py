@@ -413,6 +413,39 @@ def test_sign_gives_none():
     assert hl.grad(lambda x: ops.sum(ops.sign(x)))(np.array([1.0, -2.0])) is None
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "op by op"])
+def test_a_slice_that_is_updated_takes_its_gradients_with_it(compiled):
+    weights = np.arange(1.0, 13.0, dtype="float32").reshape(3, 4)
+
+    def loss(inputs, updates):
+        return ops.sum(ops.multiply(weights, ops.slice_update(inputs, (1, 2), updates) ** 2))
+
+    gradients = hl.grad(loss, wrt=(0, 1))
+    of_inputs, of_updates = (hl.function(gradients) if compiled else gradients)(
+        np.full((3, 4), 5.0, "float32"), np.full((2, 2), 7.0, "float32")
+    )
+    outside = np.ones((3, 4))
+    outside[1:, 2:] = 0
+    close(of_inputs, 10 * weights * outside)
+    close(of_updates, 14 * weights[1:, 2:])
+
+
+def counted(weights):
+    return ops.sum(ops.convert_to_tensor([1.0, 10.0, 100.0]) * ops.bincount(np.array([2, 0, 2]), weights=weights))
+
+
+@pytest.mark.backend("jax", "tensorflow")
+def test_weights_that_are_counted_have_a_gradient():
+    close(hl.grad(counted)(np.ones(3, "float32")), [100.0, 1.0, 100.0])
+
+
+@pytest.mark.backend("torch")
+@pytest.mark.parametrize("transform", [hl.grad, lambda fn: hl.function(hl.grad(fn))], ids=["op by op", "compiled"])
+def test_an_operation_that_cannot_be_derived_is_named(transform):
+    with pytest.raises(GradientError, match=r"no derivative of the operation \S*bincount\S*\. .*custom_gradient"):
+        transform(counted)(np.ones(3, "float32"))
+
+
 def test_a_path_without_gradient_does_not_hide_one_with():
     close(hl.grad(lambda x: ops.sum(ops.round(x) * x))(np.array([1.2, 2.8])), [1, 3])
 

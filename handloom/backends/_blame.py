@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import os
+import re
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from handloom.errors import TraceError
+from handloom.errors import GradientError, TraceError
 
 _NOT_THE_USERS = (
     str(Path(__file__).resolve().parents[1]) + os.sep,
@@ -62,3 +64,26 @@ def tensorflow_called(frames: Frames, backend: str) -> TraceError | None:
         "Use keras.ops in the step (a TensorArray is what keras.ops.scan gathers), do it in the data's own pipeline "
         "(tf.data), or choose the backend: KERAS_BACKEND=tensorflow. To run the step op by op: hl.run_eagerly(True)."
     )
+
+
+_HAS_NO_DERIVATIVE = re.compile(
+    r"gradient registry has no entry for: (?P<tensorflow>\w+)"
+    r"|derivative for (?P<torch>\S+) is not implemented"
+    r"|Differentiation rule for '(?P<jax>\S+)' not implemented"
+)
+
+
+@contextlib.contextmanager
+def naming_what_has_no_derivative(backend: str) -> Iterator[None]:
+    """Says of an operation that a framework cannot differentiate what to do about it."""
+    try:
+        yield
+    except (LookupError, RuntimeError) as error:  # NotImplementedError is one of the latter.
+        found = _HAS_NO_DERIVATIVE.search(str(error))
+        if isinstance(error, GradientError) or found is None:
+            raise
+        raise GradientError(
+            f"{backend} has no derivative of the operation {found[found.lastgroup or 0]}. If no gradient is to flow "
+            "through it, put its inputs in keras.ops.stop_gradient; else give it one by keras.ops.custom_gradient, or "
+            "compute the value by other operations."
+        ) from error

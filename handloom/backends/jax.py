@@ -27,7 +27,13 @@ from jax.experimental.sparse import BCOO
 from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
-from handloom.backends._blame import frames_of, needs_a_value, tensorflow_called, users_line
+from handloom.backends._blame import (
+    frames_of,
+    naming_what_has_no_derivative,
+    needs_a_value,
+    tensorflow_called,
+    users_line,
+)
 from handloom.backends._jax_control import assignments_in_branches, cond
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends.base import Backend, Gradients, Program, Repeated, Untraceable
@@ -117,6 +123,7 @@ class JaxBackend(Backend):
         with self._inside("trace"), _unseeded_random_ops(), Scope(creates=True):
             jax.eval_shape(lambda: [fn()][:0])
 
+    @naming_what_has_no_derivative("JAX")
     def value_and_grad(
         self,
         fn: Callable[..., tuple[Tensor, list[Tensor]]],
@@ -137,6 +144,7 @@ class JaxBackend(Backend):
         sources.write(news)
         return value, aux, *sources.split(gradients)
 
+    @naming_what_has_no_derivative("JAX")
     def jacobian(
         self,
         fn: Callable[..., tuple[list[Tensor], list[Tensor]]],

@@ -20,8 +20,9 @@ from tensorflow.python.autograph.core import ag_ctx
 from tensorflow.python.autograph.core import config as autograph_config
 from tensorflow.python.autograph.impl.api import StagingError, convert
 
+import handloom.backends._tensorflow_gradients  # noqa: F401  # Registers them.
 from handloom._keras import Tensor, Variable, keras, stored_value
-from handloom.backends._blame import Frames, frames_of, needs_a_value
+from handloom.backends._blame import Frames, frames_of, naming_what_has_no_derivative, needs_a_value
 from handloom.backends._reach import leads_to_an_end
 from handloom.backends._scope import Scope
 from handloom.backends._tensorflow_assigned import assignments_noted, watch
@@ -150,6 +151,7 @@ class TensorFlowBackend(Backend):
         with self._inside("trace"), Scope(creates=True), tf.__internal__.FuncGraph("shapes").as_default():
             fn()
 
+    @naming_what_has_no_derivative("TensorFlow")
     def value_and_grad(
         self,
         fn: Callable[..., tuple[Tensor, list[Tensor]]],
@@ -163,6 +165,7 @@ class TensorFlowBackend(Backend):
         gradients = tape.gradient(value, sources.watched)
         return value, aux, *sources.split(gradients)
 
+    @naming_what_has_no_derivative("TensorFlow")
     def jacobian(
         self,
         fn: Callable[..., tuple[list[Tensor], list[Tensor]]],

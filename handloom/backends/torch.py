@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 from handloom._keras import Tensor, Variable, current_value, keras, stored_value
 from handloom._warn import warn
 from handloom.backends import _foreign as foreign
-from handloom.backends._blame import frames_of, needs_a_value, tensorflow_called
+from handloom.backends._blame import frames_of, naming_what_has_no_derivative, needs_a_value, tensorflow_called
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends._torch_control import traceable_control_flow
 from handloom.backends._torch_graph import generate, mark, take_marks, tidy
@@ -152,6 +152,7 @@ class TorchBackend(Backend):
         with self._inside("trace"), Scope(creates=True), torch.no_grad(), _tracing(), mode:
             fn()
 
+    @naming_what_has_no_derivative("PyTorch")
     def value_and_grad(
         self,
         fn: Callable[..., tuple[Tensor, list[Tensor]]],
@@ -168,6 +169,7 @@ class TorchBackend(Backend):
             value, aux = value.detach(), [tensor.detach() for tensor in aux]
         return value, aux, *sources.split(gradients)
 
+    @naming_what_has_no_derivative("PyTorch")
     def jacobian(
         self,
         fn: Callable[..., tuple[list[Tensor], list[Tensor]]],

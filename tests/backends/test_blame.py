@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 import handloom
-from handloom.backends._blame import frames_of, needs_a_value, tensorflow_called, users_line
-from handloom.errors import TraceError
+from handloom.backends._blame import (
+    frames_of,
+    naming_what_has_no_derivative,
+    needs_a_value,
+    tensorflow_called,
+    users_line,
+)
+from handloom.errors import GradientError, TraceError
 
 pytestmark = pytest.mark.once
 
@@ -77,3 +83,10 @@ def test_an_operation_of_tensorflow_in_a_step_of_another_backend_is_named_as_tha
     assert "A compiled step on jax calls TensorFlow" in told
     assert f'{__file__}, line {line}: json.loads("{{")' in told
     assert tensorflow_called([(__file__, line), (LIBRARY, 3)], "jax") is None
+
+
+@pytest.mark.parametrize("error", [KeyError("w"), RuntimeError("out of memory"), GradientError("no scalar")])
+def test_other_errors_of_a_gradient_pass_as_they_are(error):
+    with pytest.raises(type(error)) as raised, naming_what_has_no_derivative("JAX"):
+        raise error
+    assert raised.value is error

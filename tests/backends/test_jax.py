@@ -15,7 +15,7 @@ from keras.src.random import seed_generator
 import handloom as hl
 from handloom.backends import backend
 from handloom.backends import jax as ours
-from handloom.errors import TraceError, VariableError
+from handloom.errors import GradientError, TraceError, VariableError
 
 
 def ones(*shape):
@@ -357,3 +357,12 @@ def test_convolutions_are_found_wherever_they_are():
     found = ours._primitives(jax.make_jaxpr(step)(jnp.ones((1, 3, 1))).jaxpr)
     assert "conv_general_dilated" in found
     assert "conv_general_dilated" not in ours._primitives(jax.make_jaxpr(lambda x: x @ x.T)(jnp.ones((2, 3))).jaxpr)
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("transform", [hl.grad, lambda fn: hl.function(hl.grad(fn))], ids=["op by op", "compiled"])
+def test_an_operation_without_a_derivative_is_named(transform):
+    with pytest.raises(GradientError, match=r"JAX has no derivative of the operation schur\..*custom_gradient"):
+        transform(lambda x: jnp.sum(jax.scipy.linalg.schur(x)[0]))(np.diag([1.0, 2.0, 3.0]).astype("float32"))

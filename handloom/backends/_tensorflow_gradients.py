@@ -1,0 +1,38 @@
+"""TensorFlow: gradients of the operations that Keras uses and TensorFlow has none for.
+
+Internals used: `dynamic_update_slice`, XLA's operation behind `ops.slice_update`.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
+
+from handloom._keras import Tensor
+
+
+def _slice_update(operation: tf.Operation, gradient: Tensor) -> list[Tensor | None]:
+    inputs, updates, indices = operation.inputs
+    shape = tf.shape(updates, out_type=indices.dtype)
+    # XLA moves a slice that would reach beyond the end back to where it fits.
+    start = tf.clip_by_value(indices, 0, tf.shape(inputs, out_type=indices.dtype) - shape)
+    return [dynamic_update_slice(gradient, tf.zeros_like(updates), start), tf.slice(gradient, start, shape), None]
+
+
+def _bincount(operation: tf.Operation, gradient: Tensor) -> list[Tensor | None]:
+    numbers, size, _ = operation.inputs
+    if operation.get_attr("binary_output"):
+        return [None, None, None]
+    counted = tf.cast(numbers < size, gradient.dtype)
+    bins = tf.minimum(numbers, size - 1)
+    return [None, None, counted * tf.gather(gradient, bins, batch_dims=len(numbers.shape) - 1)]
+
+
+def _view(operation: tf.Operation, gradient: Tensor) -> Tensor | None:
+    same = operation.get_attr("T") == operation.get_attr("type")
+    return gradient if same else None  # The bits of a number, taken for another, are no function of it to derive.
+
+
+tf.RegisterGradient("XlaDynamicUpdateSlice")(_slice_update)
+tf.RegisterGradient("DenseBincount")(_bincount)
+tf.RegisterGradient("Bitcast")(_view)
