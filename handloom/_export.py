@@ -40,7 +40,7 @@ def export(
         ExportError: If the format cannot be written on this backend, or has no word for an operation of the model.
         ImportError: If a library is missing.
     """
-    backend.prepare_export(self, format)
+    backend.check_export(format)
     write = _to_onnx if format == "onnx" else keras.Model.export
     write(self, filepath, format, verbose=verbose, input_signature=input_signature, **kwargs)
 

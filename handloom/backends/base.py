@@ -129,17 +129,16 @@ class Backend(abc.ABC):
 
     # --------------------------------------------------------------- exporting
 
-    def prepare_export(self, model: Any, format: str) -> None:  # noqa: A002  Keras's name.
-        """Makes a model ready for Keras to export, or refuses a format that cannot be written on this backend.
+    def check_export(self, format: str) -> None:  # noqa: A002  Keras's name.
+        """Refuses a format that Keras cannot write on this backend.
 
         Args:
-            model: A Keras model.
             format: As for `keras.Model.export`.
 
         Raises:
             ExportError: Says what to do instead.
         """
-        del model, format  # By default there is nothing to do.
+        del format  # By default Keras can.
 
     # --------------------------------------------------------------- compiling
 

@@ -40,6 +40,7 @@ from handloom.backends._blame import frames_of, naming_what_has_no_derivative, n
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends._torch_control import traceable_control_flow
 from handloom.backends._torch_graph import generate, mark, take_marks, tidy
+from handloom.backends._torch_modules import modules_read_variables, parameters_made
 from handloom.backends._torch_random import traceable_random_ops
 from handloom.backends.base import Backend, Gradients, Untraceable
 from handloom.errors import ExportError, FallbackWarning, HandloomError
@@ -96,7 +97,7 @@ class TorchBackend(Backend):
         write = torch.profiler.tensorboard_trace_handler(str(directory))
         return torch.profiler.profile(on_trace_ready=write)
 
-    def prepare_export(self, model: Any, format: str) -> None:  # noqa: A002
+    def check_export(self, format: str) -> None:  # noqa: A002
         if format == "tf_saved_model":
             raise ExportError(
                 "On PyTorch a model cannot be exported as a TensorFlow SavedModel: Keras does it by torch_xla, of "
@@ -104,8 +105,6 @@ class TorchBackend(Backend):
                 'model.save("model.keras"), then KERAS_BACKEND=tensorflow python -c "from handloom import Model; '
                 "from keras.saving import load_model; load_model('model.keras', compile=False).export('exported')\"."
             )
-        # Keras makes parameters of a module's variables when they are asked for, and torch's exporter does not ask.
-        list(model.named_parameters())
 
     def trace(
         self,
@@ -149,7 +148,7 @@ class TorchBackend(Backend):
     def create_variables(self, fn: Callable[[], Any]) -> None:
         already = self._nesting.trace > 0
         mode = disable_proxy_modes_tracing() if already else FakeTensorMode(allow_non_fake_inputs=True)
-        with self._inside("trace"), Scope(creates=True), torch.no_grad(), _tracing(), mode:
+        with self._inside("trace"), parameters_made(), Scope(creates=True), torch.no_grad(), _tracing(), mode:
             fn()
 
     @naming_what_has_no_derivative("PyTorch")
@@ -268,7 +267,13 @@ def _find_variables(fn: Step, tensors: Sequence[Tensor]) -> list[Variable]:
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
     stand_in = functools.partial(fake.from_tensor, static_shapes=True)
     recorder = Recorder(lambda variable: _as_leaf(stand_in(stored_value(variable)), variable))
-    with Scope(outer=recorder, creates=True) as scope, _tracing(), fake, shapes.ignore_fresh_unbacked_symbols():
+    with (
+        parameters_made(),
+        Scope(outer=recorder, creates=True) as scope,
+        _tracing(),
+        fake,
+        shapes.ignore_fresh_unbacked_symbols(),
+    ):
         fn(*map(stand_in, tensors))
     known = {id(variable): variable for variable in [*recorder.variables, *scope.written]}
     return list(known.values())
@@ -315,7 +320,7 @@ class _Sources:
     def call(self, fn: Callable[..., Any]) -> Any:
         """Calls `fn` with stand-ins for all sources; keeps aside what it writes."""
         bindings = zip(self._variables, self.values[self._count :], strict=True)
-        with Scope(bindings, creates=True) as scope, _modules_read_variables():
+        with parameters_made(), Scope(bindings, creates=True) as scope, modules_read_variables():
             result = fn(*self.values[: self._count])
         if scope.incomplete:
             return self.call(fn)
@@ -420,25 +425,6 @@ def _not_logged() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
-
-
-@contextlib.contextmanager
-def _modules_read_variables() -> Iterator[None]:
-    """Within, a `TorchModuleWrapper` runs its module on the values of its Keras variables in the open scope."""
-    wrapper = keras.layers.TorchModuleWrapper
-    original = wrapper.call
-
-    def call(self: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
-        self.train(training is not False)
-        values = {id(stored_value(variable)): variable.value for variable in self.variables}
-        named = {name: values.get(id(value), value) for name, value in self.module.named_parameters()}
-        return torch.func.functional_call(self.module, named, args, kwargs)
-
-    wrapper.call = call
-    try:
-        yield
-    finally:
-        wrapper.call = original
 
 
 backend = TorchBackend()

@@ -103,26 +103,6 @@ def test_a_step_that_calls_backward_is_compiled():
     assert [trace.compiled for trace in step.traces] == [True]
 
 
-def test_a_module_of_torchs_is_trained_in_a_step(eagerly):
-    module = torch.nn.Linear(3, 1, bias=False)
-    torch.nn.init.ones_(module.weight)
-    layer = layers.TorchModuleWrapper(module)
-    x = ones(1, 3)
-    layer(x)
-    optimizer = keras.optimizers.SGD(0.5)
-    step = hl.function(lambda x: hl.minimize(lambda: ops.sum(layer(x)), layer, optimizer))
-    close(step(x), 3)
-    close(step(x), 1.5)
-    close(module.weight, np.zeros((1, 3)))
-
-
-def test_the_call_of_a_module_is_put_back():
-    original = layers.TorchModuleWrapper.call
-    with ours._modules_read_variables():
-        assert layers.TorchModuleWrapper.call is not original
-    assert layers.TorchModuleWrapper.call is original
-
-
 def test_torchs_own_random_numbers_stay_random_and_follow_its_seed():
     draw = hl.function(lambda x: x + torch.rand(4))
     torch.manual_seed(3)
