@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from handloom._keras import keras
+from handloom._keras import Functional, first_line, keras
 from handloom.backends import backend
 from handloom.errors import ExportError
 
@@ -40,23 +40,42 @@ def export(
         ExportError: If the format cannot be written on this backend, or has no word for an operation of the model.
         ImportError: If a library is missing.
     """
-    backend.check_export(format)
     write = _to_onnx if format == "onnx" else keras.Model.export
-    write(self, filepath, format, verbose=verbose, input_signature=input_signature, **kwargs)
+    with backend.exporting(format):
+        write(self, filepath, format, verbose=verbose, input_signature=input_signature, **kwargs)
 
 
 def _to_onnx(model: keras.Model, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
-    import onnx  # noqa: PLC0415  Slow, and not needed to train.
-
-    with keras.StatelessScope():  # Else what layers assign while they are traced would stay in the model.
-        keras.Model.export(model, filepath, *args, **kwargs)
+    path = str(filepath)
     try:
-        # By its path: larger than 2 GB, a model is more than one file. Converters write what they do not know, too.
-        onnx.checker.check_model(str(filepath))
-    except onnx.checker.ValidationError as error:
-        Path(filepath).unlink()
+        with keras.StatelessScope():  # Else what layers assign while they are traced would stay in the model.
+            # Keras wants it to have been called; a loaded one may not have been.
+            if isinstance(model, Functional):
+                model(model.input)
+            elif isinstance(model, keras.Sequential) and model.built:
+                model(model.inputs[0])
+            keras.Model.export(model, path, *args, **kwargs)
+        _mend_and_check(path)
+    except (ImportError, OSError, ValueError):  # Of the arguments, not of what the model computes.
+        raise
+    except Exception as error:
+        reason = first_line(error).removesuffix(".")
         raise ExportError(
-            f"The model cannot be exported to ONNX on this backend: {str(error).partition(', Error ')[2] or error}. "
+            f"The model cannot be exported to ONNX on this backend: {reason.partition(', Error ')[2] or reason}. "
             'Compute it from other operations, export it as "tf_saved_model", or load the saved model on another '
             "backend and export it there."
         ) from error
+
+
+def _mend_and_check(path: str) -> None:
+    """Makes sure that a file can be run, or removes it: converters write what they do not know, too."""
+    import onnx  # noqa: PLC0415  Slow, and not needed to train.
+
+    try:
+        written = onnx.load(path, load_external_data=False)
+        if backend.mend_onnx(written.graph):
+            onnx.save(written, path)
+        onnx.checker.check_model(path)  # By its path: larger than 2 GB, a model is more than one file.
+    except Exception:
+        Path(path).unlink()
+        raise

@@ -94,6 +94,7 @@ __all__ = [
     "current_value",
     "default_loss",
     "direction_of",
+    "first_line",
     "forget_slots",
     "forget_uninitialized",
     "get_keras_mask",
@@ -124,6 +125,16 @@ def stored_value(variable: Variable) -> Tensor:
     if variable._value is None:
         return keras.ops.zeros(variable._shape, dtype=variable._dtype)
     return variable._value
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    # Where a layer or an operation failed, Keras puts above it what was called, and sets the rest in bold.
+    lines = str(error).replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
+    told = [
+        line.strip() for line in lines if line.strip() and not line.startswith("Exception encountered when calling")
+    ]
+    return told[0] if told else ""
 
 
 def has_value(variable: Variable) -> bool:

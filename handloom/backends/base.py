@@ -129,16 +129,32 @@ class Backend(abc.ABC):
 
     # --------------------------------------------------------------- exporting
 
-    def check_export(self, format: str) -> None:  # noqa: A002  Keras's name.
-        """Refuses a format that Keras cannot write on this backend.
+    def exporting(self, format: str) -> contextlib.AbstractContextManager[None]:  # noqa: A002  Keras's name.
+        """Where Keras exports a model.
 
         Args:
             format: As for `keras.Model.export`.
 
         Raises:
-            ExportError: Says what to do instead.
+            ExportError: If the format cannot be written on this backend; says what to do instead.
         """
         del format  # By default Keras can.
+        return contextlib.nullcontext()
+
+    def mend_onnx(self, graph: Any) -> bool:
+        """Makes of a model as the converter wrote it one that runtimes run.
+
+        Args:
+            graph: An `onnx.GraphProto`, changed in place.
+
+        Returns:
+            Whether anything was changed.
+
+        Raises:
+            NotImplementedError: If it cannot be made one; says why.
+        """
+        del graph
+        return False
 
     # --------------------------------------------------------------- compiling
 

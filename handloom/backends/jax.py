@@ -35,6 +35,7 @@ from handloom.backends._blame import (
     users_line,
 )
 from handloom.backends._jax_control import assignments_in_branches, cond
+from handloom.backends._jax_onnx import pool_over_few_axes
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends.base import Backend, Gradients, Program, Repeated, Untraceable
 from handloom.errors import TraceError, VariableError
@@ -118,6 +119,9 @@ class JaxBackend(Backend):
 
     def profiled(self, directory: Path) -> Any:
         return jax.profiler.trace(directory)
+
+    def mend_onnx(self, graph: Any) -> bool:
+        return pool_over_few_axes(graph)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._inside("trace"), _unseeded_random_ops(), Scope(creates=True):

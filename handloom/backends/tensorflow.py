@@ -147,6 +147,13 @@ class TensorFlowBackend(Backend):
     def profiled(self, directory: Path) -> Any:
         return tf.profiler.experimental.Profile(str(directory))
 
+    def mend_onnx(self, graph: Any) -> bool:
+        # The converter takes constants that a layer keeps as tensors for inputs, and drops their values.
+        constants = [node.name for node in graph.input if ":" in node.name]
+        if constants:
+            raise NotImplementedError(f"the converter does not keep the constants of layers ({', '.join(constants)}).")
+        return False
+
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._inside("trace"), Scope(creates=True), tf.__internal__.FuncGraph("shapes").as_default():
             fn()

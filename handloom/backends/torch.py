@@ -33,12 +33,13 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
-from handloom._keras import Tensor, Variable, current_value, keras, stored_value
+from handloom._keras import Tensor, Variable, current_value, first_line, keras, stored_value
 from handloom._warn import warn
 from handloom.backends import _foreign as foreign
 from handloom.backends._blame import frames_of, naming_what_has_no_derivative, needs_a_value, tensorflow_called
 from handloom.backends._scope import Recorder, Scope, refuse
 from handloom.backends._torch_control import traceable_control_flow
+from handloom.backends._torch_export import exportable
 from handloom.backends._torch_graph import generate, mark, take_marks, tidy
 from handloom.backends._torch_modules import modules_read_variables, parameters_made
 from handloom.backends._torch_random import traceable_random_ops
@@ -97,7 +98,8 @@ class TorchBackend(Backend):
         write = torch.profiler.tensorboard_trace_handler(str(directory))
         return torch.profiler.profile(on_trace_ready=write)
 
-    def check_export(self, format: str) -> None:  # noqa: A002
+    @contextlib.contextmanager
+    def exporting(self, format: str) -> Iterator[None]:  # noqa: A002
         if format == "tf_saved_model":
             raise ExportError(
                 "On PyTorch a model cannot be exported as a TensorFlow SavedModel: Keras does it by torch_xla, of "
@@ -105,6 +107,8 @@ class TorchBackend(Backend):
                 'model.save("model.keras"), then KERAS_BACKEND=tensorflow python -c "from handloom import Model; '
                 "from keras.saving import load_model; load_model('model.keras', compile=False).export('exported')\"."
             )
+        with exportable():
+            yield
 
     def trace(
         self,
@@ -189,10 +193,7 @@ class TorchBackend(Backend):
 
 def _reason(error: Exception) -> str:
     """What an error says, in one line."""
-    # Where a layer or an operation failed, Keras puts above it what was called, and sets the rest in bold.
-    lines = str(error).replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
-    told = [line for line in lines if line.strip() and not line.startswith("Exception encountered when calling")]
-    text = told[0].strip() if told else ""
+    text = first_line(error)
     return text if isinstance(error, Untraceable) else f"{type(error).__name__}: {text}"
 
 

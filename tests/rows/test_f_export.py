@@ -19,11 +19,6 @@ pytestmark = [
     # What the exporters call is on its way out; by Keras's own choice, and nothing of it is ours.
     pytest.mark.filterwarnings("ignore:The `native_serialization` parameter is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning"),
-    # Sizes that are known when a layer is built become constants, as they should.
-    pytest.mark.filterwarnings("ignore:Converting a tensor to a Python (integer|boolean)"),
-    pytest.mark.filterwarnings("ignore:torch.as_tensor results are registered as constants"),
 ]
 
 every_kind = pytest.mark.parametrize(

@@ -1,0 +1,38 @@
+"""PyTorch: what its exporter to ONNX needs, and what it says that nobody can mend."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from handloom._keras import Tensor
+
+
+@contextlib.contextmanager
+def exportable() -> Iterator[None]:
+    """Where Keras has a model exported."""
+    with _sizes_are_numbers(), warnings.catch_warnings():
+        # That sizes and the constants of layers are written as the numbers they are; that Keras chose the old exporter.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
+        warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _sizes_are_numbers() -> Iterator[None]:
+    """Gives `layer_norm` the sizes to normalize over as numbers, as ONNX has them; while traced they are tensors."""
+    original = torch.nn.functional.layer_norm
+
+    def layer_norm(x: Tensor, normalized_shape: Sequence[Any], *args: Any, **kwargs: Any) -> Tensor:
+        return original(x, list(map(int, normalized_shape)), *args, **kwargs)
+
+    torch.nn.functional.layer_norm = layer_norm
+    try:
+        yield
+    finally:
+        torch.nn.functional.layer_norm = original

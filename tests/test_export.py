@@ -1,0 +1,93 @@
+"""Models are exported, or an error says why not and what to do instead; that they run elsewhere is row F4."""
+
+import keras
+import numpy as np
+import onnxruntime
+import pytest
+from keras import layers, ops
+
+import handloom as hl
+from handloom.errors import ExportError
+
+X = np.random.default_rng(0).normal(size=(5, 8)).astype("float32")
+
+
+def functional(*parts):
+    inputs = outputs = keras.Input((8,))
+    for part in parts:
+        outputs = part(outputs)
+    return hl.Model(inputs, outputs)
+
+
+def run(path, x):
+    session = onnxruntime.InferenceSession(path)
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+@pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")  # In a file of Keras's.
+@pytest.mark.parametrize("cls", [hl.Model, hl.Sequential])
+def test_a_loaded_model_need_not_be_called_first(cls, tmp_path):
+    model = cls([keras.Input((8,)), layers.Dense(3)]) if cls is hl.Sequential else functional(layers.Dense(3))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    config = loaded.get_config()
+    loaded.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    np.testing.assert_allclose(run(tmp_path / "model.onnx", X), model.predict(X, verbose=0), atol=1e-5)
+    assert loaded.get_config() == config
+
+
+@pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")
+def test_a_normalized_layer_is_exported(tmp_path):
+    model = functional(layers.LayerNormalization(), layers.Dense(3))
+    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    np.testing.assert_allclose(run(tmp_path / "model.onnx", X), model.predict(X, verbose=0), atol=1e-5)
+
+
+def standardized():
+    """A model whose first layer knows mean and variance of the data, as constants."""
+    normalization = layers.Normalization()
+    normalization.adapt(X)
+    return functional(normalization, layers.Dense(3))
+
+
+@pytest.mark.backend("jax", "torch")
+def test_constants_of_layers_are_exported(tmp_path):
+    model = standardized()
+    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    np.testing.assert_allclose(run(tmp_path / "model.onnx", X), model.predict(X, verbose=0), atol=1e-5)
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")
+def test_constants_that_the_converter_loses_are_an_error_and_leave_no_file(tmp_path):
+    with pytest.raises(ExportError, match=r"does not keep the constants .*normalization.*tf_saved_model"):
+        standardized().export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unknown(layers.Layer):
+    """Fails when a model of it is traced, as what has no symbolic form does."""
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def call(self, x):
+        raise NotImplementedError("no such operation")
+
+
+def test_what_a_converter_refuses_is_an_error_that_names_another_way_and_the_file_before_stays(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"before")
+    with pytest.raises(ExportError, match=r"on this backend: .*no such operation.*on another backend"):
+        functional(Unknown()).export(path, format="onnx", verbose=False)
+    assert path.read_bytes() == b"before"
+
+
+def test_a_model_that_was_never_built_is_keras_to_refuse(tmp_path):
+    class Net(hl.Model):
+        def call(self, x):
+            return ops.relu(x)
+
+    with pytest.raises(ValueError, match=r"built|called") as raised:
+        Net().export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    assert not isinstance(raised.value, ExportError)
