@@ -122,6 +122,7 @@ def test_own_parts_come_back_with_their_parameters_and_train_on(kind, saved):
     assert [found["parameters"][name] for name in ("quantile", "width", "factor", "strength")] == [0.75, 0.5, 0.5, 0.25]
 
 
+@pytest.mark.once
 def test_a_process_that_imports_the_users_module_loads_them(saved):
     folder, going_on = saved
     code = """

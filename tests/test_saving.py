@@ -435,7 +435,10 @@ SCRIPT = """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, -signal.SIGINT, marks=pytest.mark.once)],
+)
 def test_a_signal_saves_after_the_step_and_ends_as_the_signal_does(signum, code, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
@@ -478,6 +481,7 @@ SLOW_DISK = """
 """
 
 
+@pytest.mark.once
 def test_a_second_signal_ends_the_process_at_once_and_the_last_checkpoint_is_whole(tmp_path):
     script, run_dir = tmp_path / "script.py", tmp_path / "run"
     code = textwrap.dedent(SCRIPT)

@@ -18,6 +18,9 @@ import pytest
 import handloom as hl
 from tests.resume.processes import Child, to_the_end
 
+# What a process meets on a disk is the same on every backend; that a run goes on, test_kills shows on each.
+pytestmark = pytest.mark.once
+
 KIND = "step"
 STEPS = 18
 IN_A_NAMESPACE = ["unshare", "--map-root-user", "--mount"]
