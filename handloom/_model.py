@@ -25,10 +25,10 @@ from handloom._keras import (
     keras,
     set_loss_tracker,
 )
-from handloom._labels import check_labels
 from handloom._loss_tracker import LossTracker, holding
-from handloom._model_data import Parts, as_one_batch, model_feed, packed, split, unpacked, weights_of
-from handloom._model_steps import ModelSteps
+from handloom._model_data import model_feed, split, unpacked
+from handloom._model_steps import start_steps
+from handloom._on_batch import predict_on_batch, test_on_batch, train_on_batch
 from handloom._progress import Progress
 from handloom._seed import seed_run
 from handloom._unknown_parts import deserialized, naming_unknown_parts
@@ -36,7 +36,6 @@ from handloom._update import minimize
 from handloom._variants import is_inputs_and_outputs, is_list_of_layers, variant
 from handloom._watch import divisors, note_loss
 from handloom.callbacks._display import progress_display
-from handloom.errors import StepError
 from handloom.optimizers import NamedOptimizers, averaged_weights
 
 ops = keras.ops
@@ -82,7 +81,7 @@ class Model(keras.Model):
                 "for a sequential model, subclass hl.Sequential."
             )
         super().__init__(*args, **kwargs)
-        _start_steps(self, "auto")
+        start_steps(self, "auto", Model)
 
     def __reduce__(self) -> Any:
         """Pickled and copied as Keras does, but by a class that a module knows by name: a variant is not."""
@@ -142,7 +141,7 @@ class Model(keras.Model):
             auto_scale_loss=False,
         )
         set_loss_tracker(self, LossTracker(name="loss"))
-        _start_steps(self, jit_compile)
+        start_steps(self, jit_compile, Model)
         attach(self.optimizer, self)
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -265,6 +264,7 @@ class Model(keras.Model):
         save: Every | None = every(epochs=1),
         keep: int | None = 3,
         best: str | None = None,
+        steps_per_execution: int | str | None = None,
         seed: int | None = None,
     ) -> keras.callbacks.History:
         """Trains the model, with Keras's arguments and their meaning.
@@ -292,6 +292,7 @@ class Model(keras.Model):
             save: When to save.
             keep: How many of the last checkpoints to keep.
             best: By which value to keep the best besides, saved when it is reported.
+            steps_per_execution: How many steps to dispatch together; by default what `compile` was given.
             seed: One number for all that is random in the run.
 
         Returns:
@@ -302,7 +303,7 @@ class Model(keras.Model):
                 negative or sum to zero in a batch.
             StepError: If a step returns no dict of scalars.
         """
-        _check_compiled(self, "fit", "train_step")
+        self._steps.check_compiled("fit", "train_step")
         seed_run(seed, self)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = split((x, y, sample_weight), validation_split)
@@ -329,7 +330,7 @@ class Model(keras.Model):
                 run_dir=run_dir,
                 saves=_loop.save_options(run_dir, save, resume, allow, keep, best),
                 state={"model": self},
-                steps_per_execution=self.steps_per_execution,
+                steps_per_execution=self.steps_per_execution if steps_per_execution is None else steps_per_execution,
                 verbose=verbose,
                 finish=functools.partial(finish_training, self),
             )
@@ -354,7 +355,7 @@ class Model(keras.Model):
         Returns:
             The reported values: a dict if `return_dict`, else a list in the order of the metrics, or the only value.
         """
-        _check_compiled(self, "evaluate", "test_step")
+        self._steps.check_compiled("evaluate", "test_step")
         feed = model_feed(self, (x, y, sample_weight), batch_size)
         with (
             self._steps.running(),
@@ -386,31 +387,6 @@ class Model(keras.Model):
         ):
             return _loop.predict(self._steps.prediction, feed, hooks=hooks, model=self, steps=steps)
 
-    def train_on_batch(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        class_weight: Mapping[int, float] | None = None,
-        return_dict: bool = False,
-    ) -> Any:
-        """Trains on one batch, given as arrays; returns what is reported of it, as `evaluate` does."""
-        _check_compiled(self, "train_on_batch", "train_step")
-        if class_weight is not None:
-            sample_weight = weights_of(y, sample_weight, class_weight)
-        return _on_batch(self, self._steps, "train_step", (x, y, sample_weight), return_dict)
-
-    def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False) -> Any:
-        """Evaluates on one batch, given as arrays; returns what is reported of it, as `evaluate` does."""
-        _check_compiled(self, "test_on_batch", "test_step")
-        return _on_batch(self, self._steps, "test_step", (x, y, sample_weight), return_dict)
-
-    def predict_on_batch(self, x: Any) -> Any:
-        """The model's outputs for one batch, given as arrays, as NumPy arrays."""
-        with self._steps.running():
-            outputs = self._steps.prediction(as_one_batch(keras.utils.pack_x_y_sample_weight(x)))
-        return keras.tree.map_structure(ops.convert_to_numpy, outputs)
-
     def explain(self) -> Explanation:
         """Prints who trains what, how reported values come of those of batches, and what may surprise.
 
@@ -422,6 +398,9 @@ class Model(keras.Model):
         """
         return shown(explain(self, self._steps.reductions))
 
+    train_on_batch = train_on_batch
+    test_on_batch = test_on_batch
+    predict_on_batch = predict_on_batch
     export = export
 
 
@@ -430,32 +409,9 @@ class Sequential(Model, keras.Sequential):
     """A `keras.Sequential` that trains by Handloom's loop; see `hl.Model`."""
 
 
-def _start_steps(model: Model, jit_compile: bool | str) -> None:
-    # Not `setattr`: Keras would look for layers in it.
-    model.__dict__["_steps"] = ModelSteps(model, jit_compile)
-
-
-def _on_batch(model: Model, steps: ModelSteps, name: str, parts: Parts, return_dict: bool) -> Any:
-    check_labels(model, parts[0], parts[1])
-    with steps.running():
-        step = steps.reporting(name)
-        step.start_epoch()
-        step.take(as_one_batch(packed(parts), training=name == "train_step"))
-        logs = dict(step.logs)
-    return logs if return_dict else in_keras_order(model, logs)
-
-
 def _hooks(model: Model, callbacks: Any, verbose: str | int, steps: int | None) -> Callbacks:
     listeners = [*_loop.as_list(callbacks), *progress_display(verbose)]
     return Callbacks(listeners, model, {"epochs": 1, "steps": steps, "verbose": verbose})
-
-
-def _check_compiled(model: Model, method: str, step: str) -> None:
-    if not model.compiled and getattr(type(model), step) is getattr(Model, step):
-        raise StepError(
-            f"Call compile() before {method}(): {type(model).__name__} uses the default {step}, which needs a loss"
-            f"{' and an optimizer' if step == 'train_step' else ''}."
-        )
 
 
 def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextManager[None]:

@@ -24,19 +24,30 @@ class ModelSteps:
     Args:
         model: Has `train_step`, `test_step` and `predict_step`.
         jit_compile: As for `hl.function`.
+        default: The class whose own steps need a loss and an optimizer.
 
     Attributes:
         jit_compile: As given.
     """
 
-    def __init__(self, model: keras.Model, jit_compile: bool | str = "auto") -> None:
+    def __init__(self, model: keras.Model, jit_compile: bool | str, default: type[keras.Model]) -> None:
         check_jit_compile(jit_compile)
         self.jit_compile = jit_compile
+        self._default = default
         self._model = model
         self._reporting: dict[str, ReportingStep] = {}
         self._prediction: Function | None = None
         self._parts: Parts = {}
         self._running = False
+
+    def check_compiled(self, method: str, name: str) -> None:
+        """Refuses to run a default step of a model that has no loss yet."""
+        cls = type(self._model)
+        if not self._model.compiled and getattr(cls, name) is getattr(self._default, name):
+            raise StepError(
+                f"Call compile() before {method}(): {cls.__name__} uses the default {name}, which needs a loss"
+                f"{' and an optimizer' if name == 'train_step' else ''}."
+            )
 
     def reporting(self, name: str) -> ReportingStep:
         """The training or test step, with the report of what it returns."""
@@ -97,6 +108,18 @@ class ModelSteps:
         parts = {id(part): (part, part.trainable) for part in [*layers_of(model), *model.variables]}
         optimizer = getattr(model, "optimizer", None)
         return parts | {id(optimizer): (optimizer, True)}
+
+
+def start_steps(model: keras.Model, jit_compile: bool | str, default: type[keras.Model]) -> None:
+    """Gives a model its steps, not compiled yet."""
+    # Not `setattr`: Keras would look for layers in it.
+    model.__dict__["_steps"] = ModelSteps(model, jit_compile, default)
+
+
+def steps_of(model: keras.Model) -> ModelSteps:
+    """The steps that a model was given."""
+    steps: ModelSteps = model.__dict__["_steps"]
+    return steps
 
 
 def _trained(parts: Parts) -> dict[int, bool]:

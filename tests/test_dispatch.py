@@ -127,6 +127,14 @@ def test_one_that_does_not_gets_the_first_and_the_last_of_each_group():
     assert calls.ended == [3, 7, 8]
 
 
+def test_fit_may_be_told_another_number_than_compile():
+    calls = Calls(content=True)
+    fit(1, calls, epochs=1, steps_per_execution=4)
+    assert calls.ended == [3, 7, 8]
+    with pytest.raises(ValueError, match="received 0"):
+        fit(4, steps_per_execution=0)
+
+
 def test_our_own_callbacks_act_when_they_are_asked_to():
     def rates(steps):
         seen = []

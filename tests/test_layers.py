@@ -45,7 +45,17 @@ LAYERS = [
     {"_run_state"},
     {"_saving"},
     {"_loop"},
-    {"_model", "_compile", "_model_data", "_model_steps", "_variants", "_unknown_parts", "_explain", "_export"},
+    {
+        "_model",
+        "_compile",
+        "_model_data",
+        "_model_steps",
+        "_variants",
+        "_unknown_parts",
+        "_explain",
+        "_export",
+        "_on_batch",
+    },
     {"recipes", "cli"},
 ]
 # What names a backend: the messages about one that is missing, and the choices of the command line.
