@@ -171,7 +171,8 @@ def _cells(cells):
 def agree(one, other):
     """Whether two lines say the same.
 
-    Numbers may differ by a tenth, and below 0.001 in any way: what processors round differently, training amplifies.
+    Numbers may differ by a tenth, in their last decimal, and below 0.001 in any way: what processors round
+    differently, training amplifies.
     """
     of_one, of_other = ([group.split(" / ") for group in NUMBERS.findall(line)] for line in (one, other))
     same = NUMBERS.sub("0", one) == NUMBERS.sub("0", other)
@@ -181,8 +182,15 @@ def agree(one, other):
 def _close(one, other):
     """Whether the numbers of the backends are, of which one alone stands for all."""
     count = max(len(one), len(other))
-    pairs = zip(*(list(map(float, group)) * (count // len(group)) for group in (one, other)), strict=True)
-    return all(max(map(abs, pair)) < 1e-3 or math.isclose(*pair, rel_tol=0.1) for pair in pairs)
+    pairs = zip(*(group * (count // len(group)) for group in (one, other)), strict=True)
+    return all(_nearly_the_same(*pair) for pair in pairs)
+
+
+def _nearly_the_same(one, other):
+    digits = [len(number.partition(".")[2]) for number in (one, other)]
+    last = 1.01 * 10.0 ** -min(digits) if min(digits) else 0.0
+    one, other = float(one), float(other)
+    return max(abs(one), abs(other)) < 1e-3 or math.isclose(one, other, rel_tol=0.1, abs_tol=last)
 
 
 def main():
