@@ -10,7 +10,7 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 | `Variable._shape`, `_dtype`  | of a variable without a value yet, whatever dtype a layer computes in  |
 | `Layer._flatten_layers`      | which layers a layer is made of, at any depth                          |
 | `Functional`                 | not exported; a subclass built from inputs and outputs must become one |
-| `Model._call_has_training_arg`, `_compute_loss`, `_loss_tracker` | what Keras's own default steps use |
+| `Model._compute_loss`, `_loss_tracker` | what Keras's own default steps use |
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order                      |
 | `Metric._direction`          | whether more of a metric is better, which callbacks that watch it must know |
 | `Model._initial_epoch`       | how `BackupAndRestore` tells the loop where to go on                   |
@@ -90,7 +90,6 @@ __all__ = [
     "Layer",
     "Tensor",
     "Variable",
-    "call_model",
     "current_value",
     "default_loss",
     "direction_of",
@@ -173,11 +172,6 @@ def value_in(scope: keras.StatelessScope | None, variable: Variable) -> Tensor:
 def current_value(variable: Variable) -> Tensor:
     """The value a variable has where the caller runs."""
     return value_in(get_stateless_scope(), variable)
-
-
-def call_model(model: Layer, x: Any, *, training: bool) -> Any:
-    """Calls a model in training or not, whether or not its `call` wants to know."""
-    return model(x, training=training) if model._call_has_training_arg else model(x)
 
 
 def default_loss(model: Layer, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool) -> Tensor:

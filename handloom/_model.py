@@ -19,7 +19,6 @@ from handloom._gradients import Wrt, build
 from handloom._keras import (
     Functional,
     Tensor,
-    call_model,
     default_loss,
     in_keras_order,
     keras,
@@ -173,7 +172,8 @@ class Model(keras.Model):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
 
         def loss_fn() -> tuple[Tensor, Any]:
-            y_pred = call_model(self, x, training=True)
+            # Also where `call` does not ask for it: layers inside are told all the same.
+            y_pred = self(x, training=True)
             return default_loss(self, x, y, y_pred, sample_weight, training=True), y_pred
 
         loss, y_pred = self.minimize(loss_fn, has_aux=True)
@@ -183,7 +183,7 @@ class Model(keras.Model):
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates on one batch; to be overridden. As `train_step`, without training."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        y_pred = call_model(self, x, training=False)
+        y_pred = self(x, training=False)
         loss = default_loss(self, x, y, y_pred, sample_weight, training=False)
         with holding(self, loss):
             return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
@@ -191,7 +191,7 @@ class Model(keras.Model):
     def predict_step(self, data: Any) -> Any:
         """The model's outputs for one batch; to be overridden."""
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        return call_model(self, x, training=False)
+        return self(x, training=False)
 
     def compute_loss(
         self,

@@ -136,23 +136,6 @@ def test_a_model_from_inputs_and_outputs_is_functional():
     assert issubclass(_keras.Functional, keras.Model)
 
 
-class NoFlag(keras.Model):
-    def call(self, x):
-        return x
-
-
-class Flag(keras.Model):
-    def call(self, x, training=False):
-        return x + 1 if training else x
-
-
-def test_a_model_is_told_whether_it_trains_if_it_wants_to_know():
-    x = np.zeros((1, 2), "float32")
-    for training, expected in ((True, 1), (False, 0)):
-        np.testing.assert_array_equal(numpy(_keras.call_model(Flag(), x, training=training)), np.full((1, 2), expected))
-        np.testing.assert_array_equal(numpy(_keras.call_model(NoFlag(), x, training=training)), x)
-
-
 def regressor(**compiled):
     model = keras.Sequential([layers.Input((3,)), layers.Dense(1, kernel_regularizer=keras.regularizers.L2(0.1))])
     model.compile(loss="mse", **compiled)
@@ -216,7 +199,7 @@ def test_a_callback_of_kerass_says_where_to_go_on(tmp_path):
 
 def test_without_such_a_callback_training_begins_at_the_start():
     assert _keras.take_initial_epoch(regressor()) == 0
-    assert _keras.take_initial_epoch(object.__new__(NoFlag)) == 0
+    assert _keras.take_initial_epoch(object.__new__(keras.Model)) == 0
 
 
 def test_an_optimizer_keeps_what_it_was_built_for():

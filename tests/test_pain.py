@@ -424,3 +424,35 @@ def test_optimizers_take_turns_where_keras_wants_gradients_for_all_variables():
     for layer, rate in ((model.left, RATE), (model.right, 2 * RATE)):
         expected = START - rate * gradient_of_squared_error(START)
         np.testing.assert_allclose(ops.convert_to_numpy(layer.kernel), expected, 1e-4)
+
+
+# ------------------------------------------------------------- training or not
+
+
+class Normalized:
+    """Its `call` does not say whether it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalization, self.out = layers.BatchNormalization(momentum=0.75), layers.Dense(1)
+
+    def call(self, x):
+        return self.out(self.normalization(x))
+
+
+def trained_once(base):
+    model = type("Net", (Normalized, base), {})()
+    model.compile("sgd", "mse")
+    model.fit(X, Y, batch_size=EXAMPLES, verbose=0)
+    return model
+
+
+def test_layers_inside_know_that_they_are_trained_where_keras_tells_a_call_that_asks_alone():
+    known = ops.convert_to_numpy(trained_once(keras.Model).normalization.moving_mean)
+    np.testing.assert_array_equal(known, np.zeros(3))
+    model = trained_once(hl.Model)
+    moving_mean = ops.convert_to_numpy(model.normalization.moving_mean)
+    np.testing.assert_allclose(moving_mean, 0.25 * X.mean(axis=0), rtol=1e-5, atol=1e-7)
+    model.evaluate(X, Y, verbose=0)
+    model.predict(X, verbose=0)
+    np.testing.assert_array_equal(ops.convert_to_numpy(model.normalization.moving_mean), moving_mean)
