@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from keras import layers, ops
@@ -40,6 +41,16 @@ def test_a_loaded_model_need_not_be_called_first(cls, tmp_path):
 def test_a_normalized_layer_is_exported(tmp_path):
     model = functional(layers.LayerNormalization(), layers.Dense(3))
     model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    np.testing.assert_allclose(run(tmp_path / "model.onnx", X), model.predict(X, verbose=0), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")
+@pytest.mark.parametrize("approximate", [False, True], ids=["exact", "approximate"])
+def test_gelu_is_exported(approximate, tmp_path):
+    gelu = layers.Activation(lambda x: ops.gelu(x, approximate=approximate))
+    model = functional(layers.Dense(3), gelu, layers.Dense(2), gelu)
+    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
     np.testing.assert_allclose(run(tmp_path / "model.onnx", X), model.predict(X, verbose=0), atol=1e-5)
 
 

@@ -26,6 +26,7 @@ from handloom.backends._blame import Frames, frames_of, naming_what_has_no_deriv
 from handloom.backends._reach import leads_to_an_end
 from handloom.backends._scope import Scope
 from handloom.backends._tensorflow_assigned import assignments_noted, watch
+from handloom.backends._tensorflow_onnx import refuse_lost_constants, say_erfc_by_erf
 from handloom.backends.base import Backend, Gradients, Program, Repeated, Untraceable
 
 # Called from a user's converted code, Handloom's own runs as it is written.
@@ -148,11 +149,8 @@ class TensorFlowBackend(Backend):
         return tf.profiler.experimental.Profile(str(directory))
 
     def mend_onnx(self, graph: Any) -> bool:
-        # The converter takes constants that a layer keeps as tensors for inputs, and drops their values.
-        constants = [node.name for node in graph.input if ":" in node.name]
-        if constants:
-            raise NotImplementedError(f"the converter does not keep the constants of layers ({', '.join(constants)}).")
-        return False
+        refuse_lost_constants(graph)
+        return say_erfc_by_erf(graph)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._inside("trace"), Scope(creates=True), tf.__internal__.FuncGraph("shapes").as_default():
