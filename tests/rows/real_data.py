@@ -1,6 +1,12 @@
-"""Real data that scikit-learn carries, in the shape that the rows want it."""
+"""Real data that scikit-learn and Python carry, in the shape that the rows want it."""
 
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+import collections
+import inspect
+import re
+import textwrap
+
+import numpy as np
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_sample_images, load_wine
 
 
 def digits():
@@ -21,3 +27,29 @@ def tumours():
     measured, benign = load_breast_cancer(return_X_y=True)
     standard = (measured - measured.mean(axis=0)) / measured.std(axis=0)
     return standard.astype("float32"), (1 - benign).astype("int32")
+
+
+def wines():
+    """178 wines by 12 measurements, and how much alcohol they have; all of mean 0 and variance 1."""
+    measured = load_wine().data
+    standard = (measured - measured.mean(axis=0)) / measured.std(axis=0)
+    return standard[:, 1:].astype("float32"), standard[:, :1].astype("float32")
+
+
+def photographs():
+    """The pieces of 32 by 32 pixels of two photographs, in colours between 0 and 1, and of which of the two each is."""
+    pieces = [image[:416, :640].reshape(13, 32, 20, 32, 3).swapaxes(1, 2) for image in load_sample_images().images]
+    labels = np.repeat([0, 1], 13 * 20)
+    return np.concatenate(pieces).reshape(-1, 32, 32, 3).astype("float32") / 255, labels.astype("int32")
+
+
+def lines_of_code(count):
+    """The first lines of Python's own `textwrap` that have three words and more, as lists of words."""
+    lines = [re.findall(r"[a-z]+", line.lower()) for line in inspect.getsource(textwrap).splitlines()]
+    return [words for words in lines if len(words) > 2][:count]
+
+
+def counts_of_words(lines, most):
+    """How often each line has each of the commonest words: mostly never."""
+    words = [word for word, _ in collections.Counter(word for line in lines for word in line).most_common(most)]
+    return np.array([[line.count(word) for word in words] for line in lines], "float32")

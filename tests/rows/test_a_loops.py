@@ -13,7 +13,7 @@ import handloom as hl
 from handloom.callbacks import ProgressBar
 from tests.rows import curves
 from tests.rows.figures import below
-from tests.rows.real_data import diabetes, digits, tumours
+from tests.rows.real_data import diabetes, digits, tumours, wines
 
 
 def softmax(logits):
@@ -256,8 +256,8 @@ def mean_absolute_error(y, y_pred):
 
 
 def test_a7_a_plain_function_as_a_metric_in_a_step_equals_numpy(eagerly):
-    x, y = diabetes()
-    model, optimizer = keras.Sequential([keras.Input((10,)), layers.Dense(1)]), keras.optimizers.SGD(0.1)
+    x, y = wines()
+    model, optimizer = keras.Sequential([keras.Input((12,)), layers.Dense(1)]), keras.optimizers.SGD(0.1)
 
     @hl.function
     def train_step(x, y):
@@ -274,7 +274,7 @@ def test_a7_a_plain_function_as_a_metric_in_a_step_equals_numpy(eagerly):
 
 
 def test_a7_a_plain_function_as_a_compiled_metric_equals_numpy(eagerly, shown):
-    x, y = diabetes()
+    x, y = wines()
     model = hl.Model([layers.Dense(1)])
     model.compile(loss="mse", metrics=[mean_absolute_error])
     found = model.evaluate(x, y, verbose=0, return_dict=True)["mean_absolute_error"]

@@ -13,6 +13,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom.backends import backend
 from handloom.errors import DataError, TraceError
+from tests.rows.real_data import counts_of_words, lines_of_code
 
 # --------------------------------------------------------------------------- F1, dtypes
 
@@ -105,8 +106,8 @@ def test_f1_a_whole_number_too_large_for_the_backend_is_an_error_and_no_other_nu
 
 # ---------------------------------------------------- F3, sparse, ragged, text, and more
 
-WORDS = [["to", "be"], ["or", "not", "to"], ["be"]]
-VOCABULARY = ["be", "not", "or", "to"]
+LINES = lines_of_code(24)
+VOCABULARY = sorted({word for line in LINES for word in line})
 
 
 def tf():
@@ -114,10 +115,9 @@ def tf():
 
 
 def sparse_and_dense():
-    """24 examples by 40 features, few of them set; and targets."""
-    numbers = np.random.default_rng(0)
-    dense = numbers.normal(size=(24, 40)) * (numbers.random((24, 40)) < 0.1)
-    return dense.astype("float32"), numbers.normal(size=(24, 1)).astype("float32")
+    """24 lines of code as counts of the 40 commonest words, and how long each line is, in tens of letters."""
+    lengths = np.array([[len("".join(line)) / 10] for line in LINES], "float32")
+    return counts_of_words(LINES, 40), lengths
 
 
 def regressor():
@@ -186,16 +186,24 @@ def test_f3_ragged_batches_are_refused_with_the_way_out(refused):
 
 
 def text_batches():
-    lines = [" ".join(words) for words in WORDS]
-    return tf().data.Dataset.from_tensor_slices(lines).batch(2)
+    return tf().data.Dataset.from_tensor_slices([" ".join(line) for line in LINES]).batch(10)
+
+
+def numbered(lines, first, length):
+    """Each word by its place in the vocabulary, counted from `first`; then zeros."""
+    numbers = [[VOCABULARY.index(word) + first for word in line] for line in lines]
+    return [(line + [0] * length)[:length] for line in numbers]
 
 
 @pytest.mark.backend("tensorflow")
 def test_f3_text_in_a_step(shown):
     lookup = layers.StringLookup(vocabulary=VOCABULARY, num_oov_indices=0)
-    step = hl.function(lambda lines: lookup(tf().strings.split(lines).to_tensor("be")))
+    step = hl.function(lambda lines: lookup(tf().strings.split(lines).to_tensor(VOCABULARY[0])))
     found = [step(batch).numpy().tolist() for batch in hl.Feed(text_batches())]
-    assert found == [[[3, 0, 0], [2, 1, 3]], [[0]]]
+    assert list(map(len, found)) == [10, 10, 4]
+    for first, batch in zip((0, 10, 20), found, strict=True):
+        lines = LINES[first : first + 10]
+        assert batch == numbered(lines, 0, max(map(len, lines)))
     assert all(trace.compiled for trace in step.traces)
     shown("text")
 
@@ -206,10 +214,9 @@ def test_f3_text_is_refused_with_the_way_out(refused):
         DataError, match=r"the data is text, .*StringLookup or TextVectorization in a pipeline of tf\.data"
     ):
         hl.fit(lambda lines: {"count": len(lines)}, text_batches(), verbose=0)
-    vectorize = layers.TextVectorization(vocabulary=VOCABULARY, standardize=None, output_sequence_length=3)
-    [first, last] = hl.Feed(text_batches().map(vectorize))
-    assert ops.convert_to_numpy(first).tolist() == [[5, 2, 0], [4, 3, 5]]
-    assert ops.convert_to_numpy(last).tolist() == [[2, 0, 0]]
+    vectorize = layers.TextVectorization(vocabulary=VOCABULARY, standardize=None, output_sequence_length=5)
+    batches = [ops.convert_to_numpy(batch).tolist() for batch in hl.Feed(text_batches().map(vectorize))]
+    assert [line for batch in batches for line in batch] == numbered(LINES, 2, 5)  # 0 is for nothing, 1 for the rest.
     refused("text")
 
 

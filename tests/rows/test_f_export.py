@@ -13,7 +13,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom.errors import ExportError
 from tests.rows import exported
-from tests.rows.real_data import digits
+from tests.rows.real_data import digits, photographs
 
 pytestmark = [
     # What the exporters call is on its way out; by Keras's own choice, and nothing of it is ours.
@@ -64,6 +64,17 @@ def functional():
     return hl.Model(image, layers.Dense(10, activation="softmax")(layers.Flatten()(hidden)))
 
 
+def of_photographs():
+    """Says of which photograph a piece is."""
+    piece = keras.Input((32, 32, 3))
+    hidden = layers.MaxPooling2D(2)(layers.Conv2D(8, 3, padding="same", activation="gelu")(piece))
+    hidden = layers.GlobalAveragePooling2D()(layers.LayerNormalization()(layers.SeparableConv2D(8, 3)(hidden)))
+    model = hl.Model(piece, layers.Dense(2, activation="softmax")(hidden))
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.fit(*photographs(), batch_size=64, epochs=1, verbose=0)
+    return model
+
+
 def trained(build):
     x, y = digits()
     model = build()
@@ -87,12 +98,13 @@ def run_elsewhere(kind, folder, **inputs):
 
 @every_kind  # Slow: TensorFlow is loaded in two processes, or jax2onnx with all that it brings in one.
 def test_f4_exported_models_run_without_this_package(kind, tmp_path, shown):
-    models, x = {"functional": trained(functional), "subclassed": trained(Subclassed)}, images()
+    models = {"functional": trained(functional), "subclassed": trained(Subclassed), "photographs": of_photographs()}
+    inputs = {"functional": images(), "subclassed": images(), "photographs": photographs()[0][256:263]}
     for name, model in models.items():
         model.export(tmp_path / name, format=kind, verbose=False)
-    for name, calls in run_elsewhere(kind, tmp_path, functional=x, subclassed=x).items():
+    for name, calls in run_elsewhere(kind, tmp_path, **inputs).items():
         for outputs in calls:
-            np.testing.assert_allclose(outputs, models[name].predict(x, verbose=0), atol=1e-5)
+            np.testing.assert_allclose(outputs, models[name].predict(inputs[name], verbose=0), atol=1e-5)
     shown(f"{kind}: run without this package, equal (atol 1e-5)")
 
 
