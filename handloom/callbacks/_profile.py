@@ -33,24 +33,27 @@ class Profile:
     def start_over(self) -> None:
         """What follows is a new run."""
         self.done = self._running = False
+        self._logs: Mapping[str, Any] = {}
 
     def begin(self, step: int) -> None:
         """To be called before a step."""
         if step >= self._first and not self.done and not self._running:
+            dict(self._logs)  # Waits until the device has computed what came before.
             self._trace.enter_context(backend.profiled(self._directory))
             self._running = True
 
     def end(self, step: int, logs: Mapping[str, Any]) -> None:
         """To be called after a step, with what it reports."""
-        if self._running and step >= self._last:
-            dict(logs)  # Waits until the device has computed it.
+        self._logs = logs
+        if step >= self._last:
             self.stop()
 
     def stop(self) -> None:
         """Writes what has been traced so far."""
         if self._running:
             self.done, self._running = True, False
-            self._trace.close()
+            with self._trace, contextlib.suppress(Exception):  # If a step has failed, the run says so itself.
+                dict(self._logs)  # Waits for the traced ones, in the same manner.
 
 
 def _first_and_last(steps: Any) -> tuple[int, int]:

@@ -67,7 +67,7 @@ class TensorBoard(Periodic):
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         super().on_train_batch_end(batch, logs)
         if self._profile:
-            self._profile.end(self.progress.step, logs or {})
+            self._profile.end(self.progress.step, {} if logs is None else logs)
 
     def within_epoch(self, logs: Mapping[str, Any]) -> None:
         self._write("train", {f"batch_{name}": value for name, value in logs.items()}, self.progress.step)
