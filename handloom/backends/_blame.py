@@ -67,9 +67,9 @@ def tensorflow_called(frames: Frames, backend: str) -> TraceError | None:
 
 
 _HAS_NO_DERIVATIVE = re.compile(
-    r"gradient registry has no entry for: (?P<tensorflow>\w+)"
-    r"|derivative for (?P<torch>\S+) is not implemented"
-    r"|Differentiation rule for '(?P<jax>\S+)' not implemented"
+    r"gradient registry has no entry for: (\w+)"
+    r"|derivative for (\S+) is not implemented"
+    r"|Differentiation rule for '(\S+)' not implemented"
 )
 
 
@@ -80,10 +80,11 @@ def naming_what_has_no_derivative(backend: str) -> Iterator[None]:
         yield
     except (LookupError, RuntimeError) as error:  # NotImplementedError is one of the latter.
         found = _HAS_NO_DERIVATIVE.search(str(error))
-        if isinstance(error, GradientError) or found is None:
+        if found is None:
             raise
+        [operation] = filter(None, found.groups())
         raise GradientError(
-            f"{backend} has no derivative of the operation {found[found.lastgroup or 0]}. If no gradient is to flow "
+            f"{backend} has no derivative of the operation {operation}. If no gradient is to flow "
             "through it, put its inputs in keras.ops.stop_gradient; else give it one by keras.ops.custom_gradient, or "
             "compute the value by other operations."
         ) from error
