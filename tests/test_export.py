@@ -10,6 +10,8 @@ from keras import layers, ops
 import handloom as hl
 from handloom.errors import ExportError
 
+names_an_old_type = pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")  # A file of Keras's.
+
 X = np.random.default_rng(0).normal(size=(5, 8)).astype("float32")
 
 
@@ -20,38 +22,38 @@ def functional(*parts):
     return hl.Model(inputs, outputs)
 
 
-def run(path, x):
+def assert_exported(model, path, expected):
+    """The file that a model writes gives what is expected, in its own runtime."""
+    model.export(path, format="onnx", verbose=False)
     session = onnxruntime.InferenceSession(path)
-    return session.run(None, {session.get_inputs()[0].name: x})[0]
+    [outputs] = session.run(None, {session.get_inputs()[0].name: X})
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")  # In a file of Keras's.
+@names_an_old_type
 @pytest.mark.parametrize("cls", [hl.Model, hl.Sequential])
 def test_a_loaded_model_need_not_be_called_first(cls, tmp_path):
     model = cls([keras.Input((8,)), layers.Dense(3)]) if cls is hl.Sequential else functional(layers.Dense(3))
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     config = loaded.get_config()
-    loaded.export(tmp_path / "model.onnx", format="onnx", verbose=False)
-    np.testing.assert_allclose(run(tmp_path / "model.onnx", X), model.predict(X, verbose=0), atol=1e-5)
+    assert_exported(loaded, tmp_path / "model.onnx", model.predict(X, verbose=0))
     assert loaded.get_config() == config
 
 
-@pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")
+@names_an_old_type
 def test_a_normalized_layer_is_exported(tmp_path):
     model = functional(layers.LayerNormalization(), layers.Dense(3))
-    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
-    np.testing.assert_allclose(run(tmp_path / "model.onnx", X), model.predict(X, verbose=0), atol=1e-5)
+    assert_exported(model, tmp_path / "model.onnx", model.predict(X, verbose=0))
 
 
-@pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")
+@names_an_old_type
 @pytest.mark.parametrize("approximate", [False, True], ids=["exact", "approximate"])
 def test_gelu_is_exported(approximate, tmp_path):
     gelu = layers.Activation(lambda x: ops.gelu(x, approximate=approximate))
     model = functional(layers.Dense(3), gelu, layers.Dense(2), gelu)
-    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    assert_exported(model, tmp_path / "model.onnx", model.predict(X, verbose=0))
     onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
-    np.testing.assert_allclose(run(tmp_path / "model.onnx", X), model.predict(X, verbose=0), atol=1e-5)
 
 
 def standardized():
@@ -64,12 +66,11 @@ def standardized():
 @pytest.mark.backend("jax", "torch")
 def test_constants_of_layers_are_exported(tmp_path):
     model = standardized()
-    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
-    np.testing.assert_allclose(run(tmp_path / "model.onnx", X), model.predict(X, verbose=0), atol=1e-5)
+    assert_exported(model, tmp_path / "model.onnx", model.predict(X, verbose=0))
 
 
 @pytest.mark.backend("tensorflow")
-@pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning")
+@names_an_old_type
 def test_constants_that_the_converter_loses_are_an_error_and_leave_no_file(tmp_path):
     with pytest.raises(ExportError, match=r"does not keep the constants .*normalization.*tf_saved_model"):
         standardized().export(tmp_path / "model.onnx", format="onnx", verbose=False)
