@@ -1,14 +1,16 @@
 """What saving a run costs its steps: a model of ten million parameters, saved every 50 steps, beside one that is not.
 
-The two take turns in one process, in blocks of 50 steps each; the ratio is that of the medians over blocks. Saving
-goes on in the background while the next steps run.
+The two take turns in one process, in blocks of 50 steps each, now the one first and now the other. Saving goes on in
+the background while the next steps run. Each of the 50 steps is timed by itself, the first with the save before it;
+what a block takes is the sum of their medians over all blocks, which leaves out what else the machine did meanwhile.
 
-    KERAS_BACKEND=jax python benchmarks/saving.py [--blocks 8] [--units 2232]
+    KERAS_BACKEND=jax python benchmarks/saving.py [--blocks 16] [--units 2232]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -18,7 +20,7 @@ EVERY, BATCH = 50, 256
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=16, help="Of each kind.")
     parser.add_argument("--units", type=int, default=2232, help="Of two hidden layers; by default 10 million weights.")
     arguments = parser.parse_args()
     import keras
@@ -32,23 +34,27 @@ def main() -> None:
     model = keras.Sequential([keras.Input(shape[1:]), layers.Dense(arguments.units, "relu"), layers.Dense(shape[1])])
     optimizer = keras.optimizers.Adam(1e-4)
     step = hl.function(lambda x: hl.minimize(lambda: keras.ops.mean((model(x) - x) ** 2), model, optimizer))
-    times: dict[bool, list[float]] = {False: [], True: []}
-    with tempfile.TemporaryDirectory() as directory, hl.Checkpointer(directory, [model, optimizer], keep=1) as saved:
-        float(step(x))  # Compiles.
-        for block in range(2 * arguments.blocks):
-            saves = bool(block % 2)
-            begun = time.perf_counter()
-            if saves:
-                saved.save(block)
-            for _ in range(EVERY):
-                loss = step(x)
-            float(loss)
-            times[saves].append(time.perf_counter() - begun)
-            saved.wait()
-    medians = {saves: statistics.median(seconds) for saves, seconds in times.items()}
-    count = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
-    print(f"{keras.backend.backend()}: {count / 1e6:.1f}M parameters, {medians[False] / EVERY * 1e3:.0f} ms a step")
-    print(f"with a save every {EVERY} steps: {medians[True] / medians[False]:.3f} of the time without")
+
+    def seconds_of(block: int, saves: bool) -> list[float]:
+        times = [time.perf_counter()]
+        if saves:
+            checkpointer.save(block)
+        for _ in range(EVERY):
+            float(step(x))
+            times.append(time.perf_counter())
+        checkpointer.wait()
+        return [after - before for before, after in itertools.pairwise(times)]
+
+    found: dict[bool, list[list[float]]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory() as name, hl.Checkpointer(name, [model, optimizer], keep=1) as checkpointer:
+        seconds_of(0, saves=True)  # Compiles.
+        for block in range(1, arguments.blocks + 1):
+            for saves in (False, True) if block % 2 else (True, False):
+                found[saves].append(seconds_of(block, saves))
+    without, beside = (sum(map(statistics.median, zip(*found[saves], strict=True))) for saves in (False, True))
+    size = f"{model.count_params() / 1e6:.1f}M parameters"
+    print(f"{keras.backend.backend()}: {size}, {without / EVERY * 1e3:.0f} ms a step")
+    print(f"with a save every {EVERY} steps: {beside / without:.3f} of the time without")
 
 
 if __name__ == "__main__":

@@ -113,8 +113,8 @@ def _sha256(parts: Iterable[memoryview]) -> str:
 
 
 def _compare_with_memory(directory: Path, name: str, parts: Mapping[str, memoryview]) -> None:
-    with _files.reading(directory, name) as (file, _):
-        damaged = [part for part, data in parts.items() if not _files.is_next(file, data)]
+    with _files.reading(directory, name) as (file, size):
+        damaged = _files.differing(file, size, parts)
     if damaged:
         raise CheckpointError(f"{directory / name} is damaged: {_list(damaged)} not as written.")
 
