@@ -4,7 +4,7 @@ The two take turns in one process, in blocks of 50 steps each, now the one first
 the background while the next steps run. Each of the 50 steps is timed by itself, the first with the save before it;
 what a block takes is the sum of their medians over all blocks, which leaves out what else the machine did meanwhile.
 
-    KERAS_BACKEND=jax python benchmarks/saving.py [--blocks 16] [--units 2232]
+    KERAS_BACKEND=jax python benchmarks/saving.py [--blocks 24] [--units 2232]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EVERY, BATCH = 50, 256
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=16, help="Of each kind.")
+    parser.add_argument("--blocks", type=int, default=24, help="Of each kind.")
     parser.add_argument("--units", type=int, default=2232, help="Of two hidden layers; by default 10 million weights.")
     arguments = parser.parse_args()
     import keras
