@@ -67,6 +67,7 @@ class TensorBoard(Periodic):
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         super().on_train_batch_end(batch, logs)
         if self._profile:
+            # Not `logs or {}`: to ask whether they are empty waits for the device.
             self._profile.end(self.progress.step, {} if logs is None else logs)
 
     def within_epoch(self, logs: Mapping[str, Any]) -> None:

@@ -101,23 +101,32 @@ def differing(file: int, size: int, parts: Mapping[str, memoryview]) -> list[str
         size: Its bytes.
         parts: Name to bytes.
     """
-    _past_cache(file)
-    block = np.frombuffer(mmap.mmap(-1, _CHUNK), np.uint8)  # Begins a page of memory, as reading past the cache asks.
-    unread, rest = size, block[:0]
+    blocks, rest = _on_disk(file, size), np.empty(0, np.uint8)
     wrong: list[str] = []
     for name, data in parts.items():
         at = 0
         while at < len(data):
-            if not rest.size and unread:
-                rest = block[: os.readv(file, [block.data])]
-                unread -= rest.size
-            piece = data[at : at + rest.size]
-            if not piece or not np.array_equal(rest[: len(piece)], piece):
+            rest = rest if rest.size else next(blocks, rest)
+            if not rest.size:  # The file is over.
                 wrong.append(name)
-            if not piece:  # The file is over.
                 break
+            piece = data[at : at + rest.size]
+            if not np.array_equal(rest[: len(piece)], piece):
+                wrong.append(name)
             at, rest = at + len(piece), rest[len(piece) :]
     return list(dict.fromkeys(wrong))
+
+
+def _on_disk(file: int, size: int) -> Iterator[np.ndarray]:
+    """The bytes of a file in blocks, each in the same memory.
+
+    Not by `fill`, which asks once more where the file ends: past the cache, a system may refuse to read from there.
+    """
+    _past_cache(file)
+    block = np.frombuffer(mmap.mmap(-1, _CHUNK), np.uint8)  # Begins a page of memory, as reading past the cache asks.
+    while size > 0 and (count := os.readv(file, [block.data])):
+        size -= count
+        yield block[:count]
 
 
 def _past_cache(file: int) -> None:
