@@ -67,8 +67,9 @@ def test_parts_that_differ_are_named_and_no_others(way, sizes, data):
         ((1 << 20) + 5002, ["third"]),
     ],
 )
-def test_what_a_file_is_too_short_for_differs(way, kept, lacking):
-    parts = {"first": os.urandom(5000), "second": os.urandom(1 << 20), "empty": b"", "third": b"end"}
+@pytest.mark.parametrize("content", [os.urandom, bytes], ids=["random", "zeros, as memory is before it is read to"])
+def test_what_a_file_is_too_short_for_differs(way, content, kept, lacking):
+    parts = {"first": content(5000), "second": content(1 << 20), "empty": b"", "third": content(3)}
     path = written(way / "file", *parts.values())
     os.truncate(path, kept)
     assert differing(path, parts) == lacking
