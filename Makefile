@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # The rows' table is compared with what they showed when all of them ran.
 WHOLE = $(if $(ARGS),,$(if $(filter 3,$(words $(BACKENDS))),yes))
 
-.PHONY: run test rows nightly lint format bench clean
+.PHONY: run test rows nightly lint format bench bitwise clean
 
 run: $(INSTALLED)  ## Train a GAN on handwritten digits, on the default backend. ARGS="--backend torch" for another.
 	$(BIN)/handloom run gan-digits $(ARGS)
@@ -45,6 +45,14 @@ format: $(INSTALLED)  ## Mend what a machine can mend.
 bench: $(INSTALLED)  ## What a step costs, beside Keras's fit, a loop by hand, native torch, and op by op.
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 	$(BIN)/python benchmarks/compiled.py
+
+bitwise: $(INSTALLED)  ## Whether training leaves the same bits as at another revision: make bitwise BASE=main~3.
+	rm -rf build/base && git worktree prune && git worktree add --force --detach build/base $(BASE)
+	set -e; for backend in $(BACKENDS); do for tree in build/base .; do \
+	    (cd $$tree && OMP_NUM_THREADS=1 KERAS_BACKEND=$$backend PYTHONPATH=. $(CURDIR)/$(BIN)/python -W ignore benchmarks/bitwise.py) \
+	        > build/bits-$$(basename $$(cd $$tree && pwd)).json 2> build/bits.log || { tail -20 build/bits.log; exit 1; }; \
+	done; diff build/bits-base.json build/bits-$$(basename $(CURDIR)).json && echo "$$backend: the same bits"; done
+	git worktree remove --force build/base
 
 clean:  ## Remove the virtual environment and what runs left.
 	rm -rf $(VENV) build runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
