@@ -17,7 +17,7 @@ from types import ModuleType
 
 import click
 
-from handloom.checkpoint._retention import OF_RUN
+from handloom.checkpoint.retention import OF_RUN
 from handloom.errors import HandloomError, RecipeError
 
 _BACKENDS = ("jax", "tensorflow", "torch")
@@ -114,7 +114,7 @@ def show(path: Path) -> None:
 
 
 def _inspect() -> ModuleType:
-    return importlib.import_module("handloom.checkpoint._inspect")  # Late, as it needs NumPy.
+    return importlib.import_module("handloom.checkpoint.inspection")  # Late, as it needs NumPy.
 
 
 def _recipes() -> dict[str, Path]:

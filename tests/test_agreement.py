@@ -12,7 +12,7 @@ from rich.console import Console
 
 import handloom as hl
 from handloom.callbacks import EpochLines, ProgressBar
-from tests.run_log import epochs_in
+from tests.run.run_log import epochs_in
 
 RANDOM = np.random.default_rng(0)
 X, Y = RANDOM.normal(size=(2, 70, 1)).astype("float32")

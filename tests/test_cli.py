@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from handloom.cli import main
 from tests.conftest import BACKEND
-from tests.run_log import epochs_in
+from tests.run.run_log import epochs_in
 
 # Hides modules as if they were not installed, and then is the command `handloom`.
 WITHOUT = """

@@ -24,27 +24,6 @@ def numpy(value):
 # ------------------------------------------------------------- nothing beyond the table
 
 
-def modules():
-    return {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py") if path.parent.name != "backends"}
-
-
-@pytest.mark.once
-def test_only_the_backends_and_this_module_import_from_inside_keras():
-    for path, tree in modules().items():
-        imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert path.name == "_keras.py" or not any(name.startswith("keras.src") for name in imported), path
-
-
-@pytest.mark.once
-def test_no_other_module_uses_private_names_of_others():
-    for path, tree in modules().items():
-        if path.name == "_keras.py":
-            continue
-        private = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and re.match("_[^_]", n.attr)]
-        own = {node.attr for node in private if ast.unparse(node.value) == "self"}
-        assert {node.attr for node in private} <= own, path
-
-
 @pytest.mark.once
 def test_each_internal_is_in_the_table():
     tree = ast.parse((PACKAGE / "_keras.py").read_text())

@@ -21,42 +21,15 @@ TESTS = Path(__file__).parent
 
 # From the ground up. A module imports from its own layer and those below.
 LAYERS = [
-    {"errors", "_warn", "_every", "_progress", "_interrupt"},
+    {"errors", "_util"},
     {"_keras"},
-    {"_weight"},
-    {"backends", "_watch", "_loss_tracker"},
-    {"_gradients", "_function", "_update", "optimizers"},
-    {
-        "_data",
-        "_sources",
-        "_plain",
-        "_labels",
-        "_sample_weight",
-        "_seed",
-        "_logs",
-        "_reporting",
-        "_callbacks",
-        "callbacks",
-        "checkpoint",
-        "_trained",
-        "report",
-    },
-    {"_validation", "_dispatch"},
-    {"_run_state"},
-    {"_saving"},
-    {"_loop"},
-    {
-        "_model",
-        "_compile",
-        "_model_data",
-        "_model_steps",
-        "_variants",
-        "_unknown_parts",
-        "_explain",
-        "_export",
-        "_on_batch",
-    },
-    {"recipes", "cli"},
+    {"backends", "_interop"},
+    {"_trace"},
+    {"optimizers"},
+    {"_data", "_reporting", "callbacks", "checkpoint"},
+    {"_run"},
+    {"_model"},
+    {"report", "recipes", "cli"},
 ]
 # What names a backend: the messages about one that is missing, and the choices of the command line.
 MAY_NAME_BACKENDS = {"_keras", "cli"}
@@ -108,7 +81,7 @@ def _is_module(name):
 
 
 def outside_backends():
-    return [name for name in FILES if part(name) != "backends"]
+    return [name for name in FILES if part(name) not in ("backends", "_interop")]
 
 
 def docstrings(tree):

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from handloom._every import Every, every
+from handloom._util.every import Every, every
 from handloom.callbacks._periodic import Periodic
 
 

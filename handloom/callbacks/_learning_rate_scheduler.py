@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from handloom._every import Every, every
 from handloom._keras import keras
-from handloom.callbacks._rates import Rates, takes_rate
+from handloom._util.every import Every, every
+from handloom.callbacks._learning_rates import Rates, takes_rate
 from handloom.callbacks._state import Stateful
 
 ops = keras.ops

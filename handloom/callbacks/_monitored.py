@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from handloom._keras import direction_of, keras
-from handloom._warn import warn
+from handloom._util.warnings import warn
 from handloom.callbacks._state import Stateful
 
 _WORST = sys.float_info.max  # And not infinity, which JSON does not have.

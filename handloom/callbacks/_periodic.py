@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from handloom._every import Every
 from handloom._keras import keras
-from handloom._progress import Progress
+from handloom._util.every import Every
+from handloom._util.progress import Progress
 from handloom.callbacks._state import Stateful
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from handloom._keras import keras
+from handloom.callbacks._learning_rates import Rates
 from handloom.callbacks._monitored import Monitored
-from handloom.callbacks._rates import Rates
 
 
 class ReduceLROnPlateau(Monitored, keras.callbacks.ReduceLROnPlateau):

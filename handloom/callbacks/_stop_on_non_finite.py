@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from handloom._every import Every, every
-from handloom._warn import warn
+from handloom._util.every import Every, every
+from handloom._util.warnings import warn
 from handloom.callbacks._periodic import Periodic
 
 

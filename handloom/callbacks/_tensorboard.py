@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from handloom._every import Every, every
+from handloom._util.every import Every, every
+from handloom.callbacks._learning_rates import learning_rates
 from handloom.callbacks._periodic import Periodic
 from handloom.callbacks._profile import Profile
-from handloom.callbacks._rates import learning_rates
 
 
 class TensorBoard(Periodic):

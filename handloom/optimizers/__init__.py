@@ -1,14 +1,13 @@
 """Optimizers by name and around others: accumulation, averaged weights, transforms, loss scaling."""
 
-from handloom.optimizers._accumulated import Accumulated as Accumulated
-from handloom.optimizers._averaged import Averaged as Averaged
-from handloom.optimizers._averaged import averaged_weights as averaged_weights
+from handloom.optimizers._accumulation import Accumulated as Accumulated
+from handloom.optimizers._averaging import Averaged as Averaged
+from handloom.optimizers._averaging import averaged_weights as averaged_weights
 from handloom.optimizers._extend import extend as extend
-from handloom.optimizers._less_often import UpdateEvery as UpdateEvery
 from handloom.optimizers._loss_scale import LossScaleOptimizer as LossScaleOptimizer
 from handloom.optimizers._named import NamedOptimizers as NamedOptimizers
 from handloom.optimizers._pcgrad import PCGrad as PCGrad
-from handloom.optimizers._sharpness import SharpnessAware as SharpnessAware
+from handloom.optimizers._sam import SharpnessAware as SharpnessAware
 from handloom.optimizers._transformed import Transformed as Transformed
 from handloom.optimizers._transforms import AdaptiveClip as AdaptiveClip
 from handloom.optimizers._transforms import AddNoise as AddNoise
@@ -19,6 +18,7 @@ from handloom.optimizers._transforms import ClipByValue as ClipByValue
 from handloom.optimizers._transforms import Freeze as Freeze
 from handloom.optimizers._transforms import Multiply as Multiply
 from handloom.optimizers._transforms import global_norm as global_norm
+from handloom.optimizers._update_every import UpdateEvery as UpdateEvery
 
 __all__ = [
     "Accumulated",

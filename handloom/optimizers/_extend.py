@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from handloom._gradients import Wrt, variables_of
 from handloom._keras import Variable, forget_slots, keras, slots_of, trained_by
+from handloom._trace.gradients import Wrt, variables_of
 from handloom.errors import OptimizerError
-from handloom.optimizers._inside import inside
 from handloom.optimizers._named import NamedOptimizers
+from handloom.optimizers._tree import inside
 
 
 def extend(optimizer: keras.Optimizer, wrt: Wrt) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from handloom._keras import keras
 from handloom.errors import OptimizerError
-from handloom.optimizers._inside import inside
+from handloom.optimizers._tree import inside
 
 
 def check_options(optimizer: keras.Optimizer | None) -> None:

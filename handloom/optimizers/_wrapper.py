@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from handloom._keras import Tensor, Variable, keras, trained_by
-from handloom.optimizers._inside import inside
 from handloom.optimizers._loss_scale import apply_unscaled
 from handloom.optimizers._named import NamedOptimizers, as_optimizer
+from handloom.optimizers._tree import inside
 
 
 class Differentiate(Protocol):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from handloom.backends._scope import Recorder, Scope, refuse
+from handloom.backends.scope import Recorder, Scope, refuse
 from handloom.errors import VariableError
 
 

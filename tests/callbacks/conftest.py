@@ -3,7 +3,7 @@
 import keras
 import pytest
 
-from handloom._logs import Sums
+from handloom._reporting.logs import Sums
 
 
 class Reads(keras.callbacks.Callback):

@@ -10,7 +10,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.callbacks import JSONLogger
-from tests.run_log import epochs_in
+from tests.run.run_log import epochs_in
 
 X = np.arange(10, dtype="float32")  # In batches of 2: five steps an epoch.
 

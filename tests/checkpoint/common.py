@@ -7,9 +7,9 @@ import os
 
 import numpy as np
 
-from handloom.checkpoint import _files, _lock
-from handloom.checkpoint._format import Draft
-from handloom.checkpoint._store import Store
+from handloom.checkpoint import filesystem, lock
+from handloom.checkpoint.format import Draft
+from handloom.checkpoint.store import Store
 
 # What changes something on the disk.
 CHANGES = {"open", "write", "fsync", "ftruncate", "rename", "unlink", "rmdir", "mkdir", "makedirs"}
@@ -32,7 +32,7 @@ class Shim:
 
 def install(before):
     """Has the checkpoint's calls of the operating system go through `before`; `None` ends that."""
-    _files.os = _lock.os = os if before is None else Shim(before)
+    filesystem.os = lock.os = os if before is None else Shim(before)
 
 
 class Nth:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from handloom.checkpoint._store import read_newest
+from handloom.checkpoint.store import read_newest
 from tests.checkpoint.common import Nth, install, is_of, save
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import handloom as hl
-from handloom.checkpoint._manifest import header
-from handloom.checkpoint._store import read, valid_steps
+from handloom.checkpoint.manifest import header
+from handloom.checkpoint.store import read, valid_steps
 from handloom.errors import CheckpointError, HandloomWarning
 from tests.checkpoint.common import forge, forge_file, is_of, save
 

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from handloom.checkpoint import _files
-from handloom.checkpoint._dtypes import CODES, dtype_of, is_finite
-from handloom.checkpoint._format import Draft, read_arrays, read_contents, read_manifest, verify
+from handloom.checkpoint import filesystem
+from handloom.checkpoint.dtypes import CODES, dtype_of, is_finite
+from handloom.checkpoint.format import Draft, read_arrays, read_contents, read_manifest, verify
 from handloom.errors import CheckpointError
 from tests.checkpoint.common import Shim, arrays, contents, install, same
 
@@ -101,8 +101,8 @@ def test_a_write_that_the_system_does_in_pieces_is_whole(tmp_path, monkeypatch):
         def write(self, file, data):
             return _files_os.write(file, data[:3])
 
-    _files_os = _files.os
-    monkeypatch.setattr(_files, "os", Slow(lambda name, arguments: None))
+    _files_os = filesystem.os
+    monkeypatch.setattr(filesystem, "os", Slow(lambda name, arguments: None))
     written(tmp_path, arrays=arrays(1), contents=contents(1))
     found = read_arrays(tmp_path, verify(tmp_path))
     assert all(same(found[name], array) for name, array in arrays(1).items())

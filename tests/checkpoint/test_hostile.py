@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import handloom as hl
-from handloom.checkpoint._format import Draft
-from handloom.checkpoint._store import Store
+from handloom.checkpoint.format import Draft
+from handloom.checkpoint.store import Store
 from handloom.errors import CheckpointError
 from tests.checkpoint.common import arrays, forge, forge_file, is_of, save
 

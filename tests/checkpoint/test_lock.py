@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from handloom.checkpoint._store import Store, read_newest
+from handloom.checkpoint.store import Store, read_newest
 from handloom.errors import CheckpointError
 from tests.checkpoint.common import draft, is_of, save
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 WRITER = """
 import os, sys, time
 from pathlib import Path
-from handloom.checkpoint._store import Store
+from handloom.checkpoint.store import Store
 Store(Path(sys.argv[1])).open()
 child = os.fork() if sys.argv[2] == "forks" else 0
 if child or sys.argv[2] != "forks":
@@ -82,7 +82,7 @@ def test_a_child_that_outlives_a_killed_writer_does_not_hold_its_lock(tmp_path):
 
 def test_a_child_that_ends_closes_no_file_that_is_not_its_own(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from handloom.checkpoint._store import Store\n"
+        "import os, sys; from pathlib import Path; from handloom.checkpoint.store import Store\n"
         "store = Store(Path(sys.argv[1])); store.open()\n"
         "if os.fork() == 0:\n"
         "    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]; store.close()\n"

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import handloom as hl
-from handloom.checkpoint._names import named
+from handloom.checkpoint.names import named
 from handloom.optimizers import Accumulated, AddNoise, Averaged, Transformed
 
 X, Y = np.ones((4, 3), "float32"), np.ones((4, 2), "float32")

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from handloom.checkpoint import _files
-from handloom.checkpoint._retention import Best, Slot, kept
-from handloom.checkpoint._store import Store, read_newest, slots, valid_steps
+from handloom.checkpoint import filesystem
+from handloom.checkpoint.retention import Best, Slot, kept
+from handloom.checkpoint.store import Store, read_newest, slots, valid_steps
 from tests.checkpoint.common import Shim, draft, is_of, save
 
 pytestmark = pytest.mark.once
@@ -24,7 +24,7 @@ def fast(monkeypatch):
         def fsync(self, file):
             pass
 
-    monkeypatch.setattr(_files, "os", Hasty(lambda name, arguments: None))
+    monkeypatch.setattr(filesystem, "os", Hasty(lambda name, arguments: None))
 
 
 def expected(saved, keep, best):

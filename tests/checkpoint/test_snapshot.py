@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.checkpoint._snapshot import check, put, take
+from handloom.checkpoint.snapshot import check, put, take
 from handloom.errors import CheckpointError
 
 KERNEL, BIAS = np.array([[1.0, 2.0], [3.0, 4.0]], "float32"), np.array([5.0, 6.0], "float32")

@@ -7,10 +7,10 @@ import resource
 import numpy as np
 import pytest
 
-from handloom.checkpoint import _files
-from handloom.checkpoint._format import Draft
-from handloom.checkpoint._retention import Slot
-from handloom.checkpoint._store import Store, read_newest, slots, valid_steps
+from handloom.checkpoint import filesystem
+from handloom.checkpoint.format import Draft
+from handloom.checkpoint.retention import Slot
+from handloom.checkpoint.store import Store, read_newest, slots, valid_steps
 from handloom.errors import CheckpointError
 from tests.checkpoint.common import Nth, draft, install, is_of, save
 
@@ -47,7 +47,7 @@ def test_everything_is_on_the_disk_before_the_new_name_and_that_before_the_old_g
     """What a power cut could reorder is kept apart by fsync."""
     save(tmp_path, 1)
     log, opened = [], {}
-    real = _files.os
+    real = filesystem.os
 
     class Recorder:
         def __getattr__(self, name):
@@ -69,7 +69,7 @@ def test_everything_is_on_the_disk_before_the_new_name_and_that_before_the_old_g
                 return call
             return found
 
-    _files.os = Recorder()
+    filesystem.os = Recorder()
     save(tmp_path, 2, keep=1)
     commit = log.index(("rename", ".writing"))
     for name in ("arrays.safetensors", "contents.json", "manifest.json"):
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_does_not_read_back_is_not_committed(tmp_path, monkeyp
         def write(self, file, data):
             return real(file, bytes([data[0] ^ 1]) + bytes(data[1:]))
 
-    monkeypatch.setattr(_files, "os", Forgetful())
+    monkeypatch.setattr(filesystem, "os", Forgetful())
     with pytest.raises(
         CheckpointError, match=r"step_000000002 was not written to .*reading it back.* is damaged.*still are"
     ):
@@ -212,7 +212,7 @@ def test_a_failure_of_any_call_keeps_the_old_checkpoint_and_leaves_nothing_behin
 def test_a_full_disk_says_how_much_is_missing_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
     needed = draft(2).bytes
-    monkeypatch.setattr(_files, "free_bytes", lambda directory: needed - 123)
+    monkeypatch.setattr(filesystem, "free_bytes", lambda directory: needed - 123)
     with pytest.raises(CheckpointError, match=rf"123 bytes are missing.*needs {needed:,} bytes.*make room.*still are"):
         save(tmp_path, 2, keep=1)
     assert is_of(newest(tmp_path), 1)
@@ -243,7 +243,7 @@ def test_a_limit_of_the_system_on_writing_is_met_like_a_full_disk(tmp_path):
 
 def test_a_directory_that_cannot_be_written_is_an_error_at_once(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(_files.os, "access", lambda path, mode: False)  # For root, no directory is read-only.
+    monkeypatch.setattr(filesystem.os, "access", lambda path, mode: False)  # For root, no directory is read-only.
     with pytest.raises(CheckpointError, match=r"No checkpoints can be written to .*: it is read-only\. Choose another"):
         Store(tmp_path).open()
     assert is_of(newest(tmp_path), 1)

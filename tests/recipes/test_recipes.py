@@ -14,7 +14,7 @@ import handloom as hl
 import handloom.recipes
 from handloom.recipes import digits, gan_digits, loop_by_hand, wide_and_deep
 from handloom.report import save_image_grid
-from tests.run_log import epochs_in
+from tests.run.run_log import epochs_in
 
 FILES = sorted(path for path in Path(handloom.recipes.__file__).parent.glob("*.py") if path.stem != "__init__")
 

@@ -15,7 +15,7 @@ import numpy as np
 from keras import layers, ops
 
 import handloom as hl
-from handloom.checkpoint._names import named
+from handloom.checkpoint.names import named
 from handloom.optimizers import Accumulated, Averaged
 from tests.resume.stopped import Stopped
 

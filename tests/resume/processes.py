@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 
-from handloom.checkpoint import _store
+from handloom.checkpoint import store
 from handloom.errors import HandloomWarning
 from tests.checkpoint.common import Nth, install
 from tests.checkpoint.kill import die
@@ -108,7 +108,7 @@ def killed_at(number, kind, run_dir, keep, tell):
 
 def tell_of_saves(tell):
     """Has what writes checkpoints tell when one begins and ends, and of each call to the system in it."""
-    save = _store.Store.save
+    save = store.Store.save
 
     def saving(self, draft):
         tell("save")
@@ -117,7 +117,7 @@ def tell_of_saves(tell):
         finally:
             tell("saved")
 
-    _store.Store.save = saving
+    store.Store.save = saving
     install(lambda name, arguments: tell("call"))
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from keras import layers, ops
 
 import handloom as hl
-from handloom.checkpoint._names import named
+from handloom.checkpoint.names import named
 from handloom.optimizers import Accumulated, Averaged
-from tests.run_log import epochs_in
+from tests.run.run_log import epochs_in
 
 numbers = np.random.default_rng(0)
 X = numbers.normal(size=(24, 3)).astype("float32")

@@ -16,7 +16,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.checkpoint._names import named
+from handloom.checkpoint.names import named
 from tests.checkpoint.common import install
 from tests.resume.processes import Child, killed_at, to_the_end
 from tests.resume.runs import BATCH, RUNS, X, Y, left

@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.checkpoint._retention import Slot
+from handloom.checkpoint.retention import Slot
 from tests.rows.real_data import diabetes
 
 HELD_IN, BATCH, RATE, MOMENTUM, PATIENCE, EPOCHS = 64, 32, 0.01, 0.95, 3, 20

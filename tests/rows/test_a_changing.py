@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.checkpoint._names import named
+from handloom.checkpoint.names import named
 from handloom.optimizers import extend
 from tests.resume.runs import bits
 from tests.resume.stopped import StopAt, Stopped

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import handloom as hl
-from handloom.backends import seed_sources_of_data
+from handloom._interop.torch_data import seed_sources_of_data
 from tests.rows.real_data import digits
 
 PIXELS, LABELS = digits()

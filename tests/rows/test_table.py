@@ -118,7 +118,7 @@ def test_a_difference_is_below_the_next_power_of_ten(difference):
 def test_a_test_is_of_the_row_in_its_name():
     assert row_of("tests/rows/test_a_best.py::test_a11_it_stops[by hand]") == "A11"
     assert row_of("tests/rows/test_table.py::test_each_row_has_its_line") is None
-    assert row_of("tests/test_loop.py::test_a11_it_stops") is None
+    assert row_of("tests/run/test_loop.py::test_a11_it_stops") is None
 
 
 def report(name, line, outcome="passed", when="call", told=()):

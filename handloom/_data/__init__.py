@@ -1,0 +1,1 @@
+"""Feeds: any source as batches with a position."""

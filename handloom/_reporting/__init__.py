@@ -1,0 +1,1 @@
+"""What steps return, summed on the device and read late."""

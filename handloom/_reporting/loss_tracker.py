@@ -1,0 +1,38 @@
+"""Where a compiled model keeps the loss of an epoch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from handloom._keras import Tensor, keras
+from handloom._trace.loss_weight import weight_of_step
+
+
+class LossTracker(keras.metrics.Mean):
+    """A mean of the losses of batches that counts each by its examples, unless told otherwise.
+
+    Keras's own steps pass the number of examples as `sample_weight`; steps written after its guides do not.
+    """
+
+    _held: Tensor | None = None
+
+    def update_state(self, values: Any, sample_weight: Any = None) -> None:
+        super().update_state(values, weight_of_step() if sample_weight is None else sample_weight)
+
+    def result(self) -> Tensor:
+        return super().result() if self._held is None else self._held
+
+
+@contextlib.contextmanager
+def holding(model: keras.Model, loss: Tensor) -> Iterator[None]:
+    """Within, the result of a model's loss tracker is this loss, of a batch, itself."""
+    trackers = [metric for metric in model.metrics if isinstance(metric, LossTracker)]
+    for tracker in trackers:
+        tracker._held = loss
+    try:
+        yield
+    finally:
+        for tracker in trackers:
+            tracker._held = None

@@ -1,0 +1,1 @@
+"""Functions compiled and differentiated, and what happens inside Keras while they are."""

@@ -1,0 +1,410 @@
+"""Gradients: of any function, with respect to arguments or variables, nested at will.
+
+This module knows arguments and structure; the arithmetic is the backend's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import optree
+
+from handloom._keras import Tensor, Variable, get_keras_mask, keras, layers_of, set_keras_mask
+from handloom._trace.observe import divisors, losses_in_step
+from handloom.backends import backend
+from handloom.errors import GradientError
+
+Wrt: TypeAlias = Any
+"""A position, a tuple of positions, or Keras variables: a variable, a layer, or a list, tuple or dict of these."""
+
+
+# Not of its module too: AutoGraph would take what stands here for the user's code, and convert it.
+_named_as = functools.partial(functools.wraps, assigned=("__name__", "__qualname__", "__doc__"), updated=())
+
+
+def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = False) -> Callable[..., Any]:
+    """Makes a function that computes the value of `fn` and its gradients.
+
+    Args:
+        fn: Returns a scalar floating-point tensor, or with `has_aux` a pair of that and anything else. It may read
+            and write variables; what it writes is written exactly once.
+        wrt: What to differentiate with respect to. A position in `fn`'s arguments or a tuple of positions (the
+            arguments there are tensors, NumPy arrays, Python floats, Keras variables, or structures of these), or
+            Keras variables: one variable, a layer or model (for its trainable variables), or a list, tuple or dict
+            of these.
+        has_aux: Whether `fn` returns a pair, of which only the first is differentiated.
+
+    Returns:
+        A function of `fn`'s arguments that returns `(value, gradients)`, or `((value, aux), gradients)`. Gradients
+        mirror `wrt`: each has the shape and dtype of its source, a layer's are a list in the order of
+        `layer.trainable_variables`, and what does not reach the value through differentiable operations has `None`.
+
+    Raises:
+        GradientError: If the value is not a floating-point scalar, or a source cannot be differentiated.
+
+    Example:
+        `loss, gradients = hl.value_and_grad(lambda: loss_fn(y, model(x)), wrt=model)()`
+    """
+
+    @_named_as(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        sources = _sources(wrt, fn, args)
+        rest = _Rest()
+
+        def call(*tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+            result = backend.with_control_flow(fn)(*sources.arguments(tensors), **kwargs)
+            value, aux = _split(result) if has_aux else (result, None)
+            return scalar(value), rest.put(aux)
+
+        value, tensors, *gradients = backend.value_and_grad(call, sources.tensors, sources.variables)
+        gradients = sources.mirror(*gradients)
+        return ((value, rest.get(tensors)), gradients) if has_aux else (value, gradients)
+
+    return wrapped
+
+
+def grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = False) -> Callable[..., Any]:
+    """Makes a function that computes the gradients of `fn`.
+
+    Args:
+        fn: As for `hl.value_and_grad`.
+        wrt: As for `hl.value_and_grad`.
+        has_aux: As for `hl.value_and_grad`.
+
+    Returns:
+        A function of `fn`'s arguments that returns the gradients, or `(gradients, aux)`.
+
+    Raises:
+        GradientError: As `hl.value_and_grad`.
+    """
+    both = value_and_grad(fn, wrt, has_aux=has_aux)
+
+    @_named_as(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        value, gradients = both(*args, **kwargs)
+        return (gradients, value[1]) if has_aux else gradients
+
+    return wrapped
+
+
+def jacobian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
+    """Makes a function that computes all first derivatives of a tensor of any shape.
+
+    Args:
+        fn: Returns a floating-point tensor.
+        wrt: As for `hl.value_and_grad`.
+
+    Returns:
+        A function of `fn`'s arguments. What it returns mirrors `wrt`; each derivative has the shape of the value
+        followed by that of its source, or is `None`.
+
+    Raises:
+        GradientError: If the value is not a floating-point tensor, or a source cannot be differentiated.
+    """
+
+    @_named_as(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        sources = _sources(wrt, fn, args)
+
+        def call(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            return [_floating(backend.with_control_flow(fn)(*sources.arguments(tensors), **kwargs))], []
+
+        _, _, [row] = backend.jacobian(call, sources.tensors, sources.variables)
+        return sources.mirror(*row)
+
+    return wrapped
+
+
+def hessian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
+    """Makes a function that computes all second derivatives of a scalar.
+
+    Args:
+        fn: Returns a scalar floating-point tensor.
+        wrt: As for `hl.value_and_grad`.
+
+    Returns:
+        A function of `fn`'s arguments. What it returns mirrors `wrt` twice, first for the gradient and inside for
+        its derivative: for two scalars `[[d2/dada, d2/dadb], [d2/dbda, d2/dbdb]]`. Each has the shape of the one
+        source followed by that of the other, or is `None` where the gradient does not depend on the source.
+
+    Raises:
+        GradientError: As `hl.value_and_grad`.
+    """
+
+    @_named_as(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        sources = _sources(wrt, fn, args)
+        present: list[bool] = []
+
+        def first(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            def call(*inner: Tensor) -> tuple[Tensor, list[Tensor]]:
+                return scalar(backend.with_control_flow(fn)(*sources.arguments(inner), **kwargs)), []
+
+            _, _, of_tensors, of_variables = backend.value_and_grad(call, tensors, sources.variables)
+            gradients = [*of_tensors, *of_variables]
+            present[:] = [gradient is not None for gradient in gradients]
+            return [gradient for gradient in gradients if gradient is not None], []
+
+        rows = iter(backend.jacobian(first, sources.tensors, sources.variables)[2])
+        nothing: tuple[list[None], list[None]] = ([None] * len(sources.tensors), [None] * len(sources.variables))
+        mirrored = [sources.mirror(*(next(rows) if found else nothing)) for found in present]
+        count = len(sources.tensors)
+        return sources.mirror(mirrored[:count], mirrored[count:])
+
+    return wrapped
+
+
+def gradients_of_each(
+    fn: Callable[[], tuple[list[Tensor], Any]], variables: list[Variable]
+) -> tuple[Any, list[list[Tensor | None]]]:
+    """Differentiates several scalars in one run.
+
+    Args:
+        fn: Returns a list of scalars and anything else.
+        variables: What to differentiate with respect to.
+
+    Returns:
+        What else `fn` returned, and for each scalar a list of gradients.
+    """
+    rest = _Rest()
+
+    def call() -> tuple[list[Tensor], list[Tensor]]:
+        outputs, aux = fn()
+        return outputs, rest.put(aux)
+
+    _, tensors, rows = backend.jacobian(call, [], variables)
+    return rest.get(tensors), [gradients for _, gradients in rows]
+
+
+class _Positions:
+    """Arguments as sources of a gradient."""
+
+    def __init__(self, positions: Sequence[int], single: bool, fn: Callable[..., Any], args: Sequence[Any]) -> None:
+        for position in positions:
+            if not -len(args) <= position < len(args):
+                raise GradientError(
+                    f"wrt={position} asks for an argument that {_name(fn)} was not given: it was called with "
+                    f"{len(args)} positional argument(s). Pass it by position, or choose one of 0 to {len(args) - 1}."
+                )
+        self._positions = [position % len(args) for position in positions]
+        self._single = single
+        others = set(range(len(args))) - set(self._positions)
+        self._args = [_with_tensors(argument) if index in others else argument for index, argument in enumerate(args)]
+        leaves, self._structure = optree.tree_flatten([args[position] for position in self._positions])
+        self._leaves = leaves
+        self._is_variable = [isinstance(leaf, keras.Variable) for leaf in leaves]
+        self.variables = [leaf for leaf in leaves if isinstance(leaf, keras.Variable)]
+        self.tensors = [_source_tensor(leaf, fn) for leaf in leaves if not isinstance(leaf, keras.Variable)]
+        _check_distinct(self.variables)
+
+    def arguments(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The function's arguments, with stand-ins for the tensors. A variable stays itself."""
+        args = list(self._args)
+        replaced = self._filled(tensors, self.variables)
+        for position, argument in zip(self._positions, replaced, strict=True):
+            args[position] = argument
+        return args
+
+    def mirror(self, of_tensors: Sequence[Any], of_variables: Sequence[Any]) -> Any:
+        mirrored = self._filled(of_tensors, of_variables)
+        return mirrored[0] if self._single else tuple(mirrored)
+
+    def _filled(self, for_tensors: Sequence[Any], for_variables: Sequence[Any]) -> list[Any]:
+        tensors, variables = iter(for_tensors), iter(for_variables)
+        leaves = [next(variables) if is_variable else next(tensors) for is_variable in self._is_variable]
+        filled: list[Any] = optree.tree_unflatten(self._structure, leaves)
+        return filled
+
+
+class _Variables:
+    """Variables as sources of a gradient."""
+
+    tensors: Sequence[Tensor] = ()
+
+    def __init__(self, wrt: Wrt, fn: Callable[[], Any], args: Sequence[Any]) -> None:
+        self._wrt = wrt
+        self._args = args
+        build(wrt, lambda: fn(*args))
+        self.variables = variables_of(wrt)
+
+    def arguments(self, tensors: Sequence[Tensor]) -> Sequence[Any]:
+        del tensors  # There are none.
+        return self._args
+
+    def mirror(self, of_tensors: Sequence[Any], of_variables: Sequence[Any]) -> Any:
+        del of_tensors  # There are none.
+        gradients = dict(zip(map(id, self.variables), of_variables, strict=True))
+
+        def gradient(leaf: Any) -> Any:
+            if isinstance(leaf, keras.Layer):
+                return [gradients[id(variable)] for variable in leaf.trainable_variables]
+            return gradients[id(leaf)]
+
+        return keras.tree.map_structure(gradient, self._wrt)
+
+
+def _sources(wrt: Wrt, fn: Callable[..., Any], args: Sequence[Any]) -> _Positions | _Variables:
+    if _is_position(wrt):
+        return _Positions([wrt], True, fn, args)
+    if isinstance(wrt, tuple) and wrt and all(map(_is_position, wrt)):
+        return _Positions(wrt, False, fn, args)
+    return _Variables(wrt, fn, args)
+
+
+def _is_position(wrt: Wrt) -> bool:
+    return isinstance(wrt, int) and not isinstance(wrt, bool)
+
+
+def variables_of(wrt: Wrt) -> list[Variable]:
+    """The distinct variables in `wrt`, in order; for a layer its trainable ones.
+
+    Raises:
+        GradientError: If there is anything else in it, or nothing to train.
+    """
+    variables: dict[int, Variable] = {}
+    for leaf in keras.tree.flatten(wrt):
+        if isinstance(leaf, keras.Layer):
+            variables.update((id(variable), variable) for variable in leaf.trainable_variables)
+        elif isinstance(leaf, keras.Variable):
+            variables[id(leaf)] = leaf
+        else:
+            raise GradientError(
+                f"wrt takes positions of arguments (an int or a tuple of ints), or Keras variables: a variable, a "
+                f"layer or model, or a list, tuple or dict of these. Received {leaf!r} (of type "
+                f"{type(leaf).__name__}) in it."
+            )
+    if not variables:
+        raise GradientError(
+            f"There is nothing to differentiate with respect to: wrt={wrt!r} has no trainable variables. A layer has "
+            "none before it is built (call it once on data), nor where it is frozen (layer.trainable = True thaws it)."
+        )
+    return list(variables.values())
+
+
+def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
+    """Has `fn()` build those of its layers that are in `wrt` and have no variables yet."""
+    layers = [leaf for leaf in keras.tree.flatten(wrt) if isinstance(leaf, keras.Layer)]
+    if any(not inner.built for layer in layers for inner in layers_of(layer)):
+        with divisors(), losses_in_step():  # What is noted of losses here is not of the step itself.
+            backend.create_variables(fn)
+
+
+class _Rest:
+    """What a function returns besides its value: tensors and their masks go through the backend, the rest around it."""
+
+    def put(self, aux: Any) -> list[Tensor]:
+        leaves, self._structure = optree.tree_flatten(aux)
+        self._leaves = [None if backend.is_array(leaf) else leaf for leaf in leaves]
+        self._through = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
+        masks = [get_keras_mask(leaves[index]) for index in self._through]
+        self._masked = [index for index, mask in zip(self._through, masks, strict=True) if mask is not None]
+        tensors = [keras.ops.convert_to_tensor(leaves[index]) for index in self._through]
+        return tensors + [mask for mask in masks if mask is not None]
+
+    def get(self, tensors: Sequence[Tensor]) -> Any:
+        count = len(self._through)
+        for index, tensor in zip(self._through, tensors[:count], strict=True):
+            self._leaves[index] = tensor
+        for index, mask in zip(self._masked, tensors[count:], strict=True):
+            set_keras_mask(self._leaves[index], mask)
+        return optree.tree_unflatten(self._structure, self._leaves)
+
+
+def _split(result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise GradientError(
+            "With has_aux=True the function must return a pair (value, aux); "
+            f"received {type(result).__name__}: {_described(result)}."
+        )
+    return result
+
+
+def vector(value: Any) -> Tensor:
+    """What a function with several losses returned, as a tensor of shape `(losses,)`.
+
+    Raises:
+        GradientError: If it is no such floating-point tensor.
+    """
+    value = _floating(value)
+    if len(value.shape) != 1:
+        raise GradientError(
+            "An optimizer that looks at several losses (PCGrad) needs them as one vector, keras.ops.stack([a, b]); the "
+            f"function returned a tensor of shape {tuple(value.shape)}."
+        )
+    return value
+
+
+def scalar(value: Any) -> Tensor:
+    """What a function to differentiate returned, as a tensor.
+
+    Raises:
+        GradientError: If it is no floating-point scalar.
+    """
+    value = _floating(value)
+    if len(value.shape):
+        raise GradientError(
+            f"A gradient is taken of a scalar; the function returned a tensor of shape {tuple(value.shape)}. Reduce "
+            "it, for example with keras.ops.sum or keras.ops.mean; for all derivatives of a tensor use hl.jacobian."
+        )
+    return value
+
+
+def _floating(value: Any) -> Tensor:
+    if not (backend.is_array(value) or isinstance(value, (int, float, keras.Variable))):
+        raise GradientError(
+            "The function to differentiate must return a floating-point tensor; it returned "
+            f"{_described(value)} (of type {type(value).__name__})."
+            + (" To return more than the value, use has_aux=True." if isinstance(value, (tuple, dict)) else "")
+        )
+    value = keras.ops.convert_to_tensor(value, dtype=keras.config.floatx() if isinstance(value, int) else None)
+    if not keras.backend.is_float_dtype(value.dtype):
+        raise GradientError(
+            "The function to differentiate must return a floating-point tensor; it returned one of dtype "
+            f"{keras.backend.standardize_dtype(value.dtype)}, through which no gradient flows."
+        )
+    return value
+
+
+def _source_tensor(leaf: Any, fn: Callable[..., Any]) -> Tensor:
+    if isinstance(leaf, float):
+        return keras.ops.convert_to_tensor(leaf, dtype=keras.config.floatx())
+    if not backend.is_array(leaf):
+        raise GradientError(
+            f"{_name(fn)} is to be differentiated with respect to an argument that is no tensor, array or float: "
+            f"{leaf!r} (of type {type(leaf).__name__})." + (f" Pass {float(leaf)}." if isinstance(leaf, int) else "")
+        )
+    tensor = keras.ops.convert_to_tensor(backend.to_tensor(leaf))
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    if not keras.backend.is_float_dtype(dtype):
+        raise GradientError(
+            f"{_name(fn)} is to be differentiated with respect to an argument of dtype {dtype}; only floating-point "
+            f"arguments have gradients. Convert it first: keras.ops.cast(x, {keras.config.floatx()!r})."
+        )
+    return tensor
+
+
+def _with_tensors(argument: Any) -> Any:
+    """An argument that is not differentiated, its arrays as tensors: then it goes with what is."""
+
+    def converted(leaf: Any) -> Any:
+        return keras.ops.convert_to_tensor(backend.to_tensor(leaf)) if isinstance(leaf, np.ndarray) else leaf
+
+    return optree.tree_map(converted, argument)
+
+
+def _check_distinct(variables: Sequence[Variable]) -> None:
+    if len({id(variable) for variable in variables}) < len(variables):
+        names = [variable.path for variable in variables]
+        raise GradientError(f"One variable was passed as two arguments to differentiate with respect to: {names}.")
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return repr(value) if shape is None else f"a tensor of shape {tuple(shape)}"

@@ -1,0 +1,1 @@
+"""What every wing uses: when, progress, warnings, values as JSON."""

@@ -1,0 +1,3 @@
+"""JAX."""
+
+from handloom.backends.jax.backend import backend as backend

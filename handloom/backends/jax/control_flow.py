@@ -1,0 +1,63 @@
+"""`keras.ops.cond` on JAX, with variables assigned in its branches.
+
+Keras hands the branches to `jax.lax.cond` as they are, out of which an assigned value finds no way. Here what a branch
+assigns becomes a result of it, and is assigned again outside.
+
+Internals used: `keras.src.backend.jax.core.cond` (replaced while a user's function runs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from keras.src.backend.jax import core
+
+from handloom._keras import Tensor, Variable, keras
+from handloom.backends.scope import Scope
+
+
+def cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
+    """As `keras.ops.cond`; either function may assign variables."""
+    pred = pred.value if isinstance(pred, keras.Variable) else pred
+    if not isinstance(pred, jax.core.Tracer):
+        return true_fn() if pred else false_fn()
+    branches = [_Branch(true_fn), _Branch(false_fn)]
+    written = list({id(variable): variable for branch in branches for variable in branch.written}.values())
+    result, news = jax.lax.cond(pred, *(branch.giving(written) for branch in branches))
+    for variable, value in zip(written, news, strict=True):
+        variable.assign(value)
+    return result
+
+
+class _Branch:
+    """A function, and what it assigns."""
+
+    def __init__(self, fn: Callable[[], Any]) -> None:
+        self._fn = fn
+        with Scope() as scope:
+            jax.eval_shape(lambda: [fn()])  # A new function each time: one that it knows JAX does not run again.
+        self.written = scope.written
+
+    def giving(self, variables: Sequence[Variable]) -> Callable[[], tuple[Any, list[Tensor]]]:
+        """The same function, which returns also what the variables are at its end."""
+
+        def run() -> tuple[Any, list[Tensor]]:
+            with Scope() as scope:
+                result = self._fn()
+            return result, [scope.get_current_value(variable) for variable in variables]
+
+        return run
+
+
+@contextlib.contextmanager
+def assignments_in_branches() -> Iterator[None]:
+    """Within, the branches of `keras.ops.cond` may assign variables."""
+    original = core.cond
+    core.cond = cond
+    try:
+        yield
+    finally:
+        core.cond = original

@@ -1,0 +1,3 @@
+"""TensorFlow."""
+
+from handloom.backends.tensorflow.backend import backend as backend

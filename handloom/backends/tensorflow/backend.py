@@ -1,0 +1,302 @@
+"""TensorFlow: a step becomes one concrete function; variables are captured and changed in place by the graph.
+
+Internals used: AutoGraph's `convert`, because `tf.function` would convert Handloom's own code along with the
+user's, its rules of what to convert, its own error, and what it notes of the user's lines on an error that passes
+through; `tf.__internal__.FuncGraph`, a graph to try a function in; `Variable._value` (see `handloom/_keras.py`) and
+`Variable._initialize`, where TensorFlow's variable is made; `_self_...`, where TensorFlow keeps what it tracks of an
+object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.autograph.core import ag_ctx
+from tensorflow.python.autograph.core import config as autograph_config
+from tensorflow.python.autograph.impl.api import StagingError, convert
+
+import handloom.backends.tensorflow.gradients  # noqa: F401  # Registers them.
+from handloom._interop.onnx_tensorflow import refuse_lost_constants, say_erfc_by_erf
+from handloom._keras import Tensor, Variable, keras, stored_value
+from handloom.backends.base import Backend, Gradients, Program, Repeated, Untraceable
+from handloom.backends.reach import leads_to_an_end
+from handloom.backends.scope import Scope
+from handloom.backends.source_line import Frames, frames_of, naming_what_has_no_derivative, needs_a_value
+from handloom.backends.tensorflow.assigned import assignments_noted, watch
+
+# Called from a user's converted code, Handloom's own runs as it is written.
+autograph_config.CONVERSION_RULES = (
+    autograph_config.Convert("handloom.recipes"),
+    autograph_config.DoNotConvert("handloom"),
+    *autograph_config.CONVERSION_RULES,
+)
+
+
+_convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status=ag_ctx.Status.ENABLED))
+
+
+class TensorFlowBackend(Backend):
+    name = "tensorflow"
+    holds_text = True
+
+    def is_array(self, leaf: Any) -> bool:
+        if isinstance(leaf, keras.Variable):
+            return False
+        return isinstance(leaf, (np.ndarray, np.generic)) or tf.is_tensor(leaf)
+
+    def to_tensor(self, array: Any) -> Tensor:
+        array = _read(array)
+        if array.dtype in (np.float64, tf.float64):
+            return tf.cast(array, keras.config.floatx())
+        return array if tf.is_tensor(array) else tf.constant(array)
+
+    def sparse_tensor(self, indices: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        return tf.sparse.reorder(tf.SparseTensor(indices, values, shape))
+
+    def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
+        kind = "" if isinstance(tensor, tf.Tensor) else f"{type(tensor).__name__} "
+        return tuple(tensor.shape), kind + tensor.dtype.name
+
+    def to_numpy(self, tensor: Tensor) -> np.ndarray:
+        return np.asarray(tensor)  # On a CPU the very memory, which `tensor.numpy()` would copy.
+
+    def detach(self, tensor: Tensor) -> Tensor:
+        return _read(tensor)
+
+    def attributes(self, thing: Any) -> dict[str, Any]:
+        return {name: value for name, value in vars(thing).items() if not name.startswith("_self_")}
+
+    def random_state(self) -> dict[str, np.ndarray]:
+        return {"tensorflow": tf.random.get_global_generator().state.numpy()}
+
+    def set_random_state(self, state: dict[str, np.ndarray]) -> None:
+        if "tensorflow" in state:
+            tf.random.get_global_generator().state.assign(state["tensorflow"])
+
+    def seed_random_state(self, seed: int) -> None:
+        tf.random.get_global_generator().reset_from_seed(seed)
+
+    def trace(
+        self,
+        fn: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        *,
+        jit_compile: bool | str,
+        unused: Callable[[str], None] = lambda _: None,
+    ) -> TensorFlowProgram | None:
+        specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
+        try:
+            program = self._program(lambda *tensors: list(fn(*tensors)), specs, jit_compile)
+        except (TypeError, NotImplementedError, AttributeError) as error:
+            if not any(word in str(error) for word in _SYMBOLIC):
+                raise
+            raise needs_a_value(_users_frames(error)) from error
+        except StagingError as error:
+            raise _as_raised(error) from None
+        for name in program.unused_marks():
+            unused(name)
+        return program
+
+    def compiles_kernels(self, jit_compile: bool | str) -> bool:
+        if jit_compile == "auto":  # As Keras does: XLA where there is an accelerator.
+            return any(device.device_type != "CPU" for device in tf.config.list_physical_devices())
+        return bool(jit_compile)
+
+    def repeat(
+        self,
+        program: Program,
+        fn: Callable[..., Sequence[Tensor]],
+        tensors: Sequence[Tensor],
+        steps: int,
+        *,
+        jit_compile: bool | str,
+    ) -> Repeated:
+        del program
+        if not all(isinstance(tensor, tf.Tensor) for tensor in tensors):
+            raise Untraceable("sparse and ragged batches have no common shape")
+
+        def steps_in_a_row(*stacked: Tensor) -> list[Tensor]:
+            def step(index: Tensor) -> Tensor:
+                fn(*(tensor[index] for tensor in stacked))
+                return index + 1
+
+            tf.while_loop(lambda index: index < steps - 1, step, [0], parallel_iterations=1)
+            return list(fn(*(tensor[-1] for tensor in stacked)))
+
+        specs = [tf.TensorSpec((steps, *tensor.shape), tensor.dtype) for tensor in tensors]
+        run = self._program(steps_in_a_row, specs, jit_compile)
+        return lambda batches: run(list(map(tf.stack, zip(*batches, strict=True))))
+
+    def _program(
+        self, fn: Callable[..., list[Tensor]], specs: Sequence[tf.TypeSpec], jit_compile: bool | str
+    ) -> TensorFlowProgram:
+        function = tf.function(fn, autograph=False, jit_compile=self.compiles_kernels(jit_compile))
+        with self._inside("trace"), _variables_made_outside_of_graphs():
+            return TensorFlowProgram(function.get_concrete_function(*specs))
+
+    def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return _convert(fn) if self._nesting.trace else fn
+
+    def _mark(self, tensor: Tensor, name: str) -> Tensor:
+        return tf.identity(tensor, name=_MARK + name.encode().hex())
+
+    def profiled(self, directory: Path) -> Any:
+        return tf.profiler.experimental.Profile(str(directory))
+
+    def mend_onnx(self, graph: Any) -> bool:
+        refuse_lost_constants(graph)
+        return say_erfc_by_erf(graph)
+
+    def create_variables(self, fn: Callable[[], Any]) -> None:
+        with self._inside("trace"), Scope(creates=True), tf.__internal__.FuncGraph("shapes").as_default():
+            fn()
+
+    @naming_what_has_no_derivative("TensorFlow")
+    def value_and_grad(
+        self,
+        fn: Callable[..., tuple[Tensor, list[Tensor]]],
+        tensors: Sequence[Tensor],
+        variables: Sequence[Variable],
+    ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
+        sources = _Sources(tensors, variables)
+        with self._differentiating(), tf.GradientTape(watch_accessed_variables=False) as tape:
+            value, aux = fn(*sources.watched_by(tape))
+            value, aux = _read(value), [_read(tensor) for tensor in aux]
+        gradients = tape.gradient(value, sources.watched)
+        return value, aux, *sources.split(gradients)
+
+    @naming_what_has_no_derivative("TensorFlow")
+    def jacobian(
+        self,
+        fn: Callable[..., tuple[list[Tensor], list[Tensor]]],
+        tensors: Sequence[Tensor],
+        variables: Sequence[Variable],
+    ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
+        sources = _Sources(tensors, variables)
+        with self._differentiating(), tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+            outputs, aux = fn(*sources.watched_by(tape))
+            outputs, aux = list(map(_read, outputs)), list(map(_read, aux))
+        return outputs, aux, [sources.split(_row(tape, output, sources.watched)) for output in outputs]
+
+    @contextlib.contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        with self._inside("gradient"), assignments_noted():
+            yield
+
+
+def _read(tensor: Tensor) -> Tensor:
+    """The present value of what may be a `tf.Variable`: here, unlike elsewhere, `keras.Variable.value` is one."""
+    return tf.identity(tensor) if isinstance(tensor, (tf.Variable, keras.Variable)) else tensor
+
+
+class TensorFlowProgram:
+    """A step as one concrete function."""
+
+    def __init__(self, concrete: Any) -> None:
+        self._concrete = concrete
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        results: list[Tensor] = self._concrete(*tensors)
+        return results
+
+    def unused_marks(self) -> set[str]:
+        """The names of marks from which no way leads to a result or a variable."""
+        graph, unused, used = self._concrete.graph, set[str](), set[str]()
+        results = {tensor.op for tensor in graph.outputs}
+        for operation in graph.get_operations():
+            mark = _marked_as(operation)
+            if mark is not None:
+                (used if _leads_to(operation, results) else unused).add(mark)
+        return unused - used
+
+
+_MARK = "handloom_mark_"
+
+
+def _marked_as(operation: tf.Operation) -> str | None:
+    """The name of a mark, if an operation is one."""
+    code = operation.name.rpartition("/")[2].removeprefix(_MARK)
+    if operation.type != "Identity" or code == operation.name.rpartition("/")[2]:
+        return None
+    return bytes.fromhex(code.partition("_")[0]).decode()  # TensorFlow numbers names that it has seen before.
+
+
+def _leads_to(operation: tf.Operation, results: set[tf.Operation]) -> bool:
+    """Whether a result, or what an operation leaves behind, depends on an operation."""
+    return leads_to_an_end(
+        operation,
+        lambda reached: [user for output in reached.outputs for user in output.consumers()],
+        lambda reached: reached in results or reached.op_def.is_stateful,
+    )
+
+
+class _Sources:
+    """What a function is differentiated with respect to: tensors, then variables."""
+
+    def __init__(self, tensors: Sequence[Tensor], variables: Sequence[Variable]) -> None:
+        self._tensors, self._variables = tensors, variables
+        self.watched: list[Tensor] = []
+
+    def watched_by(self, tape: tf.GradientTape) -> list[Tensor]:
+        """Has a tape watch every source; returns the stand-ins for the tensors."""
+        # The function's argument is differentiated, not the same tensor used elsewhere in it.
+        stand_ins = [tf.identity(tensor) for tensor in self._tensors]
+        tape.watch(stand_ins)
+        self.watched = [*stand_ins, *(watch(tape, stored_value(variable)) for variable in self._variables)]
+        return stand_ins
+
+    def split(self, gradients: Sequence[Any]) -> tuple[Gradients, Gradients]:
+        dense = [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
+        return dense[: len(self._tensors)], dense[len(self._tensors) :]
+
+
+def _row(tape: tf.GradientTape, output: Tensor, sources: list[Tensor]) -> Gradients:
+    """The derivatives of one output with respect to each source."""
+    try:
+        row: Gradients = tape.jacobian(output, sources)
+    except ValueError:  # An operation that the vectorized form does not know.
+        row = tape.jacobian(output, sources, experimental_use_pfor=False)
+    return row
+
+
+@contextlib.contextmanager
+def _variables_made_outside_of_graphs() -> Iterator[None]:
+    """Variables made inside have their first value at once, and keep it if the trace fails."""
+    original = keras.Variable._initialize
+
+    def initialize(self: Variable, value: Any) -> None:
+        with tf.init_scope() if callable(value) else contextlib.nullcontext():
+            original(self, value)
+
+    keras.Variable._initialize = initialize
+    try:
+        yield
+    finally:
+        keras.Variable._initialize = original
+
+
+def _users_frames(error: BaseException) -> Frames:
+    """The lines that led to an error in converted code, as the user wrote them."""
+    converted = getattr(error.__context__, "ag_error_metadata", None)
+    if converted is None:
+        return frames_of(error)
+    return [(frame.filename, frame.lineno) for frame in reversed(converted.translated_stack)]
+
+
+def _as_raised(error: StagingError) -> BaseException:
+    """The exception of the user's, or of ours, in place of which AutoGraph raised one of its own."""
+    original: BaseException = error
+    while isinstance(original, StagingError) and original.__context__ is not None:  # One for each function.
+        original = original.__context__
+    original.add_note(str(error))  # Where it was raised: the traceback leads through generated code.
+    return original
+
+
+_SYMBOLIC = ("symbolic", "SymbolicTensor")
+
+backend = TensorFlowBackend()

@@ -1,0 +1,3 @@
+"""PyTorch."""
+
+from handloom.backends.torch.backend import backend as backend

@@ -1,0 +1,264 @@
+"""A traced torch graph, tidied and turned into straight-line Python.
+
+A traced Keras step holds much that depends on nothing (the number of elements of a batch, tensors made from
+Python numbers) and, run through `torch.fx`, spends a good part of its time in the interpreter's attribute look-ups.
+Both go away here, without changing one bit of the results.
+
+Internals used: `OpOverload`, what a graph's operations are, with its `_schema`, which tells what is written in place
+and what is a view, and `_op`, the operator without its Python wrapper.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from handloom.backends.reach import leads_to_an_end
+
+aten = torch.ops.aten
+
+# Larger constants are computed anew in each step, as they were: memory is not spent on saving an operation.
+_LARGEST_CONSTANT = 1 << 16
+
+_FILLED = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
+_VIEWS_OF_THEMSELVES = (aten.detach.default, aten.alias.default)
+_NEUTRAL = {
+    aten.mul.Scalar: 1,
+    aten.mul.Tensor: 1,
+    aten.div.Scalar: 1,
+    aten.div.Tensor: 1,
+    aten.pow.Tensor_Scalar: 1,
+}
+
+
+def tidy(module: fx.GraphModule) -> None:
+    """Removes, in place, what a traced graph computes for nothing: constants, neutral operations, dead ends."""
+    graph = module.graph
+    shared = _written_in_place(graph)
+    constants: dict[fx.Node, torch.Tensor] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            value = getattr(module, node.target)
+            if isinstance(value, torch.Tensor) and node not in shared:
+                constants[node] = value
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            same = _same_as(node, constants, shared)
+            if same is not None:
+                node.replace_all_uses_with(same)
+                graph.erase_node(node)
+            elif node not in shared and (value := _constant_value(node, constants)) is not None:
+                constants[_as_attribute(module, node, value)] = value
+    _keep_results_apart(graph)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+_library = torch.library.Library("handloom_marks", "DEF")
+_library.define("mark(Tensor value, str name) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("mark", lambda value, _: value.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("handloom_marks::mark", lambda value, _: torch.empty_like(value), lib=_library)
+mark = torch.ops.handloom_marks.mark.default
+
+
+def take_marks(module: fx.GraphModule) -> set[str]:
+    """Removes the marks from a graph; returns the names of those from which no way leads to a result or a variable."""
+    graph, unused, used = module.graph, set[str](), set[str]()
+    for node in [node for node in graph.nodes if node.target is mark]:
+        (used if _leads_on(node) else unused).add(str(node.args[1]))
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    module.recompile()
+    return unused - used
+
+
+def _leads_on(node: fx.Node) -> bool:
+    """Whether a result, or what is written in place, depends on a node."""
+    return leads_to_an_end(
+        node,
+        lambda reached: reached.users,
+        lambda reached: (
+            reached.op == "output" or getattr(getattr(reached.target, "_schema", None), "is_mutable", False)
+        ),
+    )
+
+
+def _written_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose memory some operation writes into, themselves or through a view of theirs."""
+    written: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            info = argument.alias_info
+            if info is not None and (info.is_write or node in written):
+                written.update(_nodes_in(value))
+    return written
+
+
+def _nodes_in(value: Any) -> Iterator[fx.Node]:
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _nodes_in(item)
+
+
+def _same_as(node: fx.Node, constants: dict[fx.Node, torch.Tensor], shared: set[fx.Node]) -> fx.Node | None:
+    """The node that holds the same values already, if this one only repeats it."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return None
+    if node.target in _VIEWS_OF_THEMSELVES:
+        return first
+    if node in shared or first in shared:
+        return None
+    if node.target in _NEUTRAL and len(node.args) == 2 and node.args[1] == _NEUTRAL[node.target]:
+        return first if _alike(node, first) else None
+    if node.target is aten.where.self and first in constants:
+        chosen = _chosen(constants[first], node.args[1], node.args[2])
+        return chosen if chosen is not None and chosen not in shared and _alike(node, chosen) else None
+    return None
+
+
+def _chosen(condition: torch.Tensor, yes: Any, no: Any) -> fx.Node | None:
+    if bool(condition.all()):
+        return yes if isinstance(yes, fx.Node) else None
+    if not bool(condition.any()):
+        return no if isinstance(no, fx.Node) else None
+    return None
+
+
+def _alike(node: fx.Node, other: fx.Node) -> bool:
+    one, two = node.meta.get("val"), other.meta.get("val")
+    return (
+        isinstance(one, torch.Tensor)
+        and isinstance(two, torch.Tensor)
+        and (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
+    )
+
+
+def _constant_value(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> torch.Tensor | None:
+    """What a node computes in every step alike, if it does."""
+    like = node.meta.get("val")
+    if not isinstance(like, torch.Tensor) or like.numel() > _LARGEST_CONSTANT:
+        return None
+    if node.target in _FILLED:
+        return torch.full(like.shape, _FILLED[node.target], dtype=like.dtype, device=like.device)
+    operation = node.target
+    if operation._schema.is_mutable or torch.Tag.nondeterministic_seeded in operation.tags:
+        return None
+    if not all(source in constants for source in node.all_input_nodes) or _opens_memory(node):
+        return None
+    arguments = fx.map_arg((node.args, node.kwargs), lambda source: constants[source])
+    return operation(*arguments[0], **arguments[1]).clone()
+
+
+def _opens_memory(node: fx.Node) -> bool:
+    """Whether a node gives uninitialized memory, as `torch.empty` does: each step must have its own."""
+    return "empty" in node.target._schema.name
+
+
+def _as_attribute(module: fx.GraphModule, node: fx.Node, value: torch.Tensor) -> fx.Node:
+    name = f"_constant_{node.name}"
+    module.register_buffer(name, value, persistent=False)
+    with module.graph.inserting_before(node):
+        attribute = module.graph.get_attr(name)
+    attribute.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(attribute)
+    module.graph.erase_node(node)
+    return attribute
+
+
+def _keep_results_apart(graph: fx.Graph) -> None:
+    """Copies results that are views of variables, arguments or constants, which change or must not be changed."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    with graph.inserting_before(output):
+        output.args = ([_apart(graph, result) for result in output.args[0]],)
+
+
+def _apart(graph: fx.Graph, result: Any) -> Any:
+    if not isinstance(result, fx.Node) or _origin(result).op not in ("placeholder", "get_attr"):
+        return result
+    copy = graph.call_function(aten.clone.default, (result,))
+    copy.meta["val"] = result.meta["val"]
+    return copy
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema
+        if not any(returned.alias_info is not None for returned in schema.returns):
+            break
+        node = node.args[0]
+    return node
+
+
+def generate(module: fx.GraphModule) -> Callable[..., list[torch.Tensor]]:
+    """Straight-line Python for a graph: one call an operation, each value dropped after its last use."""
+    names: dict[fx.Node, str] = {}
+    scope: dict[str, Any] = {}
+    lines: list[str] = []
+    last_uses = _last_uses(module.graph)
+    for index, node in enumerate(module.graph.nodes):
+        names[node] = f"v{index}"
+        if node.op == "get_attr":
+            scope[names[node]] = getattr(module, node.target)
+        elif node.op == "call_function":
+            lines.append(f"{names[node]} = {_call(node, names, scope)}")
+        elif node.op == "output":
+            lines.append(f"return {_written(list(node.args[0]), names, scope)}")
+        dropped = [names[used] for used in last_uses.get(node, ()) if used.op == "call_function"]
+        if dropped:
+            lines.append("del " + ", ".join(dropped))
+    parameters = [names[node] for node in module.graph.nodes if node.op == "placeholder"]
+    source = f"def step({', '.join(parameters)}):\n    " + "\n    ".join(lines)
+    exec(compile(source, "<handloom step>", "exec"), scope)  # Written above, from the graph alone.
+    step: Callable[..., list[torch.Tensor]] = scope["step"]
+    return step
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that nothing needs after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        last[node] = node
+        for used in node.all_input_nodes:
+            last[used] = node
+    uses: dict[fx.Node, list[fx.Node]] = {}
+    for used, node in last.items():
+        if node.op != "output":
+            uses.setdefault(node, []).append(used)
+    return uses
+
+
+def _call(node: fx.Node, names: dict[fx.Node, str], scope: dict[str, Any]) -> str:
+    if node.target is operator.getitem:
+        return f"{names[node.args[0]]}[{node.args[1]!r}]"
+    target = node.target._op if isinstance(node.target, torch._ops.OpOverload) else node.target
+    arguments = [_written(argument, names, scope) for argument in node.args]
+    arguments += [f"{name}={_written(argument, names, scope)}" for name, argument in node.kwargs.items()]
+    return f"{_named(target, scope)}({', '.join(arguments)})"
+
+
+def _written(value: Any, names: dict[fx.Node, str], scope: dict[str, Any]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, list):
+        return f"[{', '.join(_written(item, names, scope) for item in value)}]"
+    if isinstance(value, tuple):
+        return f"({''.join(_written(item, names, scope) + ', ' for item in value)})"
+    if value is None or isinstance(value, (bool, int)):
+        return repr(value)
+    return _named(value, scope)
+
+
+def _named(value: Any, scope: dict[str, Any]) -> str:
+    """A name under which the generated code finds an object; the same one each time."""
+    name = f"o{id(value)}"
+    scope[name] = value
+    return name

@@ -1,0 +1,57 @@
+"""PyTorch: layers of Keras are modules of torch, and modules of torch layers, also where a step is traced.
+
+Internals used: `TorchLayer._post_build`, where Keras makes torch's parameters of what a layer built, and leaves it out
+in a scope, where variables have no values yet; `get_stateless_scope`, to know whose scope that is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from keras.src.backend.common.stateless_scope import get_stateless_scope
+from keras.src.backend.torch.layer import TorchLayer
+
+from handloom._keras import keras, stored_value
+from handloom.backends.scope import Scope
+
+
+@contextlib.contextmanager
+def parameters_made() -> Iterator[None]:
+    """Layers built inside have their parameters afterwards: in `state_dict`, and wherever else torch looks for them."""
+    built: list[TorchLayer] = []
+    original = TorchLayer._post_build
+
+    def note(layer: TorchLayer) -> None:
+        # In a scope of Keras's own, in which it builds the parts of a layer, they are left to that layer.
+        if isinstance(get_stateless_scope(), Scope):
+            built.append(layer)
+
+    TorchLayer._post_build = note
+    try:
+        yield
+    finally:
+        TorchLayer._post_build = original
+        for layer in built:
+            layer._post_build()  # Within another of these, it is for that one to do.
+
+
+@contextlib.contextmanager
+def modules_read_variables() -> Iterator[None]:
+    """Within, a `TorchModuleWrapper` runs its module on the values of its Keras variables in the open scope."""
+    wrapper = keras.layers.TorchModuleWrapper
+    original = wrapper.call
+
+    def call(self: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
+        self.train(training is not False)
+        values = {id(stored_value(variable)): variable.value for variable in self.variables}
+        named = {name: values.get(id(value), value) for name, value in self.module.named_parameters()}
+        return torch.func.functional_call(self.module, named, args, kwargs)
+
+    wrapper.call = call
+    try:
+        yield
+    finally:
+        wrapper.call = original

@@ -1,0 +1,47 @@
+"""How what is saved was configured: to tell a model with other settings, where names and shapes are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from handloom._keras import keras, layers_of
+from handloom.checkpoint.names import keras_objects
+
+
+def configured(state: Any) -> dict[str, str]:
+    """The layers and optimizers in a structure by where they are, each with a fingerprint of its settings.
+
+    Of a layer that holds others it is the class alone: its own settings are in these. What has no `get_config` is left
+    out.
+    """
+    kinds = (keras.Layer, keras.optimizers.Optimizer)
+    found = {name: _settings(thing) for name, thing in keras_objects(state).items() if isinstance(thing, kinds)}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in found.items() if text}
+
+
+def _settings(thing: Any) -> str:
+    kind = f"{type(thing).__module__}.{type(thing).__qualname__}"
+    if isinstance(thing, keras.Layer) and len(list(layers_of(thing))) > 1:
+        return kind
+    try:
+        config = keras.saving.serialize_keras_object(thing.get_config())
+        return kind + json.dumps(_lasting(config), sort_keys=True, default=lambda value: type(value).__name__)
+    except Exception:  # Of the user's own making; it may need what only he has.
+        return ""
+
+
+def _lasting(config: Any) -> Any:
+    """Settings without what Keras makes up, what training changes, and the code of lambdas, which has line numbers."""
+    if isinstance(config, (list, tuple)):
+        return [_lasting(value) for value in config]
+    if not isinstance(config, dict) or config.get("class_name") == "DTypePolicy":
+        return config
+    if config.get("class_name") == "__lambda__":
+        return "lambda"
+    return {
+        key: _lasting(value)
+        for key, value in config.items()
+        if key != "name" and not (key == "learning_rate" and isinstance(value, float))
+    }

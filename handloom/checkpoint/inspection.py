@@ -1,0 +1,49 @@
+"""What `handloom checkpoint` says, line by line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from handloom.checkpoint.format import read_contents, read_manifest, verify
+from handloom.checkpoint.load import checkpoints
+from handloom.checkpoint.manifest import Manifest
+from handloom.checkpoint.store import named_rightly
+from handloom.errors import CheckpointError
+
+
+def listed(path: Path) -> Iterator[str]:
+    """A line for each checkpoint at a path, oldest first; only what can be said without reading all of it."""
+    for checkpoint in checkpoints(path):
+        try:
+            yield f"{checkpoint.name}  {_summary(named_rightly(checkpoint, read_manifest(checkpoint)))}"
+        except CheckpointError as error:
+            yield f"{checkpoint.name}  DAMAGED: {error}"
+
+
+def verified(path: Path) -> Iterator[tuple[bool, str]]:
+    """Reads every byte of each checkpoint at a path: whether it is whole, and a line that says so."""
+    for checkpoint in checkpoints(path):
+        try:
+            yield True, f"{checkpoint.name}  whole, {_summary(named_rightly(checkpoint, verify(checkpoint)))}"
+        except CheckpointError as error:
+            yield False, f"{checkpoint.name}  DAMAGED: {error}"
+
+
+def shown(path: Path) -> Iterator[str]:
+    """What is in the checkpoint at a path (the newest, if there are several): arrays, then the rest."""
+    checkpoint = checkpoints(path)[-1]
+    manifest = verify(checkpoint)
+    yield f"{checkpoint}: step {manifest.step}, {_summary(manifest)}"
+    width = max(map(len, manifest.tensors), default=0)
+    for name, tensor in sorted(manifest.tensors.items()):
+        yield f"{name:{width}}  {tensor.dtype:8}  {list(tensor.shape)!s:16}  {tensor.stop - tensor.start:,} bytes"
+    yield json.dumps(read_contents(checkpoint, manifest), indent=2)
+
+
+def _summary(manifest: Manifest) -> str:
+    size = sum(file.bytes for file in manifest.files.values())
+    metrics = [f"{name}={value:.6g}" for name, value in manifest.metrics.items() if not math.isnan(value)]
+    return "  ".join([f"{len(manifest.tensors)} arrays, {size:,} bytes", *metrics])

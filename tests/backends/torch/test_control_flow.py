@@ -1,0 +1,299 @@
+"""`keras.ops.cond`, `while_loop` and `fori_loop` on torch: compiled, not unrolled, equal to op by op."""
+
+import keras
+import numpy as np
+import optree
+import pytest
+import torch
+from keras import layers, ops
+from keras.src.backend.torch import core
+from torch._higher_order_ops.cond import cond_op
+from torch._higher_order_ops.while_loop import while_loop_op
+
+import handloom as hl
+from handloom.backends import backend
+from handloom.backends.torch.control_flow import traceable_control_flow
+from handloom.errors import FallbackWarning
+
+
+@pytest.fixture
+def v():
+    return keras.Variable(2.0, name="v")
+
+
+def both_ways(fn, v, *arguments):
+    """Results, and the variable after, compiled and op by op; they must be the same. And how it was compiled."""
+    function, found = hl.function(fn), []
+    for eagerly in (False, True):
+        v.assign(2.0)
+        with hl.run_eagerly(eagerly):
+            result = function(*arguments)
+        found.append(optree.tree_map(lambda leaf: ops.convert_to_numpy(leaf).tolist(), [result, v]))
+    assert found[0] == found[1]
+    return (*found[0], function.traces[0])
+
+
+def operations(fn, *tensors):
+    """Which operations a compiled function is made of, those in branches and loop bodies apart."""
+    program = backend.trace(fn, [torch.as_tensor(tensor) for tensor in tensors], jit_compile="auto")
+    return [node.target for node in program._graph.graph.nodes if node.op == "call_function"]
+
+
+X, N = np.float32(3), np.int32(4)
+
+COMPILED = {
+    "cond closes over data and variables": (lambda v, x: ops.cond(x > 0, lambda: x * v, lambda: -x), X, 6, 2),
+    "cond the other way": (lambda v, x: ops.cond(x < 0, lambda: x * v, lambda: -x), X, -3, 2),
+    "cond of numbers": (lambda v, x: ops.cond(x > 0, lambda: 1.5, lambda: 2.5), X, 1.5, 2),
+    "cond of structures": (
+        lambda v, x: ops.cond(x > 0, lambda: {"a": x, "b": [v * 1]}, lambda: {"a": -x, "b": [x]}),
+        X,
+        {"a": 3, "b": [2]},
+        2,
+    ),
+    "cond of nothing": (lambda v, x: ops.cond(x > 0, lambda: None, lambda: None), X, None, 2),
+    "cond in cond": (
+        lambda v, x: ops.cond(x > 0, lambda: ops.cond(x > 5, lambda: x * 100, lambda: x * v), lambda: -x),
+        X,
+        6,
+        2,
+    ),
+    "cond on a variable": (lambda v, x: ops.cond(v > 5, lambda: x, lambda: -x), X, -3, 2),
+    "cond on a python bool": (lambda v, x: ops.cond(True, lambda: x, lambda: -x), X, 3, 2),
+    "both branches assign": (
+        lambda v, x: (ops.cond(x > 0, lambda: v.assign(v * 10), lambda: v.assign(v + 1)), v + 0),
+        X,
+        (20, 20),
+        20,
+    ),
+    "one branch assigns": (
+        lambda v, x: (ops.cond(x < 0, lambda: v.assign(v * 10), lambda: v.value), v + x),
+        X,
+        (2, 5),
+        2,
+    ),
+    "while": (
+        lambda v, n: ops.while_loop(lambda i, s: i < n, lambda i, s: (i + 1, s + i), (0, 0)),
+        N,
+        (4, 6),
+        2,
+    ),
+    "while with one value": (lambda v, n: ops.while_loop(lambda i: i < n, lambda i: i + 1, 0), N, 4, 2),
+    "while at most": (
+        lambda v, n: ops.while_loop(lambda i: i < n, lambda i: (i + 1,), (0,), maximum_iterations=2),
+        N,
+        (2,),
+        2,
+    ),
+    "while not at all": (lambda v, n: ops.while_loop(lambda i: i < 0, lambda i: (i + n,), (0,)), N, (0,), 2),
+    "while closes over what it starts from": (
+        lambda v, x: ops.while_loop(lambda s: s < v * 100, lambda s: (s * x * v,), (x,)),
+        X,
+        (648,),
+        2,
+    ),
+    "cond in while": (
+        lambda v, n: ops.while_loop(
+            lambda i, s: i < n,
+            lambda i, s: (i + 1, ops.cond(i % 2 == 0, lambda: s + v, lambda: s * 2.0)),
+            (0, 1.0),
+        ),
+        N,
+        (4, 16),
+        2,
+    ),
+    "fori": (lambda v, n: ops.fori_loop(0, n, lambda i, s: s + i, 0), N, 6, 2),
+    "fori with a lower bound": (lambda v, n: ops.fori_loop(n, n * 2, lambda i, s: s + i, 0), N, 22, 2),
+    "fori of a known length": (lambda v, x: ops.fori_loop(0, 3, lambda i, s: s * x, x), X, 81, 2),
+    "fori of structures": (
+        lambda v, n: ops.fori_loop(0, n, lambda i, s: {"a": s["a"] + i, "b": (s["b"][0] * v,)}, {"a": 0, "b": (1.0,)}),
+        N,
+        {"a": 6, "b": (16,)},
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_it_is_compiled_and_equal_to_op_by_op(name, v):
+    fn, argument, expected, after = COMPILED[name]
+    result, value, trace = both_ways(lambda x: fn(v, x), v, argument)
+    assert (result, value) == (expected, after)
+    assert trace.compiled, trace.reason
+
+
+def test_a_branch_is_chosen_when_the_step_runs():
+    choose = hl.function(lambda x: ops.cond(x > 0, lambda: x * 10, lambda: x * 100))
+    assert [float(choose(np.float32(x))) for x in (1, -1, 2)] == [10, -100, 20]
+    assert len(choose.traces) == 1
+
+
+def test_a_loop_runs_as_long_as_the_data_say():
+    count = hl.function(lambda n: ops.fori_loop(0, n, lambda i, s: s + 1, 0))
+    assert [int(count(np.int32(n))) for n in (3, 0, 50)] == [3, 0, 50]
+    assert len(count.traces) == 1
+
+
+def test_a_loop_is_not_unrolled():
+    short, long = (
+        operations(lambda x, length=length: [ops.fori_loop(0, length, lambda i, s: s * 1.5 + i, x)], 1.0)
+        for length in (3, 3000)
+    )
+    assert short == long
+    assert long.count(while_loop_op) == 1
+
+
+def test_a_branch_is_one_operation():
+    assert operations(lambda x: [ops.cond(x > 0, lambda: ops.sin(x), lambda: ops.cos(x))], 1.0).count(cond_op) == 1
+
+
+# ------------------------------------------------------------------------- gradients
+
+
+def test_a_branch_is_differentiated_with_respect_to_an_argument(v):
+    slope = hl.grad(lambda x: ops.cond(x > 0, lambda: x**2 * v, lambda: -x))
+    for x, expected in ((3, 12), (-3, -1)):
+        result, _, trace = both_ways(slope, v, np.float32(x))
+        assert result == expected
+        assert trace.compiled
+
+
+def test_a_branch_is_differentiated_with_respect_to_a_variable(v):
+    def slope(x):
+        return hl.grad(lambda: ops.cond(x > 0, lambda: x * v**2, lambda: v * 7), wrt=v)()
+
+    for x, expected in ((3, 12), (-3, 7)):
+        result, _, trace = both_ways(slope, v, np.float32(x))
+        assert result == expected
+        assert trace.compiled
+
+
+def test_a_layer_in_a_branch_is_trained_as_op_by_op():
+    def run():
+        keras.utils.set_random_seed(1)
+        layer, optimizer = layers.Dense(1), keras.optimizers.SGD(0.1)
+        layer.build((None, 3))
+
+        @hl.function
+        def step(x, flag):
+            return hl.minimize(
+                lambda: ops.cond(flag > 0, lambda: ops.mean(layer(x) ** 2), lambda: ops.mean(layer(-x) - 1.0)),
+                layer,
+                optimizer,
+            )
+
+        x = np.arange(6, dtype="float32").reshape(2, 3)
+        losses = [float(step(x, np.float32(flag))) for flag in (1, -1, 1)]
+        return losses, layer.kernel.numpy()
+
+    compiled = run()
+    with hl.run_eagerly(True):
+        plain = run()
+    np.testing.assert_allclose(compiled[0], plain[0], rtol=1e-5)
+    np.testing.assert_allclose(compiled[1], plain[1], rtol=1e-5)
+
+
+def test_a_loop_of_a_known_length_is_differentiated(v):
+    slope = hl.grad(lambda x: ops.fori_loop(0, 3, lambda i, s: s * x, x))
+    result, _, trace = both_ways(slope, v, X)
+    assert result == 4 * 27
+    assert trace.compiled
+
+
+# ---------------------------------------------------------------------- randomness
+
+
+def test_what_is_drawn_in_a_branch_is_new_each_time_and_as_op_by_op():
+    seed = keras.random.SeedGenerator(5)
+
+    @hl.function
+    def draw(x):
+        return ops.cond(x > 0, lambda: keras.random.normal((3,), seed=seed), lambda: ops.zeros(3))
+
+    def run():
+        seed.state.assign([5, 0])
+        return [ops.convert_to_numpy(draw(np.float32(x))).tolist() for x in (1, -1, 1)]
+
+    compiled = run()
+    with hl.run_eagerly(True):
+        assert compiled == run()
+    assert compiled[0] != compiled[2]
+    assert draw.traces[0].compiled
+
+
+# ---------------------------------------------------------------------- falling back
+
+FALLS_BACK = {
+    "a loop assigns a variable": (
+        lambda v, n: ops.while_loop(lambda i: i < n, lambda i: (v.assign(v + 1), i + 1)[1:], (0,)),
+        N,
+        r"variables \(v\) are assigned in the body of a loop",
+        (4,),
+        6,
+    ),
+    "a loop of unknown length is differentiated": (
+        lambda v, x: hl.grad(lambda x: ops.while_loop(lambda s: s < 100, lambda s: (s * x,), (x,))[0])(x),
+        X,
+        "a loop over a number of steps known only at run time is differentiated",
+        405,
+        2,
+    ),
+    "a loop changes the shape of its values": (
+        lambda v, n: ops.while_loop(lambda s: ops.sum(s) < n, lambda s: (ops.tile(s, 2),), (ops.ones(1),)),
+        N,
+        r"must keep its shape and dtype.*\(1,\) before the body and.*\(2,\) after",
+        ([1, 1, 1, 1],),
+        2,
+    ),
+    "branches differ in structure": (
+        lambda v, x: ops.cond(x > 0, lambda: (x, x), lambda: x),
+        X,
+        "Both branches of keras.ops.cond must return the same structure",
+        (3, 3),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FALLS_BACK)
+def test_what_cannot_be_compiled_runs_op_by_op_and_says_why(name, v):
+    fn, argument, reason, expected, after = FALLS_BACK[name]
+    with pytest.warns(FallbackWarning, match=reason):
+        result, value, trace = both_ways(lambda x: fn(v, x), v, argument)
+    assert (result, value) == (expected, after)
+    assert not trace.compiled
+
+
+# ----------------------------------------------------------------- what Keras calls
+
+
+@pytest.mark.parametrize("name", ["cond", "while_loop", "fori_loop"])
+def test_keras_looks_the_operation_up_where_it_is_replaced(name, monkeypatch):
+    called = []
+    monkeypatch.setattr(core, name, lambda *args, **kwargs: called.append(name))
+    {
+        "cond": lambda: ops.cond(True, lambda: 1, lambda: 2),
+        "while_loop": lambda: ops.while_loop(lambda i: i < 3, lambda i: i + 1, 0),
+        "fori_loop": lambda: ops.fori_loop(0, 3, lambda i, s: s, 0),
+    }[name]()
+    assert called == [name]
+
+
+def test_the_operations_are_put_back():
+    before = [core.cond, core.while_loop, core.fori_loop]
+    with traceable_control_flow():
+        with traceable_control_flow():
+            pass
+        assert core.cond is not before[0]
+    assert [core.cond, core.while_loop, core.fori_loop] == before
+    with pytest.raises(RuntimeError), traceable_control_flow():
+        raise RuntimeError
+    assert [core.cond, core.while_loop, core.fori_loop] == before
+
+
+def test_torchs_operations_take_what_they_are_given():
+    x = torch.ones(())
+    [result] = cond_op(x > 0, lambda x: (x + 1,), lambda x: (x - 1,), (x,))
+    assert result == 2
+    [result] = while_loop_op(lambda x, y: x < y, lambda x, y: (x * 2,), (x,), (torch.tensor(5.0),))
+    assert result == 8

@@ -1,0 +1,35 @@
+"""PyTorch: what its exporter needs; that models are exported is in `tests/model/test_export.py`."""
+
+import warnings
+
+import pytest
+import torch
+
+from handloom._interop import onnx_torch as ours
+
+
+class Normalized(torch.nn.Module):
+    """As Keras normalizes: over a size that is asked of the input."""
+
+    def forward(self, x):
+        return torch.nn.functional.layer_norm(x, (x.shape[1],))
+
+
+def export(path):
+    options = {"dynamo": False, "input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
+    torch.onnx.export(Normalized(), (torch.ones(2, 3),), path, **options)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_torch_alone_cannot_export_a_size_that_is_asked_for(tmp_path):
+    with pytest.raises(torch.onnx.errors.SymbolicValueError):
+        export(tmp_path / "model.onnx")
+
+
+def test_it_is_exported_without_a_word_and_all_is_put_back(tmp_path):
+    original, filters = torch.nn.functional.layer_norm, list(warnings.filters)
+    with ours.exportable():
+        export(tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").stat().st_size
+    assert torch.nn.functional.layer_norm is original
+    assert warnings.filters == filters
