@@ -24,7 +24,7 @@ import numpy as np
 from keras import layers, ops
 
 import handloom as hl
-from handloom.optimizers import Accumulated, Averaged, ClipByGlobalNorm, SharpnessAware, Transformed
+from handloom.optimizers import SAM, ClipByGlobalNorm, GradientAccumulation, GradientTransforms, WeightAveraging
 from handloom.recipes import digits, gan_digits
 
 
@@ -78,7 +78,9 @@ def functional(optimizer: Any, **options: Any) -> hl.Model:
 def gathered() -> Any:
     """Accumulation around averages around clipping around Adam with a schedule."""
     rate = keras.optimizers.schedules.CosineDecay(1e-2, 40)
-    return Accumulated(Averaged(Transformed(keras.optimizers.Adam(rate), [ClipByGlobalNorm(0.1)]), 0.9), 3)
+    return GradientAccumulation(
+        WeightAveraging(GradientTransforms(keras.optimizers.Adam(rate), [ClipByGlobalNorm(0.1)]), 0.9), 3
+    )
 
 
 def trained(model: hl.Model, epochs: int = 4, **options: Any) -> str:
@@ -155,7 +157,7 @@ WAYS: dict[str, Callable[[], str]] = {
     "resume": resumed,
     "four steps a dispatch": lambda: trained(functional(gathered(), steps_per_execution=4)),
     "eager": lambda: trained(functional(gathered(), run_eagerly=True), epochs=1),
-    "SAM": lambda: trained(functional(SharpnessAware(keras.optimizers.Adam(1e-2))), epochs=2),
+    "SAM": lambda: trained(functional(SAM(keras.optimizers.Adam(1e-2))), epochs=2),
     "float16": half,
     "loop by hand": by_hand,
     "kernel compiler": compiled_kernels,

@@ -268,7 +268,7 @@ def test_an_option_of_keras_optimizers_that_keras_would_pass_over(name):
     model.fit(X, Y, verbose=0)  # By the optimizer that it had.
 
 
-@pytest.mark.parametrize("wrapper", [hl.optimizers.Accumulated, hl.optimizers.UpdateEvery])
+@pytest.mark.parametrize("wrapper", [hl.optimizers.GradientAccumulation, hl.optimizers.UpdateEvery])
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True])
 def test_so_many_steps_to_an_update(wrapper, steps):
     with pytest.raises(ValueError, match=f"{wrapper.__name__} takes a whole number, at least 1, as steps; received"):

@@ -10,7 +10,13 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.optimizers import Accumulated, Averaged, ClipByGlobalNorm, Transformed, averaged_weights
+from handloom.optimizers import (
+    ClipByGlobalNorm,
+    GradientAccumulation,
+    GradientTransforms,
+    WeightAveraging,
+    averaged_weights,
+)
 
 EXAMPLES, BATCH, PENALTY, RATE = 80, 32, 0.1, 0.1
 
@@ -333,7 +339,7 @@ def test_a_global_norm_is_that_of_all_where_keras_clips_each_optimizer_by_its_ow
 
     model = Two()
     by_name = {"left": keras.optimizers.SGD(1.0), "right": keras.optimizers.SGD(1.0)}
-    model.compile(Transformed(by_name, [ClipByGlobalNorm(1.0)]))
+    model.compile(GradientTransforms(by_name, [ClipByGlobalNorm(1.0)]))
     model.fit(X[:1], verbose=0)
     np.testing.assert_allclose([number(model.left), number(model.right)], [-0.6, -0.8], rtol=1e-6)
 
@@ -358,7 +364,7 @@ def test_averages_count_updates_where_keras_counts_the_steps_that_only_accumulat
     optimizer.finalize_variable_values([weight])
     np.testing.assert_allclose(number(weight), of_steps, rtol=1e-5)
 
-    weight, optimizer = keras.Variable(10.0), Accumulated(Averaged(keras.optimizers.SGD(1.0), 0.9), 4)
+    weight, optimizer = keras.Variable(10.0), GradientAccumulation(WeightAveraging(keras.optimizers.SGD(1.0), 0.9), 4)
     step = hl.function(lambda: hl.minimize(lambda: weight + 0.0, weight, optimizer))
     for _ in range(16):
         step()

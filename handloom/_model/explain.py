@@ -23,7 +23,7 @@ class Owner:
 
     Attributes:
         name: The name it was compiled under; `"*"` for the only one.
-        optimizer: What it is, with what is around it, outermost first: `"Accumulated > Adam"`.
+        optimizer: What it is, with what is around it, outermost first: `"GradientAccumulation > Adam"`.
         learning_rate: At the update to come.
         updates: Updates made so far.
         variables: The paths of its variables.

@@ -73,7 +73,7 @@ def _mend_and_check(path: str) -> None:
 
     try:
         written = onnx.load(path, load_external_data=False)
-        if backend.mend_onnx(written.graph):
+        if backend.fix_onnx(written.graph):
             onnx.save(written, path)
         onnx.checker.check_model(path)  # By its path: larger than 2 GB, a model is more than one file.
     except Exception:

@@ -115,7 +115,7 @@ class Model(keras.Model):
             optimizer: As for Keras, or a dict of optimizers by what they train: `{"generator": ..., "*": ...}`. Each
                 name is an attribute of the model (dotted paths allowed) whose trainable variables that optimizer
                 owns; `"*"` owns the rest. `None` for a model that is only evaluated. `gradient_accumulation_steps` of
-                a Keras optimizer is done by `handloom.optimizers.Accumulated`.
+                a Keras optimizer is done by `handloom.optimizers.GradientAccumulation`.
             loss: As for Keras, like all that follow.
             loss_weights: Factors of the losses of several outputs.
             metrics: Metrics that ignore sample weights.
@@ -350,7 +350,7 @@ class Model(keras.Model):
     ) -> Any:
         """Evaluates the model, with Keras's arguments and their meaning; see `fit`.
 
-        With `weights="ema"` it does so with the averages that `handloom.optimizers.Averaged` keeps.
+        With `weights="ema"` it does so with the averages that `handloom.optimizers.WeightAveraging` keeps.
 
         Returns:
             The reported values: a dict if `return_dict`, else a list in the order of the metrics, or the only value.

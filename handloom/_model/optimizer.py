@@ -8,7 +8,7 @@ from typing import Any
 from handloom._keras import keras, trained_by
 from handloom._model.steps import parts_built
 from handloom.errors import OptimizerError
-from handloom.optimizers import Accumulated, LossScaleOptimizer, NamedOptimizers
+from handloom.optimizers import GradientAccumulation, LossScaleOptimizer, NamedOptimizers
 from handloom.optimizers._named import as_optimizer
 from handloom.optimizers._options import check_options
 from handloom.optimizers._tree import named_inside
@@ -75,7 +75,7 @@ def _each(optimizer: keras.Optimizer, change: Callable[[keras.Optimizer], keras.
 
 
 def _accumulating(optimizer: keras.Optimizer) -> keras.Optimizer:
-    """Does by `Accumulated` what a Keras optimizer was asked to do as `gradient_accumulation_steps`.
+    """Does by `GradientAccumulation` what a Keras optimizer was asked to do as `gradient_accumulation_steps`.
 
     Keras's way counts batches alike whatever their size, leaves a last short window waiting, and moves the averages of
     `use_ema` on steps that update nothing.
@@ -84,7 +84,7 @@ def _accumulating(optimizer: keras.Optimizer) -> keras.Optimizer:
     if not steps:
         return optimizer
     optimizer.gradient_accumulation_steps = None
-    return Accumulated(optimizer, steps)
+    return GradientAccumulation(optimizer, steps)
 
 
 def _scaling(optimizer: keras.Optimizer) -> keras.Optimizer:

@@ -12,7 +12,7 @@ from handloom._keras import keras, layers_of
 from handloom._reporting.step import ReportingStep
 from handloom._trace.function import Function, check_jit_compile, run_eagerly
 from handloom.errors import StepError
-from handloom.optimizers._extend import extend_in_order
+from handloom.optimizers._add_variables import add_variables_in_order
 
 Parts: TypeAlias = dict[int, tuple[Any, bool]]
 """What steps are compiled for, and whether it is trained, by id: a part's own as long as the part is kept."""
@@ -101,7 +101,7 @@ class ModelSteps:
             self._parts = present
             optimizer = getattr(self._model, "optimizer", None)
             if optimizer is not None and parts_built(self._model):
-                extend_in_order(optimizer, self._model.trainable_variables, self._model.variables)
+                add_variables_in_order(optimizer, self._model.trainable_variables, self._model.variables)
 
     def _present_parts(self) -> Parts:
         model = self._model

@@ -32,7 +32,7 @@ from handloom._trace.observe import (
 from handloom._util.warnings import warn
 from handloom.backends import backend
 from handloom.errors import StepError
-from handloom.optimizers._accumulation import Accumulated, windows
+from handloom.optimizers._accumulation import GradientAccumulation, windows
 
 ops = keras.ops
 
@@ -74,7 +74,7 @@ class ReportingStep:
         self._renewed: dict[int, keras.Metric] = {}
         self._known: dict[Any, tuple[Run, Report]] = {}
         self._last: list[Report | None] = [None]
-        self._windows: dict[int, Accumulated] = {}
+        self._windows: dict[int, GradientAccumulation] = {}
         self._said_unused: set[str] = set()
         self._in_one: set[int] = set()
         self.reductions: dict[str, str] = {}
@@ -242,7 +242,7 @@ class ReportingStep:
         for name in unused:
             if name not in self._said_unused:
                 self._said_unused.add(name)
-                cure = next(cure for start, cure in _CURES.items() if name.startswith(start))
+                cure = next(cure for start, cure in _HINTS.items() if name.startswith(start))
                 warn(f"{self.function.__name__} does not use {name}: {cure}")
 
     def _renew(self, metric: keras.Metric) -> None:
@@ -252,7 +252,7 @@ class ReportingStep:
 
 
 # By how the name of what is not used begins.
-_CURES = {
+_HINTS = {
     WEIGHTS: "every example counts alike in its losses and metrics. Pass them on, for example as compute_loss(x, y, "
     "y_pred, sample_weight), or do not give them.",
     "the mask of": "what it masks counts like the rest. A Keras loss heeds the mask of y_pred if it is given just what "
@@ -456,7 +456,7 @@ def _times(mean: Tensor, divisor: Weight) -> tuple[Tensor, Tensor]:
     return ops.where(ops.equal(divisor, 0), ops.zeros_like(mean), mean * divisor), divisor
 
 
-def _flush(optimizer: Accumulated, reached: tuple[str, ...]) -> None:
+def _flush(optimizer: GradientAccumulation, reached: tuple[str, ...]) -> None:
     del reached  # Static: with other variables, another version.
     optimizer.flush()
 

@@ -62,7 +62,7 @@ class Trained(keras.Model):
         return cls({name: deserialize(part, custom_objects) for name, part in config["parts"].items()})
 
 
-class Nobody:
+class NullModel:
     """Stands for the model where a plain step names none."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ def _model(found: dict[str, Any]) -> Any:
     if len(models) == 1:
         return models[0]
     parts = {name: leaf for name, leaf in found.items() if isinstance(leaf, (keras.Layer, keras.Variable))}
-    return Trained(parts) if parts else Nobody()
+    return Trained(parts) if parts else NullModel()
 
 
 @contextlib.contextmanager

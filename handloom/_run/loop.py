@@ -29,7 +29,7 @@ from handloom._run.grouping import steps_together, taking_together, together
 from handloom._run.interrupt import Interrupts, Signals
 from handloom._run.saving import NotSaving, SaveOptions, Saving, saving_of
 from handloom._run.seed import seed_run
-from handloom._run.state import Place
+from handloom._run.state import LoopPosition
 from handloom._run.validation import BrokenOff, Validation, Validations
 from handloom._trace.function import Function
 from handloom._util.every import Every, every
@@ -178,7 +178,7 @@ def train(
             {"state": state, "feed": feed, "validations": validations},
             prepares=[lambda: step.prepare(feed.peek()), validations.prepare],
             step=step,
-            place=Place(progress, hooks, model, epochs, validations),
+            place=LoopPosition(progress, hooks, model, epochs, validations),
             signals=signals,
             callbacks=kept,
             log=log,

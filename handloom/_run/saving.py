@@ -15,7 +15,7 @@ from handloom._data.feed import Feed
 from handloom._keras import global_seed_generator, keras
 from handloom._reporting.step import ReportingStep
 from handloom._run.interrupt import Signals
-from handloom._run.state import Epoch, Exactly, Kept, Place, Record, by_name
+from handloom._run.state import CallbackState, Epoch, LoopPosition, Record, StrictFeed, by_name
 from handloom._util.every import Every
 from handloom.backends import backend
 from handloom.callbacks import JSONLogger
@@ -79,7 +79,7 @@ class Saving:
         *,
         prepares: Iterable[Callable[[], None]],
         step: ReportingStep,
-        place: Place,
+        place: LoopPosition,
         signals: Signals,
         callbacks: Sequence[keras.callbacks.Callback],
         log: Sequence[JSONLogger],
@@ -90,12 +90,12 @@ class Saving:
         self._record = Record(parts["state"])
         # In the order in which it is put back; after it come random numbers, then variables. First what may refuse.
         self._whole = {
-            "feed": Exactly(self._feed) if options.resume == "exact" else self._feed,
+            "feed": StrictFeed(self._feed) if options.resume == "exact" else self._feed,
             "run": self._record,
             "progress": place,
             "step": Epoch(step, parts["state"]),
             **{name: part for name, part in parts.items() if name != "feed"},
-            "callbacks": {name: Kept(callback) for name, callback in by_name(callbacks).items()},
+            "callbacks": {name: CallbackState(callback) for name, callback in by_name(callbacks).items()},
         }
         directory = options.run_dir / OF_RUN
         self._checkpointer = Checkpointer(directory, self._whole, keep=options.keep, best=options.best)

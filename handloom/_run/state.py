@@ -56,7 +56,7 @@ class Record:
             self.differences.append(f"the configuration of {', '.join(others)}")
 
 
-class Place:
+class LoopPosition:
     """Where training stands; going on within an epoch, callbacks are told of it before they get their state back.
 
     Args:
@@ -97,7 +97,7 @@ class Place:
         self._model.stop_training = state["stopped"] and self._epochs <= state["epochs"]
 
 
-class Exactly:
+class StrictFeed:
     """A feed that goes on at its exact place, or not at all."""
 
     def __init__(self, feed: Feed) -> None:
@@ -132,7 +132,7 @@ class Epoch:
         self._step.continue_epoch(state["logs"], [known[name] for name in state["metrics"] if name in known])
 
 
-class Kept:
+class CallbackState:
     """A callback, as something that has a state."""
 
     def __init__(self, callback: keras.callbacks.Callback) -> None:

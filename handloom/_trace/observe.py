@@ -1,6 +1,6 @@
 """What happens inside Keras while a user's function runs: variables made, metrics used, losses added.
 
-Nobody registers anything with Handloom, so it looks on. Each of these replaces a public method of a Keras class
+NullModel registers anything with Handloom, so it looks on. Each of these replaces a public method of a Keras class
 for as long as a function is traced (or, op by op, runs once), and for the thread that asked only.
 """
 

@@ -141,7 +141,7 @@ class Backend(abc.ABC):
         del format  # By default Keras can.
         return contextlib.nullcontext()
 
-    def mend_onnx(self, graph: Any) -> bool:
+    def fix_onnx(self, graph: Any) -> bool:
         """Makes of a model as the converter wrote it one that runtimes run.
 
         Args:

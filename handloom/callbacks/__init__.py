@@ -9,8 +9,8 @@ from handloom.callbacks._learning_rate_scheduler import LearningRateScheduler as
 from handloom.callbacks._reduce_lr_on_plateau import ReduceLROnPlateau as ReduceLROnPlateau
 from handloom.callbacks._state import callback_state as callback_state
 from handloom.callbacks._state import restore_callback as restore_callback
-from handloom.callbacks._stop_on_non_finite import StopOnNonFinite as StopOnNonFinite
 from handloom.callbacks._tensorboard import TensorBoard as TensorBoard
+from handloom.callbacks._terminate_on_nan import TerminateOnNaN as TerminateOnNaN
 from handloom.callbacks._throughput import Throughput as Throughput
 
 __all__ = [
@@ -21,8 +21,8 @@ __all__ = [
     "LearningRateScheduler",
     "ProgressBar",
     "ReduceLROnPlateau",
-    "StopOnNonFinite",
     "TensorBoard",
+    "TerminateOnNaN",
     "Throughput",
     "callback_state",
     "restore_callback",

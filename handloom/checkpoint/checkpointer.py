@@ -16,7 +16,7 @@ import numpy as np
 from handloom._util.warnings import warn
 from handloom.checkpoint import snapshot
 from handloom.checkpoint.dtypes import is_finite
-from handloom.checkpoint.filesystem import give_way
+from handloom.checkpoint.filesystem import lower_priority
 from handloom.checkpoint.format import Draft
 from handloom.checkpoint.load import warn_of
 from handloom.checkpoint.retention import Best
@@ -229,7 +229,7 @@ class _Pending:
 
 
 def _in_background(store: Store, draft: Draft) -> Written:
-    give_way()  # A step on all cores is as slow as its slowest thread.
+    lower_priority()  # A step on all cores is as slow as its slowest thread.
     return store.save(draft)
 
 

@@ -191,7 +191,7 @@ def remove(directory: Path) -> None:
     os.rmdir(directory)
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Has the calling thread run where others leave it room. On Linux a thread has a priority of its own."""
     if sys.platform == "linux":
         os.nice(10)

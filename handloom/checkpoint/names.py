@@ -16,7 +16,7 @@ Stateful: TypeAlias = Any
 _KERAS_OBJECTS = (keras.Layer, keras.Metric, keras.optimizers.Optimizer, keras.random.SeedGenerator)
 
 # Keras's own books. What stands in them has a place elsewhere, or is not this object's.
-_BOOKS = {
+_BOOKKEEPING = {
     "_functional",
     "_metrics",
     "_non_trainable_variables",
@@ -166,7 +166,7 @@ def _inside(name: str, thing: Any, labels: Sequence[str] = ()) -> Iterator[tuple
 
 def _in_order(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Attributes by name, the public ones first; last the layers of a model, for those that have no other name."""
-    names = [name for name in attributes if name not in _BOOKS]
+    names = [name for name in attributes if name not in _BOOKKEEPING]
     for name in sorted(names, key=lambda name: (name == "_layers", name.startswith("_"), name)):
         yield name, attributes[name]
 

@@ -1,15 +1,15 @@
 """Optimizers by name and around others: accumulation, averaged weights, transforms, loss scaling."""
 
-from handloom.optimizers._accumulation import Accumulated as Accumulated
-from handloom.optimizers._averaging import Averaged as Averaged
+from handloom.optimizers._accumulation import GradientAccumulation as GradientAccumulation
+from handloom.optimizers._add_variables import add_variables as add_variables
+from handloom.optimizers._averaging import WeightAveraging as WeightAveraging
 from handloom.optimizers._averaging import averaged_weights as averaged_weights
-from handloom.optimizers._extend import extend as extend
+from handloom.optimizers._gradient_transforms import GradientTransforms as GradientTransforms
 from handloom.optimizers._loss_scale import LossScaleOptimizer as LossScaleOptimizer
 from handloom.optimizers._named import NamedOptimizers as NamedOptimizers
 from handloom.optimizers._pcgrad import PCGrad as PCGrad
-from handloom.optimizers._sam import SharpnessAware as SharpnessAware
-from handloom.optimizers._transformed import Transformed as Transformed
-from handloom.optimizers._transforms import AdaptiveClip as AdaptiveClip
+from handloom.optimizers._sam import SAM as SAM
+from handloom.optimizers._transforms import AdaptiveGradientClip as AdaptiveGradientClip
 from handloom.optimizers._transforms import AddNoise as AddNoise
 from handloom.optimizers._transforms import Centralize as Centralize
 from handloom.optimizers._transforms import ClipByGlobalNorm as ClipByGlobalNorm
@@ -21,23 +21,23 @@ from handloom.optimizers._transforms import global_norm as global_norm
 from handloom.optimizers._update_every import UpdateEvery as UpdateEvery
 
 __all__ = [
-    "Accumulated",
-    "AdaptiveClip",
+    "SAM",
+    "AdaptiveGradientClip",
     "AddNoise",
-    "Averaged",
     "Centralize",
     "ClipByGlobalNorm",
     "ClipByNorm",
     "ClipByValue",
     "Freeze",
+    "GradientAccumulation",
+    "GradientTransforms",
     "LossScaleOptimizer",
     "Multiply",
     "NamedOptimizers",
     "PCGrad",
-    "SharpnessAware",
-    "Transformed",
     "UpdateEvery",
+    "WeightAveraging",
+    "add_variables",
     "averaged_weights",
-    "extend",
     "global_norm",
 ]

@@ -16,7 +16,7 @@ ops = keras.ops
 
 
 @keras.saving.register_keras_serializable("handloom")
-class Accumulated(Wrapper):
+class GradientAccumulation(Wrapper):
     """Gathers the gradients of several steps into one update, equal to that of one step on all their examples.
 
     A gradient counts by the weight of its batch: the number of examples, or what `hl.minimize(..., weight=)` says (the
@@ -41,7 +41,7 @@ class Accumulated(Wrapper):
 
     def __init__(self, inner_optimizer: Any, steps: int, name: str | None = None) -> None:
         super().__init__(inner_optimizer, name=name)
-        self.steps = positive_whole("Accumulated", steps=steps)
+        self.steps = positive_whole("GradientAccumulation", steps=steps)
         self.keep(_reached={})
 
     def add_slots(self, variables: list[Variable]) -> None:
@@ -98,7 +98,7 @@ def _nothing() -> None:
     pass
 
 
-_Windows = dict[int, Accumulated]
+_Windows = dict[int, GradientAccumulation]
 _windows: contextvars.ContextVar[_Windows | None] = contextvars.ContextVar("windows", default=None)
 
 
@@ -113,7 +113,7 @@ def windows() -> Iterator[_Windows]:
         _windows.reset(token)
 
 
-def _note(optimizer: Accumulated) -> None:
+def _note(optimizer: GradientAccumulation) -> None:
     gathering = _windows.get()
     if gathering is not None:
         gathering[id(optimizer)] = optimizer

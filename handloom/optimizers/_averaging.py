@@ -1,4 +1,4 @@
-"""Averaged weights, beside the live ones."""
+"""WeightAveraging weights, beside the live ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from handloom._keras import Tensor, Variable, keras, trained_by
 from handloom.backends import backend
 from handloom.errors import OptimizerError
-from handloom.optimizers._accumulation import Accumulated
+from handloom.optimizers._accumulation import GradientAccumulation
 from handloom.optimizers._tree import inside
 from handloom.optimizers._wrapper import Wrapper, positive_whole
 
@@ -17,13 +17,13 @@ ops = keras.ops
 
 
 @keras.saving.register_keras_serializable("handloom")
-class Averaged(Wrapper):
+class WeightAveraging(Wrapper):
     """Keeps an average of the weights, which often generalizes better than the last ones.
 
     With `decay` an exponential moving average, `average <- decay * average + (1 - decay) * weights` (Polyak and
     Juditsky, 1992); with `decay=None` the plain mean of the weights (Izmailov et al., Stochastic Weight Averaging,
     2018). It begins with the weights themselves, not with zeros, so there is no bias to correct. Counted are updates,
-    not steps: `Accumulated(Averaged(optimizer), 4)` averages after every fourth.
+    not steps: `GradientAccumulation(WeightAveraging(optimizer), 4)` averages after every fourth.
 
     `model.evaluate(..., weights="ema")`, `model.predict(..., weights="ema")` and
     `handloom.optimizers.averaged_weights(model)` use the average; the live weights stay.
@@ -54,16 +54,17 @@ class Averaged(Wrapper):
     ) -> None:
         if decay is not None and not 0 < decay < 1:
             raise ValueError(
-                f"Averaged takes a decay between 0 and 1, or None for the plain mean; received decay={decay!r}."
+                f"WeightAveraging takes a decay between 0 and 1, or None for the plain mean; received decay={decay!r}."
             )
         super().__init__(inner_optimizer, name=name)
-        if any(isinstance(part, Accumulated) for part in inside(self.inner_optimizer)):
+        if any(isinstance(part, GradientAccumulation) for part in inside(self.inner_optimizer)):
             raise ValueError(
-                "Averaged around Accumulated would miss the update of a last, short window; put it inside: "
-                "Accumulated(Averaged(optimizer), steps)."
+                "WeightAveraging around GradientAccumulation would miss the update of a last, short window; put it "
+                "inside: "
+                "GradientAccumulation(WeightAveraging(optimizer), steps)."
             )
-        self.decay, self.every = decay, positive_whole("Averaged", every=every)
-        self.start = positive_whole("Averaged", least=0, start=start)
+        self.decay, self.every = decay, positive_whole("WeightAveraging", every=every)
+        self.start = positive_whole("WeightAveraging", least=0, start=start)
 
     def add_slots(self, variables: list[Variable]) -> None:
         self.keep(
@@ -100,7 +101,7 @@ def averaged_weights(model: Any) -> Iterator[None]:
     """Within, a model has its averaged weights; after, its live ones again, to the bit.
 
     Args:
-        model: A compiled model, one of whose optimizers is `Averaged`; or such an optimizer.
+        model: A compiled model, one of whose optimizers is `WeightAveraging`; or such an optimizer.
 
     Raises:
         OptimizerError: If there is no average, or it has no contribution yet.
@@ -117,10 +118,11 @@ def averaged_weights(model: Any) -> Iterator[None]:
 
 
 def _averages(optimizer: Any) -> list[tuple[Variable, Variable]]:
-    averaging = [part for part in inside(optimizer) if isinstance(part, Averaged)]
+    averaging = [part for part in inside(optimizer) if isinstance(part, WeightAveraging)]
     if not averaging:
         raise OptimizerError(
-            "There are no averaged weights: wrap the optimizer, handloom.optimizers.Averaged(optimizer, decay=0.999)."
+            "There are no averaged weights: wrap the optimizer, "
+            "handloom.optimizers.WeightAveraging(optimizer, decay=0.999)."
         )
     for part in averaging:
         if not part.built or not int(ops.convert_to_numpy(part.contributions.value)):

@@ -14,7 +14,7 @@ from handloom._trace.observe import divisors, losses_of, note_loss
 from handloom._util.warnings import warn
 from handloom.backends import backend
 from handloom.errors import GradientError, OptimizerError
-from handloom.optimizers._accumulation import Accumulated
+from handloom.optimizers._accumulation import GradientAccumulation
 from handloom.optimizers._loss_scale import apply_unscaled, unscaled
 from handloom.optimizers._named import NamedOptimizers
 from handloom.optimizers._options import check_options
@@ -45,8 +45,9 @@ def minimize(
         wrt: What to train: a variable, a layer or model (its trainable variables), or a list, tuple or dict of these.
         optimizer: A Keras optimizer. If it is not built yet, it is built for these variables.
         weight: How much this gradient counts where several are gathered into one update
-            (`handloom.optimizers.Accumulated`): what the loss was divided by, such as the number of tokens; a number or
-            a scalar tensor. By default what `compute_loss` divided by, or else the number of examples in the batch.
+            (`handloom.optimizers.GradientAccumulation`): what the loss was divided by, such as the number of tokens; a
+            number or a scalar tensor. By default what `compute_loss` divided by, or else the number of examples in the
+            batch.
         has_aux: Whether `loss_fn` returns a pair.
 
     Returns:
@@ -122,7 +123,7 @@ def _weight(given: Weight | None, divided_by: list[Divisor], optimizer: keras.Op
     """How much the gradient counts: as told, or what the loss was divided by, or the examples in the batch."""
     if given is not None:
         return given
-    if len(divided_by) > 1 and any(isinstance(part, Accumulated) for part in inside(optimizer)):
+    if len(divided_by) > 1 and any(isinstance(part, GradientAccumulation) for part in inside(optimizer)):
         warn(
             "The loss has parts that are divided by different sums of masks or weights. Gradients gathered over "
             "several steps then count by examples; to weight them otherwise, pass minimize(..., weight=...)."
@@ -140,7 +141,7 @@ def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
     if optimizer.use_ema and optimizer.gradient_accumulation_steps:
         raise OptimizerError(
             f"{type(optimizer).__name__} has use_ema and gradient_accumulation_steps: Keras moves the averages on "
-            "steps that update nothing. Have handloom.optimizers.Accumulated(optimizer, "
+            "steps that update nothing. Have handloom.optimizers.GradientAccumulation(optimizer, "
             f"{optimizer.gradient_accumulation_steps}) accumulate, and not the optimizer itself."
         )
     if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
@@ -188,7 +189,8 @@ def _apply(optimizer: keras.Optimizer, gradients: list[Tensor | None], variables
         raise OptimizerError(
             f"The optimizer {optimizer.name!r} was built for other variables than {[v.path for v in variables]}. Use "
             "one optimizer for each part, or build it for all parts first: optimizer.build([*a, *b]). If some of them "
-            "came, or were thawed, later: handloom.optimizers.extend(optimizer, model), and compile the step anew."
+            "came, or were thawed, later: handloom.optimizers.add_variables(optimizer, model), and compile the "
+            "step anew."
         ) from error
 
 

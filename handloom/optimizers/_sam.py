@@ -13,7 +13,7 @@ ops = keras.ops
 
 
 @keras.saving.register_keras_serializable("handloom")
-class SharpnessAware(Wrapper):
+class SAM(Wrapper):
     """Takes the gradient not at the weights but at the steepest point near them, which leads to flatter minima.
 
     Two gradients a step: the first leads `radius` up along the normalized gradient, the second is taken there and
@@ -29,7 +29,7 @@ class SharpnessAware(Wrapper):
 
     def __init__(self, inner_optimizer: Any, radius: float = 0.05, name: str | None = None) -> None:
         super().__init__(inner_optimizer, name=name)
-        check_positive("SharpnessAware", radius=radius)
+        check_positive("SAM", radius=radius)
         self.radius = radius
 
     def take_gradients(

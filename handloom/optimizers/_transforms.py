@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from handloom._keras import Tensor, Variable, keras
-from handloom.optimizers._transformed import Gradients
+from handloom.optimizers._gradient_transforms import Gradients
 
 ops = keras.ops
 
@@ -94,7 +94,7 @@ class ClipByGlobalNorm:
 
 
 @_transform
-class AdaptiveClip:
+class AdaptiveGradientClip:
     """Shrinks the gradient of each unit to at most `ratio` times the norm of its weights.
 
     A unit is what one output is computed from: all axes but the last. (Brock et al., High-Performance Large-Scale Image
@@ -106,7 +106,7 @@ class AdaptiveClip:
     least: float = 1e-3
 
     def __post_init__(self) -> None:
-        check_positive("AdaptiveClip", ratio=self.ratio, least=self.least)
+        check_positive("AdaptiveGradientClip", ratio=self.ratio, least=self.least)
 
     def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
         return [

@@ -16,7 +16,7 @@ class UpdateEvery(Wrapper):
     """Makes an update on every n-th step and lets the gradients of the others go.
 
     For networks that move at different paces, such as a generator once for five steps of its critic. (To gather the
-    gradients in between instead, use `Accumulated`.)
+    gradients in between instead, use `GradientAccumulation`.)
 
     Args:
         inner_optimizer: The optimizer that updates.

@@ -42,8 +42,9 @@ class Wrapper(keras.optimizers.Optimizer):
                 kind, steps = type(part).__name__, part.gradient_accumulation_steps
                 raise ValueError(
                     f"{type(self).__name__} is around {kind}(gradient_accumulation_steps={steps}) and would see the "
-                    "gradients of single steps. Have handloom.optimizers.Accumulated gather them around all of it: "
-                    f"Accumulated({type(self).__name__}({kind}(...), ...), {steps})."
+                    "gradients of single steps. Have handloom.optimizers.GradientAccumulation gather them around "
+                    "all of it: "
+                    f"GradientAccumulation({type(self).__name__}({kind}(...), ...), {steps})."
                 )
 
     def build(self, variables: Sequence[Variable]) -> None:

@@ -17,14 +17,14 @@ from tests.callbacks.scripted import Scripted, feed, run
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 
-class Nobody:
+class NullModel:
     stop_training = False
 
 
 def written(path, logs, first=0, **options):
     """Feeds the logs of epochs to a logger; the rows in its file."""
     logger = CSVLogger(path, **options)
-    feed(logger, logs, Nobody(), first)
+    feed(logger, logs, NullModel(), first)
     logger.on_train_end({})
     return rows(path)
 
@@ -122,7 +122,7 @@ def test_values_of_all_kinds_can_be_read_back(tmp_path):
 
 def test_another_separator(tmp_path):
     logger = CSVLogger(str(tmp_path / "log.csv"), separator=";")
-    feed(logger, [{"a": 1.0}, {"a": 2.0, "b": 3.0}], Nobody())
+    feed(logger, [{"a": 1.0}, {"a": 2.0, "b": 3.0}], NullModel())
     logger.close()
     assert rows(tmp_path / "log.csv", delimiter=";") == [["epoch", "a", "b"], ["0", "1.0", "NA"], ["1", "2.0", "3.0"]]
 

@@ -8,7 +8,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom.callbacks import LearningRateScheduler
 from handloom.errors import OptimizerError
-from handloom.optimizers import Accumulated
+from handloom.optimizers import GradientAccumulation
 from tests.callbacks.scripted import X, number
 from tests.callbacks.test_reduce_lr_on_plateau import TwoParts
 
@@ -104,7 +104,7 @@ def test_of_optimizers_by_name_each_is_asked_about_with_its_own_rate(name, expec
 
 def test_around_other_optimizers_it_sets_the_inner_rate():
     inner = keras.optimizers.SGD(1.0)
-    taken, reported = sums(lambda epoch: epoch + 2.0, optimizer=Accumulated(inner, 2), epochs=2)
+    taken, reported = sums(lambda epoch: epoch + 2.0, optimizer=GradientAccumulation(inner, 2), epochs=2)
     assert taken == [0, 2, 0, 3]
     assert reported == [2, 3]
     assert float(inner.learning_rate) == 3

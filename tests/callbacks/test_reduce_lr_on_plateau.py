@@ -8,7 +8,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom.callbacks import ReduceLROnPlateau
 from handloom.errors import OptimizerError
-from handloom.optimizers import Accumulated
+from handloom.optimizers import GradientAccumulation
 from tests.callbacks.scripted import Scripted, X, number, run
 
 NAN = np.nan
@@ -92,7 +92,7 @@ class TwoParts(hl.Model):
 )
 def test_of_optimizers_by_name_each_has_its_own_rate(name, expected, reported):
     model = TwoParts()
-    model.compile({"generator": keras.optimizers.SGD(1.0), "*": Accumulated(keras.optimizers.SGD(2.0), 1)})
+    model.compile({"generator": keras.optimizers.SGD(1.0), "*": GradientAccumulation(keras.optimizers.SGD(2.0), 1)})
     plateau = ReduceLROnPlateau("loss", factor=0.5, patience=1, optimizer=name)
     history = model.fit(X, epochs=4, callbacks=[plateau], verbose=0).history
     assert {name: values for name, values in history.items() if name != "loss"} == reported

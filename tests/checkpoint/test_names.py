@@ -7,7 +7,7 @@ from keras import layers
 
 import handloom as hl
 from handloom.checkpoint.names import named
-from handloom.optimizers import Accumulated, AddNoise, Averaged, Transformed
+from handloom.optimizers import AddNoise, GradientAccumulation, GradientTransforms, WeightAveraging
 
 X, Y = np.ones((4, 3), "float32"), np.ones((4, 2), "float32")
 
@@ -58,7 +58,7 @@ def test_a_functional_models_parts_have_their_places_and_an_optimizers_its_own()
 
 def test_slots_have_the_names_of_what_they_are_for():
     model = Parts()
-    model.compile({"*": Accumulated(Averaged("adam"), 2)}, loss="mse")
+    model.compile({"*": GradientAccumulation(WeightAveraging("adam"), 2)}, loss="mse")
     model.fit(X, Y, verbose=0)
     optimizer, found = model.optimizer["*"], named({"model": model})[0]
     place = [variable.path for variable in model.trainable_variables].index(model.norm.gamma.path)
@@ -90,7 +90,7 @@ def test_names_do_not_depend_on_what_was_made_before():
 
 def test_every_variable_is_found_once():
     model = Parts()
-    model.compile({"*": Accumulated(Averaged("adam"), 2)}, loss="mse", metrics=["mae"])
+    model.compile({"*": GradientAccumulation(WeightAveraging("adam"), 2)}, loss="mse", metrics=["mae"])
     model.fit(X, Y, verbose=0)
     found = named({"model": model, "again": [model, model.norm]})[0]
     expected = {id(variable) for variable in [*model.variables, *model.metrics_variables, *model.optimizer.variables]}
@@ -108,7 +108,7 @@ def test_an_optimizer_does_not_claim_what_it_trains(order):
 
 def test_what_a_gradient_transform_keeps_is_found():
     model = hl.Sequential([keras.Input((3,)), layers.Dense(2)])
-    model.compile(Transformed("sgd", [AddNoise(0.1)]), loss="mse")
+    model.compile(GradientTransforms("sgd", [AddNoise(0.1)]), loss="mse")
     found = named(model.optimizer)[0].values()
     assert {id(variable) for variable in found} == {id(variable) for variable in model.optimizer.variables}
     assert any(variable.name == "seed_generator_state" for variable in found)

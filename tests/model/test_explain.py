@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers
 
 import handloom as hl
-from handloom.optimizers import Accumulated, Averaged, Transformed
+from handloom.optimizers import GradientAccumulation, GradientTransforms, WeightAveraging
 
 
 class Parts(hl.Model):
@@ -20,17 +20,24 @@ class Parts(hl.Model):
 def test_it_says_who_trains_what_and_how_far_it_is(capsys):
     model = Parts()
     scale_and_shift = (lambda path: path.endswith(("gamma", "beta")), keras.optimizers.SGD(0.25))
-    model.compile({"body": Accumulated(keras.optimizers.Adam(0.5), 2), "norms": scale_and_shift, "*": "sgd"}, "mse")
+    model.compile(
+        {"body": GradientAccumulation(keras.optimizers.Adam(0.5), 2), "norms": scale_and_shift, "*": "sgd"}, "mse"
+    )
     model.fit(np.ones((8, 4), "float32"), np.ones((8, 1), "float32"), batch_size=2, verbose=0)
     body, norms, rest = model.explain().owners
-    assert (body.name, body.optimizer, body.learning_rate, body.updates) == ("body", "Accumulated > Adam", 0.5, 2)
+    assert (body.name, body.optimizer, body.learning_rate, body.updates) == (
+        "body",
+        "GradientAccumulation > Adam",
+        0.5,
+        2,
+    )
     assert body.parameters == 4 * 3 + 3
     assert (norms.learning_rate, norms.updates, norms.parameters) == (0.25, 4, 6)
     assert [path.split("/")[-1] for path in norms.variables] == ["gamma", "beta"]
     assert rest.parameters == 4
     shown = capsys.readouterr().out
     assert "Who trains what" in shown
-    assert "Accumulated" in shown
+    assert "GradientAccumulation" in shown
 
 
 def test_one_optimizer_owns_everything_that_is_not_frozen(capsys):
@@ -54,8 +61,8 @@ def test_a_loss_that_differs_from_its_metric_is_explained(capsys):
 
 def test_what_is_around_all_optimizers_is_told_with_each():
     model = hl.Sequential([keras.Input((3,)), layers.Dense(2), layers.Dense(1)])
-    model.compile(Transformed({"*": Averaged("adam")}, []), loss="mse")
-    assert model.explain().owners[0].optimizer == "Transformed > Averaged > Adam"
+    model.compile(GradientTransforms({"*": WeightAveraging("adam")}, []), loss="mse")
+    assert model.explain().owners[0].optimizer == "GradientTransforms > WeightAveraging > Adam"
 
 
 def test_compiled_metrics_are_told_one_by_one():

@@ -8,11 +8,11 @@ from keras import layers, ops
 import handloom as hl
 from handloom.errors import OptimizerError
 from handloom.optimizers import (
-    Accumulated,
-    Averaged,
+    GradientAccumulation,
+    GradientTransforms,
     LossScaleOptimizer,
     NamedOptimizers,
-    Transformed,
+    WeightAveraging,
 )
 
 numbers = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def test_each_of_several_optimizers_accumulates_for_itself():
     model.a.build((None, 3))
     model.b.build((None, 3))
     model.compile(optimizers)
-    assert [type(part).__name__ for part in model.optimizer.values()] == ["Accumulated", "SGD"]
+    assert [type(part).__name__ for part in model.optimizer.values()] == ["GradientAccumulation", "SGD"]
     assert [len(owned) for owned in model.optimizer.owners().values()] == [2, 2]
 
 
@@ -103,12 +103,12 @@ def test_scaling_goes_around_accumulation():
     keras.config.set_dtype_policy("mixed_float16")
     model = linear(hl.Model, keras.optimizers.SGD(RATE, gradient_accumulation_steps=2))
     assert isinstance(model.optimizer, LossScaleOptimizer)
-    assert isinstance(model.optimizer.inner_optimizer, Accumulated)
+    assert isinstance(model.optimizer.inner_optimizer, GradientAccumulation)
 
 
-@pytest.mark.parametrize("wrapper", [Averaged, lambda inner: Transformed(inner, [])])
+@pytest.mark.parametrize("wrapper", [WeightAveraging, lambda inner: GradientTransforms(inner, [])])
 def test_a_wrapper_that_would_see_single_steps_is_refused(wrapper):
-    with pytest.raises(ValueError, match=r"around SGD\(gradient_accumulation_steps=2\).*: Accumulated\("):
+    with pytest.raises(ValueError, match=r"around SGD\(gradient_accumulation_steps=2\).*: GradientAccumulation\("):
         wrapper(keras.optimizers.SGD(gradient_accumulation_steps=2))
     with pytest.raises(ValueError, match="single steps"):
         wrapper(NamedOptimizers({"*": keras.optimizers.SGD(gradient_accumulation_steps=2)}))
@@ -117,7 +117,9 @@ def test_a_wrapper_that_would_see_single_steps_is_refused(wrapper):
 def test_without_compile_keras_own_averages_with_accumulation_are_an_error():
     variable = keras.Variable(1.0)
     optimizer = keras.optimizers.SGD(use_ema=True, gradient_accumulation_steps=2)
-    with pytest.raises(OptimizerError, match=r"averages on steps that update nothing.*Accumulated\(optimizer, 2\)"):
+    with pytest.raises(
+        OptimizerError, match=r"averages on steps that update nothing.*GradientAccumulation\(optimizer, 2\)"
+    ):
         hl.minimize(lambda: variable * 1.0, variable, optimizer)
 
 

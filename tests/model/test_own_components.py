@@ -16,7 +16,7 @@ from keras import layers
 import handloom as hl
 from handloom._run.callback_model import trained
 from handloom.errors import SavedModelError
-from handloom.optimizers import Accumulated, Averaged, ClipByGlobalNorm, Transformed
+from handloom.optimizers import ClipByGlobalNorm, GradientAccumulation, GradientTransforms, WeightAveraging
 from tests import users_module as users
 
 X = np.random.default_rng(0).normal(size=(20, 3)).astype("float32")
@@ -48,8 +48,8 @@ KINDS = {
 
 
 def optimizers():
-    turned = Transformed(users.SignDescent(0.01, dead_zone=0.125), [users.Shrink(0.5), users.turn_around])
-    return {"head": turned, "*": Accumulated(Averaged(keras.optimizers.Adam(0.01), decay=0.5), 2)}
+    turned = GradientTransforms(users.SignDescent(0.01, dead_zone=0.125), [users.Shrink(0.5), users.turn_around])
+    return {"head": turned, "*": GradientAccumulation(WeightAveraging(keras.optimizers.Adam(0.01), decay=0.5), 2)}
 
 
 def compiled(model, optimizer=None, loss=None, metrics=None):
@@ -156,9 +156,9 @@ PLAIN = {
     "PlainShareWithin": lambda: compiled(functional(), metrics=[users.PlainShareWithin(0.5)]),
     "PlainScaled": lambda: compiled(functional(scaled=users.PlainScaled)),
     "PlainFourth": lambda: compiled(functional(penalty=users.PlainFourth)),
-    "PlainSignDescent": lambda: compiled(functional(), {"*": Accumulated(users.PlainSignDescent(0.01), 2)}),
-    "PlainShrink": lambda: compiled(functional(), Transformed("sgd", [users.PlainShrink(0.5)])),
-    "plain_turn_around": lambda: compiled(functional(), Transformed("sgd", [users.plain_turn_around])),
+    "PlainSignDescent": lambda: compiled(functional(), {"*": GradientAccumulation(users.PlainSignDescent(0.01), 2)}),
+    "PlainShrink": lambda: compiled(functional(), GradientTransforms("sgd", [users.PlainShrink(0.5)])),
+    "plain_turn_around": lambda: compiled(functional(), GradientTransforms("sgd", [users.plain_turn_around])),
 }
 
 
@@ -183,7 +183,7 @@ def test_a_whole_model_that_lacks_the_decorator_is_named_with_it_by_keras(tmp_pa
 
 @pytest.mark.once
 def test_a_lambda_among_the_transforms_is_told_of_on_saving(tmp_path):
-    model = compiled(functional(), Transformed("sgd", [lambda gradients, variables: gradients]))
+    model = compiled(functional(), GradientTransforms("sgd", [lambda gradients, variables: gradients]))
     with pytest.warns(UserWarning, match="use named Python functions instead"):
         model.save(tmp_path / "model.keras")
     with pytest.raises((TypeError, ValueError), match="disallowed by default"):
@@ -255,7 +255,7 @@ PLACES = [set_loss, set_metric, set_layer, set_regularizer, set_named_optimizer,
 @pytest.fixture(scope="module")
 def harmless(tmp_path_factory):
     """A file in which each place is."""
-    model = compiled(functional(), {"*": Transformed("sgd", [ClipByGlobalNorm(1.0)])})
+    model = compiled(functional(), {"*": GradientTransforms("sgd", [ClipByGlobalNorm(1.0)])})
     path = tmp_path_factory.mktemp("harmless") / "model.keras"
     model.save(path)
     assert keras.saving.load_model(path).optimizer["*"].transforms

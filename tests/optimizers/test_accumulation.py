@@ -7,7 +7,13 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import HandloomWarning
-from handloom.optimizers import Accumulated, Averaged, ClipByGlobalNorm, Transformed, averaged_weights
+from handloom.optimizers import (
+    ClipByGlobalNorm,
+    GradientAccumulation,
+    GradientTransforms,
+    WeightAveraging,
+    averaged_weights,
+)
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(26, 4)).astype("float32")
@@ -38,7 +44,7 @@ def same_weights(one, other):
 def test_it_equals_the_big_batch_the_short_last_window_included(kind, steps):
     big, small = (
         net(OPTIMIZERS[kind](), regularizer="l2"),
-        net(Accumulated(OPTIMIZERS[kind](), steps), regularizer="l2"),
+        net(GradientAccumulation(OPTIMIZERS[kind](), steps), regularizer="l2"),
     )
     big.fit(X, Y, batch_size=4 * steps, epochs=2, shuffle=False, verbose=0)
     small.fit(X, Y, batch_size=4, epochs=2, shuffle=False, verbose=0)
@@ -48,14 +54,14 @@ def test_it_equals_the_big_batch_the_short_last_window_included(kind, steps):
 
 def test_op_by_op_too():
     hl.run_eagerly(True)
-    big, small = net("adam"), net(Accumulated("adam", 3))
+    big, small = net("adam"), net(GradientAccumulation("adam", 3))
     big.fit(X, Y, batch_size=12, shuffle=False, verbose=0)
     small.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
     same_weights(small, big)
 
 
 def test_what_is_frozen_between_two_runs_is_no_longer_moved_by_its_momentum():
-    model = net(Accumulated(keras.optimizers.SGD(0.02, momentum=0.9), 3))
+    model = net(GradientAccumulation(keras.optimizers.SGD(0.02, momentum=0.9), 3))
     model.fit(X, Y, batch_size=4, verbose=0)
     model.layers[-1].trainable = False
     first, *frozen = model.layers[0].get_weights(), *model.layers[-1].get_weights()
@@ -82,7 +88,7 @@ def tagger(optimizer, loss="mse", base=hl.Model, masks=True):
 
 def trained_on_sentences(kind, steps, make, **options):
     """A model of whole windows and one that gathers them; the last window is shorter."""
-    big, small = make(OPTIMIZERS[kind]()), make(Accumulated(OPTIMIZERS[kind](), steps))
+    big, small = make(OPTIMIZERS[kind]()), make(GradientAccumulation(OPTIMIZERS[kind](), steps))
     for model, batch_size in ((big, 2 * steps), (small, 2)):
         model.fit(SENTENCES, TARGETS, batch_size=batch_size, epochs=2, shuffle=False, verbose=0, **options)
     same_weights(small, big)
@@ -118,7 +124,7 @@ def test_an_own_mean_over_tokens_counts_by_the_weight_that_it_names(kind, steps)
 def test_a_loss_divided_by_its_weights_counts_by_them():
     loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
     weights = RANDOM.uniform(0, 3, 26).astype("float32")
-    big, small = net(keras.optimizers.SGD(0.05), loss), net(Accumulated(keras.optimizers.SGD(0.05), 7), loss)
+    big, small = net(keras.optimizers.SGD(0.05), loss), net(GradientAccumulation(keras.optimizers.SGD(0.05), 7), loss)
     big.fit(X, Y, sample_weight=weights, batch_size=28, shuffle=False, verbose=0)
     small.fit(X, Y, sample_weight=weights, batch_size=4, shuffle=False, verbose=0)
     same_weights(small, big)
@@ -126,7 +132,7 @@ def test_a_loss_divided_by_its_weights_counts_by_them():
 
 def test_a_sum_is_not_divided():
     loss = keras.losses.MeanSquaredError(reduction="sum")
-    big, small = net(keras.optimizers.SGD(0.01), loss), net(Accumulated(keras.optimizers.SGD(0.01), 7), loss)
+    big, small = net(keras.optimizers.SGD(0.01), loss), net(GradientAccumulation(keras.optimizers.SGD(0.01), 7), loss)
     big.fit(X, Y, batch_size=28, shuffle=False, verbose=0)
     small.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
     same_weights(small, big)
@@ -134,7 +140,7 @@ def test_a_sum_is_not_divided():
 
 def test_a_step_may_say_what_its_loss_was_divided_by():
     weight = keras.Variable(1.0)
-    optimizer = Accumulated(keras.optimizers.SGD(1.0), 2)
+    optimizer = GradientAccumulation(keras.optimizers.SGD(1.0), 2)
 
     @hl.function
     def step(value, count):
@@ -148,7 +154,7 @@ def test_a_step_may_say_what_its_loss_was_divided_by():
 
 def test_in_a_loop_of_ones_own_a_window_is_flushed_by_hand():
     weight = keras.Variable(1.0)
-    optimizer = Accumulated(keras.optimizers.SGD(1.0), 4)
+    optimizer = GradientAccumulation(keras.optimizers.SGD(1.0), 4)
     step = hl.function(lambda value: hl.minimize(lambda: weight * value, weight, optimizer))
     optimizer.flush()  # Nothing is gathered yet.
     for value in (1.0, 2.0):
@@ -160,15 +166,18 @@ def test_in_a_loop_of_ones_own_a_window_is_flushed_by_hand():
 
 
 def test_transforms_inside_see_whole_updates():
-    clipped = Transformed(keras.optimizers.SGD(1.0), [ClipByGlobalNorm(0.1)])
-    big, small = net(clipped), net(Accumulated(Transformed(keras.optimizers.SGD(1.0), [ClipByGlobalNorm(0.1)]), 7))
+    clipped = GradientTransforms(keras.optimizers.SGD(1.0), [ClipByGlobalNorm(0.1)])
+    big, small = (
+        net(clipped),
+        net(GradientAccumulation(GradientTransforms(keras.optimizers.SGD(1.0), [ClipByGlobalNorm(0.1)]), 7)),
+    )
     big.fit(X, Y, batch_size=28, shuffle=False, verbose=0)
     small.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
     same_weights(small, big)
 
 
 def test_averages_count_updates_not_steps():
-    big, small = net(Averaged("sgd", 0.5)), net(Accumulated(Averaged("sgd", 0.5), 2))
+    big, small = net(WeightAveraging("sgd", 0.5)), net(GradientAccumulation(WeightAveraging("sgd", 0.5), 2))
     big.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
     small.fit(X, Y, batch_size=4, shuffle=False, verbose=0)
     assert int(small.optimizer.inner_optimizer.contributions.value) == 4
@@ -178,8 +187,8 @@ def test_averages_count_updates_not_steps():
 
 @pytest.mark.parametrize(("decay", "steps"), [(0.5, 2), (None, 3), (0.5, 8)])
 def test_averaged_weights_equal_those_of_the_big_batch(decay, steps):
-    momentum = lambda: Averaged(keras.optimizers.SGD(0.02, momentum=0.9), decay)  # noqa: E731
-    big, small = net(momentum()), net(Accumulated(momentum(), steps))
+    momentum = lambda: WeightAveraging(keras.optimizers.SGD(0.02, momentum=0.9), decay)  # noqa: E731
+    big, small = net(momentum()), net(GradientAccumulation(momentum(), steps))
     for model, batch_size in ((big, 4 * steps), (small, 4)):
         model.fit(X, Y, batch_size=batch_size, epochs=2, shuffle=False, verbose=0)
     with averaged_weights(big), averaged_weights(small):
@@ -195,7 +204,7 @@ def test_metrics_and_logs_of_batches_are_those_without_it():
             self.seen.append(dict(logs))
 
     found = []
-    for optimizer in (keras.optimizers.SGD(0.0), Accumulated(keras.optimizers.SGD(0.0), 3)):
+    for optimizer in (keras.optimizers.SGD(0.0), GradientAccumulation(keras.optimizers.SGD(0.0), 3)):
         model, each = net(optimizer), EachBatch()
         model.compile(optimizer, "mse", metrics=["mae"])
         history = model.fit(X, Y, batch_size=4, epochs=2, shuffle=False, callbacks=[each], verbose=0).history
@@ -205,12 +214,12 @@ def test_metrics_and_logs_of_batches_are_those_without_it():
 
 
 def test_averages_around_it_are_refused_with_the_cure():
-    with pytest.raises(ValueError, match=r"put it inside: Accumulated\(Averaged\(optimizer\), steps\)"):
-        Averaged(Accumulated("sgd", 2))
+    with pytest.raises(ValueError, match=r"put it inside: GradientAccumulation\(WeightAveraging\(optimizer\), steps\)"):
+        WeightAveraging(GradientAccumulation("sgd", 2))
 
 
 def test_it_is_saved_and_goes_on(tmp_path):
-    model = net(Accumulated("adam", 3))
+    model = net(GradientAccumulation("adam", 3))
     model.fit(X[:16], Y[:16], batch_size=4, shuffle=False, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -222,7 +231,7 @@ def test_it_is_saved_and_goes_on(tmp_path):
 
 def test_losses_divided_by_different_sums_are_told():
     tokens = np.array([[1, 2, 0], [3, 0, 0]])
-    embedding, optimizer = layers.Embedding(4, 1, mask_zero=True), Accumulated("sgd", 2)
+    embedding, optimizer = layers.Embedding(4, 1, mask_zero=True), GradientAccumulation("sgd", 2)
     mse = keras.losses.MeanSquaredError()
 
     def loss():
@@ -235,5 +244,7 @@ def test_losses_divided_by_different_sums_are_told():
 
 @pytest.mark.parametrize("steps", [0, -1, 2.0, True, "2"])
 def test_a_number_of_steps_that_is_none_is_refused(steps):
-    with pytest.raises(ValueError, match=r"Accumulated takes a whole number, at least 1, as steps; received steps="):
-        Accumulated("sgd", steps)
+    with pytest.raises(
+        ValueError, match=r"GradientAccumulation takes a whole number, at least 1, as steps; received steps="
+    ):
+        GradientAccumulation("sgd", steps)

@@ -1,4 +1,4 @@
-"""Averaged weights, against the recurrences in NumPy."""
+"""WeightAveraging weights, against the recurrences in NumPy."""
 
 import keras
 import numpy as np
@@ -7,7 +7,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import OptimizerError
-from handloom.optimizers import Averaged, LossScaleOptimizer, UpdateEvery, averaged_weights
+from handloom.optimizers import LossScaleOptimizer, UpdateEvery, WeightAveraging, averaged_weights
 
 
 def trained(optimizer, steps):
@@ -27,7 +27,7 @@ def average(optimizer, weight):
 
 
 def test_an_exponential_average_begins_with_the_weights_themselves(eagerly):
-    optimizer = Averaged(keras.optimizers.SGD(0.1), decay=0.8)
+    optimizer = WeightAveraging(keras.optimizers.SGD(0.1), decay=0.8)
     weight, seen = trained(optimizer, 4)
     expected = seen[0]
     for value in seen[1:]:
@@ -36,14 +36,14 @@ def test_an_exponential_average_begins_with_the_weights_themselves(eagerly):
 
 
 def test_a_plain_mean_from_a_start_at_a_pace():
-    optimizer = Averaged(keras.optimizers.SGD(0.1), decay=None, start=2, every=3)
+    optimizer = WeightAveraging(keras.optimizers.SGD(0.1), decay=None, start=2, every=3)
     weight, seen = trained(optimizer, 7)
     np.testing.assert_allclose(average(optimizer, weight), np.mean([seen[2], seen[5]]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("decay", [0.5, None], ids=["exponential", "plain"])
 def test_steps_that_make_no_update_contribute_nothing(decay):
-    optimizer = Averaged(UpdateEvery(keras.optimizers.SGD(0.1), 2), decay)
+    optimizer = WeightAveraging(UpdateEvery(keras.optimizers.SGD(0.1), 2), decay)
     weight, seen = trained(optimizer, 7)
     first, second, third = seen[1::2]
     expected = np.mean([first, second, third]) if decay is None else (first + second) / 4 + third / 2
@@ -52,7 +52,7 @@ def test_steps_that_make_no_update_contribute_nothing(decay):
 
 
 def test_the_live_weights_stay_to_the_bit_even_after_an_error():
-    optimizer = Averaged(keras.optimizers.SGD(0.1), decay=0.5)
+    optimizer = WeightAveraging(keras.optimizers.SGD(0.1), decay=0.5)
     weight, seen = trained(optimizer, 3)
     with pytest.raises(KeyError), averaged_weights(optimizer):
         raise KeyError
@@ -65,7 +65,7 @@ def test_a_model_evaluates_and_predicts_with_them_and_trains_on_as_if_it_had_not
     for look in (True, False):
         keras.utils.set_random_seed(0)
         model = hl.Model([keras.Input((3,)), layers.Dense(1)])
-        model.compile(Averaged(keras.optimizers.SGD(0.1), 0.9), "mse")
+        model.compile(WeightAveraging(keras.optimizers.SGD(0.1), 0.9), "mse")
         for _ in range(2):
             model.fit(x, x[:, :1], batch_size=8, shuffle=False, verbose=0)
             if look:
@@ -80,7 +80,7 @@ def test_a_model_evaluates_and_predicts_with_them_and_trains_on_as_if_it_had_not
 
 
 def test_it_is_found_inside_others():
-    optimizer = LossScaleOptimizer(Averaged(keras.optimizers.SGD(0.1), 0.5))
+    optimizer = LossScaleOptimizer(WeightAveraging(keras.optimizers.SGD(0.1), 0.5))
     weight, seen = trained(optimizer, 1)
     np.testing.assert_allclose(average(optimizer, weight), seen[0])
 
@@ -95,7 +95,7 @@ def test_without_averages_there_is_an_error_with_the_cure():
 
 
 def test_before_the_first_contribution_too():
-    optimizer = Averaged("sgd", start=5)
+    optimizer = WeightAveraging("sgd", start=5)
     trained(optimizer, 2)
     with pytest.raises(OptimizerError, match="has averaged nothing yet: averaging begins after start=5 updates"):
         average(optimizer, None)
@@ -103,5 +103,5 @@ def test_before_the_first_contribution_too():
 
 @pytest.mark.parametrize("options", [{"decay": 1.0}, {"decay": 0.0}, {"decay": -1}, {"start": -1}, {"every": 0}])
 def test_arguments_out_of_range_are_refused(options):
-    with pytest.raises(ValueError, match=f"Averaged takes a.*received {next(iter(options))}="):
-        Averaged("sgd", **options)
+    with pytest.raises(ValueError, match=f"WeightAveraging takes a.*received {next(iter(options))}="):
+        WeightAveraging("sgd", **options)

@@ -9,7 +9,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import GradientError
-from handloom.optimizers import Accumulated, LossScaleOptimizer, PCGrad
+from handloom.optimizers import GradientAccumulation, LossScaleOptimizer, PCGrad
 
 START = np.array([1.0, -2.0, 0.5], "float32")
 
@@ -96,7 +96,7 @@ def test_a_loss_that_does_not_reach_all_variables_leaves_them_to_the_others():
 
 def test_its_gradients_are_gathered_by_accumulation_around_it(eagerly):
     w, losses = linear_losses([[1.0, 0.0, 0.0], [-1.0, 1.0, 0.0]])
-    optimizer = Accumulated(PCGrad(keras.optimizers.SGD(1.0)), 2)
+    optimizer = GradientAccumulation(PCGrad(keras.optimizers.SGD(1.0)), 2)
     step = hl.function(lambda: hl.minimize(losses, w, optimizer))
     step()
     np.testing.assert_array_equal(ops.convert_to_numpy(w.value), START)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from keras import layers, ops
 
 import handloom as hl
-from handloom.optimizers import Accumulated
+from handloom.optimizers import GradientAccumulation
 
 # Few sizes: each is compiled.
 sizes = st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=5)
@@ -168,7 +168,7 @@ def test_a_masked_loss_divided_by_weights_is_that_of_the_whole():
 
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"])
 def test_gradients_gathered_over_any_split_are_those_of_the_whole(reduction):
-    kernel, optimizer = keras.Variable(0.0), Accumulated(keras.optimizers.SGD(1e-3), 100)
+    kernel, optimizer = keras.Variable(0.0), GradientAccumulation(keras.optimizers.SGD(1e-3), 100)
     loss = keras.losses.MeanSquaredError(reduction=reduction)
 
     def step(x, weight):
@@ -189,7 +189,7 @@ def test_gradients_gathered_over_any_split_are_those_of_the_whole(reduction):
 
 
 def test_a_window_of_examples_that_weigh_nothing_changes_nothing():
-    kernel, optimizer = keras.Variable(0.5), Accumulated(keras.optimizers.SGD(1.0), 2)
+    kernel, optimizer = keras.Variable(0.5), GradientAccumulation(keras.optimizers.SGD(1.0), 2)
     loss = keras.losses.MeanSquaredError(reduction="mean_with_sample_weight")
 
     def step(x, weight):

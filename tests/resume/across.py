@@ -16,7 +16,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.checkpoint.names import named
-from handloom.optimizers import Accumulated, Averaged
+from handloom.optimizers import GradientAccumulation, WeightAveraging
 from tests.resume.stopped import Stopped
 
 numbers = np.random.default_rng(0)
@@ -78,7 +78,7 @@ def train(directory, run, stop=0):
     """Trains three epochs, or up to before a step; writes what was noted, and the variables before and after."""
     model, looks = Net(), Looks(stop)
     schedule = keras.optimizers.schedules.ExponentialDecay(0.02, 2, 0.9)
-    model.compile(Accumulated(Averaged(keras.optimizers.Adam(schedule)), 3))
+    model.compile(GradientAccumulation(WeightAveraging(keras.optimizers.Adam(schedule)), 3))
     options = {"batch_size": 8, "epochs": 3, "run_dir": directory / run, "save": hl.every(steps=2)}
     model.fit(X, Y, callbacks=[looks], verbose=0, **options)
     (directory / f"{run}.json").write_text(json.dumps(looks.noted()), encoding="utf-8")

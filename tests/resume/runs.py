@@ -9,7 +9,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.checkpoint.names import named
-from handloom.optimizers import Accumulated, Averaged
+from handloom.optimizers import GradientAccumulation, WeightAveraging
 from tests.run.run_log import epochs_in
 
 numbers = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def by_model(run_dir, tell, keep):
     """
     model = Net()
     schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.9)
-    rest = Accumulated(Averaged(keras.optimizers.Adam(schedule)), 4)
+    rest = GradientAccumulation(WeightAveraging(keras.optimizers.Adam(schedule)), 4)
     optimizers = {"head": keras.optimizers.SGD(0.01, momentum=0.9), "*": rest}
     model.compile(optimizers, loss="mse", metrics=["mae"], steps_per_execution=2)
     callbacks = [

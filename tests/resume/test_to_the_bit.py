@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.optimizers import Accumulated, Averaged
+from handloom.optimizers import GradientAccumulation, WeightAveraging
 from tests.resume import runs
 from tests.resume.runs import bits, left
 from tests.resume.stopped import StopAt, Stopped
@@ -82,7 +82,7 @@ def schedule():
 
 
 def by_name():
-    return {"head": momentum(), "*": Accumulated("adam", 2)}
+    return {"head": momentum(), "*": GradientAccumulation("adam", 2)}
 
 
 def plateau():
@@ -110,8 +110,8 @@ ROWS = {
     "plateau": ({"callbacks": plateau, "epochs": 4}, {"stop": 11}),
     "early stopping": ({"callbacks": early_stopping, "epochs": 5}, {"stop": 11}),
     "random numbers of NumPy": ({"callbacks": lambda: [Draws()]}, {"stop": 7}),
-    "gathered gradients, within a window": ({"optimizer": lambda: Accumulated("sgd", 3)}, {"stop": 3}),
-    "averaged weights": ({"optimizer": lambda: Averaged("sgd")}, {"stop": 3}),
+    "gathered gradients, within a window": ({"optimizer": lambda: GradientAccumulation("sgd", 3)}, {"stop": 3}),
+    "averaged weights": ({"optimizer": lambda: WeightAveraging("sgd")}, {"stop": 3}),
     "optimizers by name": ({"optimizer": by_name}, {"stop": 3}),
     "validation at the end of an epoch, within it": ({"validation_data": (X, Y)}, {"in_validation": 2}),
     "epochs of so many steps, within a pass": ({"steps_per_epoch": 3, "epochs": 3}, {"stop": 5}),

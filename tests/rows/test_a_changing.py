@@ -7,7 +7,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.checkpoint.names import named
-from handloom.optimizers import extend
+from handloom.optimizers import add_variables
 from tests.resume.runs import bits
 from tests.resume.stopped import StopAt, Stopped
 from tests.rows.real_data import diabetes
@@ -73,7 +73,7 @@ def by_hand(run_dir, stop=0):
     for change in STAGES:
         change(growing)
         model, optimizer = growing.model(), growing.optimizer
-        extend(optimizer, model)
+        add_variables(optimizer, model)
         optimizer.build(model.trainable_variables)
         losses += train_by_hand(model, optimizer, run_dir / change.__name__, stop if change is thawed_and_deeper else 0)
     return losses, model, optimizer
@@ -144,7 +144,7 @@ def test_a17_old_slots_are_kept_and_new_ones_are_made(shown):
     before = slots(optimizer)
     thawed_and_deeper(growing)
     model = growing.model()
-    extend(optimizer, model)
+    add_variables(optimizer, model)
     after = slots(optimizer)
     assert len(after) == len(before) + 4  # Kernel and bias of the first layer and of the new block.
     for path, value in after.items():

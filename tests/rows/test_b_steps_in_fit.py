@@ -11,7 +11,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom.callbacks import JSONLogger
 from handloom.errors import OptimizerError
-from handloom.optimizers import Accumulated
+from handloom.optimizers import GradientAccumulation
 from handloom.report import frechet_distance
 from tests.rows.real_data import diabetes, digits
 
@@ -429,7 +429,10 @@ def models_step(model, optimizer, data, batch_size):
 @pytest.mark.parametrize("train", [plain_step, models_step])
 def test_b7_accumulation_in_an_own_step_equals_the_big_batch_in_numpy(train, eagerly, shown):
     data = diabetes()
-    model, optimizer = BareLoss([keras.Input((10,)), linear()]), Accumulated(keras.optimizers.SGD(RATE), WINDOW)
+    model, optimizer = (
+        BareLoss([keras.Input((10,)), linear()]),
+        GradientAccumulation(keras.optimizers.SGD(RATE), WINDOW),
+    )
     history = train(model, optimizer, data, BATCH)
     errors, weights = regression_by_hand(*data, epochs=2, batch_size=WINDOW * BATCH)
     for found, expected in zip(model.get_weights(), weights, strict=True):
@@ -447,7 +450,7 @@ def test_b7_accumulation_in_an_own_step_equals_the_big_batch_in_numpy(train, eag
 @pytest.mark.parametrize("train", [plain_step, models_step])
 def test_b7_accumulation_in_an_own_step_equals_an_own_step_on_big_batches(train, inner):
     models = []
-    for optimizer, batch_size in ((inner(), WINDOW * BATCH), (Accumulated(inner(), WINDOW), BATCH)):
+    for optimizer, batch_size in ((inner(), WINDOW * BATCH), (GradientAccumulation(inner(), WINDOW), BATCH)):
         keras.utils.set_random_seed(0)
         models.append(BareLoss([keras.Input((10,)), layers.Dense(8, "tanh"), layers.Dense(1)]))
         train(models[-1], optimizer, diabetes(), batch_size)
@@ -474,7 +477,7 @@ def test_b7_two_optimizers_of_one_step_gather_over_windows_of_their_own(eagerly)
     x, y = diabetes()
     model = Pair()
     sgd = keras.optimizers.SGD
-    model.compile({"left": Accumulated(sgd(RATE), 2), "right": Accumulated(sgd(RATE), WINDOW)})
+    model.compile({"left": GradientAccumulation(sgd(RATE), 2), "right": GradientAccumulation(sgd(RATE), WINDOW)})
     model.fit(x, y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
     for layer, window in ((model.left, 2), (model.right, WINDOW)):
         _, weights = regression_by_hand(x, y, epochs=2, batch_size=window * BATCH)

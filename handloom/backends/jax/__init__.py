@@ -1,3 +1,1 @@
 """JAX."""
-
-from handloom.backends.jax.backend import backend as backend

@@ -120,7 +120,7 @@ class JaxBackend(Backend):
     def profiled(self, directory: Path) -> Any:
         return jax.profiler.trace(directory)
 
-    def mend_onnx(self, graph: Any) -> bool:
+    def fix_onnx(self, graph: Any) -> bool:
         return pool_over_few_axes(graph)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:

@@ -1,3 +1,1 @@
 """TensorFlow."""
-
-from handloom.backends.tensorflow.backend import backend as backend

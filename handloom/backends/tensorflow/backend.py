@@ -148,7 +148,7 @@ class TensorFlowBackend(Backend):
     def profiled(self, directory: Path) -> Any:
         return tf.profiler.experimental.Profile(str(directory))
 
-    def mend_onnx(self, graph: Any) -> bool:
+    def fix_onnx(self, graph: Any) -> bool:
         refuse_lost_constants(graph)
         return say_erfc_by_erf(graph)
 

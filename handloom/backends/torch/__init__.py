@@ -1,3 +1,1 @@
 """PyTorch."""
-
-from handloom.backends.torch.backend import backend as backend

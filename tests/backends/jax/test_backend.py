@@ -14,7 +14,7 @@ from keras.src.random import seed_generator
 
 import handloom as hl
 from handloom.backends import backend
-from handloom.backends import jax as ours
+from handloom.backends.jax import backend as ours
 from handloom.errors import GradientError, TraceError, VariableError
 
 

@@ -15,7 +15,7 @@ from tensorflow.python.autograph.impl import api
 
 import handloom as hl
 from handloom.backends import backend
-from handloom.backends import tensorflow as ours
+from handloom.backends.tensorflow import backend as ours
 from handloom.errors import GradientError, TraceError
 
 

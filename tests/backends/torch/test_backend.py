@@ -14,8 +14,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import handloom as hl
 from handloom.backends import backend
-from handloom.backends import torch as ours
 from handloom.backends.base import Untraceable
+from handloom.backends.torch import backend as ours
 from handloom.errors import FallbackWarning, TraceError
 
 

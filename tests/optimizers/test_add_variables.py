@@ -8,7 +8,13 @@ from keras import layers, ops
 import handloom as hl
 from handloom._keras import forget_slots, slots_of, trained_by
 from handloom.errors import OptimizerError
-from handloom.optimizers import Accumulated, Averaged, LossScaleOptimizer, Transformed, extend
+from handloom.optimizers import (
+    GradientAccumulation,
+    GradientTransforms,
+    LossScaleOptimizer,
+    WeightAveraging,
+    add_variables,
+)
 
 numbers = np.random.default_rng(0)
 X = numbers.normal(size=(8, 3)).astype("float32")
@@ -21,10 +27,10 @@ optimizers = pytest.mark.parametrize(
     [
         lambda: keras.optimizers.Adam(0.01),
         lambda: {"*": keras.optimizers.Adam(0.01)},
-        lambda: Accumulated({"*": "adam"}, 2),
-        lambda: Averaged(keras.optimizers.SGD(0.01, momentum=0.9)),
-        lambda: LossScaleOptimizer(Accumulated(keras.optimizers.SGD(0.01, use_ema=True), 2)),
-        lambda: Transformed({"*": "sgd"}, []),
+        lambda: GradientAccumulation({"*": "adam"}, 2),
+        lambda: WeightAveraging(keras.optimizers.SGD(0.01, momentum=0.9)),
+        lambda: LossScaleOptimizer(GradientAccumulation(keras.optimizers.SGD(0.01, use_ema=True), 2)),
+        lambda: GradientTransforms({"*": "sgd"}, []),
     ],
     ids=["Adam", "by name", "accumulated by name", "averaged", "scaled", "transformed by name"],
 )
@@ -107,10 +113,12 @@ def test_by_hand_what_is_extended_trains_on_and_a_step_that_knows_nothing_of_it_
     model.get_layer("a").trainable = False
     hl.function(step)(X, Y)
     model.get_layer("a").trainable = True
-    with pytest.raises(OptimizerError, match=r"or were thawed, later: handloom.optimizers.extend\(optimizer, model\)"):
+    with pytest.raises(
+        OptimizerError, match=r"or were thawed, later: handloom.optimizers.add_variables\(optimizer, model\)"
+    ):
         hl.function(step)(X, Y)
     before = slots(optimizer)
-    extend(optimizer, model)
+    add_variables(optimizer, model)
     [added] = set(slots(optimizer)) - set(before)
     assert "a_kernel" in added
     hl.function(step)(X, Y)
@@ -121,7 +129,7 @@ def test_what_an_optimizer_knows_besides_stays_when_it_is_extended_for_a_part():
     a, b = keras.Variable(1.0, name="a"), keras.Variable(2.0, name="b")
     optimizer = keras.optimizers.SGD(RATE, momentum=MOMENTUM)
     for variables in ([a], [b]):
-        extend(optimizer, variables)
+        add_variables(optimizer, variables)
         hl.minimize(lambda: a**2 + b**2, variables, optimizer)
     assert trained_by(optimizer) == [b, a]
     assert {name: float(value) for name, value in slots(optimizer).items() if "momentum" in name} == pytest.approx(

@@ -7,16 +7,16 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.optimizers import (
-    AdaptiveClip,
+    SAM,
+    AdaptiveGradientClip,
     AddNoise,
     Centralize,
     ClipByGlobalNorm,
     ClipByNorm,
     ClipByValue,
     Freeze,
+    GradientTransforms,
     Multiply,
-    SharpnessAware,
-    Transformed,
     UpdateEvery,
     global_norm,
 )
@@ -53,7 +53,7 @@ CASES = {
     "norm": (ClipByNorm(0.5), shrunk(G_KERNEL, 0.5), shrunk(G_BIAS, 0.5)),
     "global norm": (ClipByGlobalNorm(0.5), G_KERNEL * 0.5 / NORM, G_BIAS * 0.5 / NORM),
     "large global norm": (ClipByGlobalNorm(100.0), G_KERNEL, G_BIAS),
-    "adaptive": (AdaptiveClip(0.1), by_unit(G_KERNEL, KERNEL), shrunk(G_BIAS, 0.1 * np.linalg.norm(BIAS))),
+    "adaptive": (AdaptiveGradientClip(0.1), by_unit(G_KERNEL, KERNEL), shrunk(G_BIAS, 0.1 * np.linalg.norm(BIAS))),
     "centralize": (Centralize(), G_KERNEL - G_KERNEL.mean(axis=0), G_BIAS),
     "multiply": (Multiply({"bias$": 2.0, "dense": 0.5}), G_KERNEL * 0.5, G_BIAS * 2),
     "freeze": (Freeze("kernel"), None, G_BIAS),
@@ -96,7 +96,7 @@ def moved(optimizer):
 
 def test_they_are_applied_in_turn_and_a_users_own_among_them(eagerly):
     own = lambda gradients, variables: [2 * gradient for gradient in gradients]  # noqa: E731
-    kernel, bias = moved(Transformed(keras.optimizers.SGD(1.0), [ClipByGlobalNorm(0.5), own]))
+    kernel, bias = moved(GradientTransforms(keras.optimizers.SGD(1.0), [ClipByGlobalNorm(0.5), own]))
     np.testing.assert_allclose(kernel, -G_KERNEL / NORM, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(bias, -G_BIAS / NORM, rtol=1e-4, atol=1e-6)
 
@@ -113,7 +113,7 @@ def test_around_optimizers_by_name_a_norm_is_global():
 
     model = Two()
     sgd = {"kernel": keras.optimizers.SGD(1.0), "bias": keras.optimizers.SGD(2.0)}
-    model.compile(Transformed(sgd, [ClipByGlobalNorm(0.5)]))
+    model.compile(GradientTransforms(sgd, [ClipByGlobalNorm(0.5)]))
     model.fit(np.ones((1, 1), "float32"), verbose=0)
     np.testing.assert_allclose(
         ops.convert_to_numpy(model.kernel) - KERNEL, -G_KERNEL * 0.5 / NORM, rtol=1e-4, atol=1e-6
@@ -123,14 +123,14 @@ def test_around_optimizers_by_name_a_norm_is_global():
 
 def test_what_a_transform_returns_is_checked():
     with pytest.raises(ValueError, match="was given 2 gradients and returned 1"):
-        moved(Transformed("sgd", [lambda gradients, variables: gradients[:1]]))
+        moved(GradientTransforms("sgd", [lambda gradients, variables: gradients[:1]]))
     with pytest.raises(ValueError, match=r"returned a gradient of shape \(\) for 'dense/kernel', which has shape"):
-        moved(Transformed("sgd", [lambda gradients, variables: [ops.sum(g) for g in gradients]]))
+        moved(GradientTransforms("sgd", [lambda gradients, variables: [ops.sum(g) for g in gradients]]))
     with pytest.raises(TypeError, match="A transform is a function"):
-        Transformed("sgd", ["clip"])
+        GradientTransforms("sgd", ["clip"])
 
 
-@pytest.mark.parametrize("cls", [ClipByValue, ClipByNorm, ClipByGlobalNorm, AdaptiveClip, AddNoise])
+@pytest.mark.parametrize("cls", [ClipByValue, ClipByNorm, ClipByGlobalNorm, AdaptiveGradientClip, AddNoise])
 @pytest.mark.parametrize("limit", [0.0, -1.0, True, "1", float("nan")])
 def test_a_limit_that_is_not_positive_is_refused(cls, limit):
     with pytest.raises(ValueError, match=f"{cls.__name__} takes a positive .*received"):
@@ -140,7 +140,7 @@ def test_a_limit_that_is_not_positive_is_refused(cls, limit):
 def test_they_are_saved_with_the_model(tmp_path):
     model = hl.Model([keras.Input((3,)), layers.Dense(2)])
     transforms = [ClipByGlobalNorm(0.5), Multiply({"bias": 0.1}), AddNoise(0.1, seed=2)]
-    model.compile(Transformed("adam", transforms), "mse")
+    model.compile(GradientTransforms("adam", transforms), "mse")
     model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras").optimizer
@@ -162,7 +162,7 @@ def test_an_update_every_third_step(eagerly):
 
 def test_sharpness_aware_takes_the_gradient_uphill_and_side_effects_once(eagerly):
     weight, calls = keras.Variable([1.0, 2.0]), keras.Variable(0.0, trainable=False)
-    optimizer = SharpnessAware(keras.optimizers.SGD(0.1), radius=0.05)
+    optimizer = SAM(keras.optimizers.SGD(0.1), radius=0.05)
 
     def loss():
         calls.assign(calls + 1)

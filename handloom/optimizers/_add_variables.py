@@ -11,7 +11,7 @@ from handloom.optimizers._named import NamedOptimizers
 from handloom.optimizers._tree import inside
 
 
-def extend(optimizer: keras.Optimizer, wrt: Wrt) -> None:
+def add_variables(optimizer: keras.Optimizer, wrt: Wrt) -> None:
     """Gives a built optimizer slots for what it is to train from now on; what it has trained keeps its own.
 
     For loops by hand in which a layer is thawed, or a block comes, between two steps. Compile the step anew after it,
@@ -30,7 +30,7 @@ def extend(optimizer: keras.Optimizer, wrt: Wrt) -> None:
     Example:
         ```python
         model.get_layer("encoder").trainable = True
-        handloom.optimizers.extend(optimizer, model)
+        handloom.optimizers.add_variables(optimizer, model)
         step = hl.function(train_step)
         ```
     """
@@ -40,11 +40,13 @@ def extend(optimizer: keras.Optimizer, wrt: Wrt) -> None:
         order.update((id(variable), variable) for variable in variables)
     for part in inside(optimizer):
         order.update((id(variable), variable) for variable in trained_by(part) if id(variable) not in order)
-    extend_in_order(optimizer, variables_of(wrt), list(order.values()))
+    add_variables_in_order(optimizer, variables_of(wrt), list(order.values()))
 
 
-def extend_in_order(optimizer: keras.Optimizer, variables: Sequence[Variable], order: Sequence[Variable]) -> None:
-    """Gives an optimizer, with all that it wraps or names, slots for variables; see `extend`.
+def add_variables_in_order(
+    optimizer: keras.Optimizer, variables: Sequence[Variable], order: Sequence[Variable]
+) -> None:
+    """Gives an optimizer, with all that it wraps or names, slots for variables; see `add_variables`.
 
     Args:
         optimizer: The optimizer.
@@ -53,11 +55,11 @@ def extend_in_order(optimizer: keras.Optimizer, variables: Sequence[Variable], o
     """
     if isinstance(optimizer, NamedOptimizers):
         for name, owned in optimizer.owners().items():
-            extend_in_order(optimizer[name], owned, order)
+            add_variables_in_order(optimizer[name], owned, order)
         return
     inner = getattr(optimizer, "inner_optimizer", None)
     if isinstance(inner, keras.Optimizer):
-        extend_in_order(inner, variables, order)
+        add_variables_in_order(inner, variables, order)
     known = set(map(id, trained_by(optimizer)))
     if optimizer.built and any(id(variable) not in known for variable in variables):
         wanted = known | set(map(id, variables))

@@ -12,7 +12,7 @@ from handloom._util.warnings import warn
 from handloom.callbacks._periodic import Periodic
 
 
-class StopOnNonFinite(Periodic):
+class TerminateOnNaN(Periodic):
     """Stops training when a reported value is NaN or infinite, and warns: which, where, and what to try.
 
     It looks at the values so far. A mean in which there is one NaN is NaN to the end of the epoch, so that looking now
@@ -46,8 +46,8 @@ class StopOnNonFinite(Periodic):
         self._stopped = self.model.stop_training = True
         warn(
             f"Training stops in epoch {epoch} (from 0) after step {self.progress.step}: {', '.join(wrong)}. Try a "
-            "lower learning rate, or clip gradients: handloom.optimizers.Transformed(optimizer, [ClipByGlobalNorm(1.0)]"
-            "). To find the first bad operation, run the step op by op: hl.run_eagerly(True)."
+            "lower learning rate, or clip gradients: handloom.optimizers.GradientTransforms(optimizer, "
+            "[ClipByGlobalNorm(1.0)]). To find the first bad operation, run the step op by op: hl.run_eagerly(True)."
         )
 
 

@@ -14,7 +14,7 @@ Transform: TypeAlias = Callable[[Gradients, list[Variable]], Gradients]
 
 
 @keras.saving.register_keras_serializable("handloom")
-class Transformed(Wrapper):
+class GradientTransforms(Wrapper):
     """Applies transforms to gradients, one after the other, and hands them to another optimizer.
 
     Around `NamedOptimizers` a transform sees the gradients of all of them: a norm taken there is global.
@@ -26,7 +26,7 @@ class Transformed(Wrapper):
         name: Name of the optimizer.
 
     Example:
-        `Transformed("sgd", [Centralize(), ClipByGlobalNorm(1.0)])`
+        `GradientTransforms("sgd", [Centralize(), ClipByGlobalNorm(1.0)])`
     """
 
     def __init__(self, inner_optimizer: Any, transforms: Sequence[Transform], name: str | None = None) -> None:
