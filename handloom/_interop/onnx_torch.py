@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from handloom._keras import Tensor
+from handloom._util.patch import Patch
 
 
 @contextlib.contextmanager
 def exportable() -> Iterator[None]:
     """Where Keras has a model exported."""
-    with _sizes_are_numbers(), warnings.catch_warnings():
+    with _sizes_are_numbers, warnings.catch_warnings():
         # That sizes and the constants of layers are written as the numbers they are; that Keras chose the old exporter.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
@@ -23,16 +24,12 @@ def exportable() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _sizes_are_numbers() -> Iterator[None]:
-    """Gives `layer_norm` the sizes to normalize over as numbers, as ONNX has them; while traced they are tensors."""
-    original = torch.nn.functional.layer_norm
-
+def _sizes_as_numbers(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def layer_norm(x: Tensor, normalized_shape: Sequence[Any], *args: Any, **kwargs: Any) -> Tensor:
         return original(x, list(map(int, normalized_shape)), *args, **kwargs)
 
-    torch.nn.functional.layer_norm = layer_norm
-    try:
-        yield
-    finally:
-        torch.nn.functional.layer_norm = original
+    return layer_norm
+
+
+_sizes_are_numbers = Patch((torch.nn.functional, "layer_norm", _sizes_as_numbers))
+"""Gives `layer_norm` the sizes to normalize over as numbers, as ONNX has them; while traced they are tensors."""

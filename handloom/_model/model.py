@@ -30,7 +30,8 @@ from handloom._run import loop
 from handloom._run.callback_list import Callbacks
 from handloom._run.seed import seed_run
 from handloom._trace.gradients import Wrt, build
-from handloom._trace.observe import divisors, note_loss
+from handloom._trace.losses import Denominators, note_loss
+from handloom._trace.observe import observing
 from handloom._util.every import Every, every
 from handloom._util.progress import Progress
 from handloom.callbacks._display import progress_display
@@ -202,9 +203,10 @@ class Model(keras.Model):
         training: bool = True,
     ) -> Tensor:
         """The compiled loss, with regularization and what layers added."""
-        with divisors() as noted:
+        denominators = Denominators()
+        with observing(denominators):
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        note_loss(loss, noted.distinct())
+        note_loss(loss, denominators.distinct())
         return loss
 
     def minimize(

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from handloom._data.sample_weight import weighed
 from handloom._keras import keras, layers_of
 from handloom._reporting.step import ReportingStep
-from handloom._trace.function import Function, check_jit_compile, run_eagerly
+from handloom._trace.function import Function, check_jit_compile, eagerly
 from handloom.errors import StepError
 from handloom.optimizers._add_variables import add_variables_in_order
 
@@ -86,7 +86,7 @@ class ModelSteps:
         if outermost:
             self._forget_if_changed()
         try:
-            with run_eagerly(True) if self._model.run_eagerly else contextlib.nullcontext():
+            with eagerly(True) if self._model.run_eagerly else contextlib.nullcontext():
                 yield
         finally:
             if outermost:

@@ -1,21 +1,20 @@
 """Device totals turned into host numbers, late: the means and last values that are reported.
 
-Steps add what they return to totals, which are variables of their own (see `_reporting`), so that the loop neither
-waits for results nor collects them. Here the totals are read, when somebody looks and every so many steps, into sums
-in double precision.
+Steps add what they return to totals, which are variables of their own (see `totals.py`). Here the totals are read, when
+somebody looks and every so many steps, into sums in double precision.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from handloom._keras import keras
+from handloom._keras import Tensor, keras
+from handloom._reporting.totals import Totals
 from handloom.backends import backend
 
 Value: TypeAlias = float | np.ndarray
@@ -25,45 +24,21 @@ Value: TypeAlias = float | np.ndarray
 READ_AFTER = 1024
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Totals:
-    """A variable in which steps leave some of what they return.
-
-    Attributes:
-        names: The names of its entries.
-        averaged: For each entry, whether it is a sum over the steps, of values times weights; else the last value.
-            `None` for an array, which has a variable to itself.
-        weighted: Whether a further, last entry is the sum of the weights, which then are sample weights.
-        variable: Shape `(entries,)`, or that of the array.
-    """
-
-    names: tuple[str, ...]
-    averaged: np.ndarray | None
-    weighted: bool
-    variable: keras.Variable
-
-    def state(self) -> dict[str, Any]:
-        """What they are and what stands in them, as JSON and an array."""
-        return {
-            "names": list(self.names),
-            "averaged": None if self.averaged is None else self.averaged.tolist(),
-            "weighted": self.weighted,
-            "values": np.array(backend.to_numpy(self.variable.value)),
-        }
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Report:
     """What one version of a step reports.
 
     Attributes:
         names: All names, in the order in which the step returned them.
         totals: Where the values are.
-        examples: Number of examples in the batch, by which averages are weighted unless by sample weights.
+        examples: Number of examples in the batch.
         metrics: The metrics that the step updates.
         sources: The metrics whose results it returns, by name.
-        reductions: How an epoch's value comes of those of the steps, by name, in words.
+        reductions: How batch values are reduced to the epoch's value, by name, in words.
         unused: What the step was given and did not use, in words.
+        suspects: The names of scalars that may be computed from a metric's running result, which has no mean.
+        metric_marks: What the results of metrics are marked as in the program.
+        computed_from_metrics: Of the suspects those that are; their last value counts. Set once that is known.
     """
 
     names: tuple[str, ...]
@@ -73,14 +48,17 @@ class Report:
     sources: Mapping[str, keras.Metric] = dataclasses.field(default_factory=dict)
     reductions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    suspects: frozenset[str] = frozenset()
+    metric_marks: tuple[str, ...] = ()
+    computed_from_metrics: frozenset[str] = frozenset()
 
 
 class Logs(MutableMapping[str, Value]):
     """What the steps of an epoch reported so far, as one value each: a dict that reads itself when it is looked at.
 
     A scalar's value is the mean over the steps, weighted by examples (or sample weights); a metric's is its last
-    result, and a metric that no step has updated is not in it. What a callback writes here the callbacks after it see,
-    until the next step. Looking at values does not change them, not in their last digit.
+    result, and a metric that nothing has updated in this epoch is not in it. What a callback writes here the callbacks
+    after it see, until the next step. Looking at values does not change them, not in their last digit.
 
     Attributes:
         steps: What each step reported whose results still stand in the totals.
@@ -95,7 +73,8 @@ class Logs(MutableMapping[str, Value]):
         self._added: dict[str, Value] = {}
         self._added_at = 0
         self._read = Sums()
-        self._carried: collections.Counter[Totals] = collections.Counter()
+        self._carried: list[Totals] = []
+        self._idle: dict[int, list[Tensor]] = {}
         self._seen: tuple[int, dict[str, Value]] = (-1, {})
 
     def clear(self) -> None:
@@ -104,6 +83,13 @@ class Logs(MutableMapping[str, Value]):
         self.seconds_compiling, self._steps_read, self._examples_read = 0.0, 0, 0
         self._read, self._seen = Sums(), (-1, {})
         self._added.clear()
+        self._idle.clear()
+
+    def note(self, report: Report) -> None:
+        """Takes note of what is about to be reported, before the first step that does."""
+        for metric in report.sources.values():
+            if id(metric) not in self._idle and metric not in report.metrics:
+                self._idle[id(metric)] = [keras.ops.copy(variable.value) for variable in metric.variables]
 
     @property
     def examples(self) -> int:
@@ -148,36 +134,46 @@ class Logs(MutableMapping[str, Value]):
         """The values now, computed once a step."""
         if self._seen[0] != self._steps_so_far():
             sums = self._read.copy()
-            sums.add(self.steps, self._carried)
-            self._seen = self._steps_so_far(), sums.values()
+            sums.add(self.steps, self._waiting())
+            self._seen = self._steps_so_far(), sums.values(self._is_untouched)
         return self._seen[1]
+
+    def _is_untouched(self, metric: keras.Metric) -> bool:
+        """Whether a metric that no step updates has the state of before the epoch: its user may update it elsewhere."""
+        before = self._idle.get(id(metric), ())
+        pairs = zip(metric.variables, before, strict=False)
+        return all(np.array_equal(backend.to_numpy(now.value), backend.to_numpy(then)) for now, then in pairs)
 
     def read(self) -> None:
         """Moves what stands in the totals here, and sets them back to zero."""
         self._examples_read, self._steps_read = self.examples, self._steps_so_far()
-        self._read.add(self.steps, self._carried)
+        self._read.add(self.steps, self._waiting())
         self._set_back()
 
+    def _waiting(self) -> list[Totals]:
+        """The totals in which steps have left something."""
+        return list(dict.fromkeys([*self._carried, *(each for report in self.steps for each in report.totals)]))
+
     def _set_back(self) -> None:
-        for totals in _examples(self.steps, self._carried):
+        for totals in self._waiting():
             totals.variable.assign(keras.ops.zeros_like(totals.variable.value))
         self.steps.clear()
         self._carried.clear()
 
     def state(self) -> dict[str, Any]:
         """The values so far, and what still stands in the totals, as JSON and arrays."""
-        sums, waiting = self._read.copy(), _examples(self.steps, self._carried)
+        sums = self._read.copy()
         sums.note(self.steps)
         return {
             "steps": len(self.steps),
             "steps_read": self._steps_read,
             "examples": self.examples,
             "sums": sums.state(),
-            "totals": [totals.state() | {"examples": count} for totals, count in waiting.items()],
+            "totals": [totals.state() for totals in self._waiting()],
         }
 
     def restore(self, state: Mapping[str, Any], totals_for: Callable[[Mapping[str, Any]], Totals]) -> None:
-        """Goes on from there.
+        """Resumes from a state.
 
         Args:
             state: From `state()`.
@@ -186,7 +182,7 @@ class Logs(MutableMapping[str, Value]):
         self.clear()
         self._steps_read, self._examples_read = state["steps_read"], state["examples"]
         self._read.restore(state["sums"])
-        self._carried.update({totals_for(kept): kept["examples"] for kept in state["totals"]})
+        self._carried.extend(map(totals_for, state["totals"]))
         # Totals are read every so many steps. Where they stand now counts steps that this process did not take.
         self.steps.extend([_TAKEN_BEFORE] * state["steps"])
 
@@ -201,6 +197,7 @@ class Sums:
         self._sources: dict[str, keras.Metric] = {}
         self._updated: dict[int, keras.Metric] = {}
         self._updated_before: set[str] = set()
+        self._computed: set[str] = set()
 
     def copy(self) -> Sums:
         """The same, to add to."""
@@ -209,41 +206,33 @@ class Sums:
             getattr(copied, name).update(values)
         return copied
 
-    def note(self, steps: Sequence[Report]) -> None:
+    def note(self, steps: Iterable[Report]) -> None:
         """Takes note of what steps report, but not of the values."""
         for report in dict.fromkeys(steps):
             for name in report.names:
                 self._last.setdefault(name, math.nan)
             self._sources.update(report.sources)
             self._updated.update((id(metric), metric) for metric in report.metrics)
+            self._computed.update(report.computed_from_metrics)
 
-    def add(self, steps: Sequence[Report], carried: collections.Counter[Totals]) -> None:
-        """Adds what steps have left in their totals.
-
-        Args:
-            steps: What each step reported.
-            carried: Examples in steps of an earlier process, by the totals that they left something in.
-        """
+    def add(self, steps: Iterable[Report], waiting: Iterable[Totals]) -> None:
+        """Adds what steps have left in totals."""
         self.note(steps)
-        for totals, count in _examples(steps, carried).items():
-            self._add(totals, count)
+        for totals in waiting:
+            values = totals.values()
+            if values.shape != (2 * len(totals.means) + len(totals.lasts),):
+                self._last[totals.lasts[0]] = values
+                continue
+            sums, weights, lasts = np.split(values, [len(totals.means), 2 * len(totals.means)])
+            for name, total, weight in zip(totals.means, sums, weights, strict=True):
+                self._sums[name] = self._sums.get(name, 0.0) + float(total)
+                self._weights[name] = self._weights.get(name, 0.0) + float(weight)
+            self._last.update((name, float(value)) for name, value in zip(totals.lasts, lasts, strict=True))
 
-    def _add(self, totals: Totals, examples: int) -> None:
-        values = np.array(backend.to_numpy(totals.variable.value))
-        if totals.averaged is None:
-            self._last[totals.names[0]] = values
-            return
-        weight = float(values[-1]) if totals.weighted else float(examples)
-        for name, averaged, value in zip(totals.names, totals.averaged, values, strict=False):
-            self._last[name] = float(value)
-            if averaged:
-                self._sums[name] = self._sums.get(name, 0.0) + float(value)
-                self._weights[name] = self._weights.get(name, 0.0) + weight
-
-    def values(self) -> dict[str, Value]:
+    def values(self, is_untouched: Callable[[keras.Metric], bool]) -> dict[str, Value]:
         """The value of each name that is not the result of a metric which nothing has updated."""
         idle = [name for name, metric in self._sources.items() if id(metric) not in self._updated]
-        absent = {name for name in idle if name not in self._updated_before and _is_as_reset(self._sources[name])}
+        absent = {name for name in idle if name not in self._updated_before and is_untouched(self._sources[name])}
         return {name: self._value(name) for name in self._last if name not in absent}
 
     def state(self) -> dict[str, Any]:
@@ -254,39 +243,19 @@ class Sums:
             "weights": dict(self._weights),
             "last": dict(self._last),
             "updated": sorted(updated | self._updated_before),
+            "computed": sorted(self._computed),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
+        """Resumes from a state."""
         self._sums, self._weights, self._last = dict(state["sums"]), dict(state["weights"]), dict(state["last"])
-        self._updated_before = set(state["updated"])
+        self._updated_before, self._computed = set(state["updated"]), set(state["computed"])
 
     def _value(self, name: str) -> Value:
-        if name not in self._sums:
+        if name not in self._sums or name in self._computed:
             return self._last[name]
         weight = self._weights[name]
         return self._sums[name] / weight if weight else math.nan
 
 
 _TAKEN_BEFORE = Report((), (), 0, ())
-
-
-def _examples(steps: Sequence[Report], carried: collections.Counter[Totals]) -> collections.Counter[Totals]:
-    """The examples in the steps whose results stand in each of the totals."""
-    examples = collections.Counter(carried)
-    for report, count in collections.Counter(steps).items():
-        for totals in report.totals:
-            examples[totals] += count * report.examples
-    return examples
-
-
-def _is_as_reset(metric: keras.Metric) -> bool:
-    """Whether a metric has the state of one that was never updated. Its user may update it outside of steps."""
-    before = [np.array(backend.to_numpy(variable.value)) for variable in metric.variables]
-    metric.reset_state()
-    as_reset = [backend.to_numpy(variable.value) for variable in metric.variables]
-    if all(map(np.array_equal, before, as_reset)):
-        return True
-    for variable, value in zip(metric.variables, before, strict=True):
-        variable.assign(value)
-    return False

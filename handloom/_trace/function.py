@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeAlias, cast, overload
 
 import numpy as np
@@ -16,10 +18,11 @@ import optree
 
 from handloom._keras import Tensor, Variable, global_seed_generator, keras
 from handloom._trace.loss_weight import step_weight
-from handloom._trace.observe import new_variables, variables_touched
+from handloom._trace.observe import VariableUse, observing
 from handloom._util.warnings import warn
 from handloom.backends import backend
-from handloom.backends.base import Program, Repeated, Untraceable
+from handloom.backends.dependencies import Dependencies
+from handloom.backends.program import Fused, Program, Untraceable
 from handloom.errors import FallbackWarning, RetraceWarning, VariableError
 
 Key: TypeAlias = Any
@@ -27,7 +30,7 @@ Key: TypeAlias = Any
 
 _MANY_VALUES = 6
 
-# What is replaced in Keras while a step is traced is replaced for all threads.
+# Tracing changes some of torch's own classes for all threads.
 _ONE_TRACE_AT_A_TIME = threading.RLock()
 
 
@@ -110,7 +113,7 @@ class Function:
         self._versions: dict[Key, Version] = {}
         self._by_raw_key: dict[Key, Version] = {}
         self._signatures: list[dict[str, str]] = []
-        self._reasons_said: set[str] = set()
+        self._reasons_said: set[tuple[str, str]] = set()
         self._kept_as = f"_compiled_{self.__name__}_{id(self):x}"
         self._definition: Function | None = None
 
@@ -152,7 +155,7 @@ class Function:
         # The path of a training loop, a few arrays: no walk through structure, no look at what needs converting.
         leaves = args[0] if len(args) == 1 and type(args[0]) is tuple else args
         try:
-            key = (_eagerly, leaves is args, *[(leaf.shape, leaf.dtype, type(leaf)) for leaf in leaves])
+            key = (_runs_eagerly(), leaves is args, *map(backend.key, leaves))
         except AttributeError:
             key = None
         version = None if kwargs else self._by_raw_key.get(key)
@@ -165,7 +168,7 @@ class Function:
 
     def _general(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Version, Sequence[Tensor]]:
         arguments = _Arguments(*optree.tree_flatten((tuple(args), kwargs)))
-        key = (_eagerly, *arguments.key)
+        key = (_runs_eagerly(), *arguments.key)
         try:
             version = self._versions.get(key)
         except TypeError as error:
@@ -181,7 +184,7 @@ class Function:
 
     def _new_version(self, arguments: _Arguments, args: Sequence[Any], kwargs: dict[str, Any]) -> Version:
         version = Version(self, arguments)
-        if _eagerly:
+        if _runs_eagerly():
             return version
         signature = version.signature = _described(self.python_function, args, kwargs)
         reason, started = self._reason(signature), time.perf_counter()
@@ -215,12 +218,11 @@ class Function:
         self._signatures = [other for other in self._signatures if other is not version.signature]
         self.traces[:] = [other for other in self.traces if other is not version.trace]
 
-    def say_once(self, reason: str) -> None:
-        """Warns that a version runs op by op, unless it has been said with that reason."""
-        if reason in self._reasons_said:
-            return
-        self._reasons_said.add(reason)
-        warn(f"{self.__name__} could not be compiled and runs op by op, which is slower ({reason}).", FallbackWarning)
+    def say_once(self, what: str, reason: str) -> None:
+        """Warns of a fallback, unless it has been said with that reason."""
+        if (what, reason) not in self._reasons_said:
+            self._reasons_said.add((what, reason))
+            warn(f"{self.__name__}: {what} ({reason}).", FallbackWarning)
 
     def _reason(self, signature: dict[str, str]) -> str:
         if not self._signatures:
@@ -250,10 +252,9 @@ class Version:
     """One version of a function: for one structure, one set of shapes and dtypes, one set of static values.
 
     Attributes:
-        compiled: Whether it is; else it runs op by op.
-        unused: The names of marks (see `Backend.marked`) on which nothing depends.
-        touched: The variables that it reads or assigns, by id.
-        assigned: Those that it assigns; not what an optimizer updates in place.
+        compiled: Whether it is; else it runs eagerly.
+        dependencies: What depends on what in it; see `Backend.marked`.
+        run: Runs it.
     """
 
     def __init__(self, function: Function, arguments: _Arguments) -> None:
@@ -262,54 +263,67 @@ class Version:
         self._outputs = _Outputs()
         self.compiled = False
         self.fallback_reason = ""
-        self.unused: list[str] = []
-        self.touched: dict[int, Variable] = {}
-        self.assigned: dict[int, Variable] = {}
+        self.dependencies = Dependencies()
         self.signature: dict[str, str] = {}
         self.trace: Trace | None = None
-        self._repeated: dict[int, Repeated | None] = {}
-        self.run: Program = self._op_by_op
+        self._program: Program | None = None
+        self._fused: dict[int, Fused | None] = {}
+        self._use = VariableUse()
+        self.run: Callable[[Sequence[Tensor]], Sequence[Tensor]] = self._run_eagerly
 
     def compile(self, jit_compile: bool | str, *, first: bool) -> None:
+        """Compiles it, if the backend can."""
         global_seed_generator()  # Creates it, if need be, before the function is traced.
-        flat = self._flat(self._outputs, first)
-        program = backend.trace(flat, self._arguments.tensors, jit_compile=jit_compile, unused=self.unused.append)
+        program = backend.trace(
+            self._flat(first), self._arguments.tensors, jit_compile=jit_compile, seen=self._use.known
+        )
         if program is not None:
-            self.run, self.compiled = program, True
+            self.run, self._program, self.compiled = program.__call__, program, True
+            self.dependencies = program.dependencies
 
-    def repeated(self, times: int) -> Repeated | None:
-        """What runs this version so many times in a row, in one dispatch; `None` if nothing can."""
-        if times not in self._repeated:
+    def fused(self, steps: int) -> Fused | None:
+        """What runs this version so many times in one dispatch; `None` if nothing is gained by that, or nothing can."""
+        if steps not in self._fused:
             with _ONE_TRACE_AT_A_TIME:
-                self._repeated[times] = self._compile_repeated(times) if self.compiled else None
-        return self._repeated[times]
+                self._fused[steps] = self._compile_fused(steps)
+        return self._fused[steps]
 
-    def _compile_repeated(self, times: int) -> Repeated | None:
-        flat, jit_compile = self._flat(_Outputs(), first=False), self._function.jit_compile
+    def _compile_fused(self, steps: int) -> Fused | None:
         try:
-            return backend.repeat(self.run, flat, self._arguments.tensors, times, jit_compile=jit_compile)
-        except Untraceable:
+            return self._program.fused(steps) if self._program is not None else None
+        except Untraceable as error:
+            self._function.say_once(f"{steps} steps cannot be dispatched together and are taken one by one", str(error))
             return None
 
-    def _flat(self, outputs: _Outputs, first: bool) -> Callable[..., list[Tensor]]:
+    def _flat(self, first: bool) -> Callable[..., list[Tensor]]:
         """The function of the tensors among its arguments, to the tensors among its results."""
         runs = 0
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             nonlocal runs
+            outputs = _Outputs() if self.compiled else self._outputs  # Once compiled, what it returns is known.
             python_function = backend.with_control_flow(self._function.python_function)
-            with new_variables() as created, variables_touched() as (touched, assigned):
+            made = len(self._use.made)
+            with observing(self._use):
                 try:
                     results = outputs.put(self._arguments.call(python_function, tensors))
                 finally:
-                    self.touched.update(touched)
-                    self.assigned.update(assigned)
-                    if created and not (first and runs == 0):
-                        raise _created_late(self._function.__name__, created, first)
+                    if len(self._use.made) > made and not (first and runs == 0):
+                        raise _created_late(self._function.__name__, self._use.made[made:], first)
             runs += 1  # Only now: a backend may try again, in another way, what failed halfway to all variables.
             return results
 
         return flat
+
+    @property
+    def touched(self) -> dict[int, Variable]:
+        """The variables that it reads or assigns, by id."""
+        return self._use.touched
+
+    @property
+    def assigned(self) -> dict[int, Variable]:
+        """Those that it assigns; not what an optimizer updates in place."""
+        return self._use.written
 
     @property
     def static(self) -> list[Any]:
@@ -320,7 +334,7 @@ class Version:
         """What the function returned, from the tensors among it."""
         return self._outputs.get(flat)
 
-    def _op_by_op(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _run_eagerly(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         try:
             result = self._arguments.call(backend.with_control_flow(self._function.python_function), tensors)
         except Exception:
@@ -328,7 +342,9 @@ class Version:
                 self._function.forget(self)
             raise
         if self.fallback_reason:
-            self._function.say_once(self.fallback_reason)
+            self._function.say_once(
+                "it could not be compiled and falls back to eager execution (slower)", self.fallback_reason
+            )
         return [backend.detach(tensor) for tensor in self._outputs.put(result)]
 
 
@@ -439,28 +455,54 @@ def _differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
     return changed + [f"{name}{old[name]} is gone" for name in old if name not in new]
 
 
-_eagerly = False
+_everywhere = False
+_here: ContextVar[bool | None] = ContextVar("here", default=None)
 
 
-class run_eagerly:  # noqa: N801  A function that is also a context manager.
-    """Makes every step and compiled function run op by op from now on, so that `print` and `pdb` work in it.
+def _runs_eagerly() -> bool:
+    here = _here.get()
+    return _everywhere if here is None else here
+
+
+@contextlib.contextmanager
+def eagerly(value: bool) -> Iterator[None]:
+    """Steps that this thread runs inside run eagerly, or are compiled."""
+    token = _here.set(value)
+    try:
+        yield
+    finally:
+        _here.reset(token)
+
+
+def run_eagerly(value: bool) -> contextlib.AbstractContextManager[None]:
+    """Makes every step and compiled function run eagerly from now on, so that `print` and `pdb` work in it.
 
     Args:
-        value: `True` to run op by op, `False` to compile again.
+        value: `True` to run eagerly, `False` to compile again.
+
+    Returns:
+        A context manager, for a block: inside, the same holds for this thread only; outside, what held before.
+
+    Raises:
+        TypeError: If it is neither.
 
     Example:
         `hl.run_eagerly(True)` until further notice, or `with hl.run_eagerly(True): ...` for a block.
     """
+    global _everywhere
+    if not isinstance(value, bool):
+        raise TypeError(f"hl.run_eagerly takes True or False; received {value!r}.")
+    before, here = _everywhere, _here.get()
+    _everywhere = value
+    if here is not None:
+        _here.set(value)
+    return _for_a_block(value, before, here)
 
-    def __init__(self, value: bool) -> None:
-        global _eagerly
-        if not isinstance(value, bool):
-            raise TypeError(f"hl.run_eagerly takes True or False; received {value!r}.")
-        self._before, _eagerly = _eagerly, value
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        global _eagerly
-        _eagerly = self._before
+@contextlib.contextmanager
+def _for_a_block(value: bool, before: bool, here: bool | None) -> Iterator[None]:
+    global _everywhere
+    _everywhere = before
+    _here.set(here)
+    with eagerly(value):
+        yield

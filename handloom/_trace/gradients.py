@@ -13,7 +13,7 @@ import numpy as np
 import optree
 
 from handloom._keras import Tensor, Variable, get_keras_mask, keras, layers_of, set_keras_mask
-from handloom._trace.observe import divisors, losses_in_step
+from handloom._trace.observe import building, tell
 from handloom.backends import backend
 from handloom.errors import GradientError
 
@@ -61,6 +61,7 @@ def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = Fals
 
         value, tensors, *gradients = backend.value_and_grad(call, sources.tensors, sources.variables)
         gradients = sources.mirror(*gradients)
+        tell("differentiated", value)
         return ((value, rest.get(tensors)), gradients) if has_aux else (value, gradients)
 
     return wrapped
@@ -288,7 +289,7 @@ def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
     """Has `fn()` build those of its layers that are in `wrt` and have no variables yet."""
     layers = [leaf for leaf in keras.tree.flatten(wrt) if isinstance(leaf, keras.Layer)]
     if any(not inner.built for layer in layers for inner in layers_of(layer)):
-        with divisors(), losses_in_step():  # What is noted of losses here is not of the step itself.
+        with building():
             backend.create_variables(fn)
 
 

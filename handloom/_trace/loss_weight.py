@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from handloom._keras import Tensor
 
@@ -13,18 +13,6 @@ Weight: TypeAlias = "Tensor | float"
 """A number, or a scalar tensor; `SUM` for a loss that is divided by nothing."""
 
 SUM = "sum"
-
-
-class Divisor(NamedTuple):
-    """What a loss was divided by.
-
-    Attributes:
-        by: `"examples"`, `"mask"`, `"weights"`, or `"nothing"` for a sum.
-        value: The number of examples, the sum of the mask or of the weights; `SUM` for a sum.
-    """
-
-    by: str
-    value: Weight
 
 
 class _Here(threading.local):

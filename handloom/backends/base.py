@@ -11,38 +11,17 @@ import abc
 import contextlib
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from handloom._keras import Tensor, Variable, keras
+from handloom.backends.program import Program, Step
 
 Gradients = list[Tensor | None]
-
-
-class Program(Protocol):
-    """One compiled version of a function, for one set of shapes and dtypes."""
-
-    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Runs it once: reads the variables' present values, writes the new ones, returns the results.
-
-        An exception, an interrupt included, leaves every variable with either its old or its new value.
-        """
-        ...
-
-
-class Repeated(Protocol):
-    """A program that runs several times in one call."""
-
-    def __call__(self, batches: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Runs it on one set of tensors after the other; returns what the last run does. Exceptions: as `Program`."""
-        ...
-
-
-class Untraceable(Exception):
-    """Raised by `Backend.trace` for a function that must run op by op; its text is the reason."""
 
 
 class Backend(abc.ABC):
@@ -88,6 +67,14 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         """Shape and dtype name, as a compiled function tells versions apart. Takes what `to_tensor` returns."""
+
+    def key(self, leaf: Any) -> Hashable:
+        """What tells two leaves of a step's arguments apart at little cost: shape, dtype, kind and placement.
+
+        Raises:
+            AttributeError: If it is no array.
+        """
+        return leaf.shape, leaf.dtype, type(leaf)
 
     @abc.abstractmethod
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
@@ -161,11 +148,11 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def trace(
         self,
-        fn: Callable[..., Sequence[Tensor]],
+        fn: Step,
         tensors: Sequence[Tensor],
         *,
         jit_compile: bool | str,
-        unused: Callable[[str], None] = lambda _: None,
+        seen: Mapping[int, Variable] = MappingProxyType({}),
     ) -> Program | None:
         """Compiles `fn(*tensors)` for the shapes and dtypes of `tensors`, finding its variables by itself.
 
@@ -177,54 +164,19 @@ class Backend(abc.ABC):
             tensors: One set of arguments, from `to_tensor`.
             jit_compile: `True` for the backend's kernel compiler (XLA, Inductor), `False` to do without,
                 `"auto"` for what is known to be best.
-            unused: Called with the name of each mark (see `marked`) on which nothing depends that the program returns
-                or writes.
+            seen: The variables that `fn` was seen to use, by id; filled while it runs.
 
         Returns:
-            The program; `None` where `jit_compile=False` leaves nothing but running op by op.
+            The program; `None` where `jit_compile=False` leaves nothing but running eagerly.
 
         Raises:
-            Untraceable: If `fn` cannot be compiled on this backend but may run op by op.
+            Untraceable: If `fn` cannot be compiled on this backend but may run eagerly.
             TraceError: If `fn` uses a tensor where Python needs a number, as in `if loss < 1:`.
         """
 
     @abc.abstractmethod
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
         """Whether `trace` uses the backend's kernel compiler, so told: what `"auto"` comes to on this machine."""
-
-    def repeat(
-        self,
-        program: Program,
-        fn: Callable[..., Sequence[Tensor]],
-        tensors: Sequence[Tensor],
-        steps: int,
-        *,
-        jit_compile: bool | str,
-    ) -> Repeated:
-        """A program run several times in a row, in one dispatch where that costs less than several.
-
-        Args:
-            program: What `trace` made of `fn`.
-            fn: As for `trace`; it may be traced again.
-            tensors: As for `trace`.
-            steps: How often it runs.
-            jit_compile: As for `trace`.
-
-        Returns:
-            What runs it, on so many sets of tensors alike in shapes and dtypes. The results of the last run come back.
-
-        Raises:
-            Untraceable: If only one after the other will do, for such tensors.
-        """
-        del fn, tensors, steps, jit_compile  # By default there is nothing to gain.
-
-        def run(batches: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
-            results: Sequence[Tensor] = []
-            for batch in batches:
-                results = program(batch)
-            return results
-
-        return run
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """A user's function, made ready for the control flow in it.
@@ -247,7 +199,7 @@ class Backend(abc.ABC):
     def marked(self, tensor: Tensor, name: str) -> Tensor:
         """The same tensor, marked in the program that is traced; outside of a trace just the same.
 
-        `trace` tells which marks nothing depends on. One in a branch or a loop is not followed, and counts as used.
+        `Program.dependencies` tells what depends on it. One in a branch or a loop is not followed, and counts as used.
         """
         return self._mark(tensor, name) if self._nesting.trace else tensor
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
 from typing import Any
 
 from handloom._keras import Tensor, Variable, keras
 from handloom._trace.loss_weight import SUM, weight_of_step
+from handloom._trace.observe import tell
 from handloom.backends import backend
 from handloom.optimizers._wrapper import Wrapper, positive_whole
 
@@ -62,7 +60,7 @@ class GradientAccumulation(Wrapper):
                 total.assign(total + gradient * ops.cast(factor, total.dtype))
         self._weight.assign(factor if weight is SUM else self._weight + factor)
         self.gathered.assign(self.gathered + 1)
-        _note(self)
+        tell("accumulated", self)
         backend.cond(ops.greater_equal(self.gathered, self.steps), self._make_update, _nothing)
 
     def flush(self) -> None:
@@ -96,24 +94,3 @@ class GradientAccumulation(Wrapper):
 
 def _nothing() -> None:
     pass
-
-
-_Windows = dict[int, GradientAccumulation]
-_windows: contextvars.ContextVar[_Windows | None] = contextvars.ContextVar("windows", default=None)
-
-
-@contextlib.contextmanager
-def windows() -> Iterator[_Windows]:
-    """Collects the optimizers that gather gradients inside, by id."""
-    gathering: _Windows = {}
-    token = _windows.set(gathering)
-    try:
-        yield gathering
-    finally:
-        _windows.reset(token)
-
-
-def _note(optimizer: GradientAccumulation) -> None:
-    gathering = _windows.get()
-    if gathering is not None:
-        gathering[id(optimizer)] = optimizer

@@ -9,8 +9,9 @@ from typing import Any
 
 from handloom._keras import Tensor, Variable, keras, layers_of
 from handloom._trace.gradients import Wrt, build, gradients_of_each, scalar, value_and_grad, variables_of, vector
-from handloom._trace.loss_weight import Divisor, Weight, step_weight, weight_of_step
-from handloom._trace.observe import divisors, losses_of, note_loss
+from handloom._trace.loss_weight import Weight, step_weight, weight_of_step
+from handloom._trace.losses import Denominator, Denominators, OwnLosses, note_loss
+from handloom._trace.observe import observing
 from handloom._util.warnings import warn
 from handloom.backends import backend
 from handloom.errors import GradientError, OptimizerError
@@ -105,21 +106,22 @@ class _Differentiate:
         result, [*gradients, of_penalties] = gradients_of_each(scaled_losses, self.variables)
         return result, gradients, of_penalties
 
-    def _parts(self, as_loss: Callable[[Any], Tensor]) -> tuple[Tensor, list[Tensor], Any, list[Divisor]]:
-        """The loss, the penalties that belong to it and that its function did not read, the rest, the divisors."""
+    def _parts(self, as_loss: Callable[[Any], Tensor]) -> tuple[Tensor, list[Tensor], Any, list[Denominator]]:
+        """The loss, the penalties that belong to it and that its function did not read, the rest, the denominators."""
         layers = [leaf for leaf in keras.tree.flatten(self.wrt) if isinstance(leaf, keras.Layer)]
-        with divisors() as noted, losses_of(self.variables, layers) as losses:
+        denominators, losses = Denominators(), OwnLosses(self.variables, layers)
+        with observing(denominators, losses):
             result = backend.with_control_flow(self.loss_fn)()
             loss, aux = _pair(result) if self.has_aux else (result, None)
             loss = as_loss(loss)
             penalties = [ops.cast(ops.sum(penalty), loss.dtype) for penalty in losses.left_out()]
-        return loss, penalties, aux, noted.distinct()
+        return loss, penalties, aux, denominators.distinct()
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scale is None else loss * ops.cast(self.scale, loss.dtype)
 
 
-def _weight(given: Weight | None, divided_by: list[Divisor], optimizer: keras.Optimizer) -> Weight:
+def _weight(given: Weight | None, divided_by: list[Denominator], optimizer: keras.Optimizer) -> Weight:
     """How much the gradient counts: as told, or what the loss was divided by, or the examples in the batch."""
     if given is not None:
         return given

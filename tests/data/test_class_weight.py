@@ -203,7 +203,7 @@ def test_the_ignored_class_is_inside():
 def test_a_model_that_cannot_say_how_many_classes_it_has_trains():
     class Silent(Net):
         def compute_output_spec(self, *args, **kwargs):
-            raise NotImplementedError("NullModel knows.")
+            raise NotImplementedError("Nobody knows.")
 
     history = compiled(Silent()).fit(X, GOOD, epochs=2, verbose=0).history["loss"]
     assert np.isfinite(history).all()

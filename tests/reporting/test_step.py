@@ -6,8 +6,9 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.errors import StepError
+from handloom.errors import HandloomWarning, StepError
 
+close = np.testing.assert_allclose
 X = np.arange(10, dtype="float32")  # In batches of 4: 0-3, 4-7, 8-9.
 
 
@@ -149,15 +150,37 @@ def test_what_a_metric_saw_before_the_run_does_not_count(eagerly):
     assert reported(step)["total"] == [45.0]
 
 
-def test_what_is_computed_from_a_metric_is_a_scalar_like_others(eagerly):
+def test_a_value_computed_from_a_metric_result_is_not_averaged(eagerly):
+    total, weight = keras.metrics.Sum(name="total"), keras.Variable(1.0)
+
+    def step(x):
+        total.update_state(x)
+        loss, _ = hl.value_and_grad(lambda: ops.mean(x) * weight, wrt=weight)()
+        result = total.result()
+        return {
+            "loss": loss,
+            "mean": ops.mean(x),
+            "total": result,
+            "twice": 2 * result,
+            "root": ops.sqrt(total.result()),
+        }
+
+    found = reported(step)
+    close([found[name] for name in ("total", "twice", "root")], [[45], [90], [np.sqrt(45)]], 1e-6)
+    close([found["loss"], found["mean"]], [[4.5], [4.5]], 1e-6)
+
+
+def test_a_value_computed_from_a_metric_result_and_the_batch_warns_and_is_the_last(eagerly):
     total = keras.metrics.Sum(name="total")
 
     def step(x):
         total.update_state(x)
-        return {"twice": 2 * total.result()}
+        return {"mixed": ops.mean(x) + total.result()}
 
-    # After the batches: 12, 56, 90, weighted by 4, 4, 2 examples.
-    np.testing.assert_allclose(reported(step)["twice"], [(12 * 4 + 56 * 4 + 90 * 2) / 10], rtol=1e-6)
+    with pytest.warns(
+        HandloomWarning, match="computes 'mixed' from this batch and from the running result of a metric"
+    ):
+        close(reported(step)["mixed"], [8.5 + 45])
 
 
 def test_a_metric_may_report_an_array(eagerly):

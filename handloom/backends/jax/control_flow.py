@@ -3,19 +3,19 @@
 Keras hands the branches to `jax.lax.cond` as they are, out of which an assigned value finds no way. Here what a branch
 assigns becomes a result of it, and is assigned again outside.
 
-Internals used: `keras.src.backend.jax.core.cond` (replaced while a user's function runs).
+Internals used: `keras.src.backend.jax.core.cond` (replaced for a user's function that runs).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from keras.src.backend.jax import core
 
 from handloom._keras import Tensor, Variable, keras
+from handloom._util.patch import Patch
 from handloom.backends.scope import Scope
 
 
@@ -52,12 +52,5 @@ class _Branch:
         return run
 
 
-@contextlib.contextmanager
-def assignments_in_branches() -> Iterator[None]:
-    """Within, the branches of `keras.ops.cond` may assign variables."""
-    original = core.cond
-    core.cond = cond
-    try:
-        yield
-    finally:
-        core.cond = original
+assignments_in_branches = Patch((core, "cond", lambda _: cond))
+"""Inside, the branches of `keras.ops.cond` may assign variables."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +27,7 @@ from tensorflow.python.ops import resource_variable_ops
 from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
 
 from handloom._keras import Tensor
+from handloom._util.patch import Patch
 
 _BaseVariable, _UnreadVariable = resource_variable_ops.BaseResourceVariable, resource_variable_ops._UnreadVariable
 
@@ -76,7 +76,8 @@ def assignments_noted() -> Iterator[None]:
         return
     _present.assigned = assigned = _Assigned()
     try:
-        yield
+        with _patch:
+            yield
     finally:
         _present.assigned = None
         assigned.restore()
@@ -151,11 +152,6 @@ def _read_as(value: Tensor, read: Callable[[], Tensor]) -> Tensor:
     return result
 
 
-def _replace(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(make(original)))
-
-
 def _reads(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def read(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         value = _value_assigned_to(self)
@@ -204,12 +200,12 @@ def _adds(add: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Callable[..., An
     return make
 
 
-# For good, not while a function is differentiated: threads that end in another order would put back the wrong ones.
-_replace(_BaseVariable, "_read_variable_op", _reads)
-_replace(_UnreadVariable, "_read_variable_op", _reads)
-_replace(_BaseVariable, "sparse_read", _looks_up(tf.gather))
-_replace(_BaseVariable, "gather_nd", _looks_up(tf.gather_nd))
-for _owner in (_BaseVariable, resource_variable_ops.ResourceVariable):
-    _replace(_owner, "assign", _assigns)
-    _replace(_owner, "assign_add", _adds(tf.add))
-    _replace(_owner, "assign_sub", _adds(tf.subtract))
+_patch = Patch(
+    (_BaseVariable, "_read_variable_op", _reads),
+    (_UnreadVariable, "_read_variable_op", _reads),
+    (_BaseVariable, "sparse_read", _looks_up(tf.gather)),
+    (_BaseVariable, "gather_nd", _looks_up(tf.gather_nd)),
+    *((owner, "assign", _assigns) for owner in (_BaseVariable, resource_variable_ops.ResourceVariable)),
+    *((owner, "assign_add", _adds(tf.add)) for owner in (_BaseVariable, resource_variable_ops.ResourceVariable)),
+    *((owner, "assign_sub", _adds(tf.subtract)) for owner in (_BaseVariable, resource_variable_ops.ResourceVariable)),
+)

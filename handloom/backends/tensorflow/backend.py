@@ -10,8 +10,9 @@ object.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from tensorflow.python.autograph.impl.api import StagingError, convert
 import handloom.backends.tensorflow.gradients  # noqa: F401  # Registers them.
 from handloom._interop.onnx_tensorflow import refuse_lost_constants, say_erfc_by_erf
 from handloom._keras import Tensor, Variable, keras, stored_value
-from handloom.backends.base import Backend, Gradients, Program, Repeated, Untraceable
-from handloom.backends.reach import leads_to_an_end
+from handloom._util.patch import Patch
+from handloom.backends.base import Backend, Gradients
+from handloom.backends.program import Step
 from handloom.backends.scope import Scope
 from handloom.backends.source_line import Frames, frames_of, naming_what_has_no_derivative, needs_a_value
 from handloom.backends.tensorflow.assigned import assignments_noted, watch
+from handloom.backends.tensorflow.program import MARK, TensorFlowProgram
 
 # Called from a user's converted code, Handloom's own runs as it is written.
 autograph_config.CONVERSION_RULES = (
@@ -83,67 +86,36 @@ class TensorFlowBackend(Backend):
 
     def trace(
         self,
-        fn: Callable[..., Sequence[Tensor]],
+        fn: Step,
         tensors: Sequence[Tensor],
         *,
         jit_compile: bool | str,
-        unused: Callable[[str], None] = lambda _: None,
-    ) -> TensorFlowProgram | None:
-        specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
+        seen: Mapping[int, Variable] = MappingProxyType({}),
+    ) -> TensorFlowProgram:
         try:
-            program = self._program(lambda *tensors: list(fn(*tensors)), specs, jit_compile)
+            return TensorFlowProgram(fn, tensors, seen, self.compiles_kernels(jit_compile), self._tracing)
         except (TypeError, NotImplementedError, AttributeError) as error:
             if not any(word in str(error) for word in _SYMBOLIC):
                 raise
             raise needs_a_value(_users_frames(error)) from error
         except StagingError as error:
             raise _as_raised(error) from None
-        for name in program.unused_marks():
-            unused(name)
-        return program
+
+    @contextlib.contextmanager
+    def _tracing(self) -> Iterator[None]:
+        with self._inside("trace"), _variables_made_outside_of_graphs:
+            yield
 
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
         if jit_compile == "auto":  # As Keras does: XLA where there is an accelerator.
             return any(device.device_type != "CPU" for device in tf.config.list_physical_devices())
         return bool(jit_compile)
 
-    def repeat(
-        self,
-        program: Program,
-        fn: Callable[..., Sequence[Tensor]],
-        tensors: Sequence[Tensor],
-        steps: int,
-        *,
-        jit_compile: bool | str,
-    ) -> Repeated:
-        del program
-        if not all(isinstance(tensor, tf.Tensor) for tensor in tensors):
-            raise Untraceable("sparse and ragged batches have no common shape")
-
-        def steps_in_a_row(*stacked: Tensor) -> list[Tensor]:
-            def step(index: Tensor) -> Tensor:
-                fn(*(tensor[index] for tensor in stacked))
-                return index + 1
-
-            tf.while_loop(lambda index: index < steps - 1, step, [0], parallel_iterations=1)
-            return list(fn(*(tensor[-1] for tensor in stacked)))
-
-        specs = [tf.TensorSpec((steps, *tensor.shape), tensor.dtype) for tensor in tensors]
-        run = self._program(steps_in_a_row, specs, jit_compile)
-        return lambda batches: run(list(map(tf.stack, zip(*batches, strict=True))))
-
-    def _program(
-        self, fn: Callable[..., list[Tensor]], specs: Sequence[tf.TypeSpec], jit_compile: bool | str
-    ) -> TensorFlowProgram:
-        function = tf.function(fn, autograph=False, jit_compile=self.compiles_kernels(jit_compile))
-        with self._inside("trace"), _variables_made_outside_of_graphs():
-            return TensorFlowProgram(function.get_concrete_function(*specs))
-
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return _convert(fn) if self._nesting.trace else fn
 
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
-        return tf.identity(tensor, name=_MARK + name.encode().hex())
+        return tf.identity(tensor, name=MARK + name.encode().hex())
 
     def profiled(self, directory: Path) -> Any:
         return tf.profiler.experimental.Profile(str(directory))
@@ -194,47 +166,6 @@ def _read(tensor: Tensor) -> Tensor:
     return tf.identity(tensor) if isinstance(tensor, (tf.Variable, keras.Variable)) else tensor
 
 
-class TensorFlowProgram:
-    """A step as one concrete function."""
-
-    def __init__(self, concrete: Any) -> None:
-        self._concrete = concrete
-
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        results: list[Tensor] = self._concrete(*tensors)
-        return results
-
-    def unused_marks(self) -> set[str]:
-        """The names of marks from which no way leads to a result or a variable."""
-        graph, unused, used = self._concrete.graph, set[str](), set[str]()
-        results = {tensor.op for tensor in graph.outputs}
-        for operation in graph.get_operations():
-            mark = _marked_as(operation)
-            if mark is not None:
-                (used if _leads_to(operation, results) else unused).add(mark)
-        return unused - used
-
-
-_MARK = "handloom_mark_"
-
-
-def _marked_as(operation: tf.Operation) -> str | None:
-    """The name of a mark, if an operation is one."""
-    code = operation.name.rpartition("/")[2].removeprefix(_MARK)
-    if operation.type != "Identity" or code == operation.name.rpartition("/")[2]:
-        return None
-    return bytes.fromhex(code.partition("_")[0]).decode()  # TensorFlow numbers names that it has seen before.
-
-
-def _leads_to(operation: tf.Operation, results: set[tf.Operation]) -> bool:
-    """Whether a result, or what an operation leaves behind, depends on an operation."""
-    return leads_to_an_end(
-        operation,
-        lambda reached: [user for output in reached.outputs for user in output.consumers()],
-        lambda reached: reached in results or reached.op_def.is_stateful,
-    )
-
-
 class _Sources:
     """What a function is differentiated with respect to: tensors, then variables."""
 
@@ -264,20 +195,16 @@ def _row(tape: tf.GradientTape, output: Tensor, sources: list[Tensor]) -> Gradie
     return row
 
 
-@contextlib.contextmanager
-def _variables_made_outside_of_graphs() -> Iterator[None]:
-    """Variables made inside have their first value at once, and keep it if the trace fails."""
-    original = keras.Variable._initialize
-
+def _initialize(original: Callable[[Variable, Any], None]) -> Callable[[Variable, Any], None]:
     def initialize(self: Variable, value: Any) -> None:
         with tf.init_scope() if callable(value) else contextlib.nullcontext():
             original(self, value)
 
-    keras.Variable._initialize = initialize
-    try:
-        yield
-    finally:
-        keras.Variable._initialize = original
+    return initialize
+
+
+_variables_made_outside_of_graphs = Patch((keras.Variable, "_initialize", _initialize))
+"""Variables made inside have their first value at once, and keep it if the trace fails."""
 
 
 def _users_frames(error: BaseException) -> Frames:

@@ -5,6 +5,8 @@ Internals used: `dynamic_update_slice`, XLA's operation behind `ops.slice_update
 
 from __future__ import annotations
 
+import contextlib
+
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
 
@@ -33,6 +35,10 @@ def _view(operation: tf.Operation, gradient: Tensor) -> Tensor | None:
     return gradient if same else None  # The bits of a number, taken for another, are no function of it to derive.
 
 
-tf.RegisterGradient("XlaDynamicUpdateSlice")(_slice_update)
-tf.RegisterGradient("DenseBincount")(_bincount)
-tf.RegisterGradient("Bitcast")(_view)
+for _operation, _gradient in {
+    "XlaDynamicUpdateSlice": _slice_update,
+    "DenseBincount": _bincount,
+    "Bitcast": _view,
+}.items():
+    with contextlib.suppress(KeyError):  # It has one: TensorFlow's own, perhaps, which then counts.
+        tf.RegisterGradient(_operation)(_gradient)

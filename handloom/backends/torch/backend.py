@@ -1,52 +1,36 @@
-"""PyTorch: a step is traced whole, backward pass and optimizer included, into one flat graph of operations.
+"""PyTorch: steps are traced whole (see `program.py`); gradients are autograd's. What cannot be traced runs eagerly.
 
-Keras code runs once on stand-ins for tensors to find its variables, and once more under `make_fx`, which records
-every operation down to the in-place updates. The graph then runs with no Keras in between; see
-`graph.py`. What cannot be traced runs op by op.
-
-Internals used: `Variable._value` (see `handloom/_keras.py`), `keras.src.backend.torch.core.get_device` and, while
-tracing, the `core` of `torch_nadam`, which takes numbers out of tensors; `make_fx`, which records, and
-`disable_proxy_modes_tracing`, which has it not look; `FakeTensorMode` with `ShapeEnv`, the stand-ins, and the logger
-that shows a traceback where their shapes do not fit; the nodes of autograd with their names, which tell what reaches a
-value; `Module._modules`, where torch puts the layers that are set as attributes of a layer;
-`torch._C._AutoDispatchBelowAutograd`, which skips the look at each operation for something to differentiate,
-where the graph holds its own backward pass already.
+Internals used: `keras.src.backend.torch.core.get_device`; `disable_proxy_modes_tracing`, which has a recording trace
+look away; `FakeTensorMode`, under which layers are built without values; the nodes of autograd with their names, which
+tell what reaches a value; `Module._modules`, where torch puts the layers that are set as attributes of a layer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from keras.src.backend.torch import core
-from keras.src.backend.torch.optimizers import torch_nadam
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.overrides import TorchFunctionMode
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from handloom._interop.onnx_torch import exportable
 from handloom._interop.tensors import tensor_of
-from handloom._keras import Tensor, Variable, current_value, first_line, keras, stored_value
-from handloom._util.warnings import warn
-from handloom.backends.base import Backend, Gradients, Untraceable
-from handloom.backends.scope import Recorder, Scope, refuse
+from handloom._keras import Tensor, Variable, current_value, first_line, keras
+from handloom.backends.base import Backend, Gradients
+from handloom.backends.program import Step, Untraceable
+from handloom.backends.scope import Scope
 from handloom.backends.source_line import frames_of, naming_what_has_no_derivative, needs_a_value, tensorflow_called
-from handloom.backends.torch.control_flow import traceable_control_flow
-from handloom.backends.torch.graph import generate, mark, take_marks, tidy
+from handloom.backends.torch.graph import mark
 from handloom.backends.torch.modules import modules_read_variables, parameters_made
-from handloom.backends.torch.random import traceable_random_ops
-from handloom.errors import ExportError, FallbackWarning, HandloomError
-
-Step = Callable[..., Sequence[Tensor]]
+from handloom.backends.torch.program import NeedsValue, TorchProgram, contiguous, tracing
+from handloom.errors import ExportError, HandloomError
 
 
 class TorchBackend(Backend):
@@ -68,6 +52,9 @@ class TorchBackend(Backend):
 
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+
+    def key(self, leaf: Any) -> Hashable:
+        return leaf.shape, leaf.dtype, type(leaf), leaf.device
 
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         tensor = tensor.detach().cpu()
@@ -116,23 +103,22 @@ class TorchBackend(Backend):
         tensors: Sequence[Tensor],
         *,
         jit_compile: bool | str,
-        unused: Callable[[str], None] = lambda _: None,
+        seen: Mapping[int, Variable] = MappingProxyType({}),
     ) -> TorchProgram:
+        del seen
         try:
             with self._inside("trace"), torch.no_grad():
                 program = TorchProgram(fn, tensors)
         except HandloomError:
             raise
-        except _NeedsValue as error:
+        except NeedsValue as error:
             raise needs_a_value(frames_of(error)) from error
         except Exception as first:
             if refusal := tensorflow_called(frames_of(first), self.name):
                 raise refusal from first
             program = self._trace_with_gradients_recorded(fn, tensors, first)
-        for name in program.unused_marks:
-            unused(name)
         if self.compiles_kernels(jit_compile):
-            program.compile_kernels(_contiguous(tensors))
+            program.compile_kernels(contiguous(tensors))
         return program
 
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
@@ -152,7 +138,7 @@ class TorchBackend(Backend):
     def create_variables(self, fn: Callable[[], Any]) -> None:
         already = self._nesting.trace > 0
         mode = disable_proxy_modes_tracing() if already else FakeTensorMode(allow_non_fake_inputs=True)
-        with self._inside("trace"), parameters_made(), Scope(creates=True), torch.no_grad(), _tracing(), mode:
+        with self._inside("trace"), parameters_made(), Scope(creates=True), torch.no_grad(), tracing(), mode:
             fn()
 
     @naming_what_has_no_derivative("PyTorch")
@@ -197,112 +183,6 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, Untraceable) else f"{type(error).__name__}: {text}"
 
 
-class TorchProgram:
-    """A step as one graph over its variables' memory, which it changes in place."""
-
-    def __init__(self, fn: Step, tensors: Sequence[Tensor]) -> None:
-        tensors = _contiguous(tensors)
-        self._variables = _find_variables(fn, tensors)
-        graph = make_fx(
-            functools.partial(_run_on, fn, self._variables), tracing_mode="fake", _allow_non_fake_inputs=True
-        )
-        with _tracing():
-            self._graph = graph(*self._values(), *tensors)
-        _check_closed(self._graph)
-        self.unused_marks = take_marks(self._graph)
-        tidy(self._graph)
-        self._step = generate(self._graph)
-        self._guard: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
-
-    def compile_kernels(self, tensors: Sequence[Tensor]) -> None:
-        """Has Inductor generate kernels for the graph, and keeps them if they give the same results."""
-        kernels = torch.compile(self._graph, fullgraph=True, dynamic=False)
-        with warnings.catch_warnings():  # Of torch's own making, and nobody's to mend here.
-            warnings.simplefilter("ignore")
-            try:
-                reason = "" if self._agree(kernels, tensors) else "its results differ"
-            except Exception as error:
-                reason = str(error).strip().splitlines()[0]
-        if reason:
-            message = f"Inductor could not compile a step, which runs as a plain graph instead ({reason})."
-            warn(message, FallbackWarning)
-        else:
-            self._step, self._guard = kernels, torch.no_grad
-
-    def _agree(self, kernels: Step, tensors: Sequence[Tensor]) -> bool:
-        """Runs the step both ways on copies of its variables: whether results and variables come out the same."""
-        inputs = [[tensor.detach().clone() for tensor in [*self._values(), *tensors]] for _ in range(2)]
-        with torch.no_grad():
-            outputs = [step(*values) for step, values in zip((self._step, kernels), inputs, strict=True)]
-        if any(
-            torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in self._graph.graph.nodes
-        ):
-            return True  # It draws its own random numbers.
-        pairs = zip([*outputs[0], *inputs[0]], [*outputs[1], *inputs[1]], strict=True)
-        return all(torch.allclose(one, two, rtol=1e-2, atol=1e-4, equal_nan=True) for one, two in pairs)
-
-    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        with self._guard():
-            return self._step(*self._values(), *_contiguous(tensors))
-
-    def _values(self) -> list[Tensor]:
-        return [variable._value for variable in self._variables]
-
-
-def _check_closed(graph: torch.fx.GraphModule) -> None:
-    """Refuses a graph that holds a stand-in: a tensor without values, which some operation was given unseen."""
-    for module in graph.modules():
-        if any(isinstance(value, FakeTensor) for value in [*vars(module).values(), *module.buffers(recurse=False)]):
-            raise Untraceable("a function given to an operation uses a tensor that the operation cannot pass to it")
-
-
-def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors laid out as a graph expects them: it has the strides of those it was traced with written into it."""
-    return list(map(torch.Tensor.contiguous, tensors))
-
-
-def _find_variables(fn: Step, tensors: Sequence[Tensor]) -> list[Variable]:
-    """Runs a step on stand-ins: the variables it reads or writes."""
-    # Numbers taken out of tensors have no value here, and nothing waits to learn where they came from.
-    shapes = ShapeEnv()
-    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
-    stand_in = functools.partial(fake.from_tensor, static_shapes=True)
-    recorder = Recorder(lambda variable: _as_leaf(stand_in(stored_value(variable)), variable))
-    with (
-        parameters_made(),
-        Scope(outer=recorder, creates=True) as scope,
-        _tracing(),
-        fake,
-        shapes.ignore_fresh_unbacked_symbols(),
-    ):
-        fn(*map(stand_in, tensors))
-    known = {id(variable): variable for variable in [*recorder.variables, *scope.written]}
-    return list(known.values())
-
-
-def _run_on(fn: Step, variables: list[Variable], *values: Tensor) -> list[Tensor]:
-    """Runs a step with the variables at the given values, which it changes in place, as op by op."""
-    count = len(variables)
-    bindings = [(variable, _as_leaf(value, variable)) for variable, value in zip(variables, values, strict=False)]
-    with _InPlace(bindings, outer=refuse):
-        return [result.detach() for result in fn(*values[count:])]
-
-
-class _InPlace(Scope):
-    """Assigns as Keras's torch variables do, into the memory of the value; so do Keras's torch optimizers."""
-
-    def add_update(self, update: tuple[Variable, Tensor]) -> None:
-        variable, value = update
-        with torch.no_grad():
-            self.get_current_value(variable).copy_(value)
-
-
-def _as_leaf(value: Tensor, variable: Variable) -> Tensor:
-    """A value whose gradient `loss.backward()` can leave in `.grad`, where the step is traced in that manner."""
-    value = value.detach()
-    return value.requires_grad_() if torch.is_grad_enabled() and variable.trainable else value
-
-
 class _Sources:
     """What a function is differentiated with respect to: tensors, then variables.
 
@@ -321,7 +201,7 @@ class _Sources:
     def call(self, fn: Callable[..., Any]) -> Any:
         """Calls `fn` with stand-ins for all sources; keeps aside what it writes."""
         bindings = zip(self._variables, self.values[self._count :], strict=True)
-        with parameters_made(), Scope(bindings, creates=True) as scope, modules_read_variables():
+        with parameters_made(), Scope(bindings, creates=True) as scope, modules_read_variables:
             result = fn(*self.values[: self._count])
         if scope.incomplete:
             return self.call(fn)
@@ -380,52 +260,6 @@ def _ends(value: Tensor) -> set[Any]:
             ends.add(id(node.variable))
         waiting.extend(next_node for next_node, _ in node.next_functions)
     return ends
-
-
-class _NoValues(TorchFunctionMode):
-    """While a step is traced, refuses `if tensor:` and `range(tensor)`; torch itself refuses the rest."""
-
-    _ASKING = (torch.Tensor.__bool__, torch.Tensor.__index__)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        del types
-        if func in self._ASKING and isinstance(args[0], FakeTensor):
-            raise _NeedsValue
-        return func(*args, **(kwargs or {}))
-
-
-class _NeedsValue(Exception):
-    """Python asked for the value of a tensor that has none."""
-
-
-@contextlib.contextmanager
-def _tracing() -> Iterator[None]:
-    """Where Keras code runs on tensors without values."""
-    with traceable_random_ops(), traceable_control_flow(), _traceable_nadam(), _NoValues(), _not_logged():
-        yield
-
-
-@contextlib.contextmanager
-def _traceable_nadam() -> Iterator[None]:
-    """Lets Keras's Nadam divide by tensors, where op by op it makes NumPy numbers of them first."""
-    before, torch_nadam.core = torch_nadam.core, SimpleNamespace(convert_to_numpy=lambda tensor: tensor)
-    try:
-        yield
-    finally:
-        torch_nadam.core = before
-
-
-@contextlib.contextmanager
-def _not_logged() -> Iterator[None]:
-    """Keeps torch from logging an error over many lines that then is raised."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 backend = TorchBackend()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import optree
@@ -28,8 +29,10 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.overrides import TorchFunctionMode
 
 from handloom._keras import Variable, get_stateless_scope, keras, value_in
-from handloom.backends.base import Untraceable
+from handloom._util.patch import Patch
+from handloom.backends.program import Untraceable
 from handloom.backends.scope import Reader, Scope
+from handloom.backends.torch.stand_ins import is_traced
 
 
 class _Closure(TorchFunctionMode):
@@ -49,12 +52,12 @@ class _Closure(TorchFunctionMode):
         self._made: dict[int, torch.Tensor] = {id(tensor): tensor for tensor in known}
 
     def __enter__(self) -> _Closure:
-        _open.append(self)
+        _open.set((*_open.get(), self))
         super().__enter__()
         return self
 
     def __exit__(self, *details: Any) -> None:
-        _open.pop()
+        _open.set(_open.get()[:-1])
         super().__exit__(*details)
 
     def __torch_function__(
@@ -91,17 +94,18 @@ class _Closure(TorchFunctionMode):
         return copy
 
 
-_open: list[_Closure] = []
+_open: ContextVar[tuple[_Closure, ...]] = ContextVar("open", default=())
 
 
 def _as_seen_here(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors as the function around sees them, if it is a branch itself: control-flow operations it does not see."""
-    return [_open[-1].replace(tensor) for tensor in tensors] if _open else list(tensors)
+    around = _open.get()
+    return [around[-1].replace(tensor) for tensor in tensors] if around else list(tensors)
 
 
 def _show_made(results: Sequence[torch.Tensor]) -> None:
-    if _open:
-        _open[-1].note_made(results)
+    if around := _open.get():
+        around[-1].note_made(results)
 
 
 def _in_place(func: Callable[..., Any]) -> bool:
@@ -315,15 +319,7 @@ def _distinct(items: Sequence[Any]) -> list[Any]:
 _compiled = {"cond": _cond, "while_loop": _while_loop, "fori_loop": _fori_loop}
 _original = {name: getattr(core, name) for name in _compiled}
 
-
-@contextlib.contextmanager
-def traceable_control_flow() -> Iterator[None]:
-    """Within, `keras.ops.cond`, `while_loop` and `fori_loop` are compiled."""
-    before = {name: getattr(core, name) for name in _compiled}  # A trace may be inside another.
-    for name, function in _compiled.items():
-        setattr(core, name, function)
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(core, name, function)
+traceable_control_flow = Patch(
+    *((core, name, lambda _, function=function: function) for name, function in _compiled.items()), when=is_traced
+)
+"""Inside, `keras.ops.cond`, `while_loop` and `fori_loop` are compiled."""

@@ -11,13 +11,13 @@ and what is a view, and `_op`, the operator without its Python wrapper.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from handloom.backends.reach import leads_to_an_end
+from handloom.backends.dependencies import Dependencies
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ _NEUTRAL = {
 def tidy(module: fx.GraphModule) -> None:
     """Removes, in place, what a traced graph computes for nothing: constants, neutral operations, dead ends."""
     graph = module.graph
-    shared = _written_in_place(graph)
+    shared = written_in_place(graph)
     constants: dict[fx.Node, torch.Tensor] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
@@ -64,29 +64,25 @@ torch.library.register_fake("handloom_marks::mark", lambda value, _: torch.empty
 mark = torch.ops.handloom_marks.mark.default
 
 
-def take_marks(module: fx.GraphModule) -> set[str]:
-    """Removes the marks from a graph; returns the names of those from which no way leads to a result or a variable."""
-    graph, unused, used = module.graph, set[str](), set[str]()
-    for node in [node for node in graph.nodes if node.target is mark]:
-        (used if _leads_on(node) else unused).add(str(node.args[1]))
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
-    module.recompile()
-    return unused - used
-
-
-def _leads_on(node: fx.Node) -> bool:
-    """Whether a result, or what is written in place, depends on a node."""
-    return leads_to_an_end(
-        node,
-        lambda reached: reached.users,
-        lambda reached: (
-            reached.op == "output" or getattr(getattr(reached.target, "_schema", None), "is_mutable", False)
-        ),
+def dependencies(graph: fx.Graph, arguments: Sequence[fx.Node]) -> Dependencies:
+    """What depends on what in a traced graph with marks in it."""
+    return Dependencies(
+        [(str(node.args[1]), node) for node in graph.nodes if node.target is mark],
+        arguments,
+        following=lambda node: node.users,
+        is_end=lambda node: node.op == "output" or getattr(getattr(node.target, "_schema", None), "is_mutable", False),
     )
 
 
-def _written_in_place(graph: fx.Graph) -> set[fx.Node]:
+def remove_marks(module: fx.GraphModule) -> None:
+    """Removes the marks from a graph."""
+    for node in [node for node in module.graph.nodes if node.target is mark]:
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
+    module.recompile()
+
+
+def written_in_place(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose memory some operation writes into, themselves or through a view of theirs."""
     written: set[fx.Node] = set()
     for node in reversed(graph.nodes):

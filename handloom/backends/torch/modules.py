@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.torch.layer import TorchLayer
 
 from handloom._keras import keras, stored_value
+from handloom._util.patch import Patch
 from handloom.backends.scope import Scope
 
 
@@ -22,36 +24,38 @@ from handloom.backends.scope import Scope
 def parameters_made() -> Iterator[None]:
     """Layers built inside have their parameters afterwards: in `state_dict`, and wherever else torch looks for them."""
     built: list[TorchLayer] = []
-    original = TorchLayer._post_build
+    token = _built.set(built)
+    try:
+        with _noting_what_is_built:
+            yield
+    finally:
+        _built.reset(token)
+        for layer in built:
+            layer._post_build()  # Inside another of these, it is for that one to do.
 
+
+def _note_built(_: Any) -> Any:
     def note(layer: TorchLayer) -> None:
         # In a scope of Keras's own, in which it builds the parts of a layer, they are left to that layer.
         if isinstance(get_stateless_scope(), Scope):
-            built.append(layer)
+            _built.get().append(layer)
 
-    TorchLayer._post_build = note
-    try:
-        yield
-    finally:
-        TorchLayer._post_build = original
-        for layer in built:
-            layer._post_build()  # Within another of these, it is for that one to do.
+    return note
 
 
-@contextlib.contextmanager
-def modules_read_variables() -> Iterator[None]:
-    """Within, a `TorchModuleWrapper` runs its module on the values of its Keras variables in the open scope."""
-    wrapper = keras.layers.TorchModuleWrapper
-    original = wrapper.call
+_built: ContextVar[list[TorchLayer]] = ContextVar("built")
+_noting_what_is_built = Patch((TorchLayer, "_post_build", _note_built))
 
+
+def _call_on_values(_: Any) -> Any:
     def call(self: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
         self.train(training is not False)
         values = {id(stored_value(variable)): variable.value for variable in self.variables}
         named = {name: values.get(id(value), value) for name, value in self.module.named_parameters()}
         return torch.func.functional_call(self.module, named, args, kwargs)
 
-    wrapper.call = call
-    try:
-        yield
-    finally:
-        wrapper.call = original
+    return call
+
+
+modules_read_variables = Patch((keras.layers.TorchModuleWrapper, "call", _call_on_values))
+"""Inside, a `TorchModuleWrapper` runs its module on the values of its Keras variables in the open scope."""

@@ -11,14 +11,16 @@ Internals used: `keras.src.backend.torch.random`, its `torch_seed_generator`, `g
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from keras.src.backend.torch import random as keras_random
 from keras.src.random.seed_generator import draw_seed
+
+from handloom._util.patch import Patch
+from handloom.backends.torch.stand_ins import is_traced
 
 _library = torch.library.Library("handloom", "DEF")
 
@@ -116,16 +118,11 @@ class _Torch:
         return _late(attribute) if isinstance(attribute, Hashable) and attribute in _OPERATIONS else attribute
 
 
-@contextlib.contextmanager
-def traceable_random_ops() -> Iterator[None]:
-    """Within, `keras.random` draws by the operations above."""
-    before = keras_random.torch_seed_generator, keras_random.torch
+def _late_seed(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda seed: original(seed) if keras_random.get_device() == "meta" else _Seed(draw_seed(seed))
 
-    def late(seed: Any) -> Any:
-        return before[0](seed) if keras_random.get_device() == "meta" else _Seed(draw_seed(seed))
 
-    keras_random.torch_seed_generator, keras_random.torch = late, _Torch()
-    try:
-        yield
-    finally:
-        keras_random.torch_seed_generator, keras_random.torch = before
+traceable_random_ops = Patch(
+    (keras_random, "torch_seed_generator", _late_seed), (keras_random, "torch", lambda _: _Torch()), when=is_traced
+)
+"""Inside, `keras.random` draws by the operations above."""

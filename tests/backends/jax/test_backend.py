@@ -15,6 +15,8 @@ from keras.src.random import seed_generator
 import handloom as hl
 from handloom.backends import backend
 from handloom.backends.jax import backend as ours
+from handloom.backends.jax import program as programs
+from handloom.backends.jax.gradients import Reached
 from handloom.errors import GradientError, TraceError, VariableError
 
 
@@ -152,9 +154,9 @@ def test_a_variable_holds_its_array_as_counted_on():
     """`sys.getrefcount` tells an array that only its variable holds; another Python may count otherwise."""
     variable = keras.Variable(ones(3))
     values = [variable._value]
-    assert max(map(sys.getrefcount, values)) == ours._HELD_BY_VARIABLE
+    assert max(map(sys.getrefcount, values)) == programs._HELD_BY_VARIABLE
     held = variable._value
-    assert max(map(sys.getrefcount, values)) == ours._HELD_BY_VARIABLE + 1
+    assert max(map(sys.getrefcount, values)) == programs._HELD_BY_VARIABLE + 1
     del held
 
 
@@ -180,7 +182,7 @@ def test_a_program_is_compiled_ahead_and_takes_nothing_else():
 def test_after_the_first_call_no_python_of_jaxs_runs():
     compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
     compiled(jnp.ones(3))
-    assert isinstance(compiled._call, ours._NATIVE)
+    assert isinstance(compiled._call, programs._NATIVE)
     close(compiled._call(jnp.ones(3)), 2 * ones(3))
     compiled._call = None
     close(compiled(jnp.ones(3)), 2 * ones(3))
@@ -234,7 +236,7 @@ def draw():
 def test_keras_refuses_unseeded_numbers_in_a_trace_which_is_why_its_check_is_replaced():
     with pytest.raises(ValueError, match=r"\[JAX RNG\]"):
         jax.jit(draw)()
-    with ours._unseeded_random_ops():
+    with ours._unseeded_random_ops:
         jax.eval_shape(draw)
 
 
@@ -333,7 +335,7 @@ def test_a_traced_function_can_be_run_again():
 
 def test_a_backward_rule_is_called_only_for_what_is_reached():
     """How a gradient of zero is told from none."""
-    reached = ours._Reached()
+    reached = Reached()
 
     def fn(*flat):
         one, two, three = reached.watch(flat)
@@ -354,9 +356,9 @@ def test_convolutions_are_found_wherever_they_are():
     def step(x):
         return jax.lax.cond(x.sum() > 0, jax.jit(convolve), lambda x: x, x)
 
-    found = ours._primitives(jax.make_jaxpr(step)(jnp.ones((1, 3, 1))).jaxpr)
+    found = programs._primitives(jax.make_jaxpr(step)(jnp.ones((1, 3, 1))).jaxpr)
     assert "conv_general_dilated" in found
-    assert "conv_general_dilated" not in ours._primitives(jax.make_jaxpr(lambda x: x @ x.T)(jnp.ones((2, 3))).jaxpr)
+    assert "conv_general_dilated" not in programs._primitives(jax.make_jaxpr(lambda x: x @ x.T)(jnp.ones((2, 3))).jaxpr)
 
 
 # ---------------------------------------------------------------------- gradients

@@ -280,7 +280,7 @@ def test_a_trace_that_makes_variables_is_traced_again():
 
 def test_keras_makes_its_variable_where_it_is_watched():
     original = keras.Variable._initialize
-    with ours._variables_made_outside_of_graphs():
+    with ours._variables_made_outside_of_graphs:
         assert keras.Variable._initialize is not original
         with tf.__internal__.FuncGraph("failing").as_default():
             variable = keras.Variable("ones", shape=(2,))

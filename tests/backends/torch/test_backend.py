@@ -14,8 +14,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import handloom as hl
 from handloom.backends import backend
-from handloom.backends.base import Untraceable
+from handloom.backends.program import Untraceable
 from handloom.backends.torch import backend as ours
+from handloom.backends.torch import program as programs
 from handloom.errors import FallbackWarning, TraceError
 
 
@@ -167,11 +168,11 @@ def test_shapes_that_do_not_fit_are_an_error_and_nothing_in_the_log(caplog):
 
 def test_a_graph_with_a_tensor_without_values_is_refused():
     graph = make_fx(lambda x: [x + 1])(torch.ones(3))
-    ours._check_closed(graph)
+    programs._check_closed(graph)
     with FakeTensorMode():
         graph._tensor_constant0 = torch.ones(3)
     with pytest.raises(Untraceable, match="uses a tensor that the operation cannot pass"):
-        ours._check_closed(graph)
+        programs._check_closed(graph)
 
 
 # ---------------------------------------------------------------------------- Inductor
@@ -280,9 +281,9 @@ def test_a_stand_in_has_no_value_to_ask_for():
     )
     assert isinstance(fake, FakeTensor)
     assert tuple(fake.shape) == (3,)
-    with ours._NoValues():
+    with programs._NoValues():
         for ask in (bool, lambda x: range(x.long().sum())):
-            with pytest.raises(ours._NeedsValue):
+            with pytest.raises(programs.NeedsValue):
                 ask(fake.sum() > 0 if ask is bool else fake)
 
 

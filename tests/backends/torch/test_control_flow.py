@@ -281,12 +281,12 @@ def test_keras_looks_the_operation_up_where_it_is_replaced(name, monkeypatch):
 
 def test_the_operations_are_put_back():
     before = [core.cond, core.while_loop, core.fori_loop]
-    with traceable_control_flow():
-        with traceable_control_flow():
+    with traceable_control_flow:
+        with traceable_control_flow:
             pass
         assert core.cond is not before[0]
     assert [core.cond, core.while_loop, core.fori_loop] == before
-    with pytest.raises(RuntimeError), traceable_control_flow():
+    with pytest.raises(RuntimeError), traceable_control_flow:
         raise RuntimeError
     assert [core.cond, core.while_loop, core.fori_loop] == before
 

@@ -129,6 +129,6 @@ def test_a_module_of_torchs_is_trained_in_a_step(eagerly):
 
 def test_the_call_of_a_module_is_put_back():
     original = layers.TorchModuleWrapper.call
-    with ours.modules_read_variables():
+    with ours.modules_read_variables:
         assert layers.TorchModuleWrapper.call is not original
     assert layers.TorchModuleWrapper.call is original

@@ -48,7 +48,7 @@ def test_a_traced_draw_is_an_operation_on_the_seed(draw):
     """Notices a sampling function of torch's that Keras comes to call and that is not replaced."""
 
     def fn(state):
-        with traceable_random_ops():
+        with traceable_random_ops:
             return draw(SeedOf(state))
 
     state = torch.tensor([7, 0])
@@ -88,21 +88,21 @@ def test_a_drawn_seed_is_a_tensor_of_two_numbers():
 
 def test_keras_sees_torch_as_it_is_before_and_after():
     before = keras_random.torch_seed_generator, keras_random.torch
-    with traceable_random_ops():
+    with traceable_random_ops:
         assert keras_random.torch_seed_generator is not before[0]
         assert keras_random.torch is not torch
         assert keras_random.torch.float32 is torch.float32
-        with traceable_random_ops():
+        with traceable_random_ops:
             pass
         assert isinstance(keras_random.torch_seed_generator(SeedOf(torch.tensor([1, 2]))), _Seed)
     assert (keras_random.torch_seed_generator, keras_random.torch) == before
-    with pytest.raises(RuntimeError), traceable_random_ops():
+    with pytest.raises(RuntimeError), traceable_random_ops:
         raise RuntimeError
     assert (keras_random.torch_seed_generator, keras_random.torch) == before
 
 
 def test_shapes_alone_are_drawn_as_ever():
-    with traceable_random_ops(), core.device_scope("meta"):
+    with traceable_random_ops, core.device_scope("meta"):
         assert keras_random.get_device() == "meta"
         drawn = keras.random.normal((2, 3), seed=keras.random.SeedGenerator(1))
     assert drawn.device.type == "meta"

@@ -1,0 +1,95 @@
+"""Attributes of other libraries, replaced for the code that asks for it and for nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+_LOCK = threading.Lock()
+
+
+class Patch(contextlib.ContextDecorator):
+    """Attributes of classes and modules that are replaced inside `with patch:`.
+
+    Each attribute is replaced once, however many threads are inside, and is the very same object as before when the
+    last of them has left. Code that runs elsewhere at the same time gets the original. It may be entered again inside,
+    and decorates functions. One attribute belongs to one patch.
+
+    Args:
+        replacements: Triples (owner, name, make). `make` takes the original and returns what stands for it inside; of a
+            property it takes and returns the getter, of what is no function an object with the attributes that are
+            asked for.
+        when: Whether the caller is inside; by default it is if it runs in a context that has entered the patch.
+    """
+
+    def __init__(
+        self,
+        *replacements: tuple[Any, str, Callable[[Any], Any]],
+        when: Callable[[], bool] | None = None,
+    ) -> None:
+        self._replacements = replacements
+        self._depth: ContextVar[int] = ContextVar("depth", default=0)
+        self._when = when or self._is_entered
+        self._users = 0
+        self._installed: list[_Installed] = []
+
+    def __enter__(self) -> None:
+        with _LOCK:
+            if not self._users:
+                self._installed = [_Installed(*replacement, self._when) for replacement in self._replacements]
+            self._users += 1
+        self._depth.set(self._depth.get() + 1)
+
+    def __exit__(self, *_: object) -> None:
+        self._depth.set(self._depth.get() - 1)
+        with _LOCK:
+            self._users -= 1
+            if not self._users:
+                for installed in reversed(self._installed):
+                    installed.remove()
+
+    def _is_entered(self) -> bool:
+        return self._depth.get() > 0
+
+
+class _Installed:
+    """One attribute, replaced; see `Patch`."""
+
+    def __init__(self, owner: Any, name: str, make: Callable[[Any], Any], when: Callable[[], bool]) -> None:
+        self._owner, self._name = owner, name
+        self._is_own = name in vars(owner)
+        self._original = vars(owner)[name] if self._is_own else getattr(owner, name)
+        setattr(owner, name, _either(self._original, make, when))
+
+    def remove(self) -> None:
+        if self._is_own:
+            setattr(self._owner, self._name, self._original)
+        else:
+            delattr(self._owner, self._name)
+
+
+def _either(original: Any, make: Callable[[Any], Any], when: Callable[[], bool]) -> Any:
+    """Stands for a replacement where `when()`, and for the original elsewhere."""
+    if isinstance(original, property):
+        return property(_either(original.fget, make, when), original.fset, original.fdel, original.__doc__)
+    replacement = make(original)
+    if not callable(original):
+        return _EitherObject(original, replacement, when)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if when() else original)(*args, **kwargs)
+
+    return call
+
+
+class _EitherObject:
+    def __init__(self, original: Any, replacement: Any, when: Callable[[], bool]) -> None:
+        self._original, self._replacement, self._when = original, replacement, when
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._replacement if self._when() else self._original, name)

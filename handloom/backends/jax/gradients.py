@@ -1,0 +1,101 @@
+"""JAX: what a function is differentiated with respect to, and which of it reaches the value.
+
+Internals used: `jaxpr_as_fun` of `jax.extend.core`, to take several derivatives of one run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from handloom._keras import Tensor, Variable, current_value
+from handloom.backends.base import Gradients
+from handloom.backends.jax.program import OneTrace
+
+
+class Sources:
+    """What a function is differentiated with respect to: tensors, then variables, as one flat list."""
+
+    def __init__(self, tensors: Sequence[Tensor], variables: Sequence[Variable]) -> None:
+        self._count = len(tensors)
+        self._variables = variables
+        self._written: list[Variable] = []
+        self.values = [*tensors, *map(current_value, variables)]
+
+    def call(self, fn: Callable[..., Any], flat: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+        """Calls `fn` with the variables at the given values; also returns the new values of what it wrote."""
+        with OneTrace(zip(self._variables, flat[self._count :], strict=True)) as scope:
+            result = fn(*flat[: self._count])
+        self._written = scope.written
+        return result, [scope.get_current_value(variable) for variable in self._written]
+
+    def write(self, news: Sequence[Tensor]) -> None:
+        """Carries what the function wrote outward, once."""
+        for variable, new in zip(self._written, news, strict=True):
+            variable.assign(new)
+
+    def split(self, gradients: Gradients) -> tuple[Gradients, Gradients]:
+        """The gradients for the tensors, and those for the variables."""
+        return gradients[: self._count], gradients[self._count :]
+
+
+class Reached:
+    """Tells a zero gradient from none: notes through which sources differentiation passed.
+
+    Each source goes through an identity whose backward rule takes a note when it is called. JAX calls it only
+    if something differentiable leads from the source to the value.
+    """
+
+    def __init__(self) -> None:
+        self._indices: set[int] = set()
+
+    def watch(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        """The same values, watched."""
+        return [_noted(functools.partial(self._indices.add, index), value) for index, value in enumerate(flat)]
+
+    def only(self, gradients: Sequence[Tensor]) -> Gradients:
+        """The gradients, `None` for what was not reached."""
+        return [gradient if index in self._indices else None for index, gradient in enumerate(gradients)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _noted(note: Callable[[], None], value: Tensor) -> Tensor:
+    del note  # Called by the backward rule alone.
+    return value
+
+
+def _noted_forward(note: Callable[[], None], value: Tensor) -> tuple[Tensor, None]:
+    del note
+    return value, None
+
+
+def _noted_backward(note: Callable[[], None], _: None, gradient: Tensor) -> tuple[Tensor]:
+    note()
+    return (gradient,)
+
+
+_noted.defvjp(_noted_forward, _noted_backward)
+
+
+def rows_of_each(
+    fn: Callable[..., Any], sources: Sources
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Gradients]]:
+    """Runs `fn` once: its outputs, further tensors, new values of what it wrote, and derivatives of each output."""
+    trace = jax.make_jaxpr(functools.partial(sources.call, fn), return_shape=True)
+    closed, shapes = trace(sources.values)
+    flat_fn = jax.extend.core.jaxpr_as_fun(closed)
+    (outputs, aux), news = jax.tree.unflatten(jax.tree.structure(shapes), flat_fn(*sources.values))
+    return outputs, aux, news, [_row(flat_fn, index, sources.values) for index in range(len(outputs))]
+
+
+def _row(flat_fn: Callable[..., list[Tensor]], index: int, values: Sequence[Tensor]) -> Gradients:
+    """The derivatives of one output with respect to each source."""
+    reached = Reached()
+    output, pullback = jax.vjp(lambda *flat: flat_fn(*reached.watch(flat))[index], *values)
+    basis = jnp.eye(output.size, dtype=output.dtype).reshape(output.size, *output.shape)
+    columns = jax.vmap(pullback)(basis)
+    return reached.only([column.reshape(output.shape + column.shape[1:]) for column in columns])

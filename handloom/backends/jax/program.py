@@ -1,0 +1,260 @@
+"""JAX: a step as one pure function of its variables' values, jitted, its written state donated.
+
+Internals used: `Variable._value` (see `handloom/_keras.py`); of `jax.extend.core`, `subjaxprs` and
+`get_opaque_trace_state`, which tells one trace from another; `Compiled._call`, the executable without its Python
+wrapper; CPython's reference counts, which tell an array that others hold too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, repeat
+from typing import Any, TypeAlias
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+
+from handloom._keras import Tensor, Variable, stored_value
+from handloom.backends.dependencies import Dependencies
+from handloom.backends.program import Cost, Fused, Program, Step, Untraceable
+from handloom.backends.scope import Recorder, Scope, refuse
+from handloom.errors import TraceError, VariableError
+
+MARK = "handloom: "
+
+Pure: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+"""A step without side effects: (written state, read state, tensors) -> [*new written state, *results]."""
+
+
+class JaxProgram(Program):
+    """A step, traced and compiled.
+
+    Args:
+        fn: The step.
+        tensors: One set of arguments.
+        tracing: To be entered where it is traced.
+    """
+
+    def __init__(
+        self, fn: Step, tensors: Sequence[Tensor], tracing: Callable[[], contextlib.AbstractContextManager[Any]]
+    ) -> None:
+        self._fn, self._tensors, self._tracing = fn, tensors, tracing
+        with tracing():
+            written, read = find_variables(fn, tensors)
+            self.written, self.read = tuple(written), tuple(read)
+            self._executable = _Executable(_pure(fn, written, read), tensors, self.written, self.read)
+        self.dependencies = _dependencies(self._executable.jaxpr, len(written) + len(read))
+        self._call = self._executable.bound()
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self._call(tensors)
+
+    def pure(
+        self, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        copies = list(map(jnp.array, written))  # They are donated.
+        returned = self._executable.compiled(copies, list(read), tuple(tensors))
+        return returned[: len(written)], returned[len(written) :]
+
+    def fused(self, steps: int, how: str = "auto") -> Fused:
+        if not all(isinstance(tensor, (jax.Array, np.ndarray, np.generic)) for tensor in self._tensors):
+            raise Untraceable("sparse batches have no common shape")
+        stacked = [jax.ShapeDtypeStruct((steps, *tensor.shape), tensor.dtype) for tensor in self._tensors]
+        with self._tracing():
+            pure = functools.partial(_rolled, _pure(self._fn, self.written, self.read), steps, how)
+            run = _Executable(pure, stacked, self.written, self.read).bound()
+        return lambda batches: run(list(map(_stacked, zip(*batches, strict=True))))
+
+    def cost(self) -> Cost:
+        found, memory = self._executable.compiled.cost_analysis() or {}, self._executable.compiled.memory_analysis()
+        peak = None
+        if memory is not None:
+            aliased = memory.alias_size_in_bytes
+            peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - aliased
+        return Cost(found.get("flops"), found.get("bytes accessed"), peak)
+
+
+class _Executable:
+    """A pure function, compiled for the variables that it takes the values of."""
+
+    def __init__(
+        self, pure: Pure, tensors: Sequence[Any], written: tuple[Variable, ...], read: tuple[Variable, ...]
+    ) -> None:
+        self._written, self._read = written, read
+        values = [variable._value for variable in written], [variable._value for variable in read]
+        traced = jax.jit(pure, donate_argnums=0).trace(*values, tuple(tensors))
+        self.jaxpr = traced.jaxpr.jaxpr
+        if len(self.jaxpr.invars) > len(written) + len(read) + len(jax.tree.leaves(tensors)):
+            raise leaked("(line unknown)")
+        self.compiled = traced.lower().compile()
+
+    def bound(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """What runs it on the variables themselves; see `Program.__call__`."""
+        written, read, compiled = self._written, self._read, self.compiled
+        native: Callable[..., list[Tensor]] | None = None
+
+        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            nonlocal native
+            values = [variable._value for variable in written]
+            if native is None:
+                # The first call leads through Python, where an interrupt can come at any point: copies are donated. And
+                # after an interrupt all calls would lead there, if the next one did not begin anew.
+                values, compiled._call = jax.device_put(values, may_alias=False), None
+            elif values and max(map(sys.getrefcount, values)) > _HELD_BY_VARIABLE:
+                values = _unshared(values)
+            arguments = (values,), ([variable._value for variable in read],), (tuple(tensors),)
+            # The donated values are gone once the executable has run. In one call, with no Python in between that an
+            # interrupt could stop, it runs and what it returns goes into the variables.
+            returned = chain.from_iterable(map(native or compiled, *arguments))
+            deque(map(setattr, written, repeat("_value"), returned), maxlen=0)
+            results = list(returned)
+            if native is None and isinstance(compiled._call, _NATIVE):
+                native = compiled._call
+            return results
+
+        return run
+
+
+_NATIVE = type(jax.jit(lambda: None))
+
+
+def _unshared(values: list[Tensor]) -> list[Tensor]:
+    """The same values, copied where another variable (after `a.assign(b)`) or the user holds the array too.
+
+    A donated array is gone for everybody; nobody but the program may feel that.
+    """
+    return [jnp.copy(value) if sys.getrefcount(value) > _HELD_BY_VARIABLE + 1 else value for value in values]
+
+
+def _references_of_a_variables_value() -> int:
+    holder = [[object()]]
+    return max(map(sys.getrefcount, [value[0] for value in holder]))
+
+
+_HELD_BY_VARIABLE = _references_of_a_variables_value()
+
+
+def _pure(fn: Step, written: Sequence[Variable], read: Sequence[Variable]) -> Pure:
+    def pure(
+        written_values: Sequence[Tensor], read_values: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        bindings = zip([*written, *read], [*written_values, *read_values], strict=True)
+        with OneTrace(bindings, outer=refuse) as scope:
+            results = list(fn(*tensors))
+        return [*(scope.get_current_value(variable) for variable in written), *results]
+
+    return pure
+
+
+def _rolled(
+    pure: Pure,
+    steps: int,
+    how: str,
+    written_values: Sequence[Tensor],
+    read_values: Sequence[Tensor],
+    stacked: Sequence[Tensor],
+) -> list[Tensor]:
+    """Steps one after the other on slices of tensors along their first axis; the results are those of the last."""
+    count = len(written_values)
+
+    def step(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        returned = pure(values, read_values, tensors)
+        news = [jnp.asarray(new, old.dtype) for new, old in zip(returned, values, strict=False)]
+        return news, returned[count:]
+
+    unroll = how == "unrolled"
+    if how == "auto" and jax.default_backend() == "cpu":
+        # XLA's convolutions are several times slower on a CPU within a loop than without.
+        one = jax.make_jaxpr(pure)(written_values, read_values, tuple(tensor[0] for tensor in stacked))
+        unroll = "conv_general_dilated" in _primitives(one.jaxpr)
+    news, results = jax.lax.scan(step, list(written_values), tuple(stacked), steps, unroll=unroll)
+    return [*news, *(result[-1] for result in results)]
+
+
+def _primitives(jaxpr: Any) -> set[str]:
+    """The names of all operations, those in branches, loops and functions among them."""
+    names = {equation.primitive.name for equation in jaxpr.eqns}
+    return names.union(*map(_primitives, jax.extend.core.subjaxprs(jaxpr)))
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return (np if all(isinstance(tensor, np.ndarray) for tensor in tensors) else jnp).stack(tensors)
+
+
+def _dependencies(jaxpr: Any, variables: int) -> Dependencies:
+    """Its nodes are the equations, by their place, and the program's arguments, by negative numbers."""
+    users: dict[int, list[int]] = {}
+    for place, equation in enumerate(jaxpr.eqns):
+        for value in equation.invars:
+            users.setdefault(id(value), []).append(place)
+    arguments = {-1 - place: [value] for place, value in enumerate(jaxpr.invars)}
+    returned = set(map(id, jaxpr.outvars))
+
+    def made(node: int) -> Sequence[Any]:
+        return arguments[node] if node < 0 else jaxpr.eqns[node].outvars
+
+    return Dependencies(
+        _marks(jaxpr),
+        list(arguments)[variables:],
+        following=lambda node: chain.from_iterable(users.get(id(value), ()) for value in made(node)),
+        is_end=lambda node: (
+            any(id(value) in returned for value in made(node)) or (node >= 0 and bool(jaxpr.eqns[node].effects))
+        ),
+    )
+
+
+def _marks(jaxpr: Any) -> Iterator[tuple[str, int]]:
+    for place, equation in enumerate(jaxpr.eqns):
+        name = str(equation.params.get("name", ""))
+        if equation.primitive.name == "name" and name.startswith(MARK):
+            yield name.removeprefix(MARK), place
+
+
+def find_variables(fn: Step, tensors: Sequence[Tensor]) -> tuple[list[Variable], list[Variable]]:
+    """Runs a step on shapes alone: the variables it writes, and those it only reads."""
+    recorder, written = Recorder(stored_value), list[Variable]()
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        with OneTrace(outer=recorder) as scope:
+            results = list(fn(*tensors))
+        written.extend(scope.written)
+        return results
+
+    with Scope(creates=True):
+        jax.eval_shape(run, *tensors)
+    known = set(map(id, written))
+    return written, [variable for variable in recorder.variables if id(variable) not in known]
+
+
+class OneTrace(Scope):
+    """Refuses what is assigned inside a trace of its own, as that of a loop is: it cannot get out of there."""
+
+    def __enter__(self) -> OneTrace:
+        super().__enter__()
+        self._trace = jax.extend.core.get_opaque_trace_state()
+        return self
+
+    def add_update(self, update: tuple[Variable, Tensor]) -> None:
+        if jax.extend.core.get_opaque_trace_state() != self._trace:
+            raise VariableError(
+                f"The variable {update[0].path!r} is assigned inside a function given to an operation (keras.ops."
+                "while_loop, fori_loop, scan, map, vectorized_map), from where its new value cannot get out on JAX. "
+                "Return the new value from that function, and assign it outside. For example: "
+                "v.assign(ops.fori_loop(0, 3, lambda index, value: value + index, v.value))."
+            )
+        super().add_update(update)
+
+
+def leaked(line: str) -> TraceError:
+    """The error for a tensor of an inner trace that is used outside of it."""
+    return TraceError(
+        "A tensor of a function that was given to an operation (keras.ops.cond, while_loop, scan, map, vectorized_map) "
+        f"is used outside of that function, where it has no meaning:\n    {line}\n"
+        "Return it from the function instead."
+    )

@@ -1,0 +1,133 @@
+"""TensorFlow: a step as one concrete function, which reads and changes variables in place.
+
+Internals used: `get_read_only_resource_input_indices_graph`, which tells the variables that a graph only reads, in
+branches, loops and functions too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.framework.auto_control_deps_utils import get_read_only_resource_input_indices_graph
+
+from handloom._keras import Tensor, Variable, stored_value
+from handloom.backends.dependencies import Dependencies
+from handloom.backends.program import Fused, Program, Step, Untraceable
+
+MARK = "handloom_mark_"
+
+
+class TensorFlowProgram(Program):
+    """A step, traced.
+
+    Args:
+        fn: The step.
+        tensors: One set of arguments.
+        seen: The Keras variables that the step uses, by id; filled while it is traced.
+        kernels: Whether XLA compiles it.
+        tracing: To be entered where it is traced.
+    """
+
+    def __init__(
+        self,
+        fn: Step,
+        tensors: Sequence[Tensor],
+        seen: Mapping[int, Variable],
+        kernels: bool,
+        tracing: Callable[[], contextlib.AbstractContextManager[Any]],
+    ) -> None:
+        self._fn, self._tensors, self._kernels, self._tracing = fn, tensors, kernels, tracing
+        specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
+        self._concrete = self._traced(lambda *tensors: list(fn(*tensors)), specs)
+        graph = self._concrete.graph
+        self._variables = {id(stored_value(variable)): variable for variable in seen.values()}
+        unchanged = get_read_only_resource_input_indices_graph(graph)
+        handles = {id(graph.inputs[index]) for index in unchanged}
+        known = [(self._variables[id(held)], inner) for held, inner in _captured(graph) if id(held) in self._variables]
+        self.read = tuple(variable for variable, inner in known if id(inner) in handles)
+        self.written = tuple(variable for variable, inner in known if id(inner) not in handles)
+        self.dependencies = _dependencies(graph, len(self._concrete.captured_inputs))
+
+    def _traced(self, fn: Callable[..., list[Tensor]], specs: Sequence[tf.TypeSpec]) -> Any:
+        function = tf.function(fn, autograph=False, jit_compile=self._kernels)
+        with self._tracing():
+            return function.get_concrete_function(*specs)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        results: list[Tensor] = self._concrete(*tensors)
+        return results
+
+    def pure(
+        self, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        variables = [*self.written, *self.read]
+        # Other variables in the place of those that the function has captured.
+        copies = {
+            id(stored_value(variable)): tf.Variable(value, dtype=stored_value(variable).dtype, trainable=False)
+            for variable, value in zip(variables, [*written, *read], strict=True)
+        }
+        owners = {
+            id(held.handle): copies[id(held)] for held, _ in _captured(self._concrete.graph) if id(held) in copies
+        }
+        captured = [
+            owners[id(handle)].handle if id(handle) in owners else handle for handle in self._concrete.captured_inputs
+        ]
+        flat = tf.nest.flatten(list(tensors), expand_composites=True)
+        outputs = self._concrete.graph.outputs
+        results = tf.raw_ops.StatefulPartitionedCall(
+            args=[*flat, *captured], Tout=[output.dtype for output in outputs], f=self._concrete
+        )
+        packed = tf.nest.pack_sequence_as(self._concrete.structured_outputs, results, expand_composites=True)
+        return [tf.identity(copies[id(stored_value(variable))]) for variable in self.written], list(packed)
+
+    def fused(self, steps: int, how: str = "auto") -> Fused:
+        if not all(isinstance(tensor, tf.Tensor) for tensor in self._tensors):
+            raise Untraceable("sparse and ragged batches have no common shape")
+        fn = self._fn
+
+        def unrolled(*stacked: Tensor) -> list[Tensor]:
+            for index in range(steps - 1):
+                fn(*(tensor[index] for tensor in stacked))
+            return list(fn(*(tensor[-1] for tensor in stacked)))
+
+        def rolled(*stacked: Tensor) -> list[Tensor]:
+            def step(index: Tensor) -> Tensor:
+                fn(*(tensor[index] for tensor in stacked))
+                return index + 1
+
+            tf.while_loop(lambda index: index < steps - 1, step, [0], parallel_iterations=1)
+            return list(fn(*(tensor[-1] for tensor in stacked)))
+
+        specs = [tf.TensorSpec((steps, *tensor.shape), tensor.dtype) for tensor in self._tensors]
+        run = self._traced(unrolled if how == "unrolled" else rolled, specs)
+        return lambda batches: run(*map(tf.stack, zip(*batches, strict=True)))
+
+
+def _captured(graph: Any) -> Iterator[tuple[tf.Variable, Tensor]]:
+    """The variables that a graph has captured, each with its handle in the graph."""
+    held = {id(variable.handle): variable for variable in graph.variables}
+    for outer, inner in graph.captures:
+        if id(outer) in held:
+            yield held[id(outer)], inner
+
+
+def _dependencies(graph: Any, captured: int) -> Dependencies:
+    results = {tensor.op for tensor in graph.outputs}
+    arguments = graph.inputs[: len(graph.inputs) - captured]
+    return Dependencies(
+        _marks(graph),
+        [argument.op for argument in arguments],
+        following=lambda node: [user for output in node.outputs for user in output.consumers()],
+        is_end=lambda node: node in results or node.op_def.is_stateful,
+    )
+
+
+def _marks(graph: Any) -> Iterator[tuple[str, tf.Operation]]:
+    for operation in graph.get_operations():
+        code = operation.name.rpartition("/")[2]
+        if operation.type == "Identity" and code.startswith(MARK):
+            # TensorFlow numbers names that it has seen before.
+            yield bytes.fromhex(code.removeprefix(MARK).partition("_")[0]).decode(), operation

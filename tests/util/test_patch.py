@@ -1,0 +1,111 @@
+"""Patches: what is replaced, for whom, and that it is put back."""
+
+import types
+
+import pytest
+
+from handloom._util.patch import Patch
+from tests.threads import alternating, in_a_thread
+
+pytestmark = pytest.mark.once
+
+
+class Base:
+    """Something of another library's."""
+
+    size = types.SimpleNamespace(unit="metre")
+
+    def name(self):
+        return "base"
+
+    @property
+    def value(self):
+        """Its value."""
+        return 1
+
+
+class Derived(Base):
+    """Inherits all it has."""
+
+
+def louder(original):
+    return lambda *args: f"{original(*args)}!"
+
+
+def attributes():
+    return [vars(cls).get(name) for cls in (Base, Derived) for name in ("name", "value", "size")]
+
+
+PATCH = Patch(
+    (Base, "name", louder),
+    (Derived, "value", lambda getter: lambda self: getter(self) + 10),
+    (Base, "size", lambda _: types.SimpleNamespace(unit="foot")),
+)
+
+
+def seen():
+    return Base().name(), Derived().value, Base().value, Base.size.unit
+
+
+PATCHED, ORIGINAL = ("base!", 11, 1, "foot"), ("base", 1, 1, "metre")
+
+
+def test_a_patch_replaces_methods_properties_and_objects_inside_and_leaves_the_very_same_ones():
+    before = attributes()
+    with PATCH:
+        assert seen() == PATCHED
+        with pytest.raises(KeyError), PATCH:  # It may be entered again, and left by an error.
+            raise KeyError
+        assert seen() == PATCHED
+        assert Derived.value.__doc__ == "Its value."
+    assert seen() == ORIGINAL
+    assert all(now is then for now, then in zip(attributes(), before, strict=True))
+
+
+def test_a_patch_decorates_a_function_which_may_call_itself():
+    @PATCH
+    def count(n):
+        return [Base().name(), *count(n - 1)] if n else []
+
+    assert count(3) == ["base!"] * 3
+    assert Base().name() == "base"
+
+
+def test_other_threads_get_the_original_of_a_patched_attribute():
+    with PATCH:
+        assert in_a_thread(seen) == ORIGINAL
+
+
+def test_two_threads_that_overlap_in_a_patch_each_get_theirs_and_leave_nothing():
+    """A in, B in, A out, B out: with a stack of replacements, A's would be left behind, and B blind."""
+    before, found = attributes(), []
+
+    def one():
+        with PATCH:
+            found.append(seen())
+            yield
+            found.append(seen())
+        found.append(seen())
+        yield
+
+    def other():
+        with PATCH:
+            yield
+            found.append(seen())
+            yield
+            found.append(seen())
+
+    alternating(one, other)
+    assert found == [PATCHED, PATCHED, ORIGINAL, PATCHED, PATCHED]
+    assert all(now is then for now, then in zip(attributes(), before, strict=True))
+
+
+def test_a_patch_may_be_told_when_its_caller_is_inside():
+    """Where contexts do not reach: autograd runs backward passes in threads of its own."""
+    inside = []
+    patch = Patch((Base, "name", louder), when=lambda: bool(inside))
+    with patch:
+        assert Base().name() == "base"
+        inside.append(True)
+        assert in_a_thread(Base().name) == "base!"
+    assert Base().name() == "base"
