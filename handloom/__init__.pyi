@@ -5,10 +5,10 @@ from ._data.feed import Feed as Feed
 from ._model.model import Model as Model
 from ._model.model import Sequential as Sequential
 from ._run.loop import fit as fit
+from ._trace.eager import run_eagerly as run_eagerly
 from ._trace.function import Function as Function
 from ._trace.function import Trace as Trace
 from ._trace.function import function as function
-from ._trace.function import run_eagerly as run_eagerly
 from ._trace.gradients import grad as grad
 from ._trace.gradients import hessian as hessian
 from ._trace.gradients import jacobian as jacobian

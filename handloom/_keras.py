@@ -15,7 +15,8 @@ checks each of these, so that a change in Keras is noticed there and not by a us
 | `Metric._direction`          | whether more of a metric is better, which callbacks that watch it must know |
 | `Model._initial_epoch`       | how `BackupAndRestore` tells the loop where to go on                   |
 | `Optimizer._trainable_variables` | for what `apply` updates when it is told gradients only            |
-| `Optimizer._variables`, `_iterations`, `_learning_rate`, `_tracker` | which variables are slots, to make them anew |
+| `Optimizer._variables`, `_iterations`, `_tracker` | which variables are slots, to make them anew       |
+| `Optimizer._learning_rate`   | no slot; a copy of an optimizer shares it                              |
 | `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
 | `global_state`               | has a variable whose initializer failed, and would fail in each later scope |
 | `GLOBAL_SEED_GENERATOR`      | its name there: `set_random_seed` replaces it, but compiled steps hold the one before |
@@ -107,6 +108,7 @@ __all__ = [
     "seed_generators_of",
     "set_keras_mask",
     "set_loss_tracker",
+    "share_learning_rate",
     "slots_of",
     "stored_value",
     "take_initial_epoch",
@@ -209,6 +211,13 @@ def forget_slots(optimizer: keras.Optimizer) -> None:
     """Has an optimizer count its slots no longer among its variables."""
     for slot in slots_of(optimizer):
         optimizer._tracker.untrack(slot)
+
+
+def share_learning_rate(optimizer: keras.Optimizer, other: keras.Optimizer) -> None:
+    """Gives an optimizer that is not built the learning rate of another: where one changes, the other does."""
+    if isinstance(other._learning_rate, keras.Variable):
+        optimizer._tracker.untrack(optimizer._learning_rate)
+        optimizer._learning_rate = other._learning_rate
 
 
 def take_initial_epoch(model: Any) -> int:

@@ -24,12 +24,13 @@ from handloom._model.optimizer import attach, compiled_optimizer, finish_trainin
 from handloom._model.optimizer import build as build_optimizer
 from handloom._model.steps import start_steps
 from handloom._model.unknown_classes import deserialized, naming_unknown_parts
-from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, variant
+from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, register_as_its_class, variant
 from handloom._reporting.loss_tracker import LossTracker, holding
 from handloom._run import loop
 from handloom._run.callback_list import Callbacks
 from handloom._run.seed import seed_run
 from handloom._trace.gradients import Wrt, build
+from handloom._trace.loss_weight import Weight
 from handloom._trace.losses import Denominators, note_loss
 from handloom._trace.observe import observing
 from handloom._util.every import Every, every
@@ -87,6 +88,11 @@ class Model(keras.Model):
         """Pickled and copied as Keras does, but by a class that a module knows by name: a variant is not."""
         rebuild, contents = super().__reduce__()
         return getattr(Model, rebuild.__name__), contents
+
+    def get_config(self) -> dict[str, Any]:
+        """What the model is made of."""
+        register_as_its_class(type(self))
+        return cast(dict[str, Any], super().get_config())
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Model:
@@ -215,6 +221,7 @@ class Model(keras.Model):
         wrt: Wrt | None = None,
         optimizer: keras.Optimizer | None = None,
         *,
+        weight: Weight | None = None,
         has_aux: bool = False,
     ) -> Any:
         """Takes one step of an optimizer down a loss, as `hl.minimize` does.
@@ -223,6 +230,7 @@ class Model(keras.Model):
             loss_fn: Takes nothing; returns the loss, or with `has_aux` a pair of it and anything else.
             wrt: What to train, as for `hl.minimize`; by default the whole model.
             optimizer: By default the compiled one; of several, each variable's owner.
+            weight: As for `hl.minimize`.
             has_aux: Whether `loss_fn` returns a pair.
 
         Returns:
@@ -238,7 +246,7 @@ class Model(keras.Model):
             build(wrt, loss_fn)
             if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
                 optimizer.build(self.trainable_variables)  # All of them: a later step may train another part.
-        return minimize(loss_fn, wrt, optimizer, has_aux=has_aux)
+        return minimize(loss_fn, wrt, optimizer, weight=weight, has_aux=has_aux)
 
     # --------------------------------------------------------------------- runs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from handloom._keras import keras, trained_by
+from handloom._keras import keras, share_learning_rate, trained_by
 from handloom._model.steps import parts_built
 from handloom.errors import OptimizerError
 from handloom.optimizers import GradientAccumulation, LossScaleOptimizer, NamedOptimizers
@@ -77,14 +77,23 @@ def _each(optimizer: keras.Optimizer, change: Callable[[keras.Optimizer], keras.
 def _accumulating(optimizer: keras.Optimizer) -> keras.Optimizer:
     """Does by `GradientAccumulation` what a Keras optimizer was asked to do as `gradient_accumulation_steps`.
 
+    The optimizer given stays as it is; a copy is wrapped, which has its learning rate.
+
     Keras's way counts batches alike whatever their size, leaves a last short window waiting, and moves the averages of
     `use_ema` on steps that update nothing.
     """
     steps = optimizer.gradient_accumulation_steps
     if not steps:
         return optimizer
-    optimizer.gradient_accumulation_steps = None
-    return GradientAccumulation(optimizer, steps)
+    if optimizer.built:
+        raise OptimizerError(
+            f"{optimizer.name!r} has gradient_accumulation_steps={steps} and is built already. compile() replaces such "
+            "an optimizer by GradientAccumulation around a copy of it, which would not have its slots. Pass a new one, "
+            f"or GradientAccumulation(optimizer, {steps}) around one without gradient_accumulation_steps."
+        )
+    copy = type(optimizer).from_config(optimizer.get_config() | {"gradient_accumulation_steps": None})
+    share_learning_rate(copy, optimizer)
+    return GradientAccumulation(copy, steps)
 
 
 def _scaling(optimizer: keras.Optimizer) -> keras.Optimizer:

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 from handloom._data.sample_weight import weighed
 from handloom._keras import keras, layers_of
 from handloom._reporting.step import ReportingStep
-from handloom._trace.function import Function, check_jit_compile, eagerly
+from handloom._trace.eager import eagerly
+from handloom._trace.function import Function, check_jit_compile
 from handloom.errors import StepError
 from handloom.optimizers._add_variables import add_variables_in_order
 

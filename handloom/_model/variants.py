@@ -23,14 +23,20 @@ def variant(cls: type, kind: type) -> Any:
 
 
 def _make(cls: type, kind: type) -> type:
-    made = type(cls.__name__, (cls, kind), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-    registered = keras.saving.get_registered_name(cls)
-    if ">" in registered:
-        # Saved under the name of the class that the user knows, loaded as that.
+    return type(cls.__name__, (cls, kind), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def register_as_its_class(variant: type) -> None:
+    """Has a variant saved under the name of the class that the user knows, and loaded as that.
+
+    A class may be registered after its first functional instance; hence where one is about to be saved.
+    """
+    cls = next((known for (known, _), made in _made.items() if made is variant), None)
+    registered = "" if cls is None else keras.saving.get_registered_name(cls)
+    if ">" in registered and keras.saving.get_registered_name(variant) != registered:
         register = keras.saving.register_keras_serializable(*registered.split(">", 1))
-        register(made)
+        register(variant)
         register(cls)
-    return made
 
 
 def is_inputs_and_outputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -19,7 +19,8 @@ from handloom._reporting.logs import READ_AFTER, Logs, Report
 from handloom._reporting.observed import StepObservers
 from handloom._reporting.results import Results, mark_of
 from handloom._reporting.totals import AllTotals
-from handloom._trace.function import Function, Version, eagerly
+from handloom._trace.eager import eagerly
+from handloom._trace.function import Function, Version
 from handloom._trace.observe import observing
 from handloom._util.warnings import warn
 from handloom.backends import backend

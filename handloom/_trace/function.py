@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, cast, overload
 
 import numpy as np
 import optree
 
-from handloom._keras import Tensor, Variable, global_seed_generator, keras
-from handloom._trace.loss_weight import step_weight
+from handloom._keras import Tensor, Variable, global_seed_generator
+from handloom._trace.arguments import Arguments, Outputs
+from handloom._trace.eager import runs_eagerly
 from handloom._trace.observe import VariableUse, observing
 from handloom._util.warnings import warn
 from handloom.backends import backend
@@ -155,7 +154,7 @@ class Function:
         # The path of a training loop, a few arrays: no walk through structure, no look at what needs converting.
         leaves = args[0] if len(args) == 1 and type(args[0]) is tuple else args
         try:
-            key = (_runs_eagerly(), leaves is args, *map(backend.key, leaves))
+            key = (runs_eagerly(), leaves is args, *map(backend.key, leaves))
         except AttributeError:
             key = None
         version = None if kwargs else self._by_raw_key.get(key)
@@ -167,8 +166,8 @@ class Function:
         return version, tensors
 
     def _general(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Version, Sequence[Tensor]]:
-        arguments = _Arguments(*optree.tree_flatten((tuple(args), kwargs)))
-        key = (_runs_eagerly(), *arguments.key)
+        arguments = Arguments(*optree.tree_flatten((tuple(args), kwargs)))
+        key = (runs_eagerly(), *arguments.key)
         try:
             version = self._versions.get(key)
         except TypeError as error:
@@ -182,9 +181,9 @@ class Function:
                 self._versions[key] = version
         return version, arguments.tensors
 
-    def _new_version(self, arguments: _Arguments, args: Sequence[Any], kwargs: dict[str, Any]) -> Version:
+    def _new_version(self, arguments: Arguments, args: Sequence[Any], kwargs: dict[str, Any]) -> Version:
         version = Version(self, arguments)
-        if _runs_eagerly():
+        if runs_eagerly():
             return version
         signature = version.signature = _described(self.python_function, args, kwargs)
         reason, started = self._reason(signature), time.perf_counter()
@@ -257,10 +256,10 @@ class Version:
         run: Runs it.
     """
 
-    def __init__(self, function: Function, arguments: _Arguments) -> None:
+    def __init__(self, function: Function, arguments: Arguments) -> None:
         self._function = function
         self._arguments = arguments
-        self._outputs = _Outputs()
+        self._outputs = Outputs()
         self.compiled = False
         self.fallback_reason = ""
         self.dependencies = Dependencies()
@@ -301,7 +300,7 @@ class Version:
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             nonlocal runs
-            outputs = _Outputs() if self.compiled else self._outputs  # Once compiled, what it returns is known.
+            outputs = Outputs() if self.compiled else self._outputs  # Once compiled, what it returns is known.
             python_function = backend.with_control_flow(self._function.python_function)
             made = len(self._use.made)
             with observing(self._use):
@@ -346,63 +345,6 @@ class Version:
                 "it could not be compiled and falls back to eager execution (slower)", self.fallback_reason
             )
         return [backend.detach(tensor) for tensor in self._outputs.put(result)]
-
-
-class _Arguments:
-    """The arguments of one call, taken apart into tensors, which may change, and the rest, which may not."""
-
-    def __init__(self, leaves: Sequence[Any], structure: optree.PyTreeSpec) -> None:
-        self._structure = structure
-        self._through = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
-        self.tensors = [backend.to_tensor(leaves[index]) for index in self._through]
-        # Static values keep what they hold alive: an id is of use only so long.
-        self._static = [None if backend.is_array(leaf) else leaf for leaf in leaves]
-        self.key = (
-            structure,
-            *(backend.signature(tensor) for tensor in self.tensors),
-            *(_static_key(leaf) for leaf in self._static),
-        )
-
-    def call(self, fn: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
-        """Calls a function with these arguments, and these tensors in them."""
-        leaves = list(self._static)
-        for index, tensor in zip(self._through, tensors, strict=True):
-            leaves[index] = keras.ops.convert_to_tensor(tensor)
-        args, kwargs = optree.tree_unflatten(self._structure, leaves)
-        examples = next((tensor.shape[0] for tensor in tensors if len(tensor.shape)), 1)
-        with step_weight(examples):
-            return fn(*args, **kwargs)
-
-
-class _Outputs:
-    """What a version returns, taken apart likewise; filled while it is traced."""
-
-    def put(self, result: Any) -> list[Tensor]:
-        leaves, self._structure = optree.tree_flatten(result)
-        leaves = [_as_tensor(leaf) for leaf in leaves]
-        self._through = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
-        self.rest = [None if backend.is_array(leaf) else leaf for leaf in leaves]
-        return [leaves[index] for index in self._through]
-
-    def get(self, tensors: Sequence[Tensor]) -> Any:
-        leaves = list(self.rest)
-        for index, tensor in zip(self._through, tensors, strict=True):
-            leaves[index] = tensor
-        return optree.tree_unflatten(self._structure, leaves)
-
-
-def _as_tensor(leaf: Any) -> Any:
-    if isinstance(leaf, keras.Variable):
-        return keras.ops.copy(leaf.value)
-    if backend.is_array(leaf) or isinstance(leaf, (bool, int, float, complex)):
-        return keras.ops.convert_to_tensor(leaf)
-    return leaf
-
-
-def _static_key(leaf: Any) -> Key:
-    if isinstance(leaf, (keras.Variable, keras.Layer)):
-        return type(leaf), id(leaf)
-    return type(leaf), leaf  # 2 and 2.0 and True are equal, but not the same to a function.
 
 
 def _numpys_draws() -> tuple[Any, ...]:
@@ -453,56 +395,3 @@ def _differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
     ]
     changed += [f"{name}{new[name]} is new" for name in new if name not in old]
     return changed + [f"{name}{old[name]} is gone" for name in old if name not in new]
-
-
-_everywhere = False
-_here: ContextVar[bool | None] = ContextVar("here", default=None)
-
-
-def _runs_eagerly() -> bool:
-    here = _here.get()
-    return _everywhere if here is None else here
-
-
-@contextlib.contextmanager
-def eagerly(value: bool) -> Iterator[None]:
-    """Steps that this thread runs inside run eagerly, or are compiled."""
-    token = _here.set(value)
-    try:
-        yield
-    finally:
-        _here.reset(token)
-
-
-def run_eagerly(value: bool) -> contextlib.AbstractContextManager[None]:
-    """Makes every step and compiled function run eagerly from now on, so that `print` and `pdb` work in it.
-
-    Args:
-        value: `True` to run eagerly, `False` to compile again.
-
-    Returns:
-        A context manager, for a block: inside, the same holds for this thread only; outside, what held before.
-
-    Raises:
-        TypeError: If it is neither.
-
-    Example:
-        `hl.run_eagerly(True)` until further notice, or `with hl.run_eagerly(True): ...` for a block.
-    """
-    global _everywhere
-    if not isinstance(value, bool):
-        raise TypeError(f"hl.run_eagerly takes True or False; received {value!r}.")
-    before, here = _everywhere, _here.get()
-    _everywhere = value
-    if here is not None:
-        _here.set(value)
-    return _for_a_block(value, before, here)
-
-
-@contextlib.contextmanager
-def _for_a_block(value: bool, before: bool, here: bool | None) -> Iterator[None]:
-    global _everywhere
-    _everywhere = before
-    _here.set(here)
-    with eagerly(value):
-        yield

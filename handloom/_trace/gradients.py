@@ -59,8 +59,8 @@ def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = Fals
             value, aux = _split(result) if has_aux else (result, None)
             return scalar(value), rest.put(aux)
 
-        value, tensors, *gradients = backend.value_and_grad(call, sources.tensors, sources.variables)
-        gradients = sources.mirror(*gradients)
+        value, tensors, *found = backend.value_and_grad(call, sources.tensors, sources.variables)
+        gradients = sources.mirror(*(list(map(backend.dense, group)) for group in found))
         tell("differentiated", value)
         return ((value, rest.get(tensors)), gradients) if has_aux else (value, gradients)
 
@@ -156,6 +156,26 @@ def hessian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
         return sources.mirror(mirrored[:count], mirrored[count:])
 
     return wrapped
+
+
+def gradients_of(fn: Callable[[], tuple[Tensor, Any]], variables: list[Variable]) -> tuple[Any, list[Tensor | None]]:
+    """Differentiates a scalar with respect to variables.
+
+    Args:
+        fn: Returns a scalar and anything else.
+        variables: What to differentiate with respect to.
+
+    Returns:
+        What else `fn` returned, and the gradients, in the forms that the backend gives them.
+    """
+    rest = _Rest()
+
+    def call() -> tuple[Tensor, list[Tensor]]:
+        value, aux = fn()
+        return value, rest.put(aux)
+
+    _, tensors, _, gradients = backend.value_and_grad(call, [], variables)
+    return rest.get(tensors), gradients
 
 
 def gradients_of_each(

@@ -68,6 +68,11 @@ class Backend(abc.ABC):
     def signature(self, tensor: Tensor) -> tuple[tuple[int, ...], str]:
         """Shape and dtype name, as a compiled function tells versions apart. Takes what `to_tensor` returns."""
 
+    def placement(self, tensor: Tensor) -> Hashable:
+        """Where a tensor lies, if not where the backend puts tensors by itself; else `None`."""
+        del tensor
+        return None  # By default there is one place.
+
     def key(self, leaf: Any) -> Hashable:
         """What tells two leaves of a step's arguments apart at little cost: shape, dtype, kind and placement.
 
@@ -231,8 +236,13 @@ class Backend(abc.ABC):
         Returns:
             The value; the further tensors; the gradients for `tensors`; those for `variables`. A gradient has the
             shape and dtype of its source, and is `None` where the source does not reach the value through
-            differentiable operations. Inside another differentiated function all of them stay differentiable.
+            differentiable operations. That of a table in which few rows were looked up may be in a form of its own,
+            of which `dense` makes a tensor. Inside another differentiated function all stay differentiable.
         """
+
+    def dense(self, gradient: Tensor | None) -> Tensor | None:
+        """A gradient as a tensor, whatever form it has."""
+        return gradient
 
     @abc.abstractmethod
     def jacobian(

@@ -92,7 +92,7 @@ def apply_unscaled(
         return
     factor = optimizer.loss_scale_factor
     if factor is not None:  # It will divide by this.
-        gradients = [None if gradient is None else gradient * factor for gradient in gradients]
+        gradients = [None if gradient is None else ops.multiply(gradient, factor) for gradient in gradients]
     optimizer.apply(gradients, variables)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from handloom._keras import Tensor, Variable, keras, layers_of
-from handloom._trace.gradients import Wrt, build, gradients_of_each, scalar, value_and_grad, variables_of, vector
+from handloom._trace.gradients import Wrt, build, gradients_of, gradients_of_each, scalar, variables_of, vector
 from handloom._trace.loss_weight import Weight, step_weight, weight_of_step
 from handloom._trace.losses import Denominator, Denominators, OwnLosses, note_loss
 from handloom._trace.observe import observing
@@ -66,7 +66,8 @@ def minimize(
         _warn_of_underflow(wrt)
 
     differentiate = _Differentiate(loss_fn, wrt, variables, scale, has_aux)
-    taken = optimizer.take_gradients(differentiate, variables) if isinstance(optimizer, Wrapper) else differentiate()
+    wraps = isinstance(optimizer, Wrapper)
+    taken = optimizer.take_gradients(differentiate, variables) if wraps else differentiate.raw()
     (loss, aux, divided_by), gradients = taken
     _check_reached(gradients, variables)
     if scale is not None:
@@ -88,13 +89,18 @@ class _Differentiate:
     has_aux: bool
 
     def __call__(self) -> tuple[Any, list[Tensor | None]]:
+        result, gradients = self.raw()
+        return result, list(map(backend.dense, gradients))
+
+    def raw(self) -> tuple[Any, list[Tensor | None]]:
+        """The same, with gradients in the forms that the backend gives them: Keras's optimizers take all of them."""
+
         def scaled_loss() -> tuple[Tensor, Any]:
             loss, penalties, aux, divided_by = self._parts(scalar)
             loss = sum(penalties, start=loss)
             return self._scaled(loss), (loss, aux, divided_by)
 
-        (_, result), gradients = value_and_grad(scaled_loss, wrt=self.variables, has_aux=True)()
-        return result, gradients
+        return gradients_of(scaled_loss, self.variables)
 
     def each(self) -> tuple[Any, list[list[Tensor | None]], list[Tensor | None]]:
         def scaled_losses() -> tuple[list[Tensor], Any]:

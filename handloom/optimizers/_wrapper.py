@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from handloom._keras import Tensor, Variable, keras, trained_by
+from handloom.backends import backend
 from handloom.optimizers._loss_scale import apply_unscaled
 from handloom.optimizers._named import NamedOptimizers, as_optimizer
 from handloom.optimizers._tree import inside
@@ -81,7 +82,7 @@ class Wrapper(keras.optimizers.Optimizer):
         variables = list(trained_by(self) if trainable_variables is None else trainable_variables)
         if not self.built:
             self.build(variables)
-        self.update(list(grads), variables)
+        self.update(list(map(backend.dense, grads)), variables)
 
     def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
         """What this wrapper does with gradients."""

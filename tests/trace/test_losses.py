@@ -172,7 +172,7 @@ def test_uncounted_losses_are_those_of_no_loss_of_a_step_that_trains():
         layer(X)
 
     def update():
-        optimizer.apply([ones(2, 1), ones(1)], layer.trainable_variables)
+        optimizer.apply([ops.ones((2, 1)), ops.ones((1,))], layer.trainable_variables)
 
     def minimized():
         with own_losses(layer) as own:

@@ -54,7 +54,13 @@ class JaxBackend(Backend):
             return _padded(array)
         if isinstance(array, np.ndarray) and not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
+        if _is_on_another_device(array):
+            array = jax.device_put(array, _default_device())
         return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
+
+    def placement(self, tensor: Tensor) -> Hashable:
+        spread = isinstance(tensor, jax.Array) and not isinstance(tensor, jax.core.Tracer)
+        return tensor.sharding if spread and len(tensor.sharding.device_set) > 1 else None
 
     def sparse_tensor(self, indices: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> Tensor:
         return self.to_tensor(BCOO((jnp.asarray(values), jnp.asarray(indices, np.int32)), shape=shape))
@@ -153,6 +159,19 @@ class JaxBackend(Backend):
             return self.jacobian(fn, tensors, variables)
         sources.write(news)
         return outputs, aux, [sources.split(row) for row in rows]
+
+
+def _default_device() -> Any:
+    chosen = jax.config.jax_default_device
+    return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
+
+
+def _is_on_another_device(array: Any) -> bool:
+    """Whether an array is on one device, and that is not the one on which variables are made."""
+    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+        return False
+    devices = array.sharding.device_set
+    return len(devices) == 1 and _default_device() not in devices
 
 
 def _padded(sparse: BCOO) -> BCOO:

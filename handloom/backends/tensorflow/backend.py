@@ -140,7 +140,12 @@ class TensorFlowBackend(Backend):
             value, aux = fn(*sources.watched_by(tape))
             value, aux = _read(value), [_read(tensor) for tensor in aux]
         gradients = tape.gradient(value, sources.watched)
+        if self._nesting.gradient:  # What the function around differentiates in turn is a tensor.
+            gradients = list(map(_dense, gradients))
         return value, aux, *sources.split(gradients)
+
+    def dense(self, gradient: Tensor | None) -> Tensor | None:
+        return _dense(gradient)
 
     @naming_what_has_no_derivative("TensorFlow")
     def jacobian(
@@ -182,8 +187,12 @@ class _Sources:
         return stand_ins
 
     def split(self, gradients: Sequence[Any]) -> tuple[Gradients, Gradients]:
-        dense = [None if gradient is None else tf.convert_to_tensor(gradient) for gradient in gradients]
-        return dense[: len(self._tensors)], dense[len(self._tensors) :]
+        count = len(self._tensors)
+        return list(map(_dense, gradients[:count])), list(gradients[count:])
+
+
+def _dense(gradient: Any) -> Tensor | None:
+    return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
 
 
 def _row(tape: tf.GradientTape, output: Tensor, sources: list[Tensor]) -> Gradients:
