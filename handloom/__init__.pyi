@@ -1,4 +1,5 @@
 from . import callbacks as callbacks
+from . import checks as checks
 from . import errors as errors
 from . import optimizers as optimizers
 from ._data.feed import Feed as Feed

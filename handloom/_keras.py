@@ -41,16 +41,18 @@ def _missing_backend(name: str) -> BackendNotInstalledError:
     installed = [other for other in BACKENDS if importlib.util.find_spec(other)]
     choice = f", or choose an installed one: KERAS_BACKEND={installed[0]}" if installed else ""
     return BackendNotInstalledError(
+        "HL901",
         f"Keras is set to the backend {name!r}, which is not installed. "
-        f'Install it with: pip install "handloom[{name}]"{choice}.'
+        f'Install it with: pip install "handloom[{name}]"{choice}.',
     )
 
 
 def _strange_backend(name: str | None) -> BackendNotInstalledError:
     return BackendNotInstalledError(
+        "HL902",
         f"Handloom runs on {', '.join(BACKENDS)}; Keras is set to {name!r}. "
         "Set KERAS_BACKEND before Python starts, for example: KERAS_BACKEND=jax "
-        f"(it is {os.environ.get('KERAS_BACKEND', 'unset')!r} now; unset, ~/.keras/keras.json decides)."
+        f"(it is {os.environ.get('KERAS_BACKEND', 'unset')!r} now; unset, ~/.keras/keras.json decides).",
     )
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.once
 
 def tree():
     """The tree in the docstring: (name, its parent or nothing, the built-in in parentheses or nothing)."""
-    lines = re.findall(r"^([├└]── )?((?:\w+)(?:Error|Warning))(?: +\((\w+)\))?", errors.__doc__, re.MULTILINE)
+    lines = re.findall(r"^([├└]── )?((?:\w+)(?:Error|Warning))(?: +\((\w+)[,)])?", errors.__doc__, re.MULTILINE)
     found, root = [], ""
     for branch, name, builtin in lines:
         root = root if branch else name
@@ -24,7 +24,8 @@ def tree():
 
 def in_the_module():
     classes = inspect.getmembers(errors, inspect.isclass)
-    return {name: cls for name, cls in classes if cls.__module__ == errors.__name__}
+    ours = {name: cls for name, cls in classes if cls.__module__ == errors.__name__ and name in errors.__all__}
+    return {name: cls for name, cls in ours.items() if name != "Finding"}
 
 
 def test_the_docstring_names_exactly_the_classes():
@@ -58,4 +59,4 @@ def test_errors_are_found_from_the_package():
 
 @pytest.mark.parametrize("name", in_the_module())
 def test_an_error_takes_a_message(name):
-    assert str(in_the_module()[name]("what is wrong")) == "what is wrong"
+    assert str(in_the_module()[name]("HL999", "Something is wrong.")) == "Something is wrong. [HL999]"

@@ -264,7 +264,7 @@ def test_a_backend_that_is_not_installed_is_named_with_the_command_that_installs
 @pytest.mark.once
 def test_where_no_backend_is_installed_none_is_offered():
     message = said("torch", hidden=_keras.BACKENDS)
-    assert message.endswith('Install it with: pip install "handloom[torch]".')
+    assert message.endswith('Install it with: pip install "handloom[torch]". [HL901]')
 
 
 @pytest.mark.once

@@ -27,6 +27,7 @@ LAYERS = [
     {"_trace"},
     {"optimizers"},
     {"_data", "_reporting", "callbacks", "checkpoint"},
+    {"checks"},
     {"_run"},
     {"_model"},
     {"report", "recipes", "cli"},

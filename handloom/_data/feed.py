@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from handloom._data.sources import Batch, source_of
-from handloom._util.warnings import warn
-from handloom.errors import DataError
+from handloom._util.findings import warn
+from handloom.errors import ArgumentError, DataError
 
 __all__ = ["Batch", "Feed"]
 
@@ -89,7 +89,9 @@ class Feed:
             TypeError: If the source does not know.
         """
         if self.length is None:
-            raise TypeError(f"A feed over {self._source.name} does not know its length before it has been read.")
+            raise ArgumentError(
+                "HL017", f"A feed over {self._source.name} does not know its length before it has been read."
+            )
         return self.length
 
     def prepare(self, transform: Callable[[Any], Any]) -> None:
@@ -137,22 +139,28 @@ class Feed:
             DataError: If it is of another seed, beyond the end, or not a state.
         """
         if not _is_state(state):
-            raise DataError(f"A feed's state is a dict of whole numbers epoch, batch and seed; received {state!r}.")
+            raise DataError(
+                "HL404", f"A feed's state is a dict of whole numbers epoch, batch and seed; received {state!r}."
+            )
         if self._any_seed:
             self._source.seed = state["seed"]
         if state["seed"] != self._source.seed:
             raise DataError(
+                "HL405",
                 f"The state is of a feed with seed={state['seed']}, this one has seed={self._source.seed}: the order "
-                f"of its examples would be another. Make it with seed={state['seed']}."
+                f"of its examples would be another. Make it with seed={state['seed']}.",
             )
         if self.length is not None and state["batch"] > self.length:
-            raise DataError(f"The state is at batch {state['batch']}; this feed has {self.length} batches an epoch.")
+            raise DataError(
+                "HL406", f"The state is at batch {state['batch']}; this feed has {self.length} batches an epoch."
+            )
         differences = self.differences(state)
         if differences:
             warn(
+                "HL407",
                 f"The data is not what it was when its position was saved: {'; '.join(differences)}. It goes on after "
                 f"{state['batch']} batches of epoch {state['epoch']} all the same; what it gives may have been given "
-                "before."
+                "before.",
             )
         position = state.get("source") if self._is_of_this_source(state) else None
         self._source.restore(position, state["epoch"], state["batch"])
@@ -202,10 +210,11 @@ class Feed:
             return
         if self._at.epoch and not self._source.repeatable:
             raise DataError(
+                "HL408",
                 f"{self._source.name} is exhausted: it gave its batches in the first epoch. Pass a function that "
-                "returns a new generator each time (without calling it), or set steps_per_epoch."
+                "returns a new generator each time (without calling it), or set steps_per_epoch.",
             )
-        raise DataError(f"The data is empty: {self._source.name} gave no batch.")
+        raise DataError("HL409", f"The data is empty: {self._source.name} gave no batch.")
 
 
 @dataclasses.dataclass

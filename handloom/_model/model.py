@@ -36,6 +36,7 @@ from handloom._trace.observe import observing
 from handloom._util.every import Every, every
 from handloom._util.progress import Progress
 from handloom.callbacks._display import progress_display
+from handloom.errors import ArgumentError
 from handloom.optimizers import NamedOptimizers, averaged_weights
 from handloom.optimizers._minimize import minimize
 
@@ -77,9 +78,10 @@ class Model(keras.Model):
             # which changes the bases of every class between this one and keras.Model, for all their subclasses.
             object.__setattr__(self, "__class__", variant(type(self), Functional))
         elif is_list_of_layers(args) and not isinstance(self, keras.Sequential):
-            raise TypeError(
+            raise ArgumentError(
+                "HL032",
                 f"{type(self).__name__} passes a list of layers on to hl.Model. To define a constructor of your own "
-                "for a sequential model, subclass hl.Sequential."
+                "for a sequential model, subclass hl.Sequential.",
             )
         super().__init__(*args, **kwargs)
         start_steps(self, "auto", Model)
@@ -426,7 +428,9 @@ def _hooks(model: Model, callbacks: Any, verbose: str | int, steps: int | None) 
 
 def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextManager[None]:
     if weights not in (None, "ema"):
-        raise ValueError(f'weights takes None, for the weights as they are, or "ema"; received {weights!r}.')
+        raise ArgumentError(
+            "HL033", f'weights takes None, for the weights as they are, or "ema"; received {weights!r}.'
+        )
     return averaged_weights(model) if weights else contextlib.nullcontext()
 
 

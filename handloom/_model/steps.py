@@ -46,8 +46,9 @@ class ModelSteps:
         cls = type(self._model)
         if not self._model.compiled and getattr(cls, name) is getattr(self._default, name):
             raise StepError(
+                "HL213",
                 f"Call compile() before {method}(): {cls.__name__} uses the default {name}, which needs a loss"
-                f"{' and an optimizer' if name == 'train_step' else ''}."
+                f"{' and an optimizer' if name == 'train_step' else ''}.",
             )
 
     def reporting(self, name: str) -> ReportingStep:
@@ -141,6 +142,7 @@ def _check_takes_data(step: Any, model: str) -> None:
     ]
     if len(required) > 1:
         raise StepError(
+            "HL214",
             f"{model}.{step.__name__} takes {', '.join(required)}; a step takes one argument, data, on every backend "
-            "(Keras's own way on JAX, train_step(self, state, data), is not needed: read and write variables directly)."
+            "(Keras's own way on JAX, train_step(self, state, data), is not needed: read and write variables directly).",
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from handloom._keras import keras
 from handloom._util.every import Every
+from handloom.errors import ArgumentError
 
 _HOOKS = [
     "on_epoch_begin",
@@ -35,9 +36,10 @@ class Callbacks:
         self._callbacks = list(getattr(callbacks, "callbacks", callbacks))
         for callback in self._callbacks:
             if not isinstance(callback, keras.callbacks.Callback):
-                raise TypeError(
+                raise ArgumentError(
+                    "HL024",
                     f"callbacks takes keras.callbacks.Callback objects; received {callback!r} (of type "
-                    f"{type(callback).__name__}). For a function use keras.callbacks.LambdaCallback(on_epoch_end=...)."
+                    f"{type(callback).__name__}). For a function use keras.callbacks.LambdaCallback(on_epoch_end=...).",
                 )
             callback.set_params(params)
             callback.set_model(model)

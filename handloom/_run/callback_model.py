@@ -51,8 +51,9 @@ class Trained(keras.Model):
         parts = {name: getattr(self, name) for name in self._part_names}
         if any(isinstance(part, keras.Variable) for part in parts.values()):
             raise StepError(
+                "HL207",
                 "What this step trains is no model and cannot be saved as one; save its weights alone: "
-                "save_weights_only=True."
+                "save_weights_only=True.",
             )
         return {"parts": {name: keras.saving.serialize_keras_object(part) for name, part in parts.items()}}
 
@@ -71,8 +72,9 @@ class NullModel:
 
     def _no_weights(self, *_: Any, **__: Any) -> NoReturn:
         raise StepError(
+            "HL208",
             "A callback asks for the weights of the model, and hl.fit was told of none: pass what the step trains, "
-            'hl.fit(..., state={"model": model}).'
+            'hl.fit(..., state={"model": model}).',
         )
 
     get_weights = set_weights = save_weights = load_weights = save = _no_weights

@@ -13,6 +13,7 @@ from handloom._data.feed import Batch
 from handloom._reporting.step import ReportingStep
 from handloom._util.every import Every
 from handloom._util.progress import Progress
+from handloom.errors import ArgumentError
 
 
 def steps_together(steps_per_execution: int | str, *, each_step: bool) -> int:
@@ -29,8 +30,8 @@ def steps_together(steps_per_execution: int | str, *, each_step: bool) -> int:
         return 1
     whole = isinstance(steps_per_execution, numbers.Integral) and not isinstance(steps_per_execution, bool)
     if not whole or int(steps_per_execution) < 1:
-        raise ValueError(
-            f'steps_per_execution takes a positive whole number or "auto"; received {steps_per_execution!r}.'
+        raise ArgumentError(
+            "HL025", f'steps_per_execution takes a positive whole number or "auto"; received {steps_per_execution!r}.'
         )
     return 1 if each_step else int(steps_per_execution)
 

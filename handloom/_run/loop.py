@@ -33,11 +33,11 @@ from handloom._run.state import LoopPosition
 from handloom._run.validation import BrokenOff, Validation, Validations
 from handloom._trace.function import Function
 from handloom._util.every import Every, every
+from handloom._util.findings import warn
 from handloom._util.progress import Progress
-from handloom._util.warnings import warn
 from handloom.callbacks import JSONLogger
 from handloom.callbacks._display import progress_display
-from handloom.errors import StepError
+from handloom.errors import ArgumentError, StepError
 
 ops = keras.ops
 
@@ -110,7 +110,9 @@ def fit(
         `hl.fit(train_step, (x, y), epochs=5, validate=(test_step, (x_test, y_test)))`
     """
     if not isinstance(validate_every, Every):
-        raise TypeError(f"validate_every takes a time such as hl.every(epochs=1); received {validate_every!r}.")
+        raise ArgumentError(
+            "HL026", f"validate_every takes a time such as hl.every(epochs=1); received {validate_every!r}."
+        )
     seed_run(seed, state)
     with trained(state) as model:
         return train(
@@ -317,7 +319,7 @@ def predict(step: Function, feed: Feed, *, hooks: Callbacks, model: Any, steps: 
 def reporting(step: Callable[..., Any], **options: Any) -> ReportingStep:
     """A plain step, to be called with batches and reported."""
     if not callable(step):
-        raise StepError(f"A step is a function of a batch; received {step!r} (of type {type(step).__name__}).")
+        raise StepError("HL209", f"A step is a function of a batch; received {step!r} (of type {type(step).__name__}).")
     position = _position_of_weights(step)
     return ReportingStep(step, unpacks=_unpacks(step), weighed=lambda *batch: weighed_at(batch, position), **options)
 
@@ -350,8 +352,9 @@ def _limited(passes: Iterator[Batch], steps: int) -> Iterator[Batch]:
         yield batch
     if given < steps:
         warn(
+            "HL709",
             f"The data ran out after {given} of {steps} steps of an epoch: it can be read only once. Pass a function "
-            "that returns a new iterator each time, or set steps_per_epoch to what there is."
+            "that returns a new iterator each time, or set steps_per_epoch to what there is.",
         )
 
 
@@ -362,7 +365,7 @@ def _one_pass(feed: Feed, steps: int | None) -> Iterator[Batch]:
         given += 1
         yield batch
     if steps and given < steps:
-        warn(f"The data ran out after {given} of {steps} steps: it gives no more.")
+        warn("HL710", f"The data ran out after {given} of {steps} steps: it gives no more.")
 
 
 def validation_by_step(step: ReportingStep, feed: Feed, model: Any, steps: int | None = None) -> Validation:
@@ -384,8 +387,9 @@ def _validation(validate: Any, model: Any) -> Validation | None:
     if callable(validate):
         return Validation(lambda hooks, _: _asked(validate, hooks))
     raise StepError(
+        "HL210",
         "validate takes a pair (step, data), or a function without arguments that returns a dict of numbers; received "
-        f"{reprlib.repr(validate)} (of type {type(validate).__name__})."
+        f"{reprlib.repr(validate)} (of type {type(validate).__name__}).",
     )
 
 
@@ -399,8 +403,9 @@ def _asked(validate: Callable[[], Any], hooks: Callbacks) -> dict[str, Value]:
 def _checked_results(results: Any) -> dict[str, Value]:
     if not isinstance(results, Mapping):
         raise StepError(
+            "HL211",
             "The function given as validate must return a dict of numbers, such as {'loss': 0.1}; it returned "
-            f"{results!r}."
+            f"{results!r}.",
         )
     return {str(name): float(ops.convert_to_numpy(value)) for name, value in results.items()}
 
@@ -432,7 +437,7 @@ def _check_counts(**counts: int | None) -> None:
         if count is None and optional:
             continue
         if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < least:
-            raise ValueError(f"{name} takes a whole number, at least {least}; received {count!r}.")
+            raise ArgumentError("HL027", f"{name} takes a whole number, at least {least}; received {count!r}.")
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

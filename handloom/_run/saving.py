@@ -23,7 +23,7 @@ from handloom.checkpoint.checkpointer import Checkpointer
 from handloom.checkpoint.names import named
 from handloom.checkpoint.retention import OF_RUN
 from handloom.checkpoint.store import Written
-from handloom.errors import CheckpointError, StepError
+from handloom.errors import ArgumentError, CheckpointError, StepError
 
 _RESUME = ("auto", "exact", "never")
 
@@ -51,11 +51,17 @@ class SaveOptions:
 
     def __post_init__(self) -> None:
         if self.resume not in _RESUME:
-            raise ValueError(f"resume takes one of {', '.join(map(repr, _RESUME))}; received {self.resume!r}.")
+            raise ArgumentError(
+                "HL028", f"resume takes one of {', '.join(map(repr, _RESUME))}; received {self.resume!r}."
+            )
         if not isinstance(self.when, Every):
-            raise TypeError(f"save takes a time such as hl.every(epochs=1), or None; received {self.when!r}.")
+            raise ArgumentError(
+                "HL029", f"save takes a time such as hl.every(epochs=1), or None; received {self.when!r}."
+            )
         if isinstance(self.allow, str):
-            raise TypeError(f"allow takes a list of patterns, such as [{self.allow!r}]; received {self.allow!r}.")
+            raise ArgumentError(
+                "HL030", f"allow takes a list of patterns, such as [{self.allow!r}]; received {self.allow!r}."
+            )
 
 
 class Saving:
@@ -131,13 +137,15 @@ class Saving:
         self._record.choices = {"jit_compile": jit_compile, **choices}
         if steps and resume == "never":
             raise CheckpointError(
+                "HL550",
                 f"{self._checkpointer.directory} has checkpoints of a run, up to step {steps[-1]}, and resume='never' "
-                "begins anew. Use another run_dir, remove it, or go on with resume='auto'."
+                "begins anew. Use another run_dir, remove it, or go on with resume='auto'.",
             )
         if steps and resume == "exact" and not self._feed.seekable:
             raise CheckpointError(
+                "HL551",
                 f"{self._feed.name} has no position to go on from: it would be read again up to there, in whatever "
-                "order it then has. If that is its order, resume='auto' does so. Arrays have a position."
+                "order it then has. If that is its order, resume='auto' does so. Arrays have a position.",
             )
         for prepare in self._prepares:  # So that all variables are there, and known.
             prepare()
@@ -224,9 +232,10 @@ class Saving:
         lost = [variable.path for variable in self._step.function.touched if id(variable) not in known]
         if lost:
             raise StepError(
+                "HL212",
                 f"{self._step.function.__name__} uses variables that would not be saved: {', '.join(lost[:5])}"
                 f"{' ...' if len(lost) > 5 else ''}. Name in state what they belong to, state={{'model': model, "
-                "'optimizer': optimizer, 'metric': metric}; for a model, set it as an attribute."
+                "'optimizer': optimizer, 'metric': metric}; for a model, set it as an attribute.",
             )
 
 

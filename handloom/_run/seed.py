@@ -12,6 +12,7 @@ import optree
 from handloom._interop.torch_data import seed_sources_of_data
 from handloom._keras import keep_global_seed_generator, keras, layers_of, seed_generators_of
 from handloom.backends import backend
+from handloom.errors import ArgumentError
 
 _LARGEST = 2**31 - 1
 
@@ -33,7 +34,7 @@ def seed_run(seed: int | None, state: Any) -> None:
     if seed is None:
         return
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed <= _LARGEST:
-        raise ValueError(f"seed takes a whole number from 0 to {_LARGEST}; received {seed!r}.")
+        raise ArgumentError("HL031", f"seed takes a whole number from 0 to {_LARGEST}; received {seed!r}.")
     with keep_global_seed_generator():
         keras.utils.set_random_seed(int(seed))
     backend.seed_random_state(int(seed))

@@ -110,8 +110,9 @@ class StrictFeed:
         differences = self._feed.differences(state)
         if differences:
             raise CheckpointError(
+                "HL552",
                 f"The data is not what it was when the run was saved: {'; '.join(differences)}. Give it the same data, "
-                "or go on all the same with resume='auto'."
+                "or go on all the same with resume='auto'.",
             )
         self._feed.restore(state)
 

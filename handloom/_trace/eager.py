@@ -1,29 +1,19 @@
-"""Whether steps run eagerly: everywhere from now on, or in a block of one thread."""
+"""Whether steps run eagerly."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 
-_everywhere = False
-_here: ContextVar[bool | None] = ContextVar("here", default=None)
+from handloom._util.switch import Switch
+from handloom.errors import ArgumentError
 
+_eager = Switch(False)
 
-def runs_eagerly() -> bool:
-    """Whether steps that this thread runs are run eagerly."""
-    here = _here.get()
-    return _everywhere if here is None else here
+runs_eagerly = _eager.get
+"""Whether steps that this thread runs are run eagerly."""
 
-
-@contextlib.contextmanager
-def eagerly(value: bool) -> Iterator[None]:
-    """Steps that this thread runs inside run eagerly, or are compiled."""
-    token = _here.set(value)
-    try:
-        yield
-    finally:
-        _here.reset(token)
+eagerly = _eager.here
+"""Steps that this thread runs inside run eagerly, or are compiled."""
 
 
 def run_eagerly(value: bool) -> contextlib.AbstractContextManager[None]:
@@ -36,25 +26,11 @@ def run_eagerly(value: bool) -> contextlib.AbstractContextManager[None]:
         A context manager, for a block: inside, the same holds for this thread only; outside, what held before.
 
     Raises:
-        TypeError: If it is neither.
+        ArgumentError: If it is neither.
 
     Example:
         `hl.run_eagerly(True)` until further notice, or `with hl.run_eagerly(True): ...` for a block.
     """
-    global _everywhere
     if not isinstance(value, bool):
-        raise TypeError(f"hl.run_eagerly takes True or False; received {value!r}.")
-    before, here = _everywhere, _here.get()
-    _everywhere = value
-    if here is not None:
-        _here.set(value)
-    return _for_a_block(value, before, here)
-
-
-@contextlib.contextmanager
-def _for_a_block(value: bool, before: bool, here: bool | None) -> Iterator[None]:
-    global _everywhere
-    _everywhere = before
-    _here.set(here)
-    with eagerly(value):
-        yield
+        raise ArgumentError("HL002", f"hl.run_eagerly takes True or False; received {value!r}.")
+    return _eager.set(value)

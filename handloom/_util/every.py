@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from handloom._util.progress import Progress
+from handloom.errors import ArgumentError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,10 @@ def every(*, steps: int | None = None, epochs: int | None = None, seconds: float
     given = {"steps": steps, "epochs": epochs, "seconds": seconds}
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
-        raise ValueError(
+        raise ArgumentError(
+            "HL010",
             f"hl.every() takes exactly one of steps=, epochs= and seconds=; received {chosen or 'none'}. "
-            "For example: hl.every(epochs=1)."
+            "For example: hl.every(epochs=1).",
         )
     name, value = next(iter(chosen.items()))
     _check_interval(name, value)
@@ -79,4 +81,4 @@ def _check_interval(name: str, value: Any) -> None:
     kinds = (int, float) if name == "seconds" else int
     if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
         expected = "a positive number" if name == "seconds" else "a positive whole number"
-        raise ValueError(f"hl.every({name}=...) takes {expected}; received {name}={value!r}.")
+        raise ArgumentError("HL011", f"hl.every({name}=...) takes {expected}; received {name}={value!r}.")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from handloom._keras import keras
 from handloom.callbacks._state import Stateful
+from handloom.errors import ArgumentError
 
 _REFRESH_SECONDS = 0.1
 
@@ -27,7 +28,9 @@ def progress_display(verbose: str | int) -> list[keras.callbacks.Callback]:
         verbose = 1 if Console().is_terminal else 2
     displays: dict[Any, list[type]] = {0: [], 1: [ProgressBar], 2: [EpochLines]}
     if isinstance(verbose, str) or verbose not in displays:
-        raise ValueError(f'verbose takes 0 (silent), 1 (bar), 2 (a line an epoch) or "auto"; received {verbose!r}.')
+        raise ArgumentError(
+            "HL701", f'verbose takes 0 (silent), 1 (bar), 2 (a line an epoch) or "auto"; received {verbose!r}.'
+        )
     return [display() for display in displays[verbose]]
 
 

@@ -9,6 +9,7 @@ from handloom._keras import keras
 from handloom._util.every import Every, every
 from handloom.callbacks._learning_rates import Rates, takes_rate
 from handloom.callbacks._state import Stateful
+from handloom.errors import ArgumentError
 
 ops = keras.ops
 
@@ -50,7 +51,9 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
     ) -> None:
         super().__init__(schedule, verbose)
         if not isinstance(every, Every) or every.seconds is not None:
-            raise ValueError(f"every takes hl.every(epochs=...) or hl.every(steps=...); received {every!r}.")
+            raise ArgumentError(
+                "HL702", f"every takes hl.every(epochs=...) or hl.every(steps=...); received {every!r}."
+            )
         self.every, self.optimizer = every, optimizer
         self.step = 0
         self._takes_rate = takes_rate(schedule)
@@ -90,4 +93,6 @@ def _number(answer: Any) -> float:
     try:
         return float(ops.convert_to_numpy(answer))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"A schedule must return the learning rate as a number; it returned {answer!r}.") from error
+        raise ArgumentError(
+            "HL703", f"A schedule must return the learning rate as a number; it returned {answer!r}."
+        ) from error

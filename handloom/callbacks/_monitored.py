@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from handloom._keras import direction_of, keras
-from handloom._util.warnings import warn
+from handloom._util.findings import warn
 from handloom.callbacks._state import Stateful
+from handloom.errors import ArgumentError
 
 _WORST = sys.float_info.max  # And not infinity, which JSON does not have.
 
@@ -64,8 +65,9 @@ class Monitored(Stateful):
 
     def _warn_of_missing(self, when: str, logs: Mapping[str, Any]) -> None:
         warn(
+            "HL704",
             f"{type(self).__name__} watches {self.monitor!r}, which was reported {when}, and does nothing without it. "
-            f"Reported were {', '.join(map(repr, logs)) or 'no values'}; choose one of them: monitor=..."
+            f"Reported were {', '.join(map(repr, logs)) or 'no values'}; choose one of them: monitor=...",
         )
 
 
@@ -78,9 +80,10 @@ def _more_is_better(callback: Monitored) -> bool:
     for metric in _metrics(callback.model):
         if (name == metric.name or name.endswith(f"_{metric.name}")) and direction_of(metric) is not None:
             return direction_of(metric) == "up"
-    raise ValueError(
+    raise ArgumentError(
+        "HL705",
         f"{type(callback).__name__} cannot tell whether more or less of {callback.monitor!r} is better. Say so: "
-        'mode="max" or mode="min".'
+        'mode="max" or mode="min".',
     )
 
 

@@ -10,6 +10,7 @@ from handloom._keras import keras
 from handloom._util.every import Every
 from handloom._util.progress import Progress
 from handloom.callbacks._state import Stateful
+from handloom.errors import ArgumentError
 
 
 class Periodic(Stateful, keras.callbacks.Callback):
@@ -27,7 +28,7 @@ class Periodic(Stateful, keras.callbacks.Callback):
     def __init__(self, every: Every) -> None:
         super().__init__()
         if not isinstance(every, Every):
-            raise TypeError(f"every takes a time such as hl.every(steps=100); received {every!r}.")
+            raise ArgumentError("HL706", f"every takes a time such as hl.every(steps=100); received {every!r}.")
         self.every = every
         self.progress = Progress()
 

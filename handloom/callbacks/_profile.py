@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from handloom.backends import backend
+from handloom.errors import ArgumentError
 
 
 class Profile:
@@ -60,8 +61,9 @@ def _first_and_last(steps: Any) -> tuple[int, int]:
     pair = steps if isinstance(steps, (tuple, list)) else (steps, steps)
     whole = all(isinstance(step, int) and not isinstance(step, bool) for step in pair)
     if not whole or len(pair) != 2 or not 1 <= pair[0] <= pair[1]:
-        raise ValueError(
+        raise ArgumentError(
+            "HL707",
             "profile_batch takes the number of a step, counted from 1, a pair of the first and the last, such as "
-            f"(10, 20), or 0 for no profile; received {steps!r}."
+            f"(10, 20), or 0 for no profile; received {steps!r}.",
         )
     return pair[0], pair[1]

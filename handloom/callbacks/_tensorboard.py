@@ -13,6 +13,7 @@ from handloom._util.every import Every, every
 from handloom.callbacks._learning_rates import learning_rates
 from handloom.callbacks._periodic import Periodic
 from handloom.callbacks._profile import Profile
+from handloom.errors import ExtraNotInstalledError
 
 
 class TensorBoard(Periodic):
@@ -125,7 +126,7 @@ def _writer_class() -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ModuleNotFoundError as error:
-        raise ImportError(
-            'TensorBoard needs tensorboardX, which is not installed: pip install "handloom[tensorboard]".'
+        raise ExtraNotInstalledError(
+            "HL903", 'TensorBoard needs tensorboardX, which is not installed: pip install "handloom[tensorboard]".'
         ) from error
     return SummaryWriter

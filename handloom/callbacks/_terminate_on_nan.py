@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from handloom._util.every import Every, every
-from handloom._util.warnings import warn
+from handloom._util.findings import warn
 from handloom.callbacks._periodic import Periodic
 
 
@@ -45,9 +45,10 @@ class TerminateOnNaN(Periodic):
             return
         self._stopped = self.model.stop_training = True
         warn(
+            "HL708",
             f"Training stops in epoch {epoch} (from 0) after step {self.progress.step}: {', '.join(wrong)}. Try a "
             "lower learning rate, or clip gradients: handloom.optimizers.GradientTransforms(optimizer, "
-            "[ClipByGlobalNorm(1.0)]). To find the first bad operation, run the step op by op: hl.run_eagerly(True)."
+            "[ClipByGlobalNorm(1.0)]). To find the first bad operation, run the step op by op: hl.run_eagerly(True).",
         )
 
 

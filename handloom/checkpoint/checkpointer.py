@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from handloom._util.warnings import warn
+from handloom._util.findings import warn
 from handloom.checkpoint import snapshot
 from handloom.checkpoint.dtypes import is_finite
 from handloom.checkpoint.filesystem import lower_priority
@@ -21,7 +21,7 @@ from handloom.checkpoint.format import Draft
 from handloom.checkpoint.load import warn_of
 from handloom.checkpoint.retention import Best
 from handloom.checkpoint.store import Store, Written, read_newest, valid_steps
-from handloom.errors import CheckpointError
+from handloom.errors import ArgumentError, CheckpointError
 
 
 class Checkpointer:
@@ -70,7 +70,9 @@ class Checkpointer:
         finite: bool = True,
     ) -> None:
         if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
-            raise ValueError(f"keep= takes a positive whole number, or None to keep all; received {keep!r}.")
+            raise ArgumentError(
+                "HL018", f"keep= takes a positive whole number, or None to keep all; received {keep!r}."
+            )
         self.directory = Path(directory)
         self.state = state
         self.written: Written | None = None
@@ -125,9 +127,10 @@ class Checkpointer:
         self._copied = arrays
         if self._finite and (names := _not_finite(arrays)):
             warn(
+                "HL501",
                 f"The state at step {step} is not saved: NaN or infinity in {', '.join(names[:3])}"
                 f"{' and more' if len(names) > 3 else ''}. The checkpoints before stay. If it is meant to be there, "
-                "use finite=False."
+                "use finite=False.",
             )
             return
         draft = Draft(step, arrays, contents, numbers)
@@ -151,7 +154,7 @@ class Checkpointer:
         try:
             self.written = dataclasses.replace(pending.written.result(), seconds_waited=pending.seconds_waited)
         except Exception as error:
-            raise CheckpointError(f"Saving the checkpoint of step {pending.step} failed. {error}") from error
+            raise CheckpointError("HL502", f"Saving the checkpoint of step {pending.step} failed. {error}") from error
 
     def check(self) -> None:
         """Takes note of whether the last checkpoint is on the disk by now; does not wait. Raises what `wait` does."""
@@ -182,7 +185,7 @@ class Checkpointer:
         )
         if found is None and step is not None:
             known = ", ".join(map(str, self.steps)) or "none"
-            raise CheckpointError(f"{self.directory} holds no checkpoint of step {step}; there are {known}.")
+            raise CheckpointError("HL503", f"{self.directory} holds no checkpoint of step {step}; there are {known}.")
         if found is None:
             return None
         self._store.damaged |= damaged
@@ -199,8 +202,9 @@ class Checkpointer:
                 self._store.close()
         if self._best and self._metrics and self._best.metric not in self._metrics:
             warn(
+                "HL504",
                 f"No best checkpoint was kept: best= asks for {self._best.metric!r}, and the metrics that save() was "
-                f"given are {', '.join(sorted(self._metrics))}."
+                f"given are {', '.join(sorted(self._metrics))}.",
             )
             self._metrics.clear()  # Once is enough.
 
@@ -240,10 +244,10 @@ def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
 
 def _step(step: Any) -> int:
     if isinstance(step, (bool, np.bool_)):
-        raise TypeError(f"save() takes the number of a step; received {step!r}.")
+        raise ArgumentError("HL019", f"save() takes the number of a step; received {step!r}.")
     number = operator.index(step)
     if not 0 <= number < 10**18:
-        raise ValueError(f"save() takes the number of a step, 0 or more; received {step!r}.")
+        raise ArgumentError("HL020", f"save() takes the number of a step, 0 or more; received {step!r}.")
     return number
 
 
@@ -253,5 +257,5 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
         try:
             numbers[name] = float(value)
         except (TypeError, ValueError):
-            raise TypeError(f"save() takes numbers as metrics; {name!r} is {value!r:.80}.") from None
+            raise ArgumentError("HL021", f"save() takes numbers as metrics; {name!r} is {value!r:.80}.") from None
     return numbers

@@ -50,7 +50,7 @@ def decode(value: Any) -> Any:
             return _DECODERS[kind](inner)
         if kind in LIBRARIES:
             return tensor_of(kind, inner)
-    raise DataError(f"The state holds {str(value)[:60]}, which stands for no value.")
+    raise DataError("HL431", f"The state holds {str(value)[:60]}, which stands for no value.")
 
 
 def _encoded_dict(value: dict[Any, Any], what: str) -> dict[str, Any]:
@@ -81,8 +81,9 @@ def _checked(array: np.ndarray, what: str) -> np.ndarray:
 
 def _unknown(found: str, what: str) -> DataError:
     return DataError(
+        "HL432",
         f"{what} holds {found}, which cannot be saved without pickle. Have its state be made of None, booleans, "
-        "numbers, strings, bytes, arrays, tensors, and lists, tuples and dicts of these."
+        "numbers, strings, bytes, arrays, tensors, and lists, tuples and dicts of these.",
     )
 
 

@@ -60,8 +60,9 @@ class Draft:
         self._contents = encode(contents, "contents")
         if len(self._contents) > _LARGEST[CONTENTS]:
             raise CheckpointError(
+                "HL511",
                 f"The contents take {len(self._contents):,} bytes as JSON, of {_LARGEST[CONTENTS]:,} that they may. "
-                "What is large belongs in arrays."
+                "What is large belongs in arrays.",
             )
         size = len(self._header) + sum(array.nbytes for array in self._arrays.values()) + len(self._contents)
         self.bytes = size + len(self._manifest({}).to_bytes()) + 4096
@@ -116,7 +117,7 @@ def _compare_with_memory(directory: Path, name: str, parts: Mapping[str, memoryv
     with filesystem.reading(directory, name) as (file, size):
         damaged = filesystem.differing(file, size, parts)
     if damaged:
-        raise CheckpointError(f"{directory / name} is damaged: {_list(damaged)} not as written.")
+        raise CheckpointError("HL512", f"{directory / name} is damaged: {_list(damaged)} not as written.")
 
 
 def _in_order(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -144,7 +145,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         manifest = Manifest.from_bytes(data)
     except CheckpointError as error:
-        raise CheckpointError(f"{directory / MANIFEST}: {error}") from error
+        raise CheckpointError("HL513", f"{directory / MANIFEST}: {error}") from error
     for name in manifest.files:
         with filesystem.reading(directory, name) as (_, size):
             _check_size(directory / name, size, manifest)
@@ -159,7 +160,7 @@ def read_contents(directory: Path, manifest: Manifest) -> dict[str, Any]:
     """
     data = _read(directory, CONTENTS)
     if hashlib.sha256(data).hexdigest() != manifest.files[CONTENTS].sha256:
-        raise CheckpointError(f"{directory / CONTENTS} is damaged: its SHA-256 is not the one in {MANIFEST}.")
+        raise CheckpointError("HL514", f"{directory / CONTENTS} is damaged: its SHA-256 is not the one in {MANIFEST}.")
     return decode(data, str(directory / CONTENTS))
 
 
@@ -193,7 +194,9 @@ def verify(directory: Path) -> Manifest:
 def _read(directory: Path, name: str) -> bytes:
     with filesystem.reading(directory, name) as (file, size):
         if size > _LARGEST[name]:
-            raise CheckpointError(f"{directory / name} has {size:,} bytes, of {_LARGEST[name]:,} that it may have.")
+            raise CheckpointError(
+                "HL515", f"{directory / name} has {size:,} bytes, of {_LARGEST[name]:,} that it may have."
+            )
         data = bytearray(size)
         return bytes(data[: filesystem.fill(file, memoryview(data))])
 
@@ -207,7 +210,7 @@ def _check_size(path: Path, size: int, manifest: Manifest) -> None:
         begin = len(header(manifest.tensors))
         cut = [f"the tensor {name!r}" for name, tensor in manifest.tensors.items() if begin + tensor.stop > size]
         message += f" Of it, {_list(cut)} cut off." if cut else ""
-    raise CheckpointError(message)
+    raise CheckpointError("HL516", message)
 
 
 def _compare(directory: Path, manifest: Manifest, file: int, into: Mapping[str, memoryview]) -> None:
@@ -227,9 +230,9 @@ def _compare(directory: Path, manifest: Manifest, file: int, into: Mapping[str, 
         if crc32 != tensor.crc32:
             damaged.append(f"the tensor {name!r}")
     if damaged:
-        raise CheckpointError(f"{directory / ARRAYS} is damaged: {_list(damaged)} not as written.")
+        raise CheckpointError("HL517", f"{directory / ARRAYS} is damaged: {_list(damaged)} not as written.")
     if digest.hexdigest() != manifest.files[ARRAYS].sha256:
-        raise CheckpointError(f"{directory / ARRAYS} is damaged: its SHA-256 is not the one in {MANIFEST}.")
+        raise CheckpointError("HL518", f"{directory / ARRAYS} is damaged: its SHA-256 is not the one in {MANIFEST}.")
 
 
 def _list(parts: list[str]) -> str:

@@ -38,13 +38,16 @@ class WriterLock:
     def _take(self, directory: Path) -> None:
         found = os.fstat(self._file)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # What is behind another name is not ours to write.
-            raise CheckpointError(f"{directory / '.lock'} is no regular file, or has a second name. Remove it.")
+            raise CheckpointError(
+                "HL521", f"{directory / '.lock'} is no regular file, or has a second name. Remove it."
+            )
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
+                "HL522",
                 f"{directory} is being written by {self._holder()}. "
-                "One process at a time writes to a directory: end that one, or choose another directory."
+                "One process at a time writes to a directory: end that one, or choose another directory.",
             ) from None
         os.ftruncate(self._file, 0)
         os.write(self._file, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())

@@ -83,13 +83,16 @@ class Manifest:
         record = decode(_checked(data), "It")
         if record.get("format") != FORMAT:
             raise CheckpointError(
+                "HL523",
                 f"It is of format {record.get('format')!r:.40}, and this Handloom reads {FORMAT}. "
-                "A later version of Handloom may read it."
+                "A later version of Handloom may read it.",
             )
         tensors = {_name(name): _tensor(name, value) for name, value in _object(record, "tensors").items()}
         files = {name: _file(name, value) for name, value in _object(record, "files").items()}
         if files.keys() != {ARRAYS, CONTENTS}:
-            raise CheckpointError(f"It lists {list(files)!r:.200} as files; a checkpoint has {ARRAYS} and {CONTENTS}.")
+            raise CheckpointError(
+                "HL524", f"It lists {list(files)!r:.200} as files; a checkpoint has {ARRAYS} and {CONTENTS}."
+            )
         metrics = {_name(name): _metric(name, value) for name, value in _object(record, "metrics").items()}
         _check_layout(tensors, files[ARRAYS].bytes)
         return cls(_whole(record, "step", "It"), metrics, tensors, files)
@@ -122,8 +125,9 @@ def check_name(name: str) -> None:
     climbs = name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name)
     if not name or len(name) > 4096 or not name.isprintable() or climbs or name == "__metadata__":
         raise CheckpointError(
+            "HL525",
             f"{name!r:.100} is no name for an array or a metric: up to 4096 printable characters, no absolute path, "
-            "no part '..', and not '__metadata__', which safetensors reserves."
+            "no part '..', and not '__metadata__', which safetensors reserves.",
         )
 
 
@@ -131,7 +135,7 @@ def _checked(data: bytes) -> bytes:
     head = _HEAD.match(data)
     body = b"{" + data[head.end() :] if head else b""
     if not head or hashlib.sha256(body).hexdigest().encode() != head[1]:
-        raise CheckpointError("It is damaged: its content is not that of the SHA-256 at its beginning.")
+        raise CheckpointError("HL526", "It is damaged: its content is not that of the SHA-256 at its beginning.")
     return body
 
 
@@ -143,14 +147,14 @@ def _name(name: str) -> str:
 def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
     value = record.get(key)
     if not isinstance(value, dict):
-        raise CheckpointError(f"Its field {key!r} is {value!r:.40}, not an object.")
+        raise CheckpointError("HL527", f"Its field {key!r} is {value!r:.40}, not an object.")
     return value
 
 
 def _whole(record: Any, key: str, what: str) -> int:
     value = record.get(key) if isinstance(record, dict) else None
     if type(value) is not int or not 0 <= value < _LARGEST:
-        raise CheckpointError(f"{what} has {key}={value!r:.40}, which is no size or number that can be.")
+        raise CheckpointError("HL528", f"{what} has {key}={value!r:.40}, which is no size or number that can be.")
     return value
 
 
@@ -158,7 +162,7 @@ def _metric(name: str, value: Any) -> float:
     if value is None:
         return math.nan
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise CheckpointError(f"The metric {name!r:.100} is {value!r:.40}, no finite number.")
+        raise CheckpointError("HL529", f"The metric {name!r:.100} is {value!r:.40}, no finite number.")
     return float(value)
 
 
@@ -166,7 +170,7 @@ def _file(name: str, record: Any) -> File:
     what = f"The file {name!r:.100}"
     digest = record.get("sha256") if isinstance(record, dict) else None
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-        raise CheckpointError(f"{what} has the SHA-256 {digest!r:.80}, which is none.")
+        raise CheckpointError("HL530", f"{what} has the SHA-256 {digest!r:.80}, which is none.")
     return File(_whole(record, "bytes", what), digest)
 
 
@@ -175,14 +179,17 @@ def _tensor(name: str, record: Any) -> Tensor:
     start, stop, crc32 = (_whole(record, key, what) for key in ("start", "stop", "crc32"))
     dtype, shape = record.get("dtype"), record.get("shape")
     if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > _DIMENSIONS:
-        raise CheckpointError(f"{what} has the type {dtype!r:.40} and the shape {shape!r:.80}, which cannot be.")
+        raise CheckpointError(
+            "HL531", f"{what} has the type {dtype!r:.40} and the shape {shape!r:.80}, which cannot be."
+        )
     tensor = Tensor(dtype, tuple(_whole({"shape": size}, "shape", what) for size in shape), start, stop, crc32)
     # Sizes of empty arrays too: NumPy would multiply them all the same.
     if math.prod(max(size, 1) for size in tensor.shape) * dtype_of(dtype).itemsize >= _LARGEST:
-        raise CheckpointError(f"{what} has the shape {list(tensor.shape)!r:.80}, too large for any memory.")
+        raise CheckpointError("HL532", f"{what} has the shape {list(tensor.shape)!r:.80}, too large for any memory.")
     if stop - start != math.prod(tensor.shape) * dtype_of(dtype).itemsize:
         raise CheckpointError(
-            f"{what} has {stop - start} bytes, which is not what the shape {list(tensor.shape)!r:.80} of {dtype} takes."
+            "HL533",
+            f"{what} has {stop - start} bytes, which is not what the shape {list(tensor.shape)!r:.80} of {dtype} takes.",
         )
     return tensor
 
@@ -193,9 +200,9 @@ def _check_layout(tensors: dict[str, Tensor], size: int) -> None:
     for name, tensor in tensors.items():
         if tensor.start != end:
             raise CheckpointError(
-                f"The tensor {name!r:.100} begins at byte {tensor.start}, not at {end} after those before."
+                "HL534", f"The tensor {name!r:.100} begins at byte {tensor.start}, not at {end} after those before."
             )
         end = tensor.stop
     expected = len(header(tensors)) + end
     if size != expected:
-        raise CheckpointError(f"{ARRAYS} is said to have {size} bytes; its tensors make it {expected}.")
+        raise CheckpointError("HL535", f"{ARRAYS} is said to have {size} bytes; its tensors make it {expected}.")

@@ -9,6 +9,7 @@ import numpy as np
 
 from handloom._keras import Variable, keras, trained_by
 from handloom.backends import backend
+from handloom.errors import ArgumentError
 
 Stateful: TypeAlias = Any
 """Something with methods `state()` and `restore(state)`: a feed, a callback, one of the user's own."""
@@ -78,10 +79,11 @@ class _Walk:
         elif all(callable(getattr(thing, method, None)) for method in ("state", "restore")):
             self.stateful[name] = thing
         elif thing is not None:
-            raise TypeError(
+            raise ArgumentError(
+                "HL022",
                 f"{name or 'state'} is of type {type(thing).__name__}, of which no state can be saved. Pass models, "
                 "layers, optimizers, metrics, variables, NumPy arrays, feeds, or objects with methods state() and "
-                "restore(state), in dicts and lists."
+                "restore(state), in dicts and lists.",
             )
 
     def _keras_thing(self, name: str, thing: Any) -> None:

@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from handloom.errors import ArgumentError
+
 OF_RUN = "checkpoints"  # Where they are in a run's directory.
 _NAME = re.compile("step_([0-9]{9,18})(?:_([0-9]{1,9}))?")
 
@@ -50,7 +52,9 @@ class Best:
         """
         direction, colon, metric = str(words).partition(":")
         if direction not in ("min", "max") or not colon or not metric:
-            raise ValueError(f"best= takes 'min:METRIC' or 'max:METRIC', as in 'min:val_loss'; received {words!r}.")
+            raise ArgumentError(
+                "HL023", f"best= takes 'min:METRIC' or 'max:METRIC', as in 'min:val_loss'; received {words!r}."
+            )
         return cls(metric, 1 if direction == "min" else -1)
 
     def better(self, metrics: Mapping[str, float], than: Mapping[str, float]) -> bool:

@@ -96,8 +96,9 @@ class Store:
             self._lock = WriterLock(self.directory)
         except OSError as error:
             raise CheckpointError(
+                "HL537",
                 f"No checkpoints can be written to {self.directory}: {error.strerror}. Choose another directory, or "
-                "make this one writable."
+                "make this one writable.",
             ) from error
 
     def close(self) -> None:
@@ -115,8 +116,9 @@ class Store:
         later = [slot for slot in slots(self.directory) if slot.step > step and slot not in self.damaged]
         if later:
             raise CheckpointError(
+                "HL538",
                 f"{self.directory} holds {later[-1].name}, of a later step than {step}. Go on from it with restore(), "
-                "choose another directory, or remove it."
+                "choose another directory, or remove it.",
             )
 
     def save(self, draft: Draft) -> Written:
@@ -138,7 +140,7 @@ class Store:
             self._commit(draft, slot)
             self._prune(slot)
         except OSError as error:
-            raise CheckpointError(self._failure(error, slot, draft.bytes)) from error
+            raise CheckpointError("HL539", self._failure(error, slot, draft.bytes)) from error
         return Written(draft.step, draft.bytes, time.perf_counter() - begun)
 
     def _free(self, step: int) -> Slot:
@@ -169,8 +171,9 @@ class Store:
             draft.write(aside)
         except CheckpointError as error:
             raise CheckpointError(
+                "HL540",
                 f"{slot.name} was not written to {self.directory}, as reading it back failed: {error} "
-                "The checkpoints that were there still are."
+                "The checkpoints that were there still are.",
             ) from error
 
     def _prune(self, new: Slot) -> None:
@@ -258,7 +261,9 @@ def named_rightly(path: Path, manifest: Manifest) -> Manifest:
     """
     slot = Slot.of(path.name)
     if slot is not None and slot.step != manifest.step:
-        raise CheckpointError(f"{path} holds the checkpoint of step {manifest.step}, and not of the one in its name.")
+        raise CheckpointError(
+            "HL541", f"{path} holds the checkpoint of step {manifest.step}, and not of the one in its name."
+        )
     return manifest
 
 
@@ -302,7 +307,9 @@ def read_newest(
         except CheckpointError as error:
             _note(path, slot, error, damaged)
     if damaged:
-        raise CheckpointError(f"No checkpoint in {directory} is whole. " + " ".join(map(str, damaged.values())))
+        raise CheckpointError(
+            "HL542", f"No checkpoint in {directory} is whole. " + " ".join(map(str, damaged.values()))
+        )
     return None, {}
 
 

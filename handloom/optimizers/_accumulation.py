@@ -8,6 +8,7 @@ from handloom._keras import Tensor, Variable, keras
 from handloom._trace.loss_weight import SUM, weight_of_step
 from handloom._trace.observe import tell
 from handloom.backends import backend
+from handloom.errors import ArgumentError
 from handloom.optimizers._wrapper import Wrapper, positive_whole
 
 ops = keras.ops
@@ -85,7 +86,7 @@ class GradientAccumulation(Wrapper):
 
     def _sum_of(self, variable: Variable) -> Variable:
         if id(variable) not in self._places:
-            raise ValueError(f"Unknown variable: {variable.path}.")  # As Keras's own optimizers say it.
+            raise ArgumentError("HL301", f"Unknown variable: {variable.path}.")  # As Keras's own optimizers say it.
         return self._sums[self._places[id(variable)]]
 
     def get_config(self) -> dict[str, Any]:

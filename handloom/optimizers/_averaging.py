@@ -8,7 +8,7 @@ from typing import Any
 
 from handloom._keras import Tensor, Variable, keras, trained_by
 from handloom.backends import backend
-from handloom.errors import OptimizerError
+from handloom.errors import ArgumentError, OptimizerError
 from handloom.optimizers._accumulation import GradientAccumulation
 from handloom.optimizers._tree import inside
 from handloom.optimizers._wrapper import Wrapper, positive_whole
@@ -53,15 +53,17 @@ class WeightAveraging(Wrapper):
         name: str | None = None,
     ) -> None:
         if decay is not None and not 0 < decay < 1:
-            raise ValueError(
-                f"WeightAveraging takes a decay between 0 and 1, or None for the plain mean; received decay={decay!r}."
+            raise ArgumentError(
+                "HL303",
+                f"WeightAveraging takes a decay between 0 and 1, or None for the plain mean; received decay={decay!r}.",
             )
         super().__init__(inner_optimizer, name=name)
         if any(isinstance(part, GradientAccumulation) for part in inside(self.inner_optimizer)):
-            raise ValueError(
+            raise ArgumentError(
+                "HL304",
                 "WeightAveraging around GradientAccumulation would miss the update of a last, short window; put it "
                 "inside: "
-                "GradientAccumulation(WeightAveraging(optimizer), steps)."
+                "GradientAccumulation(WeightAveraging(optimizer), steps).",
             )
         self.decay, self.every = decay, positive_whole("WeightAveraging", every=every)
         self.start = positive_whole("WeightAveraging", least=0, start=start)
@@ -121,12 +123,13 @@ def _averages(optimizer: Any) -> list[tuple[Variable, Variable]]:
     averaging = [part for part in inside(optimizer) if isinstance(part, WeightAveraging)]
     if not averaging:
         raise OptimizerError(
+            "HL305",
             "There are no averaged weights: wrap the optimizer, "
-            "handloom.optimizers.WeightAveraging(optimizer, decay=0.999)."
+            "handloom.optimizers.WeightAveraging(optimizer, decay=0.999).",
         )
     for part in averaging:
         if not part.built or not int(ops.convert_to_numpy(part.contributions.value)):
             raise OptimizerError(
-                f"{part.name!r} has averaged nothing yet: averaging begins after start={part.start} updates."
+                "HL306", f"{part.name!r} has averaged nothing yet: averaging begins after start={part.start} updates."
             )
     return [pair for part in averaging for pair in part.pairs()]

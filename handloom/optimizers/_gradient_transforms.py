@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from handloom._keras import Tensor, Variable, keras
+from handloom.errors import ArgumentError
 from handloom.optimizers._wrapper import Wrapper
 
 Gradients: TypeAlias = "list[Tensor | None]"
@@ -34,7 +35,9 @@ class GradientTransforms(Wrapper):
         self.transforms = list(transforms)
         for transform in self.transforms:
             if not callable(transform):
-                raise TypeError(f"A transform is a function of (gradients, variables); received {transform!r}.")
+                raise ArgumentError(
+                    "HL307", f"A transform is a function of (gradients, variables); received {transform!r}."
+                )
 
     def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
         for transform in self.transforms:
@@ -54,11 +57,12 @@ def _checked(changed: Gradients, variables: list[Variable], transform: Transform
     name = getattr(transform, "__name__", type(transform).__name__)
     gradients = list(changed)
     if len(gradients) != len(variables):
-        raise ValueError(f"{name} was given {len(variables)} gradients and returned {len(gradients)}.")
+        raise ArgumentError("HL308", f"{name} was given {len(variables)} gradients and returned {len(gradients)}.")
     for gradient, variable in zip(gradients, variables, strict=True):
         if gradient is not None and tuple(gradient.shape) != tuple(variable.shape):
-            raise ValueError(
+            raise ArgumentError(
+                "HL309",
                 f"{name} returned a gradient of shape {tuple(gradient.shape)} for {variable.path!r}, which has shape "
-                f"{tuple(variable.shape)}."
+                f"{tuple(variable.shape)}.",
             )
     return gradients

@@ -38,7 +38,9 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         self._chosen = {key: _by_path(predicate) for key, (predicate, _) in pairs.items() if predicate is not None}
         self._by_name = {key: _optimizer(key, optimizer) for key, (_, optimizer) in pairs.items()}
         if not self._by_name:
-            raise OptimizerError('No optimizer was given. For example: optimizer={"generator": "adam", "*": "sgd"}.')
+            raise OptimizerError(
+                "HL316", 'No optimizer was given. For example: optimizer={"generator": "adam", "*": "sgd"}.'
+            )
         self._model: Callable[[], Layer | None] = lambda: None
 
     def __getitem__(self, name: str) -> keras.Optimizer:
@@ -78,7 +80,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
     def _attached(self) -> Layer:
         model = self._model()
         if model is None:
-            raise OptimizerError("Several optimizers by name belong to a model: pass them to its compile().")
+            raise OptimizerError("HL317", "Several optimizers by name belong to a model: pass them to its compile().")
         return model
 
     def owners(self) -> dict[str, list[Variable]]:
@@ -94,8 +96,9 @@ class NamedOptimizers(keras.optimizers.Optimizer):
             for variable in variables:
                 if id(variable) in names:
                     raise OptimizerError(
+                        "HL318",
                         f"The variable {variable.path!r} is owned twice, by the optimizers {names[id(variable)]!r} and "
-                        f"{name!r}. Name parts of the model that have no variable in common."
+                        f"{name!r}. Name parts of the model that have no variable in common.",
                     )
                 names[id(variable)] = name
         rest = [variable for variable in model.trainable_variables if id(variable) not in names]
@@ -103,9 +106,10 @@ class NamedOptimizers(keras.optimizers.Optimizer):
             owners[REST] = rest
         elif rest:
             raise OptimizerError(
+                "HL319",
                 f"No optimizer owns {', '.join(repr(variable.path) for variable in rest)}; the optimizers are "
                 f'{", ".join(map(repr, self._by_name))}. Add one for the rest, optimizer={{..., "*": "adam"}}, or '
-                "freeze the layer: layer.trainable = False."
+                "freeze the layer: layer.trainable = False.",
             )
         return {name: owners[name] for name in self._by_name}
 
@@ -135,8 +139,9 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         strange = [variable.path for variable in variables if id(variable) not in found]
         if strange:
             raise OptimizerError(
+                "HL320",
                 f"No optimizer of the model owns {', '.join(map(repr, strange))}: not among the model's trainable "
-                "variables. Pass an optimizer of its own: minimize(..., optimizer=...)."
+                "variables. Pass an optimizer of its own: minimize(..., optimizer=...).",
             )
         return groups
 
@@ -151,7 +156,9 @@ class NamedOptimizers(keras.optimizers.Optimizer):
     def apply(self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Variable] | None = None) -> None:
         """Hands each optimizer the gradients of its variables."""
         if trainable_variables is None:
-            raise OptimizerError("Several optimizers cannot tell whose gradients these are; pass the variables too.")
+            raise OptimizerError(
+                "HL321", "Several optimizers cannot tell whose gradients these are; pass the variables too."
+            )
         gradients = {id(variable): grad for variable, grad in zip(trainable_variables, grads, strict=True)}
         for optimizer, group in self.split(trainable_variables):
             apply_unscaled(optimizer, [gradients[id(variable)] for variable in group], group)
@@ -198,7 +205,7 @@ def _optimizer(name: str, optimizer: Any) -> keras.Optimizer:
     try:
         return keras.optimizers.get(optimizer)
     except ValueError as error:
-        raise OptimizerError(f"optimizer={{{name!r}: {optimizer!r}}}: {error}") from error
+        raise OptimizerError("HL322", f"optimizer={{{name!r}: {optimizer!r}}}: {error}") from error
 
 
 def _by_path(predicate: Callable[[str], bool]) -> Chooser:
@@ -220,9 +227,10 @@ def _variables_at(model: Layer, path: str) -> list[Variable]:
     for part in path.split("."):
         if not hasattr(place, part):
             raise OptimizerError(
+                "HL323",
                 f"There is an optimizer for {path!r}, but {type(model).__name__} has no such attribute ({part!r} is "
                 f"missing on {type(place).__name__}). Names of optimizers are attributes of the model, dotted paths "
-                f'like "encoder.head", or "*" for the rest.'
+                f'like "encoder.head", or "*" for the rest.',
             )
         place = getattr(place, part)
     variables: dict[int, Variable] = {}
@@ -233,7 +241,8 @@ def _variables_at(model: Layer, path: str) -> list[Variable]:
             variables[id(leaf)] = leaf
         else:
             raise OptimizerError(
+                "HL324",
                 f"There is an optimizer for {path!r}, but what {type(model).__name__} has there is no layer or "
-                f"variable: {leaf!r} (of type {type(leaf).__name__})."
+                f"variable: {leaf!r} (of type {type(leaf).__name__}).",
             )
     return list(variables.values())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from handloom._keras import Tensor, Variable, keras
+from handloom.errors import ArgumentError
 from handloom.optimizers._gradient_transforms import Gradients
 
 ops = keras.ops
@@ -50,7 +51,7 @@ def global_norm(gradients: Gradients) -> Tensor:
 def check_positive(name: str, **values: Any) -> None:
     for argument, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError(f"{name} takes a positive {argument}; received {argument}={value!r}.")
+            raise ArgumentError("HL327", f"{name} takes a positive {argument}; received {argument}={value!r}.")
 
 
 @_transform

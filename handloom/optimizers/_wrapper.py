@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from handloom._keras import Tensor, Variable, keras, trained_by
 from handloom.backends import backend
+from handloom.errors import ArgumentError
 from handloom.optimizers._loss_scale import apply_unscaled
 from handloom.optimizers._named import NamedOptimizers, as_optimizer
 from handloom.optimizers._tree import inside
@@ -41,11 +42,12 @@ class Wrapper(keras.optimizers.Optimizer):
         for part in inside(self.inner_optimizer):
             if part.gradient_accumulation_steps:
                 kind, steps = type(part).__name__, part.gradient_accumulation_steps
-                raise ValueError(
+                raise ArgumentError(
+                    "HL328",
                     f"{type(self).__name__} is around {kind}(gradient_accumulation_steps={steps}) and would see the "
                     "gradients of single steps. Have handloom.optimizers.GradientAccumulation gather them around "
                     "all of it: "
-                    f"GradientAccumulation({type(self).__name__}({kind}(...), ...), {steps})."
+                    f"GradientAccumulation({type(self).__name__}({kind}(...), ...), {steps}).",
                 )
 
     def build(self, variables: Sequence[Variable]) -> None:
@@ -130,5 +132,7 @@ def positive_whole(name: str, least: int = 1, **argument: Any) -> int:
     """The one argument given, if it is a whole number and not too small."""
     [(key, value)] = argument.items()
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} takes a whole number, at least {least}, as {key}; received {key}={value!r}.")
+        raise ArgumentError(
+            "HL329", f"{name} takes a whole number, at least {least}, as {key}; received {key}={value!r}."
+        )
     return value

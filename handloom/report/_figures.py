@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from handloom._keras import keras
+from handloom.errors import ExtraNotInstalledError
 
 _MISSING = 'Drawing figures needs matplotlib, which is not installed: pip install "handloom[recipes]".'
 
@@ -28,7 +29,7 @@ def save_curves(history: keras.callbacks.History | Mapping[str, Sequence[float]]
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(_MISSING) from error
+        raise ExtraNotInstalledError("HL904", _MISSING) from error
     values = getattr(history, "history", history)
     names = [name for name in values if not (name.startswith("val_") and name[4:] in values)]
     figure = Figure(figsize=(1 + 4 * max(len(names), 1), 3.2), layout="constrained")
@@ -61,7 +62,7 @@ def save_image_grid(images: np.ndarray, path: str | Path, *, columns: int = 8) -
     try:
         from matplotlib.image import imsave
     except ImportError as error:
-        raise ImportError(_MISSING) from error
+        raise ExtraNotInstalledError("HL905", _MISSING) from error
     images = np.asarray(images).reshape(len(images), *np.shape(images)[1:3])
     padded = np.pad(images, ((0, -len(images) % columns), (1, 1), (1, 1)), constant_values=images.min())
     count, height, width = padded.shape

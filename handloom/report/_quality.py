@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from handloom.errors import ArgumentError
+
 
 def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
     """The Fréchet distance between two sets of features, each taken as normally distributed.
@@ -23,9 +25,10 @@ def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
     """
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1] or min(len(one), len(other)) < 2:
-        raise ValueError(
+        raise ArgumentError(
+            "HL034",
             "frechet_distance takes two arrays (examples, features) with the same number of features and at least two "
-            f"examples each; received shapes {one.shape} and {other.shape}."
+            f"examples each; received shapes {one.shape} and {other.shape}.",
         )
     means = one.mean(axis=0), other.mean(axis=0)
     covariances = np.cov(one, rowvar=False), np.cov(other, rowvar=False)

@@ -63,7 +63,7 @@ def test_verify_names_file_and_tensor_that_are_damaged_and_ends_with_one(directo
         result = run("verify", where)
         assert result.exit_code == 1
         assert result.output.splitlines()[-1] == (
-            f"step_000000002  DAMAGED: {path} is damaged: the tensor 'model.mask' is not as written."
+            f"step_000000002  DAMAGED: {path} is damaged: the tensor 'model.mask' is not as written. [HL517]"
         )
 
 
@@ -83,14 +83,14 @@ def test_show_refuses_a_damaged_one_in_a_sentence(directory):
     path = damage(directory)
     result = run("show", directory)
     assert result.exit_code == 1
-    assert result.output == f"Error: {path} is damaged: the tensor 'model.mask' is not as written.\n"
+    assert result.output == f"Error: {path} is damaged: the tensor 'model.mask' is not as written. [HL517]\n"
 
 
 @pytest.mark.parametrize("command", ["ls", "verify", "show"])
 def test_where_there_is_none_that_is_said(tmp_path, command):
     result = run(command, tmp_path)
     assert result.exit_code == 1
-    assert result.output == f"Error: There is no checkpoint at {tmp_path}, nor are there any in it.\n"
+    assert result.output == f"Error: There is no checkpoint at {tmp_path}, nor are there any in it. [HL520]\n"
     assert run(command, tmp_path / "nowhere").exit_code == 2
 
 

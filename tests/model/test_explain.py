@@ -35,9 +35,7 @@ def test_it_says_who_trains_what_and_how_far_it_is(capsys):
     assert (norms.learning_rate, norms.updates, norms.parameters) == (0.25, 4, 6)
     assert [path.split("/")[-1] for path in norms.variables] == ["gamma", "beta"]
     assert rest.parameters == 4
-    shown = capsys.readouterr().out
-    assert "Who trains what" in shown
-    assert "GradientAccumulation" in shown
+    assert "Who trains what" in capsys.readouterr().out
 
 
 def test_one_optimizer_owns_everything_that_is_not_frozen(capsys):

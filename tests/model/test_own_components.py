@@ -17,7 +17,7 @@ import handloom as hl
 from handloom._run.callback_model import trained
 from handloom.errors import SavedModelError
 from handloom.optimizers import ClipByGlobalNorm, GradientAccumulation, GradientTransforms, WeightAveraging
-from tests import users_module as users
+from tests.model import users_module as users
 
 X = np.random.default_rng(0).normal(size=(20, 3)).astype("float32")
 Y = X[:, :1] - X[:, 1:2]
@@ -93,7 +93,7 @@ def outcome(path):
 
 
 def in_a_fresh_process(code, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 

@@ -209,9 +209,23 @@ def test_a_subclassed_model_and_its_class_are_registered_under_one_name():
     class Named(Doubled):
         pass
 
-    functional(Named)
+    functional(Named).get_config()
     assert keras.saving.get_registered_object("test_variants>Named") is Named
     assert keras.saving.get_registered_name(type(functional(Named))) == "test_variants>Named"
+
+
+@pytest.mark.once
+def test_a_class_registered_after_its_first_functional_instance_is_loaded(tmp_path):
+    class Late(Doubled):
+        pass
+
+    model = functional(Late)
+    keras.saving.register_keras_serializable("test_variants")(Late)
+    model.save(tmp_path / "late.keras")
+    loaded = keras.saving.load_model(tmp_path / "late.keras")
+    assert isinstance(loaded, Late)
+    for one, other in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.once

@@ -137,7 +137,7 @@ def test_f2_scatter_compiled(table):
 @pytest.mark.backend("torch")
 def test_f2_scatter_falls_back_on_torch_and_says_so(table):
     """Keras's is a Python loop over the indices there; `scatter_update` with a reduction is none."""
-    with pytest.warns(FallbackWarning, match="runs op by op"):
+    with pytest.warns(FallbackWarning, match="falls back to eager execution"):
         sums_by_class(table, beside)
 
 

@@ -27,6 +27,7 @@ class Arrays(Source):
     def __init__(self, data: Any, batch_size: int, shuffle: bool, drop_remainder: bool) -> None:
         self._paths, leaves, self._structure = optree.tree_flatten_with_path(data)
         self._arrays = [host_array(leaf, path) for path, leaf in zip(self._paths, leaves, strict=True)]
+        self._arrays = list(map(_read_only, self._arrays))
         self._cut = Cut(_common_length(self._arrays, self._paths), batch_size, shuffle, drop_remainder)
         self.length = self._cut.length
         samples = [array[:1] for array in self._arrays]
@@ -58,6 +59,13 @@ class Arrays(Source):
         return kinds | {f"values of {name}": _digest(array) for name, array in named.items()}
 
 
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """A view that a step cannot write to: where tensors share memory with arrays, its backend then copies batches."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 def _digest(array: np.ndarray) -> str:
     """A hash of values that stand at equal distances, from the first to the last."""
     numbers = np.linspace(0, array.size - 1, min(array.size, _SAMPLE)).astype(np.int64)
@@ -69,8 +77,8 @@ def _common_length(arrays: Sequence[np.ndarray], paths: Sequence[Sequence[Any]])
     lengths = {place(path): len(array) for path, array in zip(paths, arrays, strict=True)}
     if len(set(lengths.values())) > 1:
         sizes = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise DataError(f"All arrays must have the same number of examples (their first axis); {sizes}.")
+        raise DataError("HL412", f"All arrays must have the same number of examples (their first axis); {sizes}.")
     count = next(iter(lengths.values()))
     if not count:
-        raise DataError("The data is empty: its arrays have no examples (their first axis is 0 long).")
+        raise DataError("HL413", "The data is empty: its arrays have no examples (their first axis is 0 long).")
     return count

@@ -51,12 +51,13 @@ def host_array(leaf: Any, path: Path) -> np.ndarray:
     """
     if kind_of(leaf) != "dense":
         raise DataError(
+            "HL419",
             f"{place(path)} is a {kind_of(leaf)} tensor, which is not cut into batches. Have "
-            "tf.data.Dataset.from_tensor_slices(...).batch(...) do that."
+            "tf.data.Dataset.from_tensor_slices(...).batch(...) do that.",
         )
     array = on_host(leaf)
     if array.ndim == 0:
-        raise DataError(f"{place(path)} is a single number; data has an axis of examples first.")
+        raise DataError("HL420", f"{place(path)} is a single number; data has an axis of examples first.")
     _check_kind(array, path)
     if not is_mapped(leaf):
         check_range(array, path)
@@ -106,13 +107,15 @@ def _check_kind(array: np.ndarray, path: Path) -> None:
             return
     if kind == "O":
         raise DataError(
+            "HL421",
             f"{place(path)} holds Python objects (dtype object), for example {short(array.flat[0])}. Convert it to "
-            "numbers first, for example with .astype('float32'); pad rows of different lengths."
+            "numbers first, for example with .astype('float32'); pad rows of different lengths.",
         )
     if kind not in _NUMBERS or array.dtype.names or array.dtype == np.longdouble:
         raise DataError(
+            "HL422",
             f"{place(path)} has the dtype {array.dtype}, which no backend has. Convert it first, for example with "
-            ".astype('float32')."
+            ".astype('float32').",
         )
 
 
@@ -128,13 +131,14 @@ def check_range(array: np.ndarray, path: Path) -> None:
     least, largest = np.iinfo(kept).min, np.iinfo(kept).max
     if kept.itemsize < array.dtype.itemsize and (array.min() < least or array.max() > largest):
         raise DataError(
+            "HL423",
             f"{place(path)} has whole numbers from {array.min()} to {array.max()}, which do not fit into {kept.name}, "
-            "the most that this backend has. Number them from 0, or hash them to fewer values."
+            "the most that this backend has. Number them from 0, or hash them to fewer values.",
         )
 
 
 def _not_held(path: Path, what: str, instead: str) -> DataError:
-    return DataError(f"{place(path)} is {what}, which this backend cannot hold in a step. {instead}")
+    return DataError("HL424", f"{place(path)} is {what}, which this backend cannot hold in a step. {instead}")
 
 
 def described(paths: Sequence[Path], leaves: Sequence[Any]) -> dict[str, str]:

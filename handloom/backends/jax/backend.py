@@ -23,19 +23,14 @@ from keras.src.random import seed_generator
 from handloom._interop.onnx_jax import pool_over_few_axes
 from handloom._keras import Tensor, Variable, keras
 from handloom._util.patch import Patch
+from handloom._util.source_line import frames_of, place_in, shown
 from handloom.backends.base import Backend, Gradients
 from handloom.backends.jax.control_flow import assignments_in_branches, cond
 from handloom.backends.jax.gradients import Reached, Sources, rows_of_each
 from handloom.backends.jax.program import MARK, JaxProgram, leaked
 from handloom.backends.program import Program, Step
 from handloom.backends.scope import Scope
-from handloom.backends.source_line import (
-    frames_of,
-    naming_what_has_no_derivative,
-    needs_a_value,
-    tensorflow_called,
-    users_line,
-)
+from handloom.backends.trace_errors import naming_what_has_no_derivative, needs_a_value, tensorflow_called
 
 _unseeded_random_ops = Patch(
     (seed_generator, "jax_utils", lambda _: SimpleNamespace(is_in_jax_tracing_scope=lambda *_: False))
@@ -95,7 +90,7 @@ class JaxBackend(Backend):
             frames = frames_of(error)
             raise tensorflow_called(frames, self.name) or needs_a_value(frames) from error
         except jax.errors.UnexpectedTracerError as error:
-            raise leaked(users_line(frames_of(error))) from error
+            raise leaked(shown(place_in(frames_of(error)))) from error
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:

@@ -10,7 +10,9 @@ object.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,12 +27,13 @@ import handloom.backends.tensorflow.gradients  # noqa: F401  # Registers them.
 from handloom._interop.onnx_tensorflow import refuse_lost_constants, say_erfc_by_erf
 from handloom._keras import Tensor, Variable, keras, stored_value
 from handloom._util.patch import Patch
+from handloom._util.source_line import Frames, frames_of
 from handloom.backends.base import Backend, Gradients
 from handloom.backends.program import Step
 from handloom.backends.scope import Scope
-from handloom.backends.source_line import Frames, frames_of, naming_what_has_no_derivative, needs_a_value
 from handloom.backends.tensorflow.assigned import assignments_noted, watch
 from handloom.backends.tensorflow.program import MARK, TensorFlowProgram
+from handloom.backends.trace_errors import naming_what_has_no_derivative, needs_a_value
 
 # Called from a user's converted code, Handloom's own runs as it is written.
 autograph_config.CONVERSION_RULES = (
@@ -46,6 +49,10 @@ _convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status
 class TensorFlowBackend(Backend):
     name = "tensorflow"
     holds_text = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_xla: ContextVar[bool] = ContextVar("by_xla", default=False)
 
     def is_array(self, leaf: Any) -> bool:
         if isinstance(leaf, keras.Variable):
@@ -92,8 +99,9 @@ class TensorFlowBackend(Backend):
         jit_compile: bool | str,
         seen: Mapping[int, Variable] = MappingProxyType({}),
     ) -> TensorFlowProgram:
+        kernels = self.compiles_kernels(jit_compile)
         try:
-            return TensorFlowProgram(fn, tensors, seen, self.compiles_kernels(jit_compile), self._tracing)
+            return TensorFlowProgram(fn, tensors, seen, kernels, functools.partial(self._tracing, kernels))
         except (TypeError, NotImplementedError, AttributeError) as error:
             if not any(word in str(error) for word in _SYMBOLIC):
                 raise
@@ -102,9 +110,13 @@ class TensorFlowBackend(Backend):
             raise _as_raised(error) from None
 
     @contextlib.contextmanager
-    def _tracing(self) -> Iterator[None]:
-        with self._inside("trace"), _variables_made_outside_of_graphs:
-            yield
+    def _tracing(self, by_xla: bool) -> Iterator[None]:
+        token = self._by_xla.set(by_xla)
+        try:
+            with self._inside("trace"), _variables_made_outside_of_graphs:
+                yield
+        finally:
+            self._by_xla.reset(token)
 
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
         if jit_compile == "auto":  # As Keras does: XLA where there is an accelerator.
@@ -140,9 +152,9 @@ class TensorFlowBackend(Backend):
             value, aux = fn(*sources.watched_by(tape))
             value, aux = _read(value), [_read(tensor) for tensor in aux]
         gradients = tape.gradient(value, sources.watched)
-        if self._nesting.gradient:  # What the function around differentiates in turn is a tensor.
-            gradients = list(map(_dense, gradients))
-        return value, aux, *sources.split(gradients)
+        # What the function around differentiates in turn is a tensor; and XLA knows no shapes that depend on values.
+        change = _dense if self._nesting.gradient or self._by_xla.get() else _each_row_once
+        return value, aux, *sources.split(list(map(change, gradients)))
 
     def dense(self, gradient: Tensor | None) -> Tensor | None:
         return _dense(gradient)
@@ -193,6 +205,15 @@ class _Sources:
 
 def _dense(gradient: Any) -> Tensor | None:
     return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
+
+
+def _each_row_once(gradient: Any) -> Any:
+    """A gradient in which no row is twice: Keras's optimizers square the rows, and of a sum that is not the square."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    indices, places = tf.unique(gradient.indices)
+    rows = tf.math.unsorted_segment_sum(gradient.values, places, tf.size(indices))
+    return tf.IndexedSlices(rows, indices, gradient.dense_shape)
 
 
 def _row(tape: tf.GradientTape, output: Tensor, sources: list[Tensor]) -> Gradients:

@@ -23,13 +23,14 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from handloom._interop.onnx_torch import exportable
 from handloom._interop.tensors import tensor_of
 from handloom._keras import Tensor, Variable, current_value, first_line, keras
+from handloom._util.source_line import frames_of
 from handloom.backends.base import Backend, Gradients
 from handloom.backends.program import Step, Untraceable
 from handloom.backends.scope import Scope
-from handloom.backends.source_line import frames_of, naming_what_has_no_derivative, needs_a_value, tensorflow_called
 from handloom.backends.torch.graph import mark
 from handloom.backends.torch.modules import modules_read_variables, parameters_made
 from handloom.backends.torch.program import NeedsValue, TorchProgram, contiguous, tracing
+from handloom.backends.trace_errors import naming_what_has_no_derivative, needs_a_value, tensorflow_called
 from handloom.errors import ExportError, HandloomError
 
 
@@ -89,10 +90,11 @@ class TorchBackend(Backend):
     def exporting(self, format: str) -> Iterator[None]:  # noqa: A002
         if format == "tf_saved_model":
             raise ExportError(
+                "HL601",
                 "On PyTorch a model cannot be exported as a TensorFlow SavedModel: Keras does it by torch_xla, of "
                 'which there is no version for this PyTorch. Use export(..., format="onnx"), or let TensorFlow do it: '
                 'model.save("model.keras"), then KERAS_BACKEND=tensorflow python -c "from handloom import Model; '
-                "from keras.saving import load_model; load_model('model.keras', compile=False).export('exported')\"."
+                "from keras.saving import load_model; load_model('model.keras', compile=False).export('exported')\".",
             )
         with exportable():
             yield

@@ -182,9 +182,9 @@ def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) ->
         return _original["cond"](pred, true_fn, false_fn)
     branches = [_Branch(true_fn, ()), _Branch(false_fn, ())]
     if branches[0].structure != branches[1].structure:
-        raise TypeError(
-            "Both branches of keras.ops.cond must return the same structure; "
-            f"received {branches[0].structure} and {branches[1].structure}."
+        raise Untraceable(
+            "the branches of keras.ops.cond return different structures: "
+            f"{branches[0].structure} and {branches[1].structure}"
         )
     written = _distinct(branches[0].written + branches[1].written)
     # A variable that one branch assigns, the other hands through.
@@ -274,9 +274,8 @@ def _while_loop(
 def _as_carried(new: Any, old: torch.Tensor) -> torch.Tensor:
     new = core.convert_to_tensor(new)
     if (new.shape, new.dtype) != (old.shape, old.dtype):
-        raise TypeError(
-            "A loop variable must keep its shape and dtype from one iteration to the next; it is "
-            f"{old.dtype}{tuple(old.shape)} before the body and {new.dtype}{tuple(new.shape)} after it."
+        raise Untraceable(
+            f"a loop variable changes from {old.dtype}{tuple(old.shape)} to {new.dtype}{tuple(new.shape)}"
         )
     return new
 

@@ -27,8 +27,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from handloom._keras import Tensor, Variable, stored_value
+from handloom._util.findings import warn
 from handloom._util.patch import Patch
-from handloom._util.warnings import warn
 from handloom.backends.program import Program, Step, Untraceable
 from handloom.backends.scope import Recorder, Scope, refuse
 from handloom.backends.torch.control_flow import traceable_control_flow
@@ -99,7 +99,7 @@ class TorchProgram(Program):
                 reason = str(error).strip().splitlines()[0]
         if reason:
             message = f"Inductor could not compile a step, which runs as a plain graph instead ({reason})."
-            warn(message, FallbackWarning)
+            warn("HL107", message, category=FallbackWarning)
         else:
             self._step, self._guard = kernels, torch.no_grad
 

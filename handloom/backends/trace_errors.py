@@ -1,53 +1,27 @@
-"""Which line of the user's made a trace fail."""
+"""The errors of a trace, with the line of the user's that made it fail."""
 
 from __future__ import annotations
 
 import contextlib
-import linecache
 import os
 import re
-import sysconfig
-import traceback
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
+from handloom._util.source_line import Frames, place_in, shown
 from handloom.errors import GradientError, TraceError
 
-_NOT_THE_USERS = (
-    str(Path(__file__).resolve().parents[1]) + os.sep,
-    sysconfig.get_paths()["purelib"] + os.sep,
-    sysconfig.get_paths()["stdlib"] + os.sep,
-    "<frozen",
-)
 _TENSORFLOW = f"{os.sep}site-packages{os.sep}tensorflow{os.sep}"
-
-
-Frames = Iterable[tuple[str, int]]
-"""File and line of each call on the way to an error, the outermost first."""
-
-
-def frames_of(error: BaseException) -> Frames:
-    """The frames of an error's traceback."""
-    return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-
-
-def users_line(frames: Frames) -> str:
-    """The innermost line that is neither ours nor a library's: `file, line 3: code`."""
-    found = [(file, line) for file, line in frames if not file.startswith(_NOT_THE_USERS) or "/recipes/" in file]
-    if not found:
-        return "(line unknown)"
-    file, line = found[-1]
-    return f"{file}, line {line}: {linecache.getline(file, line).strip()}"
 
 
 def needs_a_value(frames: Frames) -> TraceError:
     """The error for Python control flow over a tensor, or a tensor turned into a number, inside a trace."""
     return TraceError(
+        "HL104",
         "A compiled step needs the value of a tensor while it is being compiled, when it has none yet:\n"
-        f"    {users_line(frames)}\n"
+        f"    {shown(place_in(frames))}\n"
         "Use operations instead of Python here: keras.ops.cond or keras.ops.where for a branch, "
         "keras.ops.while_loop or keras.ops.fori_loop for a loop, keras.ops.cast for a conversion. "
-        "To debug, run the step op by op: hl.run_eagerly(True)."
+        "To debug, run the step op by op: hl.run_eagerly(True).",
     )
 
 
@@ -59,10 +33,11 @@ def tensorflow_called(frames: Frames, backend: str) -> TraceError | None:
     if not any(_TENSORFLOW in file for file, _ in frames):
         return None
     return TraceError(
+        "HL105",
         f"A compiled step on {backend} calls TensorFlow, whose operations, TensorArray, sets and "
-        f"queues take tensors of TensorFlow alone:\n    {users_line(frames)}\n"
+        f"queues take tensors of TensorFlow alone:\n    {shown(place_in(frames))}\n"
         "Use keras.ops in the step (a TensorArray is what keras.ops.scan gathers), do it in the data's own pipeline "
-        "(tf.data), or choose the backend: KERAS_BACKEND=tensorflow. To run the step op by op: hl.run_eagerly(True)."
+        "(tf.data), or choose the backend: KERAS_BACKEND=tensorflow. To run the step op by op: hl.run_eagerly(True).",
     )
 
 
@@ -84,7 +59,8 @@ def naming_what_has_no_derivative(backend: str) -> Iterator[None]:
             raise
         [operation] = filter(None, found.groups())
         raise GradientError(
+            "HL106",
             f"{backend} has no derivative of the operation {operation}. If no gradient is to flow "
             "through it, put its inputs in keras.ops.stop_gradient; else give it one by keras.ops.custom_gradient, or "
-            "compute the value by other operations."
+            "compute the value by other operations.",
         ) from error

@@ -1,0 +1,62 @@
+"""Which line of the user's something is about."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import os
+import sysconfig
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+
+_PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+_LIBRARIES = (sysconfig.get_paths()["purelib"] + os.sep, sysconfig.get_paths()["stdlib"] + os.sep, "<frozen")
+
+Frames = Iterable[tuple[str, int]]
+"""File and line of each call on the way to an error, the outermost first."""
+
+
+def frames_of(error: BaseException) -> Frames:
+    """The frames of an error's traceback."""
+    return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+
+
+def place_in(frames: Frames) -> tuple[str, int] | None:
+    """The innermost line that is neither ours nor a library's."""
+    found = [(file, line) for file, line in frames if _is_users(file)]
+    return found[-1] if found else None
+
+
+def shown(place: tuple[str, int] | None) -> str:
+    """A line of the user's as text: `file, line 3: code`."""
+    if place is None:
+        return "(line unknown)"
+    file, line = place
+    return f"{file}, line {line}: {linecache.getline(file, line).strip()}"
+
+
+def users_frame() -> FrameType:
+    """The innermost frame on the way here that is neither ours nor a library's; else the innermost that is not ours."""
+    frame = inspect.currentframe()
+    assert frame is not None
+    other = last = None
+    try:
+        while frame is not None and not _is_users(frame.f_code.co_filename):
+            if other is None and not _is_ours(frame.f_code.co_filename):
+                other = frame
+            frame, last = frame.f_back, frame
+        found = frame or other or last
+        assert found is not None
+        return found
+    finally:
+        del frame, other, last  # A frame that refers to itself would keep all it holds alive.
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(_PACKAGE) and f"{os.sep}recipes{os.sep}" not in file
+
+
+def _is_users(file: str) -> bool:
+    return not _is_ours(file) and not file.startswith(_LIBRARIES)

@@ -1,0 +1,56 @@
+"""A setting for the whole process, or for a block of one thread."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Switch(Generic[T]):
+    """Has one value everywhere, and another inside a block.
+
+    Args:
+        value: The value to begin with.
+    """
+
+    def __init__(self, value: T) -> None:
+        self._everywhere = value
+        self._here: ContextVar[tuple[T, ...]] = ContextVar("here", default=())
+
+    def get(self) -> T:
+        """The value where the caller runs."""
+        here = self._here.get()
+        return here[-1] if here else self._everywhere
+
+    def set(self, value: T) -> contextlib.AbstractContextManager[None]:
+        """Sets it from now on: in the block that the caller is in, or else everywhere.
+
+        Returns:
+            For a block: with it, the value holds only inside, and only for this thread.
+        """
+        here, everywhere = self._here.get(), self._everywhere
+        if here:
+            self._here.set((*here[:-1], value))
+        else:
+            self._everywhere = value
+        return self._instead(value, here, everywhere)
+
+    @contextlib.contextmanager
+    def here(self, value: T) -> Iterator[None]:
+        """Has the value inside, for this thread."""
+        token = self._here.set((*self._here.get(), value))
+        try:
+            yield
+        finally:
+            self._here.reset(token)
+
+    @contextlib.contextmanager
+    def _instead(self, value: T, here: tuple[T, ...], everywhere: T) -> Iterator[None]:
+        self._here.set(here)
+        self._everywhere = everywhere
+        with self.here(value):
+            yield

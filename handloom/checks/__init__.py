@@ -1,0 +1,8 @@
+"""Findings: the mistakes that Handloom tells of, and how to silence, collect or forbid them."""
+
+from handloom._util.findings import collect as collect
+from handloom._util.findings import silence as silence
+from handloom._util.findings import strict as strict
+from handloom.errors import Finding as Finding
+
+__all__ = ["Finding", "collect", "silence", "strict"]

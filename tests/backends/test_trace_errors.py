@@ -1,0 +1,36 @@
+"""The errors of a trace name the line of the user's that made it fail."""
+
+from pathlib import Path
+
+import pytest
+
+from handloom.backends.trace_errors import naming_what_has_no_derivative, needs_a_value, tensorflow_called
+from handloom.errors import GradientError, TraceError
+
+pytestmark = pytest.mark.once
+
+LIBRARY = str(Path(pytest.__file__))
+
+
+def test_the_error_says_where_why_and_what_to_do():
+    error = needs_a_value([(__file__, 3)])
+    assert isinstance(error, TraceError)
+    message = str(error)
+    assert f"{__file__}, line 3: from pathlib import Path" in message
+    for cure in ("keras.ops.cond", "keras.ops.where", "keras.ops.while_loop", "keras.ops.fori_loop", "run_eagerly"):
+        assert cure in message
+
+
+def test_an_operation_of_tensorflow_in_a_step_of_another_backend_is_named_as_that():
+    inside = str(Path(pytest.__file__).parents[1] / "tensorflow" / "python" / "ops.py")
+    told = str(tensorflow_called([(__file__, 3), (inside, 3)], "jax"))
+    assert "A compiled step on jax calls TensorFlow" in told
+    assert f"{__file__}, line 3: from pathlib import Path" in told
+    assert tensorflow_called([(__file__, 3), (LIBRARY, 3)], "jax") is None
+
+
+@pytest.mark.parametrize("error", [KeyError("w"), RuntimeError("out of memory"), GradientError("HL999", "No scalar.")])
+def test_other_errors_of_a_gradient_pass_as_they_are(error):
+    with pytest.raises(type(error)) as raised, naming_what_has_no_derivative("JAX"):
+        raise error
+    assert raised.value is error

@@ -1,0 +1,254 @@
+"""Faults of the first house, each with the right value: kept so that none comes back."""
+
+import gc
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import handloom as hl
+from handloom.backends import backend
+from handloom.errors import FallbackWarning, OptimizerError
+from tests.numbers import close, normal, ones, same_values
+
+X, Y = normal(24, 3), normal(24, 1, seed=1)
+
+
+def regressor(cls=hl.Model):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    return cls(inputs, layers.Dense(1)(inputs))
+
+
+# ------------------------------------------------------------------- D2, D4: optimizers
+
+
+def test_model_minimize_takes_the_weight_of_accumulated_gradients(eagerly):
+    class Weighted(hl.Model):
+        def train_step(self, data):
+            x, y, tokens = data
+            loss = self.minimize(lambda: ops.mean((self(x) - y) ** 2), weight=ops.sum(tokens))
+            return {"loss": loss}
+
+    class Whole(hl.Model):
+        def train_step(self, data):
+            x, y, tokens = data
+            return {"loss": self.minimize(lambda: ops.sum(tokens * (self(x) - y)[:, 0] ** 2) / ops.sum(tokens))}
+
+    tokens = np.repeat([1.0, 3.0], 12).astype("float32")  # Alike within a batch, so that its mean is theirs.
+    batches = [(X[:12], Y[:12], tokens[:12]), (X[12:], Y[12:], tokens[12:])]
+    accumulated, whole = regressor(Weighted), regressor(Whole)
+    accumulated.compile(hl.optimizers.GradientAccumulation(keras.optimizers.SGD(0.1), 2))
+    whole.compile(keras.optimizers.SGD(0.1))
+    accumulated.fit(hl.Feed(lambda: iter(batches)), verbose=0)
+    whole.fit(hl.Feed(lambda: iter([(X, Y, tokens)])), verbose=0)
+    close(accumulated.get_weights()[0], whole.get_weights()[0])
+
+
+def test_compile_leaves_the_optimizer_given_as_it_is_and_shares_its_learning_rate():
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=2)
+    before, models = optimizer.get_config(), [regressor(), regressor()]
+    for model in models:  # The same optimizer, twice: both accumulate.
+        model.compile(optimizer, "mse")
+        model.fit(X, Y, batch_size=12, shuffle=False, verbose=0)
+        assert model.optimizer.steps == 2
+    assert optimizer.get_config() == before
+    assert not optimizer.built
+    whole = regressor()
+    whole.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    whole.fit(X, Y, batch_size=24, shuffle=False, verbose=0)
+    for model in models:
+        close(model.get_weights()[0], whole.get_weights()[0])
+    optimizer.learning_rate = 0.25
+    close(models[0].optimizer.learning_rate, 0.25)
+    models[1].optimizer.learning_rate = 0.5
+    close(optimizer.learning_rate, 0.5)
+
+
+def test_compile_refuses_to_copy_an_optimizer_that_has_slots():
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+    optimizer.build(regressor().trainable_variables)
+    with pytest.raises(OptimizerError, match="gradient_accumulation_steps=2 and is built already"):
+        regressor().compile(optimizer, "mse")
+
+
+# ---------------------------------------------------------------- D7, D8: memory, sparsity
+
+
+@pytest.mark.backend("torch")
+def test_the_comparison_with_inductor_holds_one_copy_of_the_state_at_a_time():
+    import torch  # noqa: PLC0415
+
+    large = keras.Variable(np.zeros(1 << 20, "float32"))
+    alive = []
+
+    def kernels(*values):
+        gc.collect()
+        storages = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in gc.get_objects()
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.numel() >= 1 << 20
+        }
+        alive.append(len(storages))
+        values[0].add_(1)
+        return [values[0].sum()]
+
+    def fn(x):
+        large.assign(large + x)
+        return [ops.sum(large)]
+
+    program = backend.trace(fn, [backend.to_tensor(np.float32(1))], jit_compile="auto")
+    assert program._agrees(kernels, [backend.to_tensor(np.float32(1))])
+    assert alive == [2]  # The variable, and one copy of it.
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize("make", [lambda: keras.optimizers.SGD(0.1), lambda: keras.optimizers.Adam(0.1)])
+def test_gradients_of_embeddings_stay_sparse_and_are_right_where_rows_repeat(make, monkeypatch):
+    """Keras's own Adam squares each looked-up row by itself, which is wrong where a row is looked up twice."""
+    kinds = []
+
+    def model(cls, sparse):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((3,), dtype="int32")
+        table = layers.Embedding(20, 2) if sparse else Table()
+        return cls(inputs, layers.Dense(1)(layers.Flatten()(table(inputs))))
+
+    class Table(layers.Layer):
+        """The same by a product with ones and zeros, of which the gradient is dense."""
+
+        def build(self, shape):
+            self.embeddings = self.add_weight(shape=(20, 2), initializer="uniform")
+
+        def call(self, x):
+            return ops.matmul(ops.one_hot(x, 20), self.embeddings)
+
+    class Noting(type(make())):
+        def apply(self, grads, trainable_variables=None):
+            kinds.append(type(grads[0]).__name__)
+            super().apply(grads, trainable_variables)
+
+    x = np.random.default_rng(0).integers(0, 5, (24, 3))
+    dense, ours = model(hl.Model, sparse=False), model(hl.Model, sparse=True)
+    ours.set_weights(dense.get_weights())
+    dense.compile(make(), "mse")
+    ours.compile(Noting.from_config(make().get_config()), "mse")
+    for each in (dense, ours):
+        each.fit(x, Y, batch_size=8, shuffle=False, verbose=0)
+    assert set(kinds) == {"IndexedSlices"}
+    close(ours.get_weights()[0], dense.get_weights()[0])
+
+
+@pytest.mark.backend("tensorflow")
+def test_value_and_grad_gives_tensors_for_embeddings_too():
+    table = layers.Embedding(5, 2)
+    table.build(None)
+    gradients = hl.grad(lambda: ops.sum(table(np.array([1, 1, 3]))), wrt=table)()
+    close(gradients[0], [[0, 0], [2, 2], [0, 0], [1, 1], [0, 0]])
+
+
+# --------------------------------------------------------- D6, D12: patches and registrations
+
+
+@pytest.mark.backend("tensorflow")
+def test_tensorflow_may_ship_the_gradients_that_are_registered_and_its_variables_are_not_patched():
+    code = """
+import tensorflow as tf
+from tensorflow.python.ops import resource_variable_ops as ops
+tf.RegisterGradient("DenseBincount")(lambda op, gradient: [None, None, None])
+before = dict(vars(ops.BaseResourceVariable))
+import handloom as hl
+import keras
+v = keras.Variable(3.0)
+assert float(hl.grad(lambda: v * v, wrt=v)()) == 6
+assert all(vars(ops.BaseResourceVariable)[name] is value for name, value in before.items())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --------------------------------------------------------------------- D9, D10: versions
+
+
+@pytest.mark.backend("jax")
+def test_an_array_on_another_device_is_moved_to_that_of_the_variables():
+    code = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, keras, numpy as np
+import handloom as hl
+v = keras.Variable(2.0)
+
+@hl.function
+def step(x):
+    v.assign(v + 1)
+    return x * v
+
+first, other = jax.devices()
+for x in (jax.device_put(np.ones(3, "float32"), first), jax.device_put(np.ones(3, "float32"), other)):
+    assert step(x).devices() == v.value.devices() == {first}
+assert len(step.traces) == 1
+
+double = hl.function(lambda x: x * 2)
+spread = jax.sharding.NamedSharding(jax.sharding.Mesh(jax.devices(), "d"), jax.sharding.PartitionSpec("d"))
+assert double(np.ones(4, "float32")).devices() == {first}
+assert double(jax.device_put(np.ones(4, "float32"), spread)).devices() == {first, other}
+assert len(double.traces) == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.backend("torch")
+def test_a_tensor_on_another_device_does_not_skip_its_conversion():
+    import torch  # noqa: PLC0415
+
+    double = hl.function(lambda x: x * 2)
+    close(double(torch.ones(3)), 2 * ones(3))
+    with pytest.raises(NotImplementedError, match="meta"):  # It cannot be moved, and that is said.
+        double(torch.ones(3, device="meta"))
+
+
+@pytest.mark.backend("tensorflow")
+def test_steps_that_cannot_be_fused_are_taken_one_by_one_with_a_warning():
+    import tensorflow as tf  # noqa: PLC0415
+
+    total = keras.Variable(0.0)
+
+    def step(x):
+        total.assign(total + tf.reduce_sum(x.values))
+        return {"total": total.value * 1}
+
+    batches = [tf.ragged.constant([[1.0], [2.0, 3.0]])] * 4
+    with pytest.warns(FallbackWarning, match="2 steps cannot be dispatched together.*no common shape") as told:
+        hl.fit(step, lambda: iter(batches), steps_per_execution=2, verbose=0)
+    assert len(told) == 1
+    close(total, 24)
+
+
+# ------------------------------------------------------------------- arguments stay theirs
+
+
+def test_a_step_that_changes_its_arguments_in_place_changes_no_array_of_the_users():
+    data = ones(8, 2)
+
+    def step(x):
+        x += 1  # On PyTorch, in place.
+        return {"mean": ops.mean(x)}
+
+    assert hl.fit(step, hl.Feed(data, batch_size=4), epochs=2, verbose=0).history["mean"] == [2, 2]
+    close(data, ones(8, 2))
+
+
+def test_two_models_trained_in_turn_are_as_trained_alone():
+    def trained(steps):
+        models = [regressor(), regressor()]
+        for model in models:
+            model.compile("adam", "mse")
+        for index in steps:
+            models[index].train_on_batch(X, Y)
+        return models
+
+    together, alone = trained([0, 1, 0, 1]), trained([0, 0, 1, 1])
+    same_values(together, alone)

@@ -1,0 +1,129 @@
+"""Findings: each has its line, and warnings may be silenced, collected, or made errors."""
+
+import pickle
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import handloom as hl
+from handloom._util.findings import telling, warn
+from handloom.errors import DataError, FallbackWarning, Finding, HandloomError, HandloomWarning
+from tests.threads import in_a_thread
+
+
+def line_of(finding):
+    with open(finding.filename, encoding="utf-8") as file:
+        return file.readlines()[finding.lineno - 1].strip()
+
+
+def test_a_warning_carries_its_finding_and_shows_its_line_and_code():
+    with pytest.warns(HandloomWarning) as told:
+        warn("HL999", "Something was seen.", "It is wrong.", "Do this.")
+    [warning] = told
+    assert str(warning.message) == "Something was seen. It is wrong. Do this. [HL999]"
+    assert warning.message.finding == Finding(
+        "HL999", __file__, warning.lineno, "Something was seen.", "It is wrong.", "Do this."
+    )
+    assert warning.filename == __file__
+    assert line_of(warning.message.finding) == 'warn("HL999", "Something was seen.", "It is wrong.", "Do this.")'
+    with pytest.warns(FallbackWarning):
+        warn("HL999", "Seen.", category=FallbackWarning)
+
+
+def test_an_error_carries_its_finding_and_survives_pickling():
+    def fails():
+        return DataError("HL999", "Something was seen.", fix="Do this.")
+
+    error = fails()
+    assert str(error) == "Something was seen. Do this. [HL999]"
+    assert line_of(error.finding) == 'return DataError("HL999", "Something was seen.", fix="Do this.")'
+    copied = pickle.loads(pickle.dumps(error))
+    assert (type(copied), str(copied), copied.finding) == (DataError, str(error), error.finding)
+
+
+def test_the_line_of_an_error_is_the_users_where_libraries_stand_in_between():
+    with pytest.raises(HandloomError) as caught:
+        keras.tree.map_structure(lambda leaf: hl.every(steps=leaf), [0])
+    assert line_of(caught.value.finding).startswith("keras.tree.map_structure(")
+
+
+def test_a_warning_of_a_step_is_at_the_call_of_fit_or_in_the_step():
+    with pytest.warns(HandloomWarning) as told:
+        hl.fit(lambda x, sample_weight: {}, (np.ones(3), np.ones(3)), verbose=0)
+    assert line_of(told[0].message.finding).startswith("hl.fit(")
+    layer, optimizer = keras.layers.Dense(1, dtype="mixed_float16"), keras.optimizers.SGD()
+
+    def step(x):
+        return hl.minimize(lambda: ops.mean(layer(x)), layer, optimizer)
+
+    with pytest.warns(HandloomWarning, match="float16") as told, hl.run_eagerly(True):
+        hl.function(step)(np.ones((2, 2), "float32"))
+    assert line_of(told[0].message.finding).startswith("return hl.minimize(")
+
+
+def shown():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warn("HL998", "Seen.")
+        warn("HL999", "Seen.")
+    return [warning.message.finding.code for warning in told]
+
+
+def test_silence_holds_for_a_block_of_one_thread():
+    with hl.checks.silence("HL999"):
+        with hl.checks.silence("HL998"):
+            assert shown() == []
+        assert shown() == ["HL998"]
+        assert in_a_thread(shown) == ["HL998", "HL999"]
+    assert shown() == ["HL998", "HL999"]
+
+
+def test_silence_holds_for_good_where_it_is_no_block(monkeypatch):
+    undone = hl.checks.silence("HL999")
+    try:
+        assert shown() == in_a_thread(shown) == ["HL998"]
+    finally:
+        with undone:  # Leaving the block is as before the call.
+            pass
+    assert shown() == ["HL998", "HL999"]
+
+
+@pytest.mark.parametrize("code", ["HL1", "hl999", "HL9999", 999, None, "UserWarning"])
+def test_silence_takes_a_code(code):
+    with pytest.raises(ValueError, match="takes a code such as 'HL210'"):
+        hl.checks.silence(code)
+
+
+def test_strict_makes_warnings_errors():
+    with hl.checks.strict():
+        with pytest.raises(HandloomError, match=r"Seen\. \[HL999\]") as caught:
+            warn("HL999", "Seen.")
+        assert caught.value.finding.code == "HL999"
+        with hl.checks.silence("HL999"):
+            warn("HL999", "Seen.")
+    assert shown() == ["HL998", "HL999"]
+
+
+def test_collect_takes_warnings_and_the_error_that_ends_the_block():
+    with hl.checks.collect() as findings:
+        warn("HL999", "One.")
+        with hl.checks.collect() as inner:
+            warn("HL999", "Two.")
+        in_a_thread(shown)
+    assert [finding.saw for finding in findings] == ["One."]
+    assert [finding.saw for finding in inner] == ["Two."]
+    with pytest.raises(DataError), hl.checks.collect() as findings:
+        raise DataError("HL999", "Three.")
+    assert [finding.saw for finding in findings] == ["Three."]
+
+
+def test_telling_hears_what_is_collected_and_shown_and_not_what_is_silenced():
+    heard = []
+    with telling(heard.append):
+        shown()
+        with hl.checks.collect(), hl.checks.silence("HL998"):
+            shown()
+    assert [finding.code for finding in heard] == ["HL998", "HL999", "HL999"]
