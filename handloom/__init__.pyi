@@ -1,5 +1,6 @@
 from . import callbacks as callbacks
 from . import checks as checks
+from . import distribute as distribute
 from . import errors as errors
 from . import optimizers as optimizers
 from ._data.feed import Feed as Feed

@@ -24,6 +24,7 @@ LAYERS = [
     {"errors", "_util"},
     {"_keras"},
     {"backends", "_interop"},
+    {"distribute"},
     {"_trace"},
     {"optimizers"},
     {"_data", "_reporting", "callbacks", "checkpoint"},

@@ -15,7 +15,7 @@ import handloom as hl
 pytestmark = pytest.mark.once
 
 PACKAGE = Path(hl.__file__).parent
-MODULES = ("callbacks", "checks", "errors", "optimizers", "report")
+MODULES = ("callbacks", "checks", "distribute", "errors", "optimizers", "report")
 
 
 def stub_names():
@@ -32,7 +32,7 @@ def test_the_public_names_are_those_of_the_contract():
         *("function", "Function", "Trace", "run_eagerly"),
         *("Model", "Sequential", "fit", "Feed", "every", "Every"),
         *("Checkpointer", "load_checkpoint"),
-        *("callbacks", "checks", "errors", "optimizers"),
+        *("callbacks", "checks", "distribute", "errors", "optimizers"),
     }
 
 

@@ -27,15 +27,14 @@ from handloom._model.unknown_classes import deserialized, naming_unknown_parts
 from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, register_as_its_class, variant
 from handloom._reporting.loss_tracker import LossTracker, holding
 from handloom._run import loop
-from handloom._run.callback_list import Callbacks
+from handloom._run.options import RunOptions
 from handloom._run.seed import seed_run
 from handloom._trace.gradients import Wrt, build
 from handloom._trace.loss_weight import Weight
 from handloom._trace.losses import Denominators, note_loss
 from handloom._trace.observe import observing
-from handloom._util.every import Every, every
-from handloom._util.progress import Progress
-from handloom.callbacks._display import progress_display
+from handloom._util.every import AfterEpochs, Every, every
+from handloom.distribute._strategy import Strategy
 from handloom.errors import ArgumentError
 from handloom.optimizers import NamedOptimizers, averaged_weights
 from handloom.optimizers._minimize import minimize
@@ -276,6 +275,7 @@ class Model(keras.Model):
         save: Every | None = every(epochs=1),
         keep: int | None = 3,
         best: str | None = None,
+        strategy: Strategy | None = None,
         steps_per_execution: int | str | None = None,
         seed: int | None = None,
     ) -> keras.callbacks.History:
@@ -304,6 +304,7 @@ class Model(keras.Model):
             save: When to save.
             keep: How many of the last checkpoints to keep.
             best: By which value to keep the best besides, saved when it is reported.
+            strategy: How the run uses its devices.
             steps_per_execution: How many steps to dispatch together; by default what `compile` was given.
             seed: One number for all that is random in the run.
 
@@ -316,6 +317,8 @@ class Model(keras.Model):
             StepError: If a step returns no dict of scalars.
         """
         self._steps.check_compiled("fit", "train_step")
+        together = self.steps_per_execution if steps_per_execution is None else steps_per_execution
+        options = RunOptions(run_dir, resume, allow, save, keep, best, strategy, together, verbose)
         seed_run(seed, self)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = split((x, y, sample_weight), validation_split)
@@ -328,22 +331,19 @@ class Model(keras.Model):
         with self._steps.running():
             if held_out is not None:
                 step = self._steps.reporting("test_step")
-                validation = loop.validation_by_step(step, held_out, self, validation_steps)
+                validation = loop.by_step(step, held_out, self, validation_steps)
             self.history = loop.train(
                 self._steps.reporting("train_step"),
                 feed,
+                options,
                 model=self,
+                state={"model": self},
                 epochs=epochs,
                 initial_epoch=initial_epoch,
                 steps_per_epoch=steps_per_epoch,
                 validation=validation,
                 validate_every=_validation_times(validation_freq),
                 callbacks=callbacks,
-                run_dir=run_dir,
-                saves=loop.save_options(run_dir, save, resume, allow, keep, best),
-                state={"model": self},
-                steps_per_execution=self.steps_per_execution if steps_per_execution is None else steps_per_execution,
-                verbose=verbose,
                 finish=functools.partial(finish_training, self),
             )
         return self.history
@@ -372,9 +372,11 @@ class Model(keras.Model):
         with (
             self._steps.running(),
             _weights(self, weights),
-            _hooks(self, callbacks, verbose, steps or feed.length) as hooks,
+            loop.standalone("evaluate", self, callbacks, verbose, steps or feed.length) as (hooks, after_step, events),
         ):
-            results = loop.evaluate(self._steps.reporting("test_step"), feed, hooks=hooks, model=self, steps=steps)
+            step = self._steps.reporting("test_step")
+            results = loop.evaluate(step, feed, hooks=hooks, model=self, steps=steps, after_step=after_step)
+            events.append("validation", values=results)
         return results if return_dict else in_keras_order(self, results)
 
     def predict(
@@ -395,9 +397,10 @@ class Model(keras.Model):
         with (
             self._steps.running(),
             _weights(self, weights),
-            _hooks(self, callbacks, verbose, steps or feed.length) as hooks,
+            loop.standalone("predict", self, callbacks, verbose, steps or feed.length) as (hooks, after_step, _),
         ):
-            return loop.predict(self._steps.prediction, feed, hooks=hooks, model=self, steps=steps)
+            step = self._steps.prediction
+            return loop.predict(step, feed, hooks=hooks, model=self, steps=steps, after_step=after_step)
 
     def explain(self) -> Explanation:
         """Prints who trains what, how reported values come of those of batches, and what may surprise.
@@ -421,11 +424,6 @@ class Sequential(Model, keras.Sequential):
     """A `keras.Sequential` that trains by Handloom's loop; see `hl.Model`."""
 
 
-def _hooks(model: Model, callbacks: Any, verbose: str | int, steps: int | None) -> Callbacks:
-    listeners = [*loop.as_list(callbacks), *progress_display(verbose)]
-    return Callbacks(listeners, model, {"epochs": 1, "steps": steps, "verbose": verbose})
-
-
 def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextManager[None]:
     if weights not in (None, "ema"):
         raise ArgumentError(
@@ -434,18 +432,7 @@ def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextMan
     return averaged_weights(model) if weights else contextlib.nullcontext()
 
 
-class _After:
-    """When to validate, as a list of epochs."""
-
-    def __init__(self, epochs: Iterable[int]) -> None:
-        self._epochs = set(epochs)
-
-    def due(self, progress: Progress, seconds_since: float = 0.0) -> bool:
-        del seconds_since
-        return progress.batch == 0 and progress.epoch in self._epochs
-
-
-def _validation_times(validation_freq: int | Sequence[int]) -> Every:
+def _validation_times(validation_freq: int | Sequence[int]) -> Every | AfterEpochs:
     if isinstance(validation_freq, Iterable):
-        return cast(Every, _After(validation_freq))
+        return AfterEpochs(frozenset(validation_freq))
     return every(epochs=int(validation_freq))

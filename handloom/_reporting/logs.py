@@ -16,6 +16,7 @@ import numpy as np
 from handloom._keras import Tensor, keras
 from handloom._reporting.totals import Totals
 from handloom.backends import backend
+from handloom.distribute._strategy import current
 
 Value: TypeAlias = float | np.ndarray
 """What is reported under one name: a number, or an array for a metric whose result is one."""
@@ -219,12 +220,12 @@ class Sums:
         """Adds what steps have left in totals."""
         self.note(steps)
         for totals in waiting:
-            values = totals.values()
-            if values.shape != (2 * len(totals.means) + len(totals.lasts),):
+            values, count = totals.values(), len(totals.means)
+            if values.shape != (2 * count + len(totals.lasts),):
                 self._last[totals.lasts[0]] = values
                 continue
-            sums, weights, lasts = np.split(values, [len(totals.means), 2 * len(totals.means)])
-            for name, total, weight in zip(totals.means, sums, weights, strict=True):
+            summed, lasts = current().sum(values[: 2 * count]), values[2 * count :]
+            for name, total, weight in zip(totals.means, summed[:count], summed[count:], strict=True):
                 self._sums[name] = self._sums.get(name, 0.0) + float(total)
                 self._weights[name] = self._weights.get(name, 0.0) + float(weight)
             self._last.update((name, float(value)) for name, value in zip(totals.lasts, lasts, strict=True))

@@ -60,7 +60,7 @@ class Callbacks:
 
     @property
     def each_step(self) -> bool:
-        """Whether one of them is to be called at each step.
+        """Whether a callback needs every step.
 
         Those with `takes_executions` are content with one call for several steps that are dispatched together, from
         the first batch to the last.
@@ -75,8 +75,8 @@ class Callbacks:
         found = [getattr(callback, "every", None) for callback in self._callbacks]
         return [every for every in found if isinstance(every, Every)]
 
-    def heard(self, hook: str) -> Callable[..., None] | None:
-        """A hook, or `None` if nobody listens: for loops that would rather not call at all."""
+    def handlers(self, hook: str) -> Callable[..., None] | None:
+        """What calls all that handle a hook; `None` if no callback does, so that a loop need not call at all."""
         return getattr(self, hook) if self._listeners[hook] else None
 
     def __getattr__(self, hook: str) -> Callable[..., None]:

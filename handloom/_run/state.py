@@ -1,17 +1,16 @@
-"""What a run is made of beside what it trains: each part with `state()` and `restore(state)`."""
+"""The parts of a run's state beside what it trains: each with `state()` and `restore(state)`."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from handloom._data.feed import Feed
 from handloom._keras import keras
 from handloom._reporting.step import ReportingStep
-from handloom._run.callback_list import Callbacks
-from handloom._run.validation import Validations
+from handloom._util.findings import warn
 from handloom._util.progress import Progress
 from handloom.backends import backend
 from handloom.callbacks import callback_state, restore_callback
@@ -21,20 +20,21 @@ from handloom.errors import CheckpointError
 
 
 class Record:
-    """What the run was made with, for whoever looks at a checkpoint, and for who goes on with other things.
+    """What the run was made with, for whoever looks at a checkpoint, and for who resumes it with other things.
 
     Args:
         state: What the run trains.
 
     Attributes:
         choices: What was chosen for it, by name.
-        differences: What is other than when it was saved, in words; after `restore`.
+        recorded: What was chosen in the run that is resumed, by name; empty before `restore`.
     """
 
     def __init__(self, state: Any) -> None:
         self.choices: dict[str, Any] = {}
-        self.differences: list[str] = []
+        self.recorded: dict[str, Any] = {}
         self._configured = configured({"state": state})
+        self._then: Mapping[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         versions = {name: importlib.metadata.version(name) for name in ("handloom", "keras", "numpy")}
@@ -42,63 +42,69 @@ class Record:
         return {"versions": facts, "choices": self.choices, "configured": self._configured}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        now = self.state()
-        pairs = [(state[kind], now[kind]) for kind in ("versions", "choices")]
-        self.differences = [
-            f"{name} {then.get(name)} -> {found.get(name)}"
-            for then, found in pairs
-            for name in sorted(then.keys() | found.keys())
-            if then.get(name) != found.get(name)
+        self._then, self.recorded = state, dict(state["choices"])
+
+    @property
+    def differences(self) -> list[str]:
+        """What is other than when the run was saved, in words."""
+        if self._then is None:
+            return []
+        then, now = self._then, self.state()
+        changed = [
+            f"{name} {then[kind].get(name)} -> {now[kind].get(name)}"
+            for kind in ("versions", "choices")
+            for name in sorted(then[kind].keys() | now[kind].keys())
+            if then[kind].get(name) != now[kind].get(name)
         ]
-        then, found = state["configured"], now["configured"]
-        others = [name for name in sorted(then.keys() & found.keys()) if then[name] != found[name]]
-        if others:
-            self.differences.append(f"the configuration of {', '.join(others)}")
+        one, other = then["configured"], now["configured"]
+        others = [name for name in sorted(one.keys() & other.keys()) if one[name] != other[name]]
+        return changed + ([f"the configuration of {', '.join(others)}"] if others else [])
 
 
 class LoopPosition:
-    """Where training stands; going on within an epoch, callbacks are told of it before they get their state back.
+    """Where training stands, and whether it is over.
 
     Args:
-        progress: Counts.
-        hooks: The callbacks as the loop calls them.
-        model: Which they may ask to stop.
+        progress: The counts.
+        model: Which callbacks may ask to stop.
         epochs: The epoch at which the run is to end.
-        validations: One that was broken off belongs to the epoch whose steps are taken.
-
-    Attributes:
-        progress: As given.
+        is_validating: Whether a validation was broken off, which belongs to the epoch whose steps are taken.
+        resume_epoch: Called with the number of an epoch that had begun, when it is resumed: callbacks are told of it
+            before they get their state back.
     """
 
-    def __init__(self, progress: Progress, hooks: Callbacks, model: Any, epochs: int, validations: Validations) -> None:
-        self.progress = progress
-        self._hooks, self._model, self._epochs, self._validations = hooks, model, epochs, validations
-
-    @property
-    def now(self) -> tuple[int, int]:
-        """Steps taken, of which in the epoch at hand."""
-        return self.progress.step, self.progress.batch
+    def __init__(
+        self,
+        progress: Progress,
+        model: Any,
+        epochs: int,
+        is_validating: Callable[[], bool],
+        resume_epoch: Callable[[int], None],
+    ) -> None:
+        self._progress, self._model, self._epochs = progress, model, epochs
+        self._is_validating, self._resume_epoch = is_validating, resume_epoch
 
     def state(self) -> dict[str, Any]:
-        within = bool(self.progress.batch or self._validations.broken_off)
-        epoch = self.progress.epoch if self.progress.batch else self.progress.epoch - 1
-        return vars(self.progress) | {
+        progress = self._progress
+        within = bool(progress.batch or self._is_validating())
+        epoch = progress.epoch if progress.batch else progress.epoch - 1
+        return vars(progress) | {
             "epoch_begun": epoch if within else None,
             "stopped": bool(self._model.stop_training),
             "epochs": self._epochs,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        for name in vars(self.progress):
-            setattr(self.progress, name, state[name])
+        for name in vars(self._progress):
+            setattr(self._progress, name, state[name])
         if state["epoch_begun"] is not None:
-            self._hooks.on_epoch_begin(state["epoch_begun"], {})
+            self._resume_epoch(state["epoch_begun"])
         # One that a callback ended is over, unless it is now asked for more.
         self._model.stop_training = state["stopped"] and self._epochs <= state["epochs"]
 
 
 class StrictFeed:
-    """A feed that goes on at its exact place, or not at all."""
+    """A feed that resumes at its exact place, or not at all."""
 
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
@@ -110,18 +116,18 @@ class StrictFeed:
         differences = self._feed.differences(state)
         if differences:
             raise CheckpointError(
-                "HL552",
+                "HL553",
                 f"The data is not what it was when the run was saved: {'; '.join(differences)}. Give it the same data, "
                 "or go on all the same with resume='auto'.",
             )
         self._feed.restore(state)
 
 
-class Epoch:
+class EpochReports:
     """What the steps of the epoch at hand have reported, and the metrics that were reset in it."""
 
-    def __init__(self, step: ReportingStep, state: Any) -> None:
-        self._step, self._state = step, state
+    def __init__(self, step: ReportingStep, state: Any, progress: Progress) -> None:
+        self._step, self._state, self._progress = step, state, progress
 
     def state(self) -> dict[str, Any]:
         renewed = set(map(id, self._step.renewed))
@@ -129,8 +135,12 @@ class Epoch:
         return {"logs": self._step.logs.state(), "metrics": metrics}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        known = keras_objects(self._state)
-        self._step.continue_epoch(state["logs"], [known[name] for name in state["metrics"] if name in known])
+        known, logs = keras_objects(self._state), state["logs"]
+        if any("means" not in totals for totals in logs["totals"]):  # Of format 1.
+            if self._progress.batch:
+                warn("HL554", "The checkpoint is of an older format: this epoch's averages begin at the resumed step.")
+            return
+        self._step.continue_epoch(logs, [known[name] for name in state["metrics"] if name in known])
 
 
 class CallbackState:
@@ -148,10 +158,10 @@ class CallbackState:
 
 def by_name(callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, keras.callbacks.Callback]:
     """Callbacks by class; several of one class are numbered."""
-    named_: dict[str, keras.callbacks.Callback] = {}
+    found: dict[str, keras.callbacks.Callback] = {}
     for callback in callbacks:
         name, count = type(callback).__name__, 1
-        while name in named_:
+        while name in found:
             name, count = f"{type(callback).__name__}{count + 1}", count + 1
-        named_[name] = callback
-    return named_
+        found[name] = callback
+    return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import reprlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from handloom._data.feed import Feed
@@ -14,9 +15,11 @@ from handloom._reporting.logs import Value
 from handloom._reporting.step import ReportingStep
 from handloom._run.callback_list import Callbacks
 from handloom._run.interrupt import Signals
-from handloom._util.every import Every
+from handloom._util.every import AfterEpochs, Every
 from handloom._util.progress import Progress
 from handloom.checkpoint.random_state import random_state, set_random_state
+from handloom.distribute._strategy import current
+from handloom.errors import StepError
 
 Results = dict[str, Value]
 
@@ -42,6 +45,47 @@ class Validation:
     feed: Feed | None = None
 
 
+def by_function(validate: Callable[[], Any]) -> Validation:
+    """Validation by a function of the user's."""
+
+    def run(hooks: Callbacks, _: Signals) -> Results:
+        hooks.on_test_begin({})
+        results = _checked(validate())
+        hooks.on_test_end(results)
+        return results
+
+    return Validation(run)
+
+
+def is_pair(validate: Any) -> bool:
+    """Whether `validate=` is a step and its data."""
+    return isinstance(validate, Sequence) and len(validate) == 2 and callable(validate[0])
+
+
+def check_validate(validate: Any) -> None:
+    """Checks what was given as `validate=`.
+
+    Raises:
+        StepError: If nothing can be validated by it.
+    """
+    if validate is not None and not is_pair(validate) and not callable(validate):
+        raise StepError(
+            "HL210",
+            "validate takes a pair (step, data), or a function without arguments that returns a dict of numbers; "
+            f"received {reprlib.repr(validate)} (of type {type(validate).__name__}).",
+        )
+
+
+def _checked(results: Any) -> Results:
+    if not isinstance(results, Mapping):
+        raise StepError(
+            "HL211",
+            "The function given as validate must return a dict of numbers, such as {'loss': 0.1}; it returned "
+            f"{results!r}.",
+        )
+    return {str(name): float(keras.ops.convert_to_numpy(value)) for name, value in results.items()}
+
+
 class Validations:
     """Validates when it is time, and keeps the last results for the end of the epoch.
 
@@ -56,21 +100,29 @@ class Validations:
         triggers: When it is due within epochs.
     """
 
-    def __init__(self, validation: Validation | None, when: Every, training: ReportingStep, signals: Signals) -> None:
+    def __init__(
+        self, validation: Validation | None, when: Every | AfterEpochs, training: ReportingStep, signals: Signals
+    ) -> None:
         self._validation, self._when, self._training, self._signals = validation, when, training, signals
         self._results: Results = {}
         self._last_time = time.perf_counter()
         self.broken_off = False
-        self.triggers = [when] if validation is not None and getattr(when, "epochs", 0) is None else []
+        within = validation is not None and isinstance(when, Every) and when.is_within_epochs
+        self.triggers: list[Every] = [when] if within and isinstance(when, Every) else []
 
-    def if_due(self, progress: Progress, hooks: Callbacks) -> Results:
-        """Validates if it is time; returns the results, at the end of an epoch the last ones in it."""
+    def if_due(self, progress: Progress, hooks: Callbacks) -> tuple[Results, bool]:
+        """Validates if it is time.
+
+        Returns:
+            The results, at the end of an epoch the last ones in it; and whether they are new.
+        """
         if self._validation is None:
-            return {}
+            return {}, False
         due = self.broken_off or self._when.due(progress, time.perf_counter() - self._last_time)
+        due = current().agree(due)
         if due:
             self._validate(self._validation, hooks)
-        return self._results if due or progress.batch == 0 else {}
+        return self._results if due or progress.batch == 0 else {}, due and not self.broken_off
 
     def _validate(self, validation: Validation, hooks: Callbacks) -> None:
         try:
@@ -89,7 +141,7 @@ class Validations:
             self._validation.prepare()
 
     def state(self) -> dict[str, Any]:
-        """The last results of this epoch, and where the data stands."""
+        """The last results of this epoch, and the position in the data."""
         feed = self._feed()
         return {
             "results": dict(self._results),
@@ -98,7 +150,7 @@ class Validations:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on with them."""
+        """Resumes with them."""
         self._results, self.broken_off = dict(state["results"]), state["broken_off"]
         feed = self._feed()
         if feed is not None and state["feed"] is not None:
@@ -116,7 +168,7 @@ class Validations:
 
 @contextlib.contextmanager
 def _undone_if_broken_off(variables: list[Variable]) -> Iterator[None]:
-    """Puts variables and random numbers back where they stood, if a signal comes."""
+    """Puts variables and random numbers back to what they were, if a signal comes."""
     numbers, values = random_state(), [keras.ops.copy(variable.value) for variable in variables]
     try:
         yield

@@ -19,6 +19,7 @@ from handloom._trace.arguments import Arguments, Outputs
 from handloom._trace.eager import runs_eagerly
 from handloom._trace.observe import VariableUse, observing
 from handloom._util.findings import warn
+from handloom._util.listeners import Listeners
 from handloom.backends import backend
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Fused, Program, Untraceable
@@ -200,6 +201,7 @@ class Function:
         self._signatures.append(signature)
         version.trace = Trace(text, time.perf_counter() - started, reason, compiled=version.compiled)
         self.traces.append(version.trace)
+        traced.tell(self.__name__, version.trace)
         self._warn_of_many_values(signature)
         if version.compiled and _numpys_draws() != drawn:
             self._warn_of_frozen_draws()
@@ -244,6 +246,10 @@ class Function:
                     f"call, pass it as an array, for example np.float32({name}), or keep it in a keras.Variable.",
                     category=RetraceWarning,
                 )
+
+
+traced = Listeners()
+"""Those that are told of each version that is compiled: the name of its function, and its trace."""
 
 
 def _distinct(found: Iterable[dict[int, Variable]]) -> list[Variable]:

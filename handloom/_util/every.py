@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from handloom._util.arguments import positive_number, whole_number
 from handloom._util.progress import Progress
 from handloom.errors import ArgumentError
 
@@ -42,6 +43,11 @@ class Every:
             return progress.step % self.steps == 0
         return seconds_since >= (self.seconds or 0.0)
 
+    @property
+    def is_within_epochs(self) -> bool:
+        """Whether it may be due between two steps of an epoch."""
+        return self.epochs is None
+
     def steps_left(self, progress: Progress) -> float:
         """How many steps may be taken before it is due within an epoch; infinity if that is not known in steps."""
         return math.inf if self.steps is None else self.steps - progress.step % self.steps
@@ -59,7 +65,7 @@ def every(*, steps: int | None = None, epochs: int | None = None, seconds: float
         An `Every`, a plain value that may be compared, printed and shared.
 
     Raises:
-        ValueError: Unless exactly one is given, and it is positive (`steps` and `epochs` whole).
+        ArgumentError: Unless exactly one is given, and it is positive (`steps` and `epochs` whole).
 
     Example:
         `hl.fit(step, data, validate=(test_step, held_out), validate_every=hl.every(steps=500))`
@@ -72,13 +78,33 @@ def every(*, steps: int | None = None, epochs: int | None = None, seconds: float
             f"hl.every() takes exactly one of steps=, epochs= and seconds=; received {chosen or 'none'}. "
             "For example: hl.every(epochs=1).",
         )
-    name, value = next(iter(chosen.items()))
-    _check_interval(name, value)
+    if seconds is not None:
+        positive_number("hl.every", seconds=seconds)
+    elif steps is not None:
+        whole_number("hl.every", steps=steps)
+    else:
+        whole_number("hl.every", epochs=epochs)
     return Every(steps=steps, epochs=epochs, seconds=seconds)
 
 
-def _check_interval(name: str, value: Any) -> None:
-    kinds = (int, float) if name == "seconds" else int
-    if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
-        expected = "a positive number" if name == "seconds" else "a positive whole number"
-        raise ArgumentError("HL011", f"hl.every({name}=...) takes {expected}; received {name}={value!r}.")
+@dataclasses.dataclass(frozen=True)
+class AfterEpochs:
+    """The ends of some epochs, by their numbers, counted from 1; asked as an `Every` is."""
+
+    epochs: frozenset[int]
+    is_within_epochs = False
+
+    def due(self, progress: Progress, seconds_since: float = 0.0) -> bool:
+        """Whether now is one of them."""
+        del seconds_since
+        return progress.batch == 0 and progress.epoch in self.epochs
+
+
+def check_every(every: Any, name: str, such_as: str) -> None:
+    """Checks an argument that says when.
+
+    Raises:
+        ArgumentError: If it does not.
+    """
+    if not isinstance(every, Every):
+        raise ArgumentError("HL008", f"{name} takes {such_as}; received {every!r}.")

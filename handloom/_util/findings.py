@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 
+from handloom._util.listeners import Listeners
 from handloom._util.source_line import users_frame
 from handloom._util.switch import Switch
 from handloom.errors import ArgumentError, Finding, HandloomError, HandloomWarning
@@ -15,7 +16,9 @@ from handloom.errors import ArgumentError, Finding, HandloomError, HandloomWarni
 _silenced: Switch[frozenset[str]] = Switch(frozenset())
 _strict = Switch(False)
 _collected: ContextVar[list[Finding] | None] = ContextVar("collected", default=None)
-_told: ContextVar[tuple[Callable[[Finding], None], ...]] = ContextVar("told", default=())
+
+given = Listeners()
+"""Those that are told of each warning, whatever becomes of it."""
 
 
 def warn(code: str, saw: str, why: str = "", fix: str = "", category: type[HandloomWarning] = HandloomWarning) -> None:
@@ -33,8 +36,7 @@ def warn(code: str, saw: str, why: str = "", fix: str = "", category: type[Handl
     frame = users_frame()
     place = frame.f_code.co_filename, frame.f_lineno
     warning = category(code, saw, why, fix, at=place)
-    for tell in _told.get():
-        tell(warning.finding)
+    given.tell(warning.finding)
     collected = _collected.get()
     if _strict.get():
         raise HandloomError(code, saw, why, fix, at=place)
@@ -90,13 +92,3 @@ def collect() -> Iterator[list[Finding]]:
         raise
     finally:
         _collected.reset(token)
-
-
-@contextlib.contextmanager
-def telling(tell: Callable[[Finding], None]) -> Iterator[None]:
-    """Calls a function with each warning given inside, whatever else becomes of it."""
-    token = _told.set((*_told.get(), tell))
-    try:
-        yield
-    finally:
-        _told.reset(token)

@@ -4,6 +4,8 @@ from handloom.callbacks._csv_logger import CSVLogger as CSVLogger
 from handloom.callbacks._display import EpochLines as EpochLines
 from handloom.callbacks._display import ProgressBar as ProgressBar
 from handloom.callbacks._early_stopping import EarlyStopping as EarlyStopping
+from handloom.callbacks._event_reader import Event as Event
+from handloom.callbacks._event_reader import EventReader as EventReader
 from handloom.callbacks._json_logger import JSONLogger as JSONLogger
 from handloom.callbacks._learning_rate_scheduler import LearningRateScheduler as LearningRateScheduler
 from handloom.callbacks._reduce_lr_on_plateau import ReduceLROnPlateau as ReduceLROnPlateau
@@ -17,6 +19,8 @@ __all__ = [
     "CSVLogger",
     "EarlyStopping",
     "EpochLines",
+    "Event",
+    "EventReader",
     "JSONLogger",
     "LearningRateScheduler",
     "ProgressBar",

@@ -1,32 +1,29 @@
-"""What a person sees while training runs: a bar in a terminal, or a line an epoch."""
+"""What a person sees while a run goes on: a bar in a terminal, or a line an epoch."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from handloom._keras import keras
-from handloom.callbacks._state import Stateful
+from handloom._util.every import every
+from handloom.callbacks._event_reader import Event, EventReader
 from handloom.errors import ArgumentError
 
-_REFRESH_SECONDS = 0.1
 
-
-def progress_display(verbose: str | int) -> list[keras.callbacks.Callback]:
-    """The callbacks for Keras's `verbose`: none for 0, a bar for 1, a line an epoch for 2.
+def progress_display(verbose: str | int) -> list[EventReader]:
+    """The readers for Keras's `verbose`: none for 0, a bar for 1, a line an epoch for 2.
 
     Raises:
-        ValueError: For anything else but `"auto"`.
+        ArgumentError: For anything else but `"auto"`.
     """
     if verbose == "auto":
         verbose = 1 if Console().is_terminal else 2
-    displays: dict[Any, list[type]] = {0: [], 1: [ProgressBar], 2: [EpochLines]}
+    displays: dict[Any, list[type[EventReader]]] = {0: [], 1: [ProgressBar], 2: [EpochLines]}
     if isinstance(verbose, str) or verbose not in displays:
         raise ArgumentError(
             "HL701", f'verbose takes 0 (silent), 1 (bar), 2 (a line an epoch) or "auto"; received {verbose!r}.'
@@ -34,32 +31,7 @@ def progress_display(verbose: str | int) -> list[keras.callbacks.Callback]:
     return [display() for display in displays[verbose]]
 
 
-class _Clock:
-    """Speed and time left, from steps taken."""
-
-    def __init__(self, steps: int | None, epochs: int) -> None:
-        self._steps, self._epochs = steps, epochs
-        self._done = 0
-        self._begun = time.perf_counter()
-        self.begin_epoch(0)
-
-    def begin_epoch(self, epoch: int) -> None:
-        self._end = self._done + self._steps * (self._epochs - epoch) if self._steps else None
-
-    def add(self, steps: int) -> None:
-        self._done += steps
-
-    @property
-    def text(self) -> str:
-        seconds = max(time.perf_counter() - self._begun, 1e-9)
-        speed = self._done / seconds
-        shown = f"{speed:.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
-        if self._end is None or not self._done:
-            return shown
-        return f"{shown}, {_duration((self._end - self._done) / speed)} left"
-
-
-class ProgressBar(Stateful, keras.callbacks.Callback):
+class ProgressBar(EventReader):
     """A bar with the values so far, steps a second and the time left, refreshed ten times a second.
 
     Between two refreshes it does not look at the values, so that nothing waits for the device.
@@ -68,133 +40,113 @@ class ProgressBar(Stateful, keras.callbacks.Callback):
         console: Where to draw; standard output by default.
     """
 
-    takes_executions = True  # See `Callbacks.each_step`.
-
     def __init__(self, console: Console | None = None) -> None:
-        super().__init__()
+        super().__init__(every(seconds=0.1))
         self._console = console or Console()
         self._bar: Progress | None = None
-        self._training = False
-        self._next_refresh = 0.0
 
-    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        self._training = True
-        self._clock = _Clock(self.params.get("steps"), self.params.get("epochs", 1))
+    def read(self, event: Event) -> None:
+        """Draws what is new."""
+        if event.kind == "run_begin":
+            self._begin = event
+            for line in resumed_lines(event):
+                self._console.print(line, highlight=False, markup=False)
+        elif event.kind == "progress":
+            self._refresh(event)
+        elif event.kind == self._last_frame():
+            self._refresh(event)
+            self.close()
+        elif event.kind == "run_end" and self._bar is not None:  # By an exception, within an epoch.
+            self.close()
 
-    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._clock.begin_epoch(epoch)
-        self._open(f"Epoch {epoch + 1}/{self.params['epochs']}", self.params.get("steps"))
-
-    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._first = batch
-
-    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._clock.add(batch + 1 - self._first)
-        self._seen = self._first = batch + 1
-        if time.perf_counter() >= self._next_refresh:
-            self._refresh(logs)
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._close(logs)
-
-    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        self.close()
-
-    def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        if not self._training:
-            self._clock = _Clock(self.params.get("steps"), 1)
-            self._open("Evaluating", self.params.get("steps"))
-
-    def on_test_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        if not self._training:
-            self._count_one(batch, logs)
-
-    def _count_one(self, batch: int, logs: Mapping[str, Any] | None) -> None:
-        self.on_train_batch_begin(batch)
-        self.on_train_batch_end(batch, logs)
-
-    def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        if not self._training:
-            self._close(logs)
-
-    def on_predict_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        self._clock = _Clock(self.params.get("steps"), 1)
-        self._open("Predicting", self.params.get("steps"))
-
-    def on_predict_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._count_one(batch, None)
-
-    def on_predict_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        self._close(None)
+    def _last_frame(self) -> str:
+        return {"fit": "epoch", "evaluate": "validation", "predict": "run_end"}[self._begin.data["activity"]]
 
     def close(self) -> None:
-        """Takes the bar down; also called when training ends by an exception."""
-        self._training = False
-        self._take_down()
-
-    def _take_down(self) -> None:
+        """Takes the bar down."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
-    def _open(self, title: str, steps: int | None) -> None:
-        self._take_down()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[clock]}"),
-            TextColumn("{task.fields[values]}"),
-            console=self._console,
-            auto_refresh=False,
-        )
-        self._task: TaskID = self._bar.add_task(title, total=steps, clock="", values="")
-        self._bar.start()
-        self._next_refresh = 0.0
-        self._seen = self._first = 0
+    def _refresh(self, event: Event) -> None:
+        done = event.batch if event.kind != "epoch" else event.data["steps"]
+        shown: dict[str, Any] = {"clock": self._clock(event), "values": shown_values(event.values)}
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[clock]}"),
+                TextColumn("{task.fields[values]}"),
+                console=self._console,
+                auto_refresh=False,
+            )
+            title, steps = self._title(event), self._begin.data["steps"]
+            self._task: TaskID = self._bar.add_task(title, total=steps, completed=done, **shown)
+            self._bar.start()
+        self._bar.update(self._task, completed=done, refresh=True, **shown)
 
-    def _refresh(self, logs: Mapping[str, Any] | None) -> None:
-        assert self._bar is not None
-        self._bar.update(self._task, completed=self._seen, clock=self._clock.text, values=_values(logs), refresh=True)
-        self._next_refresh = time.perf_counter() + _REFRESH_SECONDS
+    def _title(self, event: Event) -> str:
+        activity = self._begin.data["activity"]
+        if activity != "fit":
+            return {"evaluate": "Evaluating", "predict": "Predicting"}[activity]
+        return f"Epoch {event.epoch + (event.kind != 'epoch')}/{self._begin.data['epochs']}"
 
-    def _close(self, logs: Mapping[str, Any] | None) -> None:
-        if self._bar is not None:
-            self._refresh(logs)
-        self._take_down()
+    def _clock(self, event: Event) -> str:
+        """Speed and time left."""
+        seconds = max(event.seconds - self._begin.seconds, 1e-9)
+        done, steps = event.step - self._begin.step, self._begin.data["steps"]
+        speed = done / seconds
+        shown = f"{speed:.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
+        if steps is None or not done:
+            return shown
+        left = steps * (self._begin.data["epochs"] - event.epoch) - event.batch
+        return f"{shown}, {shown_duration(left / speed)} left"
 
 
-class EpochLines(Stateful, keras.callbacks.Callback):
+class EpochLines(EventReader):
     """One line for each epoch: for logs in a file."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._training = False
+    def read(self, event: Event) -> None:
+        """Prints what is new."""
+        if event.kind == "run_begin":
+            self._begin, self._last = event, event.seconds
+            self._print(*resumed_lines(event))
+        elif event.kind == "epoch":
+            duration = shown_duration(event.seconds - self._last)
+            self._last = event.seconds
+            self._print(f"Epoch {event.epoch}/{self._begin.data['epochs']}  {duration}  {shown_values(event.values)}")
+        elif event.kind == "validation" and self._begin.data["activity"] == "evaluate":
+            self._print(f"Evaluated  {shown_values(event.values)}")
 
-    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        self._training = True
-
-    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._begun = time.perf_counter()
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        duration = _duration(time.perf_counter() - self._begun)
-        print(f"Epoch {epoch + 1}/{self.params['epochs']}  {duration}  {_values(logs)}", file=sys.stdout, flush=True)
-
-    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Training is over; also called when it ends by an exception."""
-        self._training = False
-
-    def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        if not self._training:
-            print(f"Evaluated  {_values(logs)}", file=sys.stdout, flush=True)
+    def _print(self, *lines: str) -> None:
+        for line in lines:
+            print(line, file=sys.stdout, flush=True)
 
 
-def _values(logs: Mapping[str, Any] | None) -> str:
-    return "  ".join(f"{name} {_shown(value)}" for name, value in (logs or {}).items())
+def resumed_lines(event: Event) -> Iterator[str]:
+    """What a run resumes from, line by line; nothing for one that begins anew."""
+    resumed = event.data.get("resumed")
+    if not resumed:
+        return
+    yield (f"Resuming from {resumed['directory']} at step {event.step} (epoch {event.epoch + 1}, batch {event.batch}).")
+    yield f"  Restored {resumed['variables']} variables and the state of {', '.join(resumed['things'])}."
+    if resumed["missing"]:
+        yield f"  Not in the checkpoint; initialized from scratch: {', '.join(resumed['missing'])}."
+    if resumed["unused"]:
+        yield f"  Only in the checkpoint; ignored: {', '.join(resumed['unused'])}."
+    if resumed["differences"]:
+        yield (
+            "  Changed since the checkpoint; results will not be bitwise identical: "
+            f"{'; '.join(resumed['differences'])}."
+        )
+    if resumed["reread"]:
+        yield f"  {resumed['reread']} has no position; it is read again up to this batch, in its present order."
+
+
+def shown_values(values: Mapping[str, Any]) -> str:
+    """Values in one line."""
+    return "  ".join(f"{name} {_shown(value)}" for name, value in values.items())
 
 
 def _shown(value: Any) -> str:
@@ -205,7 +157,8 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if abs(value) < 1e-3 and value else f"{value:.4f}"
 
 
-def _duration(seconds: float) -> str:
+def shown_duration(seconds: float) -> str:
+    """Seconds as `59s`, `1m01s` or `2h03m`."""
     minutes, seconds = divmod(round(seconds), 60)
     if not minutes:
         return f"{seconds}s"

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from handloom._util.every import Every, every
+from handloom._util.every import Every, check_every, every
+from handloom.callbacks._event_reader import Event, EventReader
 from handloom.callbacks._learning_rates import learning_rates
-from handloom.callbacks._periodic import Periodic
 from handloom.callbacks._profile import Profile
 from handloom.errors import ExtraNotInstalledError
 
 
-class TensorBoard(Periodic):
+class TensorBoard(EventReader):
     """Writes what is reported, and the learning rates, as TensorBoard reads it. TensorFlow is not needed.
 
     The layout is that of `keras.callbacks.TensorBoard`: two runs, `train` and `validation`, in which `epoch_<name>`
@@ -50,61 +50,69 @@ class TensorBoard(Periodic):
         every: Every = every(epochs=1),
         profile_batch: int | tuple[int, int] = 0,
     ) -> None:
+        check_every(every, "every", "hl.every(epochs=1)")
         super().__init__(every)
+        self._epochs = every.epochs or 1
         self._new_writer = _writer_class()
         self._log_dir = Path(log_dir)
         self._writers: dict[str, Any] = {}
+        self._step = self._taken = 0
         self._profile = Profile(profile_batch, self._log_dir / "train") if profile_batch != 0 else None
+        if self._profile:  # Only then is there anything to do at each step.
+            self.on_train_batch_begin, self.on_train_batch_end = self._begin_profile, self._end_profile
 
-    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        super().on_train_begin(logs)
-        if self._profile:
-            self._profile.start_over()
+    def read(self, event: Event) -> None:
+        """Writes what is new."""
+        if event.kind == "run_begin":
+            self._trains = event.data["activity"] == "fit"
+            if self._trains:
+                self._taken = event.step
+                if self._profile and not event.step:
+                    self._profile.start_over()
+        if self._trains:
+            self._step = event.step
+        if event.kind == "progress" and self._trains:
+            self._write("train", {f"batch_{name}": value for name, value in event.values.items()}, event.step)
+        elif event.kind == "validation":  # Outside of training it is of the weights that training left.
+            values = {f"evaluation_{name}_vs_iterations": value for name, value in event.values.items()}
+            self._write("validation", values, self._step)
+        elif event.kind == "epoch" and event.epoch % self._epochs == 0:
+            self._write_epoch(event.epoch - 1, event.values)
 
-    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        if self._profile:
-            self._profile.begin(self.progress.step + 1)
-
-    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        super().on_train_batch_end(batch, logs)
-        if self._profile:
-            # Not `logs or {}`: to ask whether they are empty waits for the device.
-            self._profile.end(self.progress.step, {} if logs is None else logs)
-
-    def within_epoch(self, logs: Mapping[str, Any]) -> None:
-        self._write("train", {f"batch_{name}": value for name, value in logs.items()}, self.progress.step)
-
-    def end_of_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
-        reported = learning_rates(self.model) | logs
-        validation = {name.removeprefix("val_"): value for name, value in logs.items() if name.startswith("val_")}
+    def _write_epoch(self, epoch: int, values: Mapping[str, Any]) -> None:
+        reported = learning_rates(self.model) | dict(values)
+        validation = {name.removeprefix("val_"): value for name, value in values.items() if name.startswith("val_")}
         training = {name: value for name, value in reported.items() if not name.startswith("val_")}
         self._write("train", {f"epoch_{name}": value for name, value in training.items()}, epoch)
         self._write("validation", {f"epoch_{name}": value for name, value in validation.items()}, epoch)
 
-    def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        values = {f"evaluation_{name}_vs_iterations": value for name, value in (logs or {}).items()}
-        self._write("validation", values, self.progress.step)
+    def _begin_profile(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        assert self._profile is not None
+        self._first = batch
+        self._profile.begin(self._taken + 1)
 
-    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        self.close()
+    def _end_profile(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        assert self._profile is not None
+        self._taken += batch + 1 - self._first
+        # Not `logs or {}`: to ask whether they are empty waits for the device.
+        self._profile.end(self._taken, {} if logs is None else logs)
+
+    def state(self) -> dict[str, Any]:
+        """Whether the profile has been taken."""
+        return {"profiled": self._profile is not None and self._profile.done}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Resumes: what has been profiled is not profiled again."""
+        if self._profile:
+            self._profile.done = state["profiled"]
 
     def close(self) -> None:
-        """Closes the files; also called when training ends by an exception."""
+        """Closes the files."""
         if self._profile:
             self._profile.stop()
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
-
-    def state(self) -> dict[str, Any]:
-        """What the callback carries between hooks, as JSON values."""
-        return super().state() | {"profiled": self._profile is not None and self._profile.done}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from there; to be called after `on_train_begin`. What has been profiled is not profiled again."""
-        super().restore(state)
-        if self._profile:
-            self._profile.done = state["profiled"]
 
     def _write(self, run: str, values: Mapping[str, Any], step: int) -> None:
         scalars = {name: value for name, value in values.items() if _is_number(value)}

@@ -14,6 +14,7 @@ from handloom._trace.losses import Denominator, Denominators, OwnLosses, note_lo
 from handloom._trace.observe import observing
 from handloom._util.findings import warn
 from handloom.backends import backend
+from handloom.distribute._strategy import current
 from handloom.errors import GradientError, OptimizerError
 from handloom.optimizers._accumulation import GradientAccumulation
 from handloom.optimizers._loss_scale import apply_unscaled, unscaled
@@ -70,10 +71,12 @@ def minimize(
     taken = optimizer.take_gradients(differentiate, variables) if wraps else differentiate.raw()
     (loss, aux, divided_by), gradients = taken
     _check_reached(gradients, variables)
+    weight = _weight(weight, divided_by, optimizer)
+    gradients = current().reduce(gradients, weight)
     if scale is not None:
         gradients = unscaled(gradients, variables, scale)
     note_loss(loss, divided_by)
-    with step_weight(_weight(weight, divided_by, optimizer)):
+    with step_weight(weight):
         _apply(optimizer, gradients, variables)
     return (loss, aux) if has_aux else loss
 

@@ -1,7 +1,8 @@
-"""What a run leaves to look at: curves and pictures as PNG, and figures of quality."""
+"""What a run leaves to look at: its events, curves and pictures as PNG, and figures of quality."""
 
+from handloom.report._events import read_events as read_events
 from handloom.report._figures import save_curves as save_curves
 from handloom.report._figures import save_image_grid as save_image_grid
 from handloom.report._quality import frechet_distance as frechet_distance
 
-__all__ = ["frechet_distance", "save_curves", "save_image_grid"]
+__all__ = ["frechet_distance", "read_events", "save_curves", "save_image_grid"]

@@ -1,16 +1,17 @@
-"""A log that programs can read: one JSON object a line."""
+"""JSONLogger: the events of a run as lines that programs read, and read_events, which reads them."""
 
 import json
-from pathlib import Path
+import math
 
 import keras
 import numpy as np
 import pytest
-from keras import layers, ops
+from keras import ops
 
 import handloom as hl
 from handloom.callbacks import JSONLogger
-from tests.run.run_log import epochs_in
+from handloom.errors import HandloomWarning
+from handloom.report import read_events
 
 X = np.arange(10, dtype="float32")  # In batches of 2: five steps an epoch.
 
@@ -19,159 +20,148 @@ def step(x):
     return {"mean": ops.mean(x)}
 
 
-def run(*loggers, step=step, epochs=1, **options):
-    hl.fit(step, hl.Feed(X, batch_size=2), epochs=epochs, callbacks=loggers, verbose=0, **options)
+def run(*callbacks, step=step, epochs=1, **options):
+    hl.fit(step, hl.Feed(X, batch_size=2), epochs=epochs, callbacks=callbacks, verbose=0, **options)
 
 
-def lines(path):
-    def refuse(constant):
-        raise ValueError(f"JSON has no {constant}.")
-
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+def where(path, kind):
+    return [(event.epoch, event.step, event.batch) for event in read_events(path) if event.kind == kind]
 
 
-def where(path):
-    return [(line["epoch"], line["step"]) for line in lines(path)]
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "deep" / "events.jsonl"
 
 
-def test_a_line_an_epoch_holds_position_time_and_values(tmp_path):
-    run(JSONLogger(tmp_path / "log.jsonl"), epochs=3)
-    read = lines(tmp_path / "log.jsonl")
-    assert [list(line) for line in read] == [["epoch", "step", "seconds", "mean"]] * 3
-    assert where(tmp_path / "log.jsonl") == [(0, 5), (1, 10), (2, 15)]
-    assert [line["mean"] for line in read] == [4.5] * 3
-    assert 0 <= read[0]["seconds"] <= read[1]["seconds"] <= read[2]["seconds"]
-
-
-def test_results_of_validation_are_in_the_line(tmp_path):
-    run(JSONLogger(tmp_path / "log.jsonl"), validate=(step, 10 * X))
-    [line] = lines(tmp_path / "log.jsonl")
-    assert (line["mean"], line["val_mean"]) == (4.5, 45.0)
+def test_json_logger_writes_each_event_with_its_place_and_time(path):
+    run(JSONLogger(str(path)), epochs=2, validate=(step, 10 * X))
+    events = read_events(path)
+    kinds = [event.kind for event in events if event.kind != "trace"]
+    assert kinds == ["run_begin", "validation", "epoch", "validation", "epoch", "run_end"]
+    assert events[0].data == {"version": 1, "activity": "fit", "epochs": 2, "steps": 5, "resumed": None}
+    assert where(path, "epoch") == [(1, 5, 0), (2, 10, 0)]
+    assert [event.values for event in events if event.kind == "validation"] == [{"mean": 45}, {"mean": 45}]
+    assert [dict(event.values) for event in events if event.kind == "epoch"] == [{"mean": 4.5, "val_mean": 45}] * 2
+    assert [event.seconds for event in events] == sorted(event.seconds for event in events)
+    traces = [event.data for event in events if event.kind == "trace"]
+    assert [trace["signature"] for trace in traces] == ["x: float32[2]"] * 2  # Of the step, and of its validation.
+    assert all(trace["compiled"] and trace["duration"] > 0 for trace in traces)
+    assert (events[-1].values, events[-1].data["error"]) == ({"mean": 4.5, "val_mean": 45}, None)
 
 
 @pytest.mark.parametrize(
     ("every", "expected"),
     [
-        (hl.every(epochs=1), [(0, 5), (1, 10), (2, 15)]),
-        (hl.every(epochs=2), [(1, 10)]),
-        (hl.every(steps=2), [(0, 2), (0, 4), (0, 5), (1, 6), (1, 8), (1, 10), (1, 10), (2, 12), (2, 14), (2, 15)]),
-        (hl.every(steps=100), [(0, 5), (1, 10), (2, 15)]),
-        (hl.every(seconds=3600), [(0, 5), (1, 10), (2, 15)]),
+        (None, []),
+        (hl.every(epochs=1), []),
+        (hl.every(steps=2), [(0, 2, 2), (0, 4, 4), (1, 6, 1), (1, 8, 3), (1, 10, 5)]),
+        (hl.every(steps=100), []),
+        (hl.every(seconds=1e-9), [(index // 5, index + 1, index % 5 + 1) for index in range(10)]),
     ],
     ids=repr,
 )
-def test_lines_are_written_when_asked_for(tmp_path, every, expected):
-    run(JSONLogger(tmp_path / "log.jsonl", every), epochs=3)
-    assert where(tmp_path / "log.jsonl") == expected
+def test_json_logger_writes_progress_when_its_every_says_so(path, every, expected):
+    run(JSONLogger(path, every), epochs=2)
+    assert where(path, "progress") == expected
 
 
-def test_a_line_every_so_many_seconds_is_written_after_a_step(tmp_path):
-    run(JSONLogger(tmp_path / "log.jsonl", hl.every(seconds=1e-9)))
-    assert where(tmp_path / "log.jsonl") == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (0, 5)]
+def test_progress_holds_the_values_so_far(path):
+    run(JSONLogger(path, hl.every(steps=2)), epochs=2)
+    values = {event.step: event.values["mean"] for event in read_events(path) if event.kind == "progress"}
+    assert (values[2], values[4], values[6]) == (X[:4].mean(), X[:8].mean(), X[:2].mean())
 
 
-def test_a_line_within_an_epoch_holds_the_values_so_far(tmp_path):
-    run(JSONLogger(tmp_path / "log.jsonl", hl.every(steps=2)), epochs=2)
-    read = {(line["epoch"], line["step"]): line["mean"] for line in lines(tmp_path / "log.jsonl")}
-    assert read[0, 2] == X[:4].mean()
-    assert read[0, 5] == X.mean()
-    assert read[1, 6] == X[:2].mean()
-
-
-def test_numbers_that_json_does_not_have_are_strings(tmp_path):
-    values = {"nan": np.nan, "high": np.inf, "low": -np.inf, "whole": 3, "tiny": 1e-30}
-    run(JSONLogger(tmp_path / "log.jsonl"), step=lambda x: values)
-    [line] = lines(tmp_path / "log.jsonl")
-    assert {name: line[name] for name in values} == {
-        "nan": "NaN",
-        "high": "Infinity",
-        "low": "-Infinity",
-        "whole": 3,
-        "tiny": pytest.approx(1e-30),
-    }
-
-
-def test_arrays_are_lists_and_what_callbacks_add_is_written_too(tmp_path):
+def test_values_of_any_kind_are_json_and_numbers_again_when_read(path):
     def add(epoch, logs):
-        logs["table"] = np.array([[1.0, np.nan], [np.inf, 2.0]])
-        logs["number"] = np.array(0.5)
-        logs["integer"] = np.int64(7)
-        logs["note"] = "warm"
+        logs |= {"table": np.array([[1.0, np.nan], [np.inf, 2.0]]), "number": np.array(0.5), "integer": np.int64(7)}
+        logs |= {"note": "warm", "low": -np.inf}
 
-    run(keras.callbacks.LambdaCallback(on_epoch_end=add), JSONLogger(tmp_path / "log.jsonl"))
-    [line] = lines(tmp_path / "log.jsonl")
-    assert line["table"] == [[1.0, "NaN"], ["Infinity", 2.0]]
-    assert (line["number"], line["integer"], line["note"]) == (0.5, 7, "warm")
+    run(keras.callbacks.LambdaCallback(on_epoch_end=add), JSONLogger(path))
 
+    def refuse(constant):
+        raise ValueError(f"JSON has no {constant}.")
 
-def test_lines_are_appended_to_a_file_that_is_there(tmp_path):
-    path = tmp_path / "log.jsonl"
-    for _ in range(2):
-        run(JSONLogger(path))
-    logger = JSONLogger(path)
-    for _ in range(2):
-        run(logger)
-    assert where(path) == [(0, 5)] * 4
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    [values] = [event.values for event in read_events(path) if event.kind == "epoch"]
+    assert math.isnan(values["table"][0][1])
+    assert values["table"][1] == [math.inf, 2]
+    assert (values["number"], values["integer"], values["note"], values["low"]) == (0.5, 7, "warm", -math.inf)
 
 
-def test_directories_are_created_and_a_path_may_be_text(tmp_path):
-    run(JSONLogger(str(tmp_path / "deep" / "down" / "log.jsonl")))
-    assert where(tmp_path / "deep" / "down" / "log.jsonl") == [(0, 5)]
-
-
-def test_nothing_is_written_before_training(tmp_path):
-    JSONLogger(tmp_path / "deep" / "log.jsonl")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_each_line_can_be_read_while_training_goes_on(tmp_path):
-    path, counts = tmp_path / "log.jsonl", []
-    note = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: counts.append(len(lines(path))))
-    run(JSONLogger(path), note, epochs=3)
-    assert counts == [1, 2, 3]
-
-
-@pytest.fixture
-def opened(monkeypatch):
-    """The files that were opened by `Path.open`."""
-    files, original = [], Path.open
-
-    def noting(self, *args, **kwargs):
-        files.append(original(self, *args, **kwargs))
-        return files[-1]
-
-    monkeypatch.setattr(Path, "open", noting)
-    return files
-
-
-def test_the_file_is_closed_at_the_end(tmp_path, opened):
-    run(JSONLogger(tmp_path / "log.jsonl"))
-    assert [file.closed for file in opened] == [True]
+def test_findings_are_events(path):
+    with hl.checks.collect():
+        hl.fit(lambda x, sample_weight: {}, (X, X + 1), callbacks=[JSONLogger(path)], verbose=0)
+    [finding] = [event.data for event in read_events(path) if event.kind == "finding"]
+    assert finding["filename"] == __file__
+    assert "does not use the sample weights" in finding["saw"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_the_file_is_closed_after_an_exception_and_keeps_its_lines(tmp_path, opened, error):
+def test_an_error_ends_the_events_with_its_name(path, error):
     def fail(epoch, logs):
-        if epoch == 1:
-            raise error
+        raise error("stop here")
 
-    logger = JSONLogger(tmp_path / "log.jsonl")
     with pytest.raises(error):
-        run(logger, keras.callbacks.LambdaCallback(on_epoch_end=fail), epochs=3)
-    assert [file.closed for file in opened] == [True]
-    assert where(tmp_path / "log.jsonl") == [(0, 5), (1, 10)]
+        run(JSONLogger(path), keras.callbacks.LambdaCallback(on_epoch_end=fail))
+    assert read_events(path)[-1].data["error"] == {"type": error.__name__, "message": "stop here", "finding": None}
 
 
-def test_a_run_directory_gets_a_log(tmp_path):
-    run(run_dir=tmp_path / "run", epochs=2)
-    assert [(line["epoch"], line["step"]) for line in epochs_in(tmp_path / "run")] == [(0, 5), (1, 10)]
+def test_events_can_be_read_while_a_run_goes_on_and_a_line_cut_off_is_left_out(path):
+    counts = []
+    note = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: counts.append(len(where(path, "epoch"))))
+    run(JSONLogger(path), note, epochs=3)
+    assert counts == [0, 1, 2]
+    text = path.read_text()
+    path.write_text(text[:-20])
+    assert read_events(path)[-1].kind == "epoch"
+    path.write_text(text[20:])
+    with pytest.warns(HandloomWarning, match="line 1 is no JSON"):
+        assert read_events(path)[0].kind == "trace"
 
 
-def test_a_model_logs_from_the_epoch_it_begins_at(tmp_path):
-    model = hl.Model([layers.Dense(1)])
+def test_a_run_that_begins_anew_supersedes_what_the_file_holds(path):
+    for _ in range(2):
+        run(JSONLogger(path))
+    assert where(path, "epoch") == [(1, 5, 0)]
+    assert len([event for event in read_events(path, superseded=True) if event.kind == "epoch"]) == 2
+
+
+def test_read_events_leaves_out_what_a_resumed_run_took_again(tmp_path):
+    total = keras.Variable(0.0)
+
+    def fails_at(step):
+        def fail(batch, logs):
+            if len(seen) == step:
+                raise RuntimeError
+            seen.append(batch)
+
+        seen = []
+        return keras.callbacks.LambdaCallback(on_train_batch_end=fail)
+
+    def counted(x):
+        total.assign(total + 1)
+        return {"total": total.value * 1}
+
+    options = {"state": {"total": total}, "run_dir": tmp_path, "save": hl.every(steps=3), "epochs": 3}
+    with pytest.raises(RuntimeError):
+        run(fails_at(7), step=counted, **options)
+    run(step=counted, **options)
+    assert where(tmp_path, "epoch") == [(1, 5, 0), (2, 10, 0), (3, 15, 0)]
+    [first, resumed] = [event for event in read_events(tmp_path) if event.kind == "run_begin"]
+    assert (first.data["resumed"], resumed.step, resumed.epoch, resumed.batch) == (None, 6, 1, 1)
+    assert resumed.seconds >= first.seconds
+    assert [event.kind for event in read_events(tmp_path)].count("run_end") == 1
+    assert [event.kind for event in read_events(tmp_path, superseded=True)].count("run_end") == 2
+
+
+def test_event_readers_refuse_a_fit_that_has_no_events(path):
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    path = tmp_path / "log.jsonl"
-    model.fit(X[:, None], X, initial_epoch=3, epochs=5, callbacks=[JSONLogger(path)], verbose=0)
-    assert where(path) == [(3, 1), (4, 2)]
-    model.evaluate(X[:, None], X, callbacks=[JSONLogger(path)], verbose=0)
-    assert len(lines(path)) == 2
+    with pytest.raises(TypeError, match="JSONLogger reads the events of a run of Handloom"):
+        model.fit(X[:, None], X, callbacks=[JSONLogger(path)], verbose=0)
+
+
+def test_json_logger_takes_a_time():
+    with pytest.raises(TypeError, match=r"every takes hl.every\(steps=100\), or None; received 5"):
+        JSONLogger("log", every=5)

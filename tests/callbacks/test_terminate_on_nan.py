@@ -23,16 +23,16 @@ def steps_taken(values, *callbacks, epochs=1, **options):
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize(("at", "every", "stops"), [(2, 1, 3), (2, 3, 3), (3, 3, 6), (0, 100, 8)])
-def test_it_stops_at_its_next_look(bad, at, every, stops):
+def test_terminate_on_nan_stops_at_its_next_look(bad, at, every, stops):
     script = [1.0] * 16
     script[at] = bad
-    with pytest.warns(HandloomWarning, match=f"epoch 0 .* after step {stops}: loss is {bad}.*lower learning rate"):
+    with pytest.warns(HandloomWarning, match=f"epoch 1 after step {stops}: loss is {bad}.*lower learning rate"):
         assert steps_taken(script, TerminateOnNaN(hl.every(steps=every)), epochs=2) == stops
 
 
 def test_it_warns_once_and_names_epoch_and_step():
     script = [1.0, 1, 1, 1, 1, NAN, 1, 1]
-    with pytest.warns(HandloomWarning, match="stops in epoch 1 .* after step 6: loss is nan") as warned:
+    with pytest.warns(HandloomWarning, match="stops in epoch 2 after step 6: loss is nan") as warned:
         assert steps_taken(script, TerminateOnNaN(hl.every(steps=2)), epochs=2) == 6
     assert len(warned) == 1
 
@@ -85,5 +85,5 @@ def test_weights_stay_as_they_were_and_train_on():
 
 
 def test_when_must_be_a_time():
-    with pytest.raises(TypeError, match=r"every takes a time such as hl.every\(steps=100\); received 5"):
+    with pytest.raises(TypeError, match=r"every takes hl.every\(steps=100\), or None; received 5"):
         TerminateOnNaN(every=5)

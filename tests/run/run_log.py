@@ -1,15 +1,13 @@
 """What a run left in its log."""
 
-import json
+from handloom.report import read_events
 
 
 def epochs_in(run_dir):
-    """The lines of the log that are of epochs; the others are of saves."""
-    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if "epoch" in line]
+    """The events that are ends of epochs."""
+    return [event for event in read_events(run_dir) if event.kind == "epoch"]
 
 
 def saves_in(run_dir):
-    """What each save took."""
-    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line["saved"] for line in lines if "saved" in line]
+    """The events that are saves, those of steps taken again among them."""
+    return [event for event in read_events(run_dir, superseded=True) if event.kind == "saved"]

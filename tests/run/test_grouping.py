@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from keras import layers, ops
 
 import handloom as hl
-from handloom._run.grouping import steps_together, together
+from handloom._run.grouping import grouped, steps_a_dispatch
 from handloom._util.progress import Progress
 
 numbers = np.random.default_rng(0)
@@ -21,7 +21,7 @@ EVERY = st.builds(lambda steps: hl.every(steps=steps), st.integers(1, 12)) | st.
 def groups_of(count, size, triggers, begin=0):
     """The groups of an epoch's batches from one on, as lists of their numbers."""
     progress, found = Progress(step=begin, batch=begin), []
-    for group in together(iter(range(begin, count)), size, progress, triggers):
+    for group in grouped(iter(range(begin, count)), size, progress, triggers):
         found.append(group)
         progress.advance(len(group))
     return found
@@ -51,14 +51,19 @@ def test_without_anything_due_groups_are_full_but_for_the_last():
 
 @pytest.mark.parametrize("given_", [0, -1, 1.5, True, "all", None])
 def test_what_is_no_number_of_steps_is_an_error(given_):
-    with pytest.raises(ValueError, match='steps_per_execution takes a positive whole number or "auto"; received'):
-        steps_together(given_, each_step=False)
+    with pytest.raises(ValueError, match=r"steps_per_execution=...\) takes a whole number, at least 1; received"):
+        hl.fit(lambda x: {}, X, steps_per_execution=given_)
 
 
-def test_one_by_one_where_somebody_is_to_be_called_at_each_step():
-    assert steps_together(8, each_step=True) == 1
-    assert steps_together("auto", each_step=False) == 1
-    assert steps_together(np.int64(8), each_step=False) == 8
+def test_steps_per_execution_is_one_where_a_callback_needs_every_step():
+    assert steps_a_dispatch(8, None, each_step=True) == 1
+    assert steps_a_dispatch(8, 4, each_step=False) == 8
+
+
+def test_steps_per_execution_auto_is_one_or_what_the_resumed_run_had():
+    assert steps_a_dispatch("auto", None, each_step=False) == 1
+    assert steps_a_dispatch("auto", 4, each_step=False) == 4
+    assert steps_a_dispatch(np.int64(8), None, each_step=False) == 8
 
 
 # ------------------------------------------------------------------------ in a run

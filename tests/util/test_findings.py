@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 import handloom as hl
-from handloom._util.findings import telling, warn
+from handloom._util.findings import given, warn
 from handloom.errors import DataError, FallbackWarning, Finding, HandloomError, HandloomWarning
 from tests.threads import in_a_thread
 
@@ -120,9 +120,9 @@ def test_collect_takes_warnings_and_the_error_that_ends_the_block():
     assert [finding.saw for finding in findings] == ["Three."]
 
 
-def test_telling_hears_what_is_collected_and_shown_and_not_what_is_silenced():
+def test_given_hears_what_is_collected_and_shown_and_not_what_is_silenced():
     heard = []
-    with telling(heard.append):
+    with given.added(heard.append):
         shown()
         with hl.checks.collect(), hl.checks.silence("HL998"):
             shown()

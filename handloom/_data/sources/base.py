@@ -11,6 +11,7 @@ import numpy as np
 import optree
 
 from handloom._data.sources.leaves import as_tensor, described
+from handloom.distribute._strategy import current
 from handloom.errors import DataError
 
 Batch: TypeAlias = Any
@@ -114,11 +115,11 @@ class Cut:
         return length
 
     def batches(self, seed: int, epoch: int, start: int) -> Iterator[slice | np.ndarray]:
-        """The numbers of the examples of each batch, from batch number `start` on."""
+        """The numbers of the examples of each batch that this process reads, from batch number `start` on."""
         order = permutation(seed, epoch, self.count) if self.shuffle else None
-        size = self.batch_size
+        size, shard = self.batch_size, current().shard
         for first in range(start * size, self.length * size, size):
-            yield slice(first, first + size) if order is None else order[first : first + size]
+            yield shard(slice(first, first + size) if order is None else order[first : first + size])
 
     def fingerprint(self) -> dict[str, Any]:
         return {

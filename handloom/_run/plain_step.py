@@ -1,0 +1,49 @@
+"""A plain step, as `hl.fit` takes it: how a batch becomes its arguments, and which of them is the sample weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from handloom._data.feed import Feed
+from handloom._data.sample_weight import check_weights, weighed_at, weights_in
+from handloom._reporting.step import ReportingStep
+from handloom.errors import StepError
+
+
+def reporting(step: Callable[..., Any], **options: Any) -> ReportingStep:
+    """A plain step, to be called with batches and reported."""
+    if not callable(step):
+        raise StepError("HL701", f"A step is a function of a batch; received {step!r} (of type {type(step).__name__}).")
+    position = _position_of_weights(step)
+    return ReportingStep(step, unpacks=_unpacks(step), weighed=lambda *batch: weighed_at(batch, position), **options)
+
+
+def feed_for(step: Callable[..., Any], data: Any, *, training: bool = False) -> Feed:
+    """Data as a feed, its sample weights checked."""
+    feed, position = data.view() if isinstance(data, Feed) else Feed(data), _position_of_weights(step)
+    if position is not None:
+        feed.check(lambda batch: check_weights(weights_in(None, batch[position : position + 1]), training=training))
+    return feed
+
+
+def _unpacks(step: Callable[..., Any]) -> bool:
+    """Whether the parts of a batch are the arguments of a step."""
+    parameters = _parameters(step)
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    return len(required) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+
+
+def _position_of_weights(step: Callable[..., Any]) -> int | None:
+    names = [parameter.name for parameter in _parameters(step)]
+    return names.index("sample_weight") if "sample_weight" in names and _unpacks(step) else None
+
+
+def _parameters(step: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        parameters = inspect.signature(step).parameters.values()
+    except (TypeError, ValueError):  # A builtin, perhaps.
+        return []
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    return [parameter for parameter in parameters if parameter.kind not in named]

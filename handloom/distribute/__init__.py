@@ -1,0 +1,8 @@
+"""How a run uses its devices: the contract that every strategy fulfils, and the one for a single device."""
+
+from handloom.distribute._strategy import Shard as Shard
+from handloom.distribute._strategy import SingleDevice as SingleDevice
+from handloom.distribute._strategy import Strategy as Strategy
+from handloom.distribute._strategy import current as current
+
+__all__ = ["Shard", "SingleDevice", "Strategy", "current"]

@@ -1,0 +1,72 @@
+"""The events of a run, read from its log."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from handloom._util.findings import warn
+from handloom.callbacks import Event
+
+_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_ATTRIBUTES = ("kind", "epoch", "step", "batch", "seconds", "time")
+
+
+def read_events(path: str | Path, *, superseded: bool = False) -> list[Event]:
+    """Reads the events of a run, also while it goes on.
+
+    Args:
+        path: A file that `handloom.callbacks.JSONLogger` wrote, or the directory of a run.
+        superseded: Whether to give events, too, that no longer count: those of steps that were taken again after the
+            run was resumed from a checkpoint before them, or begun anew. The file holds all that ever happened.
+
+    Returns:
+        The events, in order. NaN and infinite values are numbers again, arrays are lists.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    path = Path(path)
+    events = list(_events(path / "events.jsonl" if path.is_dir() else path))
+    return events if superseded else _that_count(events)
+
+
+def _events(path: Path) -> Iterator[Event]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            fields = json.loads(line) if line else None
+        except ValueError:
+            fields = None
+            if number < len(lines):  # Else it is being written.
+                warn("HL950", f"{path}, line {number} is no JSON and is left out.")
+        if fields is not None:
+            data = {name: value for name, value in fields.items() if name not in _ATTRIBUTES}
+            data |= {"values": _numbers(data["values"])} if data.get("values") else {}
+            yield Event(**{name: fields[name] for name in _ATTRIBUTES}, data=data)
+
+
+def _that_count(events: list[Event]) -> list[Event]:
+    found: list[Event] = []
+    for event in events:
+        if event.kind == "run_begin":
+            found = [earlier for earlier in found if _is_before(earlier, event)] if event.data["resumed"] else []
+        found.append(event)
+    return found
+
+
+def _is_before(event: Event, resumed: Event) -> bool:
+    """Whether an event belongs to what a resumed run has behind it."""
+    ended = event.kind == "run_end"
+    return not ended and (event.step < resumed.step or (event.step == resumed.step and event.epoch <= resumed.epoch))
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return _NUMBERS.get(value, value) if isinstance(value, str) else value
