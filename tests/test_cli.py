@@ -193,7 +193,7 @@ def test_a_recipe_runs_by_its_name_for_so_many_epochs():
     assert result.startswith("Accuracy on held-out tumours: ")
     assert result in output
     assert (
-        f"Everything is in out{os.sep}: checkpoints{os.sep}, curves.png, log.jsonl, model.weights.h5, run.json"
+        f"Everything is in out{os.sep}: checkpoints{os.sep}, curves.png, events.jsonl, model.weights.h5, run.json"
         in output
     )
 
@@ -326,9 +326,9 @@ def test_a_directory_that_holds_a_run_is_used_again_only_fresh(reporter):
 def test_a_run_whose_checkpoints_are_there_goes_on_where_it_is_asked_for():
     run("wide-and-deep", "--epochs", 1, "--run-dir", "out")
     output = run("wide-and-deep", "--epochs", 2, "--run-dir", "out").output
-    assert f"Going on from {Path('out', 'checkpoints')}" in output
+    assert f"Resuming from {Path('out', 'checkpoints')}" in output
     assert len(epochs_in(Path("out"))) == 2
-    assert "Going on" not in run("wide-and-deep", "--epochs", 1, "--run-dir", "out", "--fresh").output
+    assert "Resuming" not in run("wide-and-deep", "--epochs", 1, "--run-dir", "out", "--fresh").output
     assert len(epochs_in(Path("out"))) == 1
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from handloom._util.every import Every
+from handloom._util.findings import warn
 from handloom.callbacks._event_reader import Event, EventReader
 
 VERSION = 1
@@ -23,6 +25,8 @@ class JSONLogger(EventReader):
     format, 1. Numbers that JSON does not have are written as the strings "NaN", "Infinity" and "-Infinity".
     `handloom.report.read_events` reads the file, and leaves out what a resumed run did again.
 
+    A full disk does not end the training: there is a warning, and no further line.
+
     Args:
         path: The file. Its directory is created.
         every: When to write the values so far, within epochs; `None` for never.
@@ -31,24 +35,52 @@ class JSONLogger(EventReader):
     def __init__(self, path: str | Path, every: Every | None = None) -> None:
         super().__init__(every)
         self._path = Path(path)
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._is_full = False
 
     def read(self, event: Event) -> None:
         """Appends an event."""
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
-        line = {"kind": event.kind, "epoch": event.epoch, "step": event.step, "batch": event.batch}
-        line |= {"seconds": round(event.seconds, 6), "time": round(event.time, 6)}
-        version = {"version": VERSION} if event.kind == "run_begin" else {}
-        self._file.write(json.dumps(_plain(line | version | dict(event.data)), allow_nan=False) + "\n")
-        self._file.flush()
+            self._file, self._is_full = _opened(self._path), False
+        if self._is_full:
+            return
+        try:
+            _append(self._file, _line(event))
+        except OSError as error:
+            self._is_full = True  # First: the warning is an event, too.
+            warn(
+                "HL711",
+                f"An event could not be written to {self._path}: {error.strerror}.",
+                "Training goes on; this event and those after it are not in the file.",
+                "Make room on the disk.",
+            )
 
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file to append lines to; one that was cut off is ended first."""
+    file = path.open("ab+", buffering=0)
+    if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+        file.write(b"\n")
+    return file
+
+
+def _append(file: BinaryIO, line: bytes) -> None:
+    while line:  # The disk may take a part of it before it is full.
+        line = line[file.write(line) :]
+
+
+def _line(event: Event) -> bytes:
+    line = {"kind": event.kind, "epoch": event.epoch, "step": event.step, "batch": event.batch}
+    line |= {"seconds": round(event.seconds, 6), "time": round(event.time, 6)}
+    version = {"version": VERSION} if event.kind == "run_begin" else {}
+    return (json.dumps(_plain(line | version | dict(event.data)), allow_nan=False) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:

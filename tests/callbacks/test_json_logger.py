@@ -1,5 +1,6 @@
 """JSONLogger: the events of a run as lines that programs read, and read_events, which reads them."""
 
+import errno
 import json
 import math
 
@@ -9,7 +10,7 @@ import pytest
 from keras import ops
 
 import handloom as hl
-from handloom.callbacks import JSONLogger
+from handloom.callbacks import JSONLogger, _json_logger
 from handloom.errors import HandloomWarning
 from handloom.report import read_events
 
@@ -44,7 +45,7 @@ def test_json_logger_writes_each_event_with_its_place_and_time(path):
     assert [dict(event.values) for event in events if event.kind == "epoch"] == [{"mean": 4.5, "val_mean": 45}] * 2
     assert [event.seconds for event in events] == sorted(event.seconds for event in events)
     traces = [event.data for event in events if event.kind == "trace"]
-    assert [trace["signature"] for trace in traces] == ["x: float32[2]"] * 2  # Of the step, and of its validation.
+    assert [trace["signature"] for trace in traces] == ["x: float32[2]", "x: float32[10]"]
     assert all(trace["compiled"] and trace["duration"] > 0 for trace in traces)
     assert (events[-1].values, events[-1].data["error"]) == ({"mean": 4.5, "val_mean": 45}, None)
 
@@ -165,3 +166,33 @@ def test_event_readers_refuse_a_fit_that_has_no_events(path):
 def test_json_logger_takes_a_time():
     with pytest.raises(TypeError, match=r"every takes hl.every\(steps=100\), or None; received 5"):
         JSONLogger("log", every=5)
+
+
+class FullDisk:
+    """A file that takes so many more bytes."""
+
+    def __init__(self, file, room):
+        self._file, self._room = file, room
+
+    def write(self, line):
+        if not self._room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        line = line[: self._room]
+        self._room -= len(line)
+        return self._file.write(line)
+
+    def close(self):
+        self._file.close()
+
+
+def test_json_logger_on_a_full_disk_warns_once_and_training_goes_on(path, monkeypatch):
+    opened = _json_logger._opened
+    monkeypatch.setattr(_json_logger, "_opened", lambda path: FullDisk(opened(path), 300))
+    with pytest.warns(HandloomWarning, match="No space left on device.*Training goes on") as warned:
+        run(JSONLogger(path), epochs=2)
+    assert len(warned) == 1
+    monkeypatch.undo()
+    run(JSONLogger(path))
+    with pytest.warns(HandloomWarning, match=r"line 2 is no JSON"):
+        events = read_events(path, superseded=True)
+    assert [event.kind for event in events if event.kind != "trace"] == ["run_begin", "run_begin", "epoch", "run_end"]

@@ -11,11 +11,9 @@ from handloom.callbacks import (
     CSVLogger,
     EarlyStopping,
     EpochLines,
-    JSONLogger,
     LearningRateScheduler,
     ProgressBar,
     ReduceLROnPlateau,
-    TerminateOnNaN,
     Throughput,
     callback_state,
     restore_callback,
@@ -60,7 +58,6 @@ MADE = {
     "plateau of more": lambda path: ReduceLROnPlateau("accuracy", factor=0.5, patience=1, mode="max"),
     "schedule by step": lambda path: LearningRateScheduler(lambda step, rate: 1 / (1 + step), every=hl.every(steps=2)),
     "schedule by epoch": lambda path: LearningRateScheduler(lambda epoch, rate: rate / 2, every=hl.every(epochs=2)),
-    "non-finite": lambda path: TerminateOnNaN(hl.every(steps=2)),
     "csv": lambda path: CSVLogger(path / "log.csv"),
     "csv, appending": lambda path: CSVLogger(path / "log.csv", append=True),
     "Keras's early stopping": lambda path: keras.callbacks.EarlyStopping("loss", patience=2, restore_best_weights=True),
@@ -112,38 +109,6 @@ def test_a_checkpoint_of_the_best_remembers_the_best(tmp_path):
     second = checkpoint()
     feed(second, LOGS[3:], model, first=3, state=through_json(callback_state(first)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.weights.h5", "2.weights.h5", "5.weights.h5"]
-
-
-def test_the_json_log_goes_on_counting(tmp_path):
-    def lines(path):
-        read = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [(line["epoch"], line["step"], line["loss"]) for line in read], [line["seconds"] for line in read]
-
-    whole = JSONLogger(tmp_path / "whole.jsonl", hl.every(steps=2))
-    feed(whole, LOGS, fresh())
-    first = JSONLogger(tmp_path / "halves.jsonl", hl.every(steps=2))
-    feed(first, LOGS[:3], fresh())
-    state = through_json(first.state()) | {"seconds": 1000.0}
-    first.close()
-    second = JSONLogger(tmp_path / "halves.jsonl", hl.every(steps=2))
-    feed(second, LOGS[3:], fresh(), first=3, state=state)
-    for logger in (whole, second):
-        logger.close()
-    assert lines(tmp_path / "halves.jsonl")[0] == lines(tmp_path / "whole.jsonl")[0]
-    assert lines(tmp_path / "halves.jsonl")[1][-1] >= 1000
-
-
-def test_lines_written_after_the_state_was_taken_are_written_again_not_twice(tmp_path):
-    first = JSONLogger(tmp_path / "log.jsonl")
-    feed(first, LOGS[:2], fresh())
-    state = first.state()
-    first.on_epoch_end(2, {"loss": 99.0})
-    first.close()
-    second = JSONLogger(tmp_path / "log.jsonl")
-    feed(second, LOGS[2:4], fresh(), first=2, state=state)
-    second.close()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [(line["epoch"], line["loss"]) for line in lines] == [(0, 5.0), (1, 4.0), (2, 4.5), (3, 4.2)]
 
 
 def test_a_row_written_after_the_state_was_taken_is_written_again_not_twice(tmp_path):

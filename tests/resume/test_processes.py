@@ -121,7 +121,7 @@ def to_the_end_with_less_room(kind, run_dir, keep, result, tell):
     def telling(word):
         tell(word)
         if word == "saved":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
 
     try:
         to_the_end(kind, run_dir, keep, result, telling)

@@ -103,7 +103,7 @@ def test_a_function_of_data_gives_an_iterator_for_each_epoch():
     ("name", "value"), [("epochs", -1), ("epochs", 1.5), ("epochs", True), ("steps_per_epoch", 0), ("epochs", None)]
 )
 def test_numbers_that_count_nothing_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"{name} takes a whole number, at least [01]; received {value}"):
+    with pytest.raises(ValueError, match=rf"fit\({name}=...\) takes a whole number, at least [01]; received {value}"):
         fit(**{name: value})
 
 
@@ -332,7 +332,7 @@ def test_a_function_of_validation_that_returns_no_dict_is_told_so():
 
 @pytest.mark.once
 def test_a_number_is_no_time_to_validate():
-    with pytest.raises(TypeError, match=r"validate_every takes a time such as hl\.every\(epochs=1\); received 2"):
+    with pytest.raises(TypeError, match=r"validate_every takes hl\.every\(epochs=1\); received 2"):
         fit(validate=(mean, X), validate_every=2)
 
 
@@ -396,10 +396,9 @@ def test_a_run_directory_holds_the_log_as_json_lines(tmp_path):
     fit(epochs=2, run_dir=directory, validate=(mean, X[:3]))
     lines = epochs_in(directory)
     assert [(line["epoch"], line["step"], line["mean"], line["val_mean"]) for line in lines] == [
-        (0, 4, 19.5, 1.0),
-        (1, 8, 19.5, 1.0),
+        (1, 4, 19.5, 1.0),
+        (2, 8, 19.5, 1.0),
     ]
-    assert all(line["seconds"] >= 0 for line in lines)
     fit(epochs=3, run_dir=str(directory))  # Goes on: one epoch more.
     assert len(epochs_in(directory)) == 3
 

@@ -154,7 +154,7 @@ def test_a_signal_in_a_validation_at_the_end_of_an_epoch_breaks_it_off_and_it_is
     assert ended.value.code == 128 + signal.SIGTERM
     assert hl.Checkpointer(tmp_path / "run" / "checkpoints", {}).steps == [validation * STEPS]
     assert_same_bits(train(tmp_path / "run", **options), whole)
-    assert [line["epoch"] for line in epochs_in(tmp_path / "run")] == [0, 1]
+    assert [line["epoch"] for line in epochs_in(tmp_path / "run")] == [1, 2]
 
 
 def test_a_signal_in_a_validation_within_an_epoch_too(tmp_path):
@@ -213,10 +213,10 @@ def test_it_says_where_it_goes_on(tmp_path, capsys):
     model.compile(momentum(), loss="mse", metrics=["mae"])
     model.fit(X, Y, batch_size=BATCH, epochs=2, validation_data=(X, Y), run_dir=tmp_path, verbose=2)
     first, second, *rest = capsys.readouterr().out.splitlines()
-    assert first == f"Going on from {tmp_path / 'checkpoints'}: 6 steps taken, 1 epochs and 1 batches."
+    assert first == f"Resuming from {tmp_path / 'checkpoints'} at step 6 (epoch 2, batch 1)."
     count = len(bits(model))
-    assert second.startswith(f"  Restored: {count} variables, the position in the data, random numbers, and History")
-    assert rest[0] == "  Only in the checkpoint: callbacks.StopAt."
+    assert second.startswith(f"  Restored {count} variables and the state of the data, random numbers, History")
+    assert rest[0] == "  Only in the checkpoint; ignored: callbacks.StopAt."
     assert rest[1].startswith("Epoch 2/2")
 
 
@@ -229,9 +229,9 @@ def test_it_says_what_is_other_than_when_it_was_saved(tmp_path, capsys, monkeypa
     new = keras.callbacks.LambdaCallback()
     model.fit(X, Y, batch_size=BATCH, epochs=1, validation_data=(X, Y), run_dir=tmp_path, verbose=2, callbacks=[new])
     told = capsys.readouterr().out
-    assert "Not in the checkpoint, and begun anew: callbacks.LambdaCallback." in told
+    assert "Not in the checkpoint; initialized from scratch: callbacks.LambdaCallback." in told
     assert re.search(
-        r"Not as it was saved, so not to the bit from here on: python 3\.\S+ -> 3\.99; steps_per_execution 1 -> 2; "
+        r"Changed since the checkpoint; results will not be bitwise identical: python 3\.\S+ -> 3\.99; steps_per_execution 1 -> 2; "
         r"the configuration of state\.model\.drop, state\.model\.optimizer\.",
         told,
     )
@@ -248,15 +248,15 @@ def test_what_may_differ_is_named_and_begins_anew(tmp_path):
 def test_the_log_has_each_epoch_once(tmp_path):
     train(tmp_path, 8, epochs=3)
     train(tmp_path, epochs=3)
-    assert [line["epoch"] for line in epochs_in(tmp_path)] == [0, 1, 2]
+    assert [line["epoch"] for line in epochs_in(tmp_path)] == [1, 2, 3]
 
 
 def test_the_log_of_a_run_that_begins_anew_does_so_too(tmp_path):
     options = {"save": hl.every(steps=100), "epochs": 2}
     train(tmp_path, STEPS + 1, **options)
-    assert [line["epoch"] for line in epochs_in(tmp_path)] == [0]
+    assert [line["epoch"] for line in epochs_in(tmp_path)] == [1]
     train(tmp_path, **options)
-    assert [line["epoch"] for line in epochs_in(tmp_path)] == [0, 1]
+    assert [line["epoch"] for line in epochs_in(tmp_path)] == [1, 2]
 
 
 def test_a_metric_that_only_some_steps_use_goes_on_past_a_process_whose_steps_do_not(tmp_path):
@@ -283,12 +283,12 @@ def test_a_metric_that_only_some_steps_use_goes_on_past_a_process_whose_steps_do
 def test_the_log_tells_what_each_save_took(tmp_path):
     train(tmp_path, epochs=1)
     saves = saves_in(tmp_path)
-    assert [save["step"] for save in saves] == [2, 4, 5]
-    for save in saves:
-        folder = tmp_path / "checkpoints" / f"step_{save['step']:09d}"
+    assert [save.data["saved_step"] for save in saves] == [2, 4, 5]
+    for save in (save.data for save in saves):
+        folder = tmp_path / "checkpoints" / f"step_{save['saved_step']:09d}"
         assert save["bytes"] == pytest.approx(sum(path.stat().st_size for path in folder.iterdir()), abs=8192)
-        assert 0 < save["seconds"] < 60
-        assert 0 < save["seconds_waited"] < 60
+        assert 0 < save["duration"] < 60
+        assert 0 < save["waited"] < 60
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
@@ -310,7 +310,7 @@ def test_the_best_is_saved_when_it_is_reported_whenever_else_is_saved(save, tmp_
 
 def test_without_save_there_is_only_the_log(tmp_path):
     train(tmp_path, save=None)
-    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
 
 
 # -------------------------------------------------------------------------- bad input
@@ -401,9 +401,9 @@ def test_other_data_are_told_of_or_refused(tmp_path):
     ("options", "words"),
     [
         ({"resume": "yes"}, "resume takes one of 'auto'"),
-        ({"save": 3}, "save takes a time"),
+        ({"save": 3}, r"save takes hl\.every"),
         ({"allow": "state.*"}, r"allow takes a list of patterns, such as \['state\.\*'\]"),
-        ({"together": 0}, "steps_per_execution takes a positive whole number"),
+        ({"together": 0}, r"steps_per_execution=\.\.\.\) takes a whole number, at least 1; received 0"),
     ],
 )
 def test_options_that_are_none(options, words, tmp_path):
@@ -450,7 +450,7 @@ def test_a_signal_saves_after_the_step_and_ends_as_the_signal_does(signum, code,
     assert run(int(signum)).returncode == code
     again = run(0)
     assert again.returncode == 0, again.stderr
-    assert "4 steps taken, 0 epochs and 4 batches" in again.stdout
+    assert "at step 4 (epoch 1, batch 4)." in again.stdout
     assert "steps 8 12" in again.stdout  # Twelve in all, eight of them now.
 
 
@@ -496,5 +496,5 @@ def test_a_second_signal_ends_the_process_at_once_and_the_last_checkpoint_is_who
     again = subprocess.run(
         [sys.executable, str(script), str(run_dir), "0"], check=False, capture_output=True, text=True
     )
-    assert "2 steps taken, 0 epochs and 2 batches" in again.stdout, again.stderr
+    assert "at step 2 (epoch 1, batch 2)." in again.stdout, again.stderr
     assert "steps 10 12" in again.stdout
