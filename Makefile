@@ -19,7 +19,7 @@ run: $(INSTALLED)  ## Train a GAN on handwritten digits, on the default backend.
 test: lint  ## Lint, then the whole suite on every backend, each in processes of its own. ARGS="-k feed" for a part.
 	set -e; for backend in $(BACKENDS); do \
 	    echo "== $$backend"; OMP_NUM_THREADS=1 KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
-	        $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --rows build/rows/$$backend.json $(ARGS); \
+	        $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --rows=build/rows/$$backend.json $(ARGS); \
 	done
 	$(if $(WHOLE),$(BIN)/python -m tests.rows.table build/rows --check)
 

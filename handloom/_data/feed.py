@@ -112,15 +112,12 @@ class Feed:
         return self._source.length
 
     def state(self) -> dict[str, Any]:
-        """The position, as JSON and NumPy arrays.
+        """The position, as a checkpoint takes it.
 
         Returns:
             `epoch`, epochs done; `batch`, batches given of the next; `seed`, that of the order; `data`, by what these
             data are known again: kind and sizes, dtypes and shapes, and of arrays a sample of their values; and for a
-            source with a position of its own `source`, which says what that is.
-
-        Raises:
-            DataError: If the source's own position is made of something that cannot be saved.
+            source with a position of its own `source`, which says what that is. All but that are JSON values.
         """
         state = {"epoch": self._at.epoch, "batch": self._at.batch, "seed": self._source.seed}
         position = self._source.state()

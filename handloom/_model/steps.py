@@ -143,6 +143,7 @@ def _check_takes_data(step: Any, model: str) -> None:
     if len(required) > 1:
         raise StepError(
             "HL214",
-            f"{model}.{step.__name__} takes {', '.join(required)}; a step takes one argument, data, on every backend "
-            "(Keras's own way on JAX, train_step(self, state, data), is not needed: read and write variables directly).",
+            f"{model}.{step.__name__} takes {', '.join(required)}; on every backend a step takes one argument, data.",
+            "Keras's own way on JAX, train_step(self, state, data), is not needed here.",
+            "Write train_step(self, data), and read and write variables directly.",
         )

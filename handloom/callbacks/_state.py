@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import numpy as np
 
 from handloom._keras import keras
+from handloom.checkpoint.dtypes import CODES
 
 
 class Stateful:
@@ -20,8 +22,8 @@ class Stateful:
     carries: tuple[str, ...] = ()
 
     def state(self) -> dict[str, Any]:
-        """What the callback carries between hooks, as JSON values and NumPy arrays."""
-        return {name: _plain(getattr(self, name)) for name in self.carries}
+        """What the callback carries between hooks: plain values and NumPy arrays."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in self.carries}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from there.
@@ -30,7 +32,7 @@ class Stateful:
             state: From `state()`. To be given back after `on_train_begin`, which begins anew.
         """
         for name in self.carries:
-            setattr(self, name, _restored(state[name]))
+            setattr(self, name, copy.deepcopy(state[name]))
 
 
 def callback_state(callback: keras.callbacks.Callback) -> dict[str, Any]:
@@ -43,13 +45,13 @@ def callback_state(callback: keras.callbacks.Callback) -> dict[str, Any]:
         callback: The callback.
 
     Returns:
-        JSON values and NumPy arrays, in nested dicts and lists. Tuples have become lists.
+        Copies of the plain values, by name.
     """
     if _speaks_for_itself(callback):
         return dict(callback.state())
     arguments = _arguments(type(callback))
     return {
-        name: _plain(value)
+        name: copy.deepcopy(value)
         for name, value in vars(callback).items()
         if name not in arguments and name not in ("params", "model", "_model") and _is_plain(value)
     }
@@ -67,7 +69,7 @@ def restore_callback(callback: keras.callbacks.Callback, state: dict[str, Any]) 
         callback.restore(state)
         return
     for name, value in state.items():
-        setattr(callback, name, _restored(value))
+        setattr(callback, name, copy.deepcopy(value))
 
 
 def _speaks_for_itself(callback: Any) -> bool:
@@ -84,25 +86,7 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+        return all(_is_plain(key) and _is_plain(inner) for key, inner in value.items())
     if isinstance(value, (np.ndarray, np.generic)):
-        return bool(value.dtype != object)
+        return value.dtype.name in CODES
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _plain(value: Any) -> Any:
-    """A copy, which later changes do not reach; NumPy's scalars as arrays, which keep their dtype."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return np.array(value) if isinstance(value, (np.ndarray, np.generic)) else value
-
-
-def _restored(value: Any) -> Any:
-    """The same the other way."""
-    if isinstance(value, list):
-        return [_restored(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _restored(inner) for key, inner in value.items()}
-    return value.copy()[()] if isinstance(value, np.ndarray) else value

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from handloom._util.findings import warn
+from handloom._util.shard import Shard
 from handloom.checkpoint import snapshot
 from handloom.checkpoint.dtypes import is_finite
 from handloom.checkpoint.filesystem import lower_priority
@@ -82,7 +83,7 @@ class Checkpointer:
         self._store = Store(self.directory, keep, self._best)
         self._metrics: set[str] = set()
         self._pending: _Pending | None = None
-        self._copied: dict[str, np.ndarray] = {}
+        self._copied: dict[str, list[Shard]] = {}
 
     @property
     def steps(self) -> list[int]:
@@ -123,9 +124,8 @@ class Checkpointer:
         self._store.open()
         self._store.check_step(step)
         numbers = _numbers(metrics or {})
-        arrays, contents = snapshot.take(self.state, self._copied)
-        self._copied = arrays
-        if self._finite and (names := _not_finite(arrays)):
+        self._copied, contents = snapshot.take(self.state, self._copied)
+        if self._finite and (names := _not_finite(self._copied)):
             warn(
                 "HL501",
                 f"The state at step {step} is not saved: NaN or infinity in {', '.join(names[:3])}"
@@ -133,7 +133,7 @@ class Checkpointer:
                 "use finite=False.",
             )
             return
-        draft = Draft(step, arrays, contents, numbers)
+        draft = Draft(step, [self._copied], contents, numbers)
         self._metrics |= numbers.keys()
         # A thread for each, which ends by itself; the interpreter waits for it at its exit.
         executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="handloom-checkpoint")
@@ -237,9 +237,10 @@ def _in_background(store: Store, draft: Draft) -> Written:
     return store.save(draft)
 
 
-def _not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
+def _not_finite(shards: Mapping[str, Sequence[Shard]]) -> list[str]:
     """The variables that are not; what a log or a callback remembers may be anything."""
-    return [name for name, array in arrays.items() if not name.startswith(snapshot.OF_STATE) and not is_finite(array)]
+    variables = {name: parts for name, parts in shards.items() if not name.startswith(snapshot.OF_STATE)}
+    return [name for name, parts in variables.items() if not all(is_finite(part.value) for part in parts)]
 
 
 def _step(step: Any) -> int:

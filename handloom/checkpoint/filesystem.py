@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
+import io
 import mmap
 import os
+import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from handloom.errors import CheckpointError
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # On Windows.
+    fcntl = None
+
 _CHUNK = 1 << 20  # What is hashed just before or after is still in the processor's cache.
+# Those a system has not are not needed on it. Every file that Python opens is closed in a process begun from it.
+_BINARY, _DIRECTORY, _NOFOLLOW, _NONBLOCK = (
+    getattr(os, name, 0) for name in ("O_BINARY", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK")
+)
 
 
 @contextlib.contextmanager
 def creating(path: Path) -> Iterator[int]:
     """A new file to write to, on the disk when the block is left without an error."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
     try:
         yield file
         os.fsync(file)
@@ -49,13 +60,9 @@ def reading(directory: Path, name: str) -> Iterator[tuple[int, int]]:
     has one.
     """
     try:
-        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
+        with _beneath(directory) as (where, folder):
             # Not blocking, or a pipe of that name would have us wait for ever.
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            file = os.open(name, flags, dir_fd=folder)
-        finally:
-            os.close(folder)
+            file = os.open(where / name, os.O_RDONLY | _NOFOLLOW | _NONBLOCK | _BINARY, dir_fd=folder)
     except OSError as error:
         raise CheckpointError("HL507", _unreadable(directory, name, error)) from error
     try:
@@ -66,6 +73,21 @@ def reading(directory: Path, name: str) -> Iterator[tuple[int, int]]:
         raise CheckpointError("HL508", f"{directory / name} cannot be read: {error.strerror}.") from error
     finally:
         os.close(file)
+
+
+@contextlib.contextmanager
+def _beneath(directory: Path) -> Iterator[tuple[Path, int | None]]:
+    """A directory that is no link, and what names in it are relative to: `dir_fd=`, where a system has that."""
+    if os.path.islink(directory):
+        raise OSError(errno.ELOOP, "it is a symbolic link", str(directory))
+    if os.open not in os.supports_dir_fd:
+        yield directory, None
+        return
+    folder = os.open(directory, os.O_RDONLY | _DIRECTORY | _NOFOLLOW)
+    try:
+        yield Path(), folder
+    finally:
+        os.close(folder)
 
 
 def _unreadable(directory: Path, name: str, error: OSError) -> str:
@@ -86,57 +108,39 @@ def _check_ordinary(path: Path, found: os.stat_result) -> None:
         )
 
 
-def fill(file: int, buffer: memoryview) -> int:
-    """Reads until the buffer is full or the file ends; the number of bytes read."""
-    done = 0
-    while done < len(buffer) and (count := os.readv(file, [buffer[done : done + _CHUNK]])):
-        done += count
-    return done
-
-
-def differing(file: int, size: int, parts: Mapping[str, memoryview]) -> list[str]:
-    """The names of the parts that a file on the disk does not hold, one after the other from its first byte on.
+class Reader:
+    """Reads a file once, from its first byte to its last.
 
     Args:
         file: One of which nothing has been read yet.
         size: Its bytes.
-        parts: Name to bytes.
+        from_disk: Whether to read it past the memory of the system, which holds what was just written whatever the disk
+            holds, if the system can. That also saves nine tenths of the processor's time, which the steps want.
     """
-    blocks, rest = _on_disk(file, size), np.empty(0, np.uint8)
-    wrong: list[str] = []
-    for name, data in parts.items():
-        at = 0
-        while at < len(data):
-            rest = rest if rest.size else next(blocks, rest)
-            if not rest.size:  # The file is over.
-                wrong.append(name)
-                break
-            piece = data[at : at + rest.size]
-            if not np.array_equal(rest[: len(piece)], piece):
-                wrong.append(name)
-            at, rest = at + len(piece), rest[len(piece) :]
-    return list(dict.fromkeys(wrong))
 
+    def __init__(self, file: int, size: int, *, from_disk: bool = False) -> None:
+        if from_disk:
+            _past_cache(file)
+        self._file, self._left = io.FileIO(file, closefd=False), size
+        self._block = memoryview(mmap.mmap(-1, _CHUNK))  # Begins a page, as reading past the cache asks.
+        self._read = self._block[:0]
 
-def _on_disk(file: int, size: int) -> Iterator[np.ndarray]:
-    """The bytes of a file in blocks, each in the same memory.
+    def take(self, count: int) -> Iterator[memoryview]:
+        """So many bytes more, piece by piece; fewer if the file ends. Each piece is valid until the next."""
+        while count > 0 and (self._read or self._next()):
+            piece, self._read = self._read[:count], self._read[count:]
+            count -= len(piece)
+            yield piece
 
-    Not by `fill`, which asks once more where the file ends: past the cache, a system may refuse to read from there.
-    """
-    _past_cache(file)
-    block = np.frombuffer(mmap.mmap(-1, _CHUNK), np.uint8)  # Begins a page of memory, as reading past the cache asks.
-    while size > 0 and (count := os.readv(file, [block.data])):
-        size -= count
-        yield block[:count]
+    def _next(self) -> bool:
+        # Never past the end, of which a system may not let us read past its cache.
+        found = self._file.readinto(self._block) if self._left > 0 else 0
+        self._read, self._left = self._block[:found], self._left - found
+        return found > 0
 
 
 def _past_cache(file: int) -> None:
-    """Has a file read from the disk, and not from memory, which holds what was just written whatever the disk holds.
-
-    Where the system can, nothing is put into its cache then either. That saves nine tenths of the processor's time,
-    which the steps want.
-    """
-    if hasattr(os, "O_DIRECT"):
+    if fcntl is not None and hasattr(os, "O_DIRECT"):
         with contextlib.suppress(OSError):  # Not on every file system.
             fcntl.fcntl(file, fcntl.F_SETFL, os.O_DIRECT)
             return
@@ -173,8 +177,10 @@ def rename(old: Path, new: Path) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Puts the names in a directory on the disk."""
-    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Puts the names in a directory on the disk, where a system lets a directory be opened for that."""
+    if not _DIRECTORY:
+        return
+    folder = os.open(directory, os.O_RDONLY | _DIRECTORY)
     try:
         os.fsync(folder)
     finally:
@@ -183,12 +189,9 @@ def sync(directory: Path) -> None:
 
 def remove(directory: Path) -> None:
     """Removes a directory and the files in it, through no link."""
-    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        for name in os.listdir(folder):
-            os.unlink(name, dir_fd=folder)
-    finally:
-        os.close(folder)
+    with _beneath(directory) as (where, folder):
+        for name in os.listdir(directory if folder is None else folder):
+            os.unlink(where / name, dir_fd=folder)
     os.rmdir(directory)
 
 
@@ -200,5 +203,4 @@ def lower_priority() -> None:
 
 def free_bytes(directory: Path) -> int:
     """What a user may still write on the disk of a directory."""
-    found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
+    return shutil.disk_usage(directory).free

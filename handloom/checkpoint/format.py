@@ -1,8 +1,9 @@
-"""A checkpoint as bytes: three files in a directory, written from arrays and JSON values, read with all checks.
+"""A checkpoint as bytes: files in a directory, written from arrays and JSON values, read with all checks.
 
-    arrays.safetensors   the arrays, as any reader of safetensors takes them
+    arrays.safetensors   the arrays, as any reader of safetensors takes them; or several such files, each with parts of
+                         arrays: arrays-00001-of-00002.safetensors
     contents.json        everything else
-    manifest.json        the step, the metrics, size and SHA-256 of the other files, each tensor with its CRC-32
+    manifest.json        the step, the metrics, the sizes of the files, each array with a CRC-32 of each of its parts
 
 The safetensors file is written and read here and not by its library: which one can be told neither to read into given
 memory nor from an open file, and to write without a second copy of the arrays only by addresses in memory.
@@ -10,25 +11,35 @@ memory nor from an open file, and to write without a second copy of the arrays o
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from handloom._util.shard import Shard
 from handloom.checkpoint import filesystem
 from handloom.checkpoint.dtypes import as_bytes, dtype_of, plain
-from handloom.checkpoint.manifest import ARRAYS, CONTENTS, MANIFEST, File, Manifest, Tensor, check_name, header
+from handloom.checkpoint.manifest import (
+    CONTENTS,
+    MANIFEST,
+    Contents,
+    Manifest,
+    Piece,
+    Tensor,
+    arrays_file,
+    check_name,
+    header,
+    in_order,
+)
 from handloom.checkpoint.strict_json import decode, encode
 from handloom.errors import CheckpointError
 
-# Bytes; some 100,000 tensors, and a history of as many epochs. Without an end, a file could fill the memory.
-_LARGEST = {MANIFEST: 16 << 20, CONTENTS: 64 << 20}
-_SCRATCH = 1 << 20
+# Bytes; some 200,000 arrays, and a history of as many epochs. Without an end, a file could fill the memory.
+_LARGEST = 64 << 20
 
 
 class Draft:
@@ -36,7 +47,8 @@ class Draft:
 
     Args:
         step: Which step it is of.
-        arrays: Name to array. They must not change until it has been written.
+        parts: What each file of arrays is to hold: name to the shards of that array. Together they are whole arrays.
+            They must not change until they have been written.
         contents: JSON values.
         metrics: Name to value.
 
@@ -48,90 +60,87 @@ class Draft:
     """
 
     def __init__(
-        self, step: int, arrays: Mapping[str, np.ndarray], contents: dict[str, Any], metrics: Mapping[str, float]
+        self,
+        step: int,
+        parts: Sequence[Mapping[str, Sequence[Shard]]],
+        contents: dict[str, Any],
+        metrics: Mapping[str, float],
     ) -> None:
-        for name in (*arrays, *metrics):
+        for name in (*(name for part in parts for name in part), *metrics):
             check_name(name)
         self.step = step
         self.metrics = dict(metrics)
-        self._arrays = _in_order(arrays)
-        self._tensors = _laid_out(self._arrays)
-        self._header = header(self._tensors)
+        self._files = {arrays_file(index, len(parts)): part for index, part in enumerate(parts)}
+        self._placed = {file: list(_laid_out(file, part)) for file, part in self._files.items()}
         self._contents = encode(contents, "contents")
-        if len(self._contents) > _LARGEST[CONTENTS]:
+        if len(self._contents) > _LARGEST:
             raise CheckpointError(
                 "HL511",
-                f"The contents take {len(self._contents):,} bytes as JSON, of {_LARGEST[CONTENTS]:,} that they may. "
+                f"The contents take {len(self._contents):,} bytes as JSON, of {_LARGEST:,} that they may. "
                 "What is large belongs in arrays.",
             )
-        size = len(self._header) + sum(array.nbytes for array in self._arrays.values()) + len(self._contents)
-        self.bytes = size + len(self._manifest({}).to_bytes()) + 4096
+        manifest = self._manifest()
+        self.bytes = manifest.nbytes + len(manifest.to_bytes()) + 4096
 
     def write(self, directory: Path) -> None:
-        """Writes the three files into an empty directory, to the disk, and reads them back.
+        """Writes the files into an empty directory, to the disk, and reads them back from there.
 
         Raises:
             CheckpointError: What is read is not what was written, by name.
         """
-        files = {ARRAYS: self._write_arrays(directory / ARRAYS), CONTENTS: _write(directory / CONTENTS, self._contents)}
-        manifest = self._manifest(files).to_bytes()
-        _write(directory / MANIFEST, manifest)
-        arrays = {f"the tensor {name!r}": as_bytes(array) for name, array in self._arrays.items()}
-        _compare_with_memory(directory, ARRAYS, {"its header": memoryview(self._header)} | arrays)
-        _compare_with_memory(directory, CONTENTS, {"something in it": memoryview(self._contents)})
-        _compare_with_memory(directory, MANIFEST, {"something in it": memoryview(manifest)})
+        tensors = self._manifest().tensors
+        for file, placed in self._placed.items():
+            begin = header(tensors, file)
+            with filesystem.creating(directory / file) as out:
+                filesystem.write(out, memoryview(begin))
+                self._placed[file] = [
+                    (name, dataclasses.replace(piece, crc32=_written(out, as_bytes(array))), array)
+                    for name, piece, array in placed
+                ]
+        manifest = self._manifest()
+        for file, data in ((CONTENTS, self._contents), (MANIFEST, manifest.to_bytes())):
+            with filesystem.creating(directory / file) as out:
+                filesystem.write(out, memoryview(data))
+        verify(directory, from_disk=True)
 
-    def _write_arrays(self, path: Path) -> File:
-        parts = {name: as_bytes(array) for name, array in self._arrays.items()}
-        # The SHA-256 takes as long as all the rest. A step on all cores waits for the slowest of them: two threads side
-        # by side hold it up half as long as one after the other.
-        with concurrent.futures.ThreadPoolExecutor(1) as beside, filesystem.creating(path) as file:
-            sha256 = beside.submit(_sha256, [memoryview(self._header), *parts.values()])
-            filesystem.write(file, memoryview(self._header))
-            for name, part in parts.items():
-                crc32 = 0
-                for chunk in filesystem.chunks(part):
-                    crc32 = zlib.crc32(chunk, crc32)
-                    filesystem.write(file, chunk)
-                self._tensors[name] = dataclasses.replace(self._tensors[name], crc32=crc32)
-        return File(len(self._header) + sum(map(len, parts.values())), sha256.result())
-
-    def _manifest(self, files: dict[str, File]) -> Manifest:
-        return Manifest(self.step, self.metrics, self._tensors, files)
+    def _manifest(self) -> Manifest:
+        contents = Contents(len(self._contents), hashlib.sha256(self._contents).hexdigest())
+        tensors = _tensors(item for placed in self._placed.values() for item in placed)
+        files = {
+            file: len(header(tensors, file)) + sum(array.nbytes for _, _, array in placed)
+            for file, placed in self._placed.items()
+        }
+        return Manifest(self.step, self.metrics, tensors, files, contents)
 
 
-def _write(path: Path, data: bytes) -> File:
-    with filesystem.creating(path) as file:
-        filesystem.write(file, memoryview(data))
-    return File(len(data), hashlib.sha256(data).hexdigest())
-
-
-def _sha256(parts: Iterable[memoryview]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _compare_with_memory(directory: Path, name: str, parts: Mapping[str, memoryview]) -> None:
-    with filesystem.reading(directory, name) as (file, size):
-        damaged = filesystem.differing(file, size, parts)
-    if damaged:
-        raise CheckpointError("HL512", f"{directory / name} is damaged: {_list(damaged)} not as written.")
-
-
-def _in_order(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Large elements first, so that all are aligned in memory; then by name."""
-    ready = {name: plain(name, array) for name, array in arrays.items()}
-    return dict(sorted(ready.items(), key=lambda item: (-item[1].itemsize, item[0])))
-
-
-def _laid_out(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    found, end = {}, 0
-    for name, array in arrays.items():
-        found[name] = Tensor(array.dtype.name, array.shape, end, end + array.nbytes)
+def _laid_out(file: str, part: Mapping[str, Sequence[Shard]]) -> Iterator[tuple[str, Piece, np.ndarray]]:
+    """Where each shard lies in its file. Large elements come first, so that all are aligned in memory."""
+    arrays = [(name, shard.offset, plain(name, shard.value)) for name, shards in part.items() for shard in shards]
+    end = 0
+    for name, offset, array in sorted(arrays, key=lambda item: (-item[2].itemsize, *item[:2])):
+        yield name, Piece(file, end, end + array.nbytes, offset, array.shape), array
         end += array.nbytes
+
+
+def _tensors(placed: Iterable[tuple[str, Piece, np.ndarray]]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, piece, array in placed:
+        before = found[name].pieces if name in found else ()
+        pieces = (*before, piece)
+        shape = tuple(
+            max(sizes) for sizes in zip(*([part.stop for part in piece.slices] for piece in pieces), strict=True)
+        )
+        found[name] = Tensor(array.dtype.name, shape, pieces)
     return found
+
+
+def _written(file: int, data: memoryview) -> int:
+    """Writes an array; its CRC-32."""
+    crc32 = 0
+    for chunk in filesystem.chunks(data):
+        crc32 = zlib.crc32(chunk, crc32)
+        filesystem.write(file, chunk)
+    return crc32
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -139,17 +148,9 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         CheckpointError: The manifest is missing, damaged or says what cannot be; another file is missing or of another
-            size. Names the file, and the first tensor that is cut off.
+            size. Names the file, and the first arrays that are cut off.
     """
-    data = _read(directory, MANIFEST)
-    try:
-        manifest = Manifest.from_bytes(data)
-    except CheckpointError as error:
-        raise CheckpointError("HL513", f"{directory / MANIFEST}: {error}") from error
-    for name in manifest.files:
-        with filesystem.reading(directory, name) as (_, size):
-            _check_size(directory / name, size, manifest)
-    return manifest
+    return _read_manifest(directory, from_disk=False)
 
 
 def read_contents(directory: Path, manifest: Manifest) -> dict[str, Any]:
@@ -158,81 +159,105 @@ def read_contents(directory: Path, manifest: Manifest) -> dict[str, Any]:
     Raises:
         CheckpointError: It is damaged.
     """
-    data = _read(directory, CONTENTS)
-    if hashlib.sha256(data).hexdigest() != manifest.files[CONTENTS].sha256:
-        raise CheckpointError("HL514", f"{directory / CONTENTS} is damaged: its SHA-256 is not the one in {MANIFEST}.")
-    return decode(data, str(directory / CONTENTS))
+    return _read_contents(directory, manifest, from_disk=False)
 
 
 def read_arrays(directory: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint, by name. Their bytes are copied into memory and looked at no further until all agree.
 
     Raises:
-        CheckpointError: A byte is not as it was written. Names the file and the tensors.
+        CheckpointError: A byte is not as it was written. Names the file and the arrays.
     """
-    with filesystem.reading(directory, ARRAYS) as (file, size):
-        _check_size(directory / ARRAYS, size, manifest)  # Before memory is asked for.
-        arrays = {name: np.empty(tensor.shape, dtype_of(tensor.dtype)) for name, tensor in manifest.tensors.items()}
-        _compare(directory, manifest, file, {name: as_bytes(array) for name, array in arrays.items()})
+    arrays = {name: np.empty(tensor.shape, dtype_of(tensor.dtype)) for name, tensor in manifest.tensors.items()}
+    for file in manifest.files:
+        _read_arrays(directory, file, manifest, arrays)
     return arrays
 
 
-def verify(directory: Path) -> Manifest:
+def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
     """Reads all of a checkpoint and keeps nothing but its manifest.
+
+    Args:
+        directory: Where it is.
+        from_disk: Whether to read it past the memory of the system, if the system can.
 
     Raises:
         CheckpointError: Something is damaged, by name.
     """
-    manifest = read_manifest(directory)
-    read_contents(directory, manifest)
-    with filesystem.reading(directory, ARRAYS) as (file, size):
-        _check_size(directory / ARRAYS, size, manifest)
-        _compare(directory, manifest, file, {})
+    manifest = _read_manifest(directory, from_disk=from_disk)
+    _read_contents(directory, manifest, from_disk=from_disk)
+    for file in manifest.files:
+        _read_arrays(directory, file, manifest, {}, from_disk=from_disk)
     return manifest
 
 
-def _read(directory: Path, name: str) -> bytes:
+def _read_manifest(directory: Path, *, from_disk: bool) -> Manifest:
+    data = _read(directory, MANIFEST, from_disk=from_disk)
+    try:
+        manifest = Manifest.from_bytes(data)
+    except CheckpointError as error:
+        raise CheckpointError("HL513", f"{directory / MANIFEST}: {error}") from error
+    for name in (*manifest.files, CONTENTS):
+        with filesystem.reading(directory, name) as (_, size):
+            _check_size(directory / name, size, manifest)
+    return manifest
+
+
+def _read_contents(directory: Path, manifest: Manifest, *, from_disk: bool) -> dict[str, Any]:
+    data = _read(directory, CONTENTS, from_disk=from_disk)
+    if hashlib.sha256(data).hexdigest() != manifest.contents.sha256:
+        raise CheckpointError("HL514", f"{directory / CONTENTS} is damaged: its SHA-256 is not the one in {MANIFEST}.")
+    return decode(data, str(directory / CONTENTS))
+
+
+def _read(directory: Path, name: str, *, from_disk: bool) -> bytes:
     with filesystem.reading(directory, name) as (file, size):
-        if size > _LARGEST[name]:
-            raise CheckpointError(
-                "HL515", f"{directory / name} has {size:,} bytes, of {_LARGEST[name]:,} that it may have."
-            )
-        data = bytearray(size)
-        return bytes(data[: filesystem.fill(file, memoryview(data))])
+        if size > _LARGEST:
+            raise CheckpointError("HL515", f"{directory / name} has {size:,} bytes, of {_LARGEST:,} that it may have.")
+        reader = filesystem.Reader(file, size, from_disk=from_disk)
+        return b"".join(map(bytes, reader.take(size)))
 
 
 def _check_size(path: Path, size: int, manifest: Manifest) -> None:
-    expected = manifest.files[path.name].bytes
+    expected = manifest.contents.bytes if path.name == CONTENTS else manifest.files[path.name]
     if size == expected:
         return
     message = f"{path} is damaged: it has {size:,} bytes, of {expected:,} that were written."
-    if path.name == ARRAYS and size < expected:
-        begin = len(header(manifest.tensors))
-        cut = [f"the tensor {name!r}" for name, tensor in manifest.tensors.items() if begin + tensor.stop > size]
-        message += f" Of it, {_list(cut)} cut off." if cut else ""
+    if path.name != CONTENTS and size < expected:
+        begin = len(header(manifest.tensors, path.name))
+        cut = [name for name, piece in in_order(manifest.tensors, path.name) if begin + piece.stop > size]
+        message += f" Of it, {_list([f'the array {name!r}' for name in cut])} cut off." if cut else ""
     raise CheckpointError("HL516", message)
 
 
-def _compare(directory: Path, manifest: Manifest, file: int, into: Mapping[str, memoryview]) -> None:
-    """Reads the file of arrays from its first byte to its last, into memory where some is given."""
-    expected, scratch = header(manifest.tensors), memoryview(bytearray(_SCRATCH))
-    found = memoryview(bytearray(len(expected)))
-    filesystem.fill(file, found)
-    digest, damaged = hashlib.sha256(found), [] if found == expected else ["its header"]
-    for name, tensor in manifest.tensors.items():
-        crc32 = 0
-        for begin in range(0, tensor.stop - tensor.start, _SCRATCH):
-            length = min(_SCRATCH, tensor.stop - tensor.start - begin)
-            chunk = into[name][begin : begin + length] if name in into else scratch[:length]
-            filesystem.fill(file, chunk)
-            digest.update(chunk)
-            crc32 = zlib.crc32(chunk, crc32)
-        if crc32 != tensor.crc32:
-            damaged.append(f"the tensor {name!r}")
+def _read_arrays(
+    directory: Path, file: str, manifest: Manifest, into: Mapping[str, np.ndarray], *, from_disk: bool = False
+) -> None:
+    """Reads a file of arrays from its first byte to its last, into arrays where some are given."""
+    with filesystem.reading(directory, file) as (opened, size):
+        _check_size(directory / file, size, manifest)
+        reader, expected = filesystem.Reader(opened, size, from_disk=from_disk), header(manifest.tensors, file)
+        damaged = [] if b"".join(map(bytes, reader.take(len(expected)))) == expected else ["its header"]
+        for name, piece in in_order(manifest.tensors, file):
+            if _read_piece(reader, piece, into.get(name)) != piece.crc32:
+                damaged.append(f"the array {name!r}")
     if damaged:
-        raise CheckpointError("HL517", f"{directory / ARRAYS} is damaged: {_list(damaged)} not as written.")
-    if digest.hexdigest() != manifest.files[ARRAYS].sha256:
-        raise CheckpointError("HL518", f"{directory / ARRAYS} is damaged: its SHA-256 is not the one in {MANIFEST}.")
+        raise CheckpointError("HL517", f"{directory / file} is damaged: {_list(damaged)} not as written.")
+
+
+def _read_piece(reader: filesystem.Reader, piece: Piece, array: np.ndarray | None) -> int:
+    """Reads the next piece of a file, into its place if there is an array; its CRC-32."""
+    crc32, at = 0, 0
+    values = None if array is None else array if array.shape == piece.shape else np.empty(piece.shape, array.dtype)
+    memory = None if values is None else as_bytes(values)
+    for chunk in reader.take(piece.stop - piece.start):
+        crc32 = zlib.crc32(chunk, crc32)
+        if memory is not None:
+            memory[at : at + len(chunk)] = chunk
+            at += len(chunk)
+    if array is not None and values is not array:
+        array[piece.slices] = values
+    return crc32
 
 
 def _list(parts: list[str]) -> str:

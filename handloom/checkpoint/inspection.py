@@ -39,11 +39,10 @@ def shown(path: Path) -> Iterator[str]:
     yield f"{checkpoint}: step {manifest.step}, {_summary(manifest)}"
     width = max(map(len, manifest.tensors), default=0)
     for name, tensor in sorted(manifest.tensors.items()):
-        yield f"{name:{width}}  {tensor.dtype:8}  {list(tensor.shape)!s:16}  {tensor.stop - tensor.start:,} bytes"
+        yield f"{name:{width}}  {tensor.dtype:8}  {list(tensor.shape)!s:16}  {tensor.nbytes:,} bytes"
     yield json.dumps(read_contents(checkpoint, manifest), indent=2)
 
 
 def _summary(manifest: Manifest) -> str:
-    size = sum(file.bytes for file in manifest.files.values())
     metrics = [f"{name}={value:.6g}" for name, value in manifest.metrics.items() if not math.isnan(value)]
-    return "  ".join([f"{len(manifest.tensors)} arrays, {size:,} bytes", *metrics])
+    return "  ".join([f"{len(manifest.tensors)} arrays, {manifest.nbytes:,} bytes", *metrics])

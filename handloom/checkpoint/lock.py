@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import importlib
 import json
 import os
 import platform
 import stat
 from pathlib import Path
+from typing import Any
 
 from handloom.errors import CheckpointError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # On Windows.
+    fcntl = None
+
+_FAR = 1 << 30  # Of a file, Windows locks bytes, also for readers: one that is not among those that name the holder.
 
 _held: set[int] = set()
 
@@ -27,7 +36,7 @@ class WriterLock:
 
     def __init__(self, directory: Path) -> None:
         path = directory / ".lock"
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             self._take(directory)
         except BaseException:
@@ -42,8 +51,8 @@ class WriterLock:
                 "HL521", f"{directory / '.lock'} is no regular file, or has a second name. Remove it."
             )
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(self._file)
+        except (BlockingIOError, PermissionError):
             raise CheckpointError(
                 "HL522",
                 f"{directory} is being written by {self._holder()}. "
@@ -65,10 +74,24 @@ class WriterLock:
             os.close(self._file)
 
 
+def _lock(file: int) -> None:
+    """Locks a file until it is closed, by whatever end of the process; an OSError if it is locked already."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    msvcrt: Any = importlib.import_module("msvcrt")
+    os.lseek(file, _FAR, os.SEEK_SET)
+    try:
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    finally:
+        os.lseek(file, 0, os.SEEK_SET)
+
+
 def _let_go() -> None:
     """A child shares the lock and would hold it after its parent's death: a worker that loads data, for one."""
     while _held:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

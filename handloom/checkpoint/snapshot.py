@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from types import MappingProxyType
@@ -12,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from handloom._keras import Variable, keras
-from handloom.backends import backend
+from handloom._util.shard import Shard
+from handloom.checkpoint.encoding import decode, encode
 from handloom.checkpoint.names import named
 from handloom.checkpoint.random_state import random_state, set_random_state
+from handloom.distribute._strategy import current
 from handloom.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
@@ -22,28 +23,29 @@ Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 # Arrays in the states of feeds and callbacks. No variable's name begins so.
 OF_STATE = "@"
 _RANDOM = "@random"
-_ARRAY = "__array__"
-_NUMBER = "__number__"  # One that JSON does not have.
 _SHOWN = 5
 
 
 def take(
-    state: Mapping[str, Any], into: Mapping[str, np.ndarray] = MappingProxyType({})
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    state: Mapping[str, Any], into: Mapping[str, Sequence[Shard]] = MappingProxyType({})
+) -> tuple[dict[str, list[Shard]], dict[str, Any]]:
     """Copies a state off the device.
 
     Args:
         state: Models, layers, optimizers, metrics, variables, and objects with `state()` and `restore(state)`, in dicts
             and lists.
-        into: The arrays of an earlier copy, whose memory may be written over: fresh memory costs more than the copying.
+        into: The shards of an earlier copy, whose memory may be written over: fresh memory costs more than the copying.
 
     Returns:
-        Arrays by name, and what is JSON. Where random numbers stand is among both.
+        The shards of arrays that this process holds, by name, and what is JSON. Where random numbers stand is among
+        both.
     """
     variables, stateful = named(state)
-    arrays = {name: _copied(variable, into.get(name)) for name, variable in variables.items()}
-    contents = {name: _packed(f"{OF_STATE}{name}", thing.state(), arrays) for name, thing in stateful.items()}
-    return arrays, contents | {_RANDOM: _packed(_RANDOM, random_state(), arrays)}
+    shards = {name: _copied(_shards_of(variable), into.get(name, ())) for name, variable in variables.items()}
+    arrays: dict[str, np.ndarray] = {}
+    contents = {name: encode(thing.state(), f"{OF_STATE}{name}", arrays) for name, thing in stateful.items()}
+    contents[_RANDOM] = encode(random_state(), _RANDOM, arrays)
+    return shards | {name: [Shard.whole(array)] for name, array in arrays.items()}, contents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +102,9 @@ def put(
     _refuse(stateful.keys() - kept, kept - stateful.keys(), {}, allow)
     things = [name for name in stateful if name in contents]
     for name in things:
-        stateful[name].restore(_unpacked(contents[name], arrays))
+        stateful[name].restore(decode(contents[name], arrays))
     if _RANDOM in contents:
-        set_random_state(_unpacked(contents[_RANDOM], arrays))
+        set_random_state(decode(contents[_RANDOM], arrays))
     fitting = [name for name, variable in variables.items() if _fits(variable, arrays.get(name))]
     for name in fitting:
         _assign(variables[name], arrays[name])
@@ -116,8 +118,16 @@ def _fits(variable: Variable | np.ndarray, array: np.ndarray | None) -> bool:
     return array is not None and tuple(array.shape) == tuple(variable.shape)
 
 
-def _copied(variable: Variable | np.ndarray, into: np.ndarray | None) -> np.ndarray:
-    value = variable if isinstance(variable, np.ndarray) else backend.to_numpy(variable.value)
+def _shards_of(variable: Variable | np.ndarray) -> list[Shard]:
+    return [Shard.whole(variable)] if isinstance(variable, np.ndarray) else current().shards_of(variable)
+
+
+def _copied(shards: list[Shard], into: Sequence[Shard]) -> list[Shard]:
+    memory = {shard.offset: shard.value for shard in into}
+    return [Shard(shard.offset, _copy(shard.value, memory.get(shard.offset))) for shard in shards]
+
+
+def _copy(value: np.ndarray, into: np.ndarray | None) -> np.ndarray:
     if into is None or (into.dtype, into.shape) != (value.dtype, value.shape):
         return np.array(value)
     np.copyto(into, value)
@@ -131,31 +141,6 @@ def _assign(variable: Variable | np.ndarray, array: np.ndarray) -> None:
         return
     dtype = keras.backend.standardize_dtype(variable.dtype)
     variable.assign(keras.ops.cast(array, dtype) if array.dtype.name != dtype else array)
-
-
-def _packed(name: str, value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """JSON, in which arrays are named and put with the others."""
-    if isinstance(value, np.ndarray):
-        arrays[name] = value.copy()
-        return {_ARRAY: name}
-    if isinstance(value, Mapping):
-        return {str(key): _packed(f"{name}.{key}", inner, arrays) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_packed(f"{name}[{index}]", inner, arrays) for index, inner in enumerate(value)]
-    value = value.item() if isinstance(value, np.generic) else value
-    return {_NUMBER: repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _unpacked(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    if isinstance(value, Mapping) and set(value) == {_ARRAY}:
-        return arrays[value[_ARRAY]]
-    if isinstance(value, Mapping) and set(value) == {_NUMBER}:
-        return float(value[_NUMBER])
-    if isinstance(value, Mapping):
-        return {key: _unpacked(inner, arrays) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_unpacked(inner, arrays) for inner in value]
-    return value
 
 
 def _is_allowed(name: str, allow: Iterable[str]) -> bool:

@@ -1,4 +1,4 @@
-"""JSON that comes back as it was, or not at all."""
+"""JSON that is read as it was written, or not at all."""
 
 from __future__ import annotations
 
@@ -11,35 +11,14 @@ _DEPTH = 100  # Levels of lists and dicts; what we write ourselves has about ten
 
 
 def encode(value: Any, what: str) -> bytes:
-    """The value as bytes.
+    """JSON values as bytes.
 
     Raises:
-        CheckpointError: It holds something that would not come back: no JSON, or keys that are no strings.
+        CheckpointError: If they are nested more deeply than `decode` reads.
     """
-    try:
-        _check(value, what)
-        return json.dumps(value, separators=(",", ":")).encode("ascii")
-    except RecursionError:
-        raise CheckpointError("HL543", f"{what} is nested too deeply, or holds itself.") from None
-
-
-def _check(value: Any, where: str, depth: int = 1) -> None:
-    if depth > _DEPTH:
-        raise CheckpointError("HL544", f"{where[:200]} is nested in more than {_DEPTH} levels.")
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise CheckpointError("HL545", f"{where} has the key {key!r}; JSON has strings only. Use {str(key)!r}.")
-            _check(inner, f"{where}.{key}", depth + 1)
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            _check(inner, f"{where}[{index}]", depth + 1)
-    elif type(value) not in (str, int, float, bool, type(None)):
-        raise CheckpointError(
-            "HL546",
-            f"{where} is {type(value).__name__}, which JSON does not know. "
-            "Save it as a number, a string, or as one of the arrays.",
-        )
+    if _depth(value) > _DEPTH:
+        raise CheckpointError("HL544", f"{what} is nested in more than {_DEPTH} levels.")
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def decode(data: bytes, what: str) -> dict[str, Any]:
@@ -54,11 +33,11 @@ def decode(data: bytes, what: str) -> dict[str, Any]:
     except RecursionError:
         depth = _DEPTH + 1
     except ValueError as error:
-        raise CheckpointError("HL547", f"{what} is no JSON that can be read: {error}.") from error
+        raise CheckpointError("HL547", f"{what} is not JSON that can be read: {error}.") from error
     if depth > _DEPTH:
         raise CheckpointError("HL548", f"{what} is nested in more than {_DEPTH} levels.")
     if not isinstance(value, dict):
-        raise CheckpointError("HL549", f"{what} holds no JSON object.")
+        raise CheckpointError("HL549", f"{what} does not contain a JSON object.")
     return value
 
 

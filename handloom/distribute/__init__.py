@@ -1,6 +1,6 @@
 """How a run uses its devices: the contract that every strategy fulfils, and the one for a single device."""
 
-from handloom.distribute._strategy import Shard as Shard
+from handloom._util.shard import Shard as Shard
 from handloom.distribute._strategy import SingleDevice as SingleDevice
 from handloom.distribute._strategy import Strategy as Strategy
 from handloom.distribute._strategy import current as current

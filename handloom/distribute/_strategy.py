@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -12,23 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from handloom._keras import Tensor, Variable
+from handloom._util.shard import Shard
 from handloom.backends import backend
 from handloom.errors import ArgumentError
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A part of a variable that one process holds.
-
-    Attributes:
-        offset: Where its first element stands in the variable, one index an axis.
-        value: Its values, in host memory; not to be written to.
-    """
-
-    offset: tuple[int, ...]
-    value: np.ndarray
 
 
 class Strategy(abc.ABC):
@@ -80,7 +67,10 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def shards_of(self, variable: Variable) -> list[Shard]:
-        """The parts of a variable that this process saves; those of all processes together are the variable."""
+        """The parts of a variable that this process saves.
+
+        Those of all processes together are the variable, each element once. None is empty, unless the variable is.
+        """
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
@@ -121,7 +111,7 @@ class SingleDevice(Strategy):
 
     def shards_of(self, variable: Variable) -> list[Shard]:
         """The whole variable."""
-        return [Shard((0,) * len(variable.shape), backend.to_numpy(variable.value))]
+        return [Shard.whole(backend.to_numpy(variable.value))]
 
 
 _SINGLE = SingleDevice()

@@ -1,7 +1,5 @@
 """What callbacks carry, taken and given back: going on equals never having stopped."""
 
-import json
-
 import keras
 import numpy as np
 import pytest
@@ -19,23 +17,9 @@ from handloom.callbacks import (
     restore_callback,
 )
 from tests.callbacks.scripted import Scripted, feed
+from tests.checkpoint.common import through_a_checkpoint
 
 LOGS = [{"loss": loss, "accuracy": 1 / loss} for loss in (5.0, 4.0, 4.5, 4.2, 3.0, 3.5)]
-
-
-def through_json(state):
-    """A state as it comes back from a file: JSON, and arrays beside it."""
-    arrays = []
-
-    def put(value):
-        assert isinstance(value, np.ndarray), f"neither JSON nor an array: {value!r}"
-        arrays.append(value.copy())
-        return {"array": len(arrays) - 1}
-
-    def get(pairs):
-        return arrays[pairs["array"]] if "array" in pairs else pairs
-
-    return json.loads(json.dumps(state, default=put, allow_nan=False), object_hook=get)
 
 
 def fresh():
@@ -48,7 +32,7 @@ def fresh():
 def outcome(callback, model, logs):
     """All that a callback can have an effect on."""
     rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
-    return logs, rate, model.stop_training, through_json(callback_state(callback))
+    return logs, rate, model.stop_training, through_a_checkpoint(callback_state(callback))
 
 
 MADE = {
@@ -76,7 +60,7 @@ def test_going_on_equals_never_having_stopped(kind, cut, tmp_path):
 
     model, first = fresh(), MADE[kind](tmp_path / "halves")
     logs = feed(first, LOGS[:cut], model)
-    state = through_json(callback_state(first))
+    state = through_a_checkpoint(callback_state(first))
     second = MADE[kind](tmp_path / "halves")
     logs += feed(second, LOGS[cut:], model, first=cut, state=state)
     np.testing.assert_equal(outcome(second, model, logs), expected)
@@ -90,7 +74,7 @@ def test_the_best_weights_survive():
     stopping, model = EarlyStopping("loss", patience=9, restore_best_weights=True), fresh()
     model.count.assign(3)
     feed(stopping, LOGS[:2], model)
-    state = through_json(stopping.state())
+    state = through_a_checkpoint(stopping.state())
     model.count.assign(8)
     again = EarlyStopping("loss", patience=9, restore_best_weights=True)
     feed(again, [{"loss": 7.0}], model, first=2, state=state)
@@ -107,7 +91,7 @@ def test_a_checkpoint_of_the_best_remembers_the_best(tmp_path):
     first, model = checkpoint(), fresh()
     feed(first, LOGS[:3], model)
     second = checkpoint()
-    feed(second, LOGS[3:], model, first=3, state=through_json(callback_state(first)))
+    feed(second, LOGS[3:], model, first=3, state=through_a_checkpoint(callback_state(first)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.weights.h5", "2.weights.h5", "5.weights.h5"]
 
 
@@ -144,17 +128,18 @@ def test_of_a_users_callback_the_plain_values_are_kept():
     callback.set_params({"epochs": 1})
     callback.set_model(fresh())
     assert set(callback_state(callback)) == {
-        *("count", "best", "label", "done", "seen", "by_name", "average", "single", "pair")
+        *("count", "best", "label", "done", "seen", "by_name", "by_number", "average", "single", "pair")
     }
     callback.count, callback.best, callback.label, callback.done = 7, 1.5, "good", True
     callback.seen.append(4)
     callback.average += 2
-    state = through_json(callback_state(callback))
+    state = through_a_checkpoint(callback_state(callback))
     callback.average += 5
     other = Own(9.0)
     restore_callback(other, state)
     assert (other.count, other.best, other.label, other.done) == (7, 1.5, "good", True)
-    assert (other.seen, other.by_name, other.single, other.pair) == ([4], {"x": [1, 2.5]}, 0.5, [1, 2])
+    assert (other.seen, other.by_name, other.single, other.pair) == ([4], {"x": [1, 2.5]}, 0.5, (1, 2))
+    assert (other.by_number, type(other.single)) == ({1: 2}, np.float32)
     np.testing.assert_array_equal(other.average, [2, 2])
     assert other.threshold == 9.0
 
@@ -199,7 +184,7 @@ def test_a_lambda_callback_and_a_history_have_theirs():
     history = keras.callbacks.History()
     feed(history, LOGS[:2], fresh())
     again = keras.callbacks.History()
-    feed(again, LOGS[2:], fresh(), first=2, state=through_json(callback_state(history)))
+    feed(again, LOGS[2:], fresh(), first=2, state=through_a_checkpoint(callback_state(history)))
     assert again.epoch == [0, 1, 2, 3, 4, 5]
     assert again.history["loss"] == [logs["loss"] for logs in LOGS]
 

@@ -4,10 +4,13 @@ import functools
 import hashlib
 import json
 import os
+from types import MappingProxyType
 
 import numpy as np
 
-from handloom.checkpoint import filesystem, lock
+from handloom._util.shard import Shard
+from handloom.checkpoint import filesystem, lock, snapshot
+from handloom.checkpoint.encoding import decode, encode
 from handloom.checkpoint.format import Draft
 from handloom.checkpoint.store import Store
 
@@ -74,7 +77,17 @@ def save(directory, step, *, keep=None, best=None, metrics=None):
 
 
 def draft(step, metrics=None):
-    return Draft(step, arrays(step), contents(step), metrics or {})
+    return draft_of(arrays(step), contents(step), metrics, step=step)
+
+
+def draft_of(arrays=None, contents=None, metrics=None, step=7):
+    """A checkpoint of these, whose arrays are whole and in one file."""
+    return Draft(step, [whole(arrays or {})], contents or {}, metrics or {})
+
+
+def whole(arrays):
+    """Each array as the one shard that it has where there is one device."""
+    return {name: [Shard.whole(array)] for name, array in arrays.items()}
 
 
 def is_of(checkpoint, step):
@@ -93,6 +106,20 @@ def same(one, other):
     return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
 
 
+def take(state, into=MappingProxyType({})):
+    """What is taken of a state, as whole arrays and JSON."""
+    shards, contents = snapshot.take(state, whole(into))
+    return {name: shard.value for name, [shard] in shards.items()}, json.loads(json.dumps(contents, allow_nan=False))
+
+
+def through_a_checkpoint(value):
+    """A value as it comes back from JSON and arrays."""
+    stored = {}
+    encoded = encode(value, "@it", stored)
+    draft_of(stored)  # Names and types are such as a checkpoint takes.
+    return decode(json.loads(json.dumps(encoded, allow_nan=False)), stored)
+
+
 def forge(directory, change):
     """Changes the manifest of a checkpoint as one would who knows the format: its own SHA-256 is right again."""
     path = directory / "manifest.json"
@@ -104,7 +131,14 @@ def forge(directory, change):
 
 
 def forge_file(directory, name, data):
-    """Gives a file of a checkpoint other bytes, and the manifest their size and SHA-256."""
+    """Gives a file of a checkpoint other bytes, and the manifest their size and, for the contents, SHA-256."""
     (directory / name).write_bytes(data)
-    digest = hashlib.sha256(data).hexdigest()
-    forge(directory, lambda record: record["files"].update({name: {"bytes": len(data), "sha256": digest}}))
+    contents = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def change(record):
+        if name == "contents.json":
+            record["contents"] = contents
+        else:
+            record["files"][name] = len(data)
+
+    forge(directory, change)

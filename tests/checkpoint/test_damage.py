@@ -4,13 +4,11 @@ import json
 import re
 import shutil
 import warnings
-import zlib
 
 import numpy as np
 import pytest
 
 import handloom as hl
-from handloom.checkpoint.manifest import header
 from handloom.checkpoint.store import read, valid_steps
 from handloom.errors import CheckpointError, HandloomWarning
 from tests.checkpoint.common import forge, forge_file, is_of, save
@@ -44,8 +42,9 @@ def warned(run):
 def tensor_at(run, position):
     """The array whose bytes a position in the file is among."""
     tensors = json.loads((run / "step_000000002" / MANIFEST).read_bytes())["tensors"]
-    begin = len((run / "step_000000002" / ARRAYS).read_bytes()) - max(tensor["stop"] for tensor in tensors.values())
-    [name] = [name for name, tensor in tensors.items() if tensor["start"] <= position - begin < tensor["stop"]]
+    pieces = {name: tensor["pieces"][0] for name, tensor in tensors.items()}
+    begin = len((run / "step_000000002" / ARRAYS).read_bytes()) - max(piece["stop"] for piece in pieces.values())
+    [name] = [name for name, piece in pieces.items() if piece["start"] <= position - begin < piece["stop"]]
     return name
 
 
@@ -72,7 +71,7 @@ def test_a_flipped_bit_in_any_byte_is_found_and_its_place_named(run, kind):
         flip(path, position, bit)
         assert f"{path} is damaged" in message or f"{path}: It is damaged" in message, position
         if kind == "data":
-            assert f"the tensor {tensor_at(run, position)!r} is not as written" in message
+            assert f"the array {tensor_at(run, position)!r} is not as written" in message
         if kind == "header":
             assert "its header is not as written" in message
     assert is_of(hl.load_checkpoint(run), 2)
@@ -100,7 +99,7 @@ def test_a_file_cut_off_anywhere_is_found(run, name):
 def test_a_tensor_that_is_cut_off_is_named(run):
     path = run / "step_000000002" / ARRAYS
     path.write_bytes(path.read_bytes()[:-1])
-    assert re.search(r"it has \d+ bytes, of \d+ .* Of it, the tensor 'model.mask' is cut off", warned(run))
+    assert re.search(r"it has \d+ bytes, of \d+ .* Of it, the array 'model.mask' is cut off", warned(run))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -158,7 +157,7 @@ def test_a_name_given_twice_in_the_manifest_is_found(run, field):
 
 def test_a_name_given_twice_in_the_contents_is_found(run):
     forge_file(run / "step_000000002", CONTENTS, b'{"a":1,"a":1}')
-    assert "contents.json is no JSON that can be read: the name 'a' is given twice" in warned(run)
+    assert "contents.json is not JSON that can be read: the name 'a' is given twice" in warned(run)
 
 
 def test_a_name_given_twice_in_the_header_of_safetensors_is_found(run):
@@ -171,29 +170,12 @@ def test_a_name_given_twice_in_the_header_of_safetensors_is_found(run):
     assert warned(run)
 
 
-def test_checksums_that_contradict_each_other_are_damage(run):
-    folder = run / "step_000000002"
-    path, where = positions(run, "data")
-    data = bytearray(path.read_bytes())
-    data[where[0]] ^= 1
-    forge_file(folder, ARRAYS, bytes(data))  # The SHA-256 is that of the changed file; the CRC of the tensor is not.
-    assert "the tensor 'model.dense.bias' is not as written" in warned(run)
-
-
-def test_bytes_that_a_crc_does_not_tell_apart_are_told_apart_by_the_sha256(run):
-    path, where = positions(run, "data")
-    flip(path, where[0], 0)
-    bias = path.read_bytes()[where[0] :][: 7 * 8]
-    forge(path.parent, lambda record: record["tensors"]["model.dense.bias"].update(crc32=zlib.crc32(bias)))
-    assert f"{path} is damaged: its SHA-256 is not the one in manifest.json" in warned(run)
-
-
 def test_damage_is_found_in_a_checkpoint_asked_for_by_name(run):
     path, where = positions(run, "data")
     flip(path, where[0], 0)
-    with pytest.raises(CheckpointError, match=r"arrays.safetensors is damaged: the tensor 'model.dense.bias'"):
+    with pytest.raises(CheckpointError, match=r"arrays.safetensors is damaged: the array 'model.dense.bias'"):
         read(run / "step_000000002")
-    with pytest.raises(CheckpointError, match=r"arrays.safetensors is damaged: the tensor 'model.dense.bias'"):
+    with pytest.raises(CheckpointError, match=r"arrays.safetensors is damaged: the array 'model.dense.bias'"):
         hl.load_checkpoint(run / "step_000000002")
 
 
@@ -207,10 +189,4 @@ def test_of_many_damaged_tensors_three_are_named(run):
     path, where = positions(run, "data")
     data = path.read_bytes()
     path.write_bytes(data[: where[0]] + bytes(255 - byte for byte in data[where[0] :]))
-    assert re.search("the tensor 'model.dense.bias', the tensor .*, the tensor .* and 1 more are not", warned(run))
-
-
-def test_the_header_is_that_of_the_manifest_and_of_no_other(run):
-    found = hl.load_checkpoint(run).arrays
-    assert len(header({})) % 8 == 0
-    assert set(found) == set(json.loads((run / "step_000000002" / MANIFEST).read_bytes())["tensors"])
+    assert re.search("the array 'model.dense.bias', the array .*, the array .* and 1 more are not", warned(run))

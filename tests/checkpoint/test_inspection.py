@@ -63,7 +63,7 @@ def test_verify_names_file_and_tensor_that_are_damaged_and_ends_with_one(directo
         result = run("verify", where)
         assert result.exit_code == 1
         assert result.output.splitlines()[-1] == (
-            f"step_000000002  DAMAGED: {path} is damaged: the tensor 'model.mask' is not as written. [HL517]"
+            f"step_000000002  DAMAGED: {path} is damaged: the array 'model.mask' is not as written. [HL517]"
         )
 
 
@@ -83,7 +83,7 @@ def test_show_refuses_a_damaged_one_in_a_sentence(directory):
     path = damage(directory)
     result = run("show", directory)
     assert result.exit_code == 1
-    assert result.output == f"Error: {path} is damaged: the tensor 'model.mask' is not as written. [HL517]\n"
+    assert result.output == f"Error: {path} is damaged: the array 'model.mask' is not as written. [HL517]\n"
 
 
 @pytest.mark.parametrize("command", ["ls", "verify", "show"])

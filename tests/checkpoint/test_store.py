@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from handloom.checkpoint import filesystem
-from handloom.checkpoint.format import Draft
 from handloom.checkpoint.retention import Slot
 from handloom.checkpoint.store import Store, read_newest, slots, valid_steps
 from handloom.errors import CheckpointError
-from tests.checkpoint.common import Nth, draft, install, is_of, save
+from tests.checkpoint.common import Nth, draft, draft_of, install, is_of, save
 
 pytestmark = pytest.mark.once
 
@@ -126,7 +125,7 @@ def test_a_step_saved_again_replaces_the_one_before(tmp_path):
     save(tmp_path, 1)
     for value in (1.0, 2.0, 3.0):
         store = Store(tmp_path, keep=2)
-        store.save(Draft(5, {"value": np.array(value)}, {}, {}))
+        store.save(draft_of({"value": np.array(value)}, step=5))
         store.close()
     assert newest(tmp_path).arrays["value"] == 3.0
     assert inside(tmp_path) == {".lock", "step_000000001", "step_000000005_2"}
@@ -229,7 +228,7 @@ def test_a_limit_of_the_system_on_writing_is_met_like_a_full_disk(tmp_path):
     save(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     store = Store(tmp_path, keep=1)
-    large = Draft(2, {"large": np.zeros(1 << 20)}, {}, {})
+    large = draft_of({"large": np.zeros(1 << 20)}, step=2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
         with pytest.raises(CheckpointError, match=r"step_000000002 was not written.*File too large.*make room"):

@@ -163,7 +163,7 @@ def test_f4_on_torch_the_error_names_the_way_to_a_saved_model_and_it_works(tmp_p
         model.export(tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []
 
-    command = str(raised.value).partition("then ")[2].removesuffix(".")
+    command = str(raised.value).partition("then ")[2].partition(". [HL")[0]
     assert command.startswith("KERAS_BACKEND=tensorflow python -c ")
     model.save(tmp_path / "model.keras")
     command = command.replace("python", f"'{sys.executable}'")

@@ -231,8 +231,8 @@ def test_it_says_what_is_other_than_when_it_was_saved(tmp_path, capsys, monkeypa
     told = capsys.readouterr().out
     assert "Not in the checkpoint; initialized from scratch: callbacks.LambdaCallback." in told
     assert re.search(
-        r"Changed since the checkpoint; results will not be bitwise identical: python 3\.\S+ -> 3\.99; steps_per_execution 1 -> 2; "
-        r"the configuration of state\.model\.drop, state\.model\.optimizer\.",
+        r"Changed since the checkpoint; results will not be bitwise identical: python 3\.\S+ -> 3\.99; "
+        r"steps_per_execution 1 -> 2; the configuration of state\.model\.drop, state\.model\.optimizer\.",
         told,
     )
 

@@ -90,13 +90,13 @@ def test_exactly_one_unit_is_given(given):
 @pytest.mark.parametrize("unit", ["steps", "epochs"])
 @pytest.mark.parametrize("number", [0, -1, 1.5, "3", True])
 def test_steps_and_epochs_are_positive_whole_numbers(unit, number):
-    with pytest.raises(ValueError, match=rf"hl.every\({unit}=...\) takes a positive whole number; received {unit}="):
+    with pytest.raises(ValueError, match=rf"hl.every\({unit}=...\) takes a whole number, at least 1; received "):
         hl.every(**{unit: number})
 
 
 @pytest.mark.parametrize("number", [0, -0.5, "3", True])
 def test_seconds_are_a_positive_number(number):
-    with pytest.raises(ValueError, match=r"hl.every\(seconds=...\) takes a positive number; received seconds="):
+    with pytest.raises(ValueError, match=r"hl.every\(seconds=...\) takes a positive number; received "):
         hl.every(seconds=number)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from handloom._data.sources.base import Batch, Look, Source
-from handloom.checkpoint.encoding import decode, encode
+from handloom.checkpoint.encoding import decode_position
 from handloom.errors import DataError
 
 
@@ -90,7 +90,8 @@ class Stream(Source):
 
     def _gone_back(self, state: Any, start: int) -> Iterator[Any] | None:
         try:
-            return self._reader.go_on(decode(state["at"]), start if state["under_way"] else None)
+            position = decode_position(state["at"]) if "at" in state else state["position"]  # "at" is of format 1.
+            return self._reader.go_on(position, start if state["under_way"] else None)
         except Exception as error:  # Whatever a library says of what it cannot use.
             raise DataError(
                 "HL427",
@@ -104,7 +105,7 @@ class Stream(Source):
 
     def _where(self, *, under_way: bool) -> Any:
         at = self._reader.state() if self._reader.exact else None
-        return None if at is None else {"under_way": under_way, "at": encode(at, f"The position of {self.name}")}
+        return None if at is None else {"under_way": under_way, "position": at}
 
     def _tell(self, epoch: int) -> None:
         """Tells the data, or the sampler in it, the number of the epoch, of which its order may be a function."""

@@ -1,0 +1,163 @@
+"""Arrays in pieces, over any number of files: whole again when read, and refused where pieces do not make a whole."""
+
+import itertools
+import json
+
+import keras
+import numpy as np
+import pytest
+import safetensors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from keras import layers
+
+import handloom as hl
+from handloom._util.shard import Shard
+from handloom.checkpoint import snapshot
+from handloom.checkpoint.format import Draft, read_arrays, verify
+from handloom.checkpoint.names import named
+from handloom.distribute import SingleDevice
+from handloom.errors import CheckpointError
+from tests.checkpoint.common import forge, same, whole
+
+
+class Half(SingleDevice):
+    """Each variable is cut in half along its first axis, if it has one; one process holds a half."""
+
+    size = 2
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def shards_of(self, variable):
+        [shard] = super().shards_of(variable)
+        if not shard.offset:
+            return [shard] if self.rank == 0 else []
+        half = len(shard.value) // 2
+        begin, end = (0, half) if self.rank == 0 else (half, len(shard.value))
+        return [Shard((begin, *shard.offset[1:]), shard.value[begin:end])] if end > begin else []
+
+
+def trained():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.BatchNormalization(), layers.Dense(1)])
+    optimizer = keras.optimizers.Adam(0.01)
+    optimizer.build(model.trainable_variables)
+    for variable in named({"model": model, "optimizer": optimizer})[0].values():
+        if len(variable.shape):
+            variable.assign(keras.random.normal(variable.shape, seed=1))
+    return {"model": model, "optimizer": optimizer}
+
+
+def test_strategy_shards_of_two_ranks_are_two_files_and_restore_on_one_device(tmp_path):
+    state = trained()
+    parts = []
+    for rank in range(2):
+        with Half(rank).scope():
+            shards, contents = snapshot.take(state)
+        parts.append(shards if rank == 0 else {name: shards[name] for name in named(state)[0]})  # The rest is one's.
+    (tmp_path / "step_000000003").mkdir()
+    Draft(3, parts, contents, {}).write(tmp_path / "step_000000003")
+    assert sorted(path.name for path in (tmp_path / "step_000000003").iterdir()) == [
+        "arrays-00001-of-00002.safetensors",
+        "arrays-00002-of-00002.safetensors",
+        "contents.json",
+        "manifest.json",
+    ]
+    other = trained()
+    for variable in named(other)[0].values():
+        variable.assign(keras.ops.zeros_like(variable.value))
+    checkpointer = hl.Checkpointer(tmp_path, other)
+    assert checkpointer.restore() == 3
+    for name, variable in named(state)[0].items():
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(named(other)[0][name].value), keras.ops.convert_to_numpy(variable.value)
+        )
+
+
+@pytest.mark.once
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_grid_over_any_files_is_read_as_one_array(tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    arrays, parts = {}, [{} for _ in range(data.draw(st.integers(1, 3)))]
+    for name in ("a", "b", "empty"):
+        shape = data.draw(st.lists(st.integers(0 if name == "empty" else 1, 5), max_size=3))
+        dtype = data.draw(st.sampled_from(["float32", "int8", "float64"]))
+        array = arrays[name] = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
+        cuts = [
+            sorted({0, size, *data.draw(st.sets(st.integers(1, size - 1), max_size=2))}) if size > 1 else [0, size]
+            for size in shape
+        ]
+        for ranges in itertools.product(*(list(itertools.pairwise(cut)) for cut in cuts)):
+            part = data.draw(st.sampled_from(parts))
+            piece = array[tuple(slice(*bounds) for bounds in ranges)]
+            part.setdefault(name, []).append(Shard(tuple(begin for begin, _ in ranges), piece))
+    Draft(1, parts, {}, {}).write(directory)
+    manifest = verify(directory)
+    found = read_arrays(directory, manifest)
+    assert all(same(found[name], array) for name, array in arrays.items())
+    assert len(manifest.files) == len(parts)
+
+
+@pytest.fixture
+def halves(tmp_path):
+    """A checkpoint of one array in two files."""
+    array = np.arange(24, dtype="float32").reshape(4, 6)
+    parts = [{"w": [Shard((0, 0), array[:, :2])]}, {"w": [Shard((0, 2), array[:, 2:])]} | whole({"v": array})]
+    Draft(1, parts, {}, {}).write(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.once
+def test_any_reader_of_safetensors_finds_pieces_by_their_place(halves):
+    data = (halves / "arrays-00002-of-00002.safetensors").read_bytes()
+    found = {name: (entry["shape"], bytes(entry["data"])) for name, entry in safetensors.deserialize(data)}
+    array = np.arange(24, dtype="float32").reshape(4, 6)
+    assert found == {"w[0:4,2:6]": ([4, 4], array[:, 2:].tobytes()), "v": ([4, 6], array.tobytes())}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["arrays-00001-of-00002.safetensors", "arrays-00002-of-00002.safetensors"])
+def test_damage_in_any_of_several_files_names_file_and_array(halves, name):
+    data = bytearray((halves / name).read_bytes())
+    data[-1] ^= 1
+    (halves / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{name} is damaged: the array 'w' is not as written"):
+        verify(halves)
+    (halves / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} cannot be opened"):
+        verify(halves)
+
+
+def piece(record, number):
+    return record["tensors"]["w"]["pieces"][number]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["tensors"]["w"]["pieces"].pop(),
+        lambda record: record["tensors"]["w"]["pieces"].append(piece(record, 0)),
+        lambda record: piece(record, 1).update(offset=[0, 0]),
+        lambda record: piece(record, 1).update(offset=[0, 1]),
+        lambda record: piece(record, 1).update(offset=[1, 2]),
+        lambda record: record["tensors"]["w"].update(shape=[4, 7]),
+        lambda record: record["tensors"]["w"].update(shape=[24]),
+    ],
+)
+def test_pieces_that_do_not_make_up_their_array_are_refused(halves, change):
+    forge(halves, change)
+    with pytest.raises(CheckpointError, match="The array 'w' has pieces that do not make up the shape"):
+        verify(halves)
+
+
+@pytest.mark.once
+def test_a_manifest_lists_each_array_with_its_pieces(halves):
+    record = json.loads((halves / "manifest.json").read_bytes())
+    assert record["format"] == 2
+    assert [(piece["file"][7:12], piece["offset"], piece["shape"]) for piece in record["tensors"]["w"]["pieces"]] == [
+        ("00001", [0, 0], [4, 2]),
+        ("00002", [0, 2], [4, 4]),
+    ]
