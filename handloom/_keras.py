@@ -1,27 +1,27 @@
-"""Keras, and the few of its internals that Handloom uses, each with its reason.
+"""The Keras internals that Handloom uses, each with its reason.
 
-Everything else in the package (backends aside) uses only what Keras exports. `tests/test_keras.py`
-checks each of these, so that a change in Keras is noticed there and not by a user.
+The rest of the package, apart from the backends, uses only the public API of Keras. `tests/test_keras.py` tests each
+internal, so that a change in Keras shows there and not at a user's.
 
-| internal                     | why                                                                    |
-|------------------------------|------------------------------------------------------------------------|
-| `get_stateless_scope`        | a scope of ours must know which scope encloses it                      |
-| `Variable._value`            | `assign` costs ten times more per step, and converts what needs none   |
-| `Variable._shape`, `_dtype`  | of a variable without a value yet, whatever dtype a layer computes in  |
-| `Layer._flatten_layers`      | which layers a layer is made of, at any depth                          |
-| `Functional`                 | not exported; a subclass built from inputs and outputs must become one |
-| `Model._compute_loss`, `_loss_tracker` | what Keras's own default steps use |
-| `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order                      |
-| `Metric._direction`          | whether more of a metric is better, which callbacks that watch it must know |
-| `Model._initial_epoch`       | how `BackupAndRestore` tells the loop where to go on                   |
-| `Optimizer._trainable_variables` | for what `apply` updates when it is told gradients only            |
-| `Optimizer._variables`, `_iterations`, `_tracker` | which variables are slots, to make them anew       |
-| `Optimizer._learning_rate`   | no slot; a copy of an optimizer shares it                              |
-| `global_seed_generator`      | it must exist before a step is traced, as any variable must             |
-| `global_state`               | has a variable whose initializer failed, and would fail in each later scope |
-| `GLOBAL_SEED_GENERATOR`      | its name there: `set_random_seed` replaces it, but compiled steps hold the one before |
-| `Layer._seed_generators`     | what dropout and noise draw from, to be seeded for a run                |
-| `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, which what comes out of a gradient lacks |
+| internal | reason |
+|---|---|
+| `get_stateless_scope` | a scope of ours must know the scope around it |
+| `Variable._value` | `assign` takes ten times longer per step, and converts values that need no conversion |
+| `Variable._shape`, `_dtype` | the shape and dtype of a variable that has no value yet |
+| `Layer._flatten_layers` | all layers inside a layer |
+| `Functional` | not exported; a subclass built from inputs and outputs must become one |
+| `Model._compute_loss`, `_loss_tracker` | Keras's own default steps use them |
+| `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order |
+| `Metric._direction` | callbacks that monitor a metric must know whether higher is better |
+| `Model._initial_epoch` | `BackupAndRestore` sets the epoch at which `fit` resumes |
+| `Optimizer._trainable_variables` | the variables that `apply` updates when it is given gradients only |
+| `Optimizer._variables`, `_iterations`, `_tracker` | the slots, to make them again for further variables |
+| `Optimizer._learning_rate` | copies of an optimizer share it |
+| `global_seed_generator` | it must exist before a step is traced, as any variable must |
+| `global_state` | a variable whose initializer failed would fail again in each later scope |
+| `GLOBAL_SEED_GENERATOR` | the name of the generator there: `set_random_seed` replaces it, compiled steps hold the old one |
+| `Layer._seed_generators` | the generators of dropout and noise, to seed them for a run |
+| `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, and the result of a gradient lacks it |
 """
 
 from __future__ import annotations
@@ -41,17 +41,15 @@ def _missing_backend(name: str) -> BackendNotInstalledError:
     installed = [other for other in BACKENDS if importlib.util.find_spec(other)]
     choice = f", or choose an installed one: KERAS_BACKEND={installed[0]}" if installed else ""
     return BackendNotInstalledError(
-        "HL901",
-        f"Keras is set to the backend {name!r}, which is not installed. "
-        f'Install it with: pip install "handloom[{name}]"{choice}.',
+        f"HL901: Keras is set to the backend {name!r}, which is not installed.",
+        fix=f'Install it with: pip install "handloom[{name}]"{choice}.',
     )
 
 
 def _strange_backend(name: str | None) -> BackendNotInstalledError:
     return BackendNotInstalledError(
-        "HL902",
-        f"Handloom runs on {', '.join(BACKENDS)}; Keras is set to {name!r}. "
-        "Set KERAS_BACKEND before Python starts, for example: KERAS_BACKEND=jax "
+        f"HL902: Handloom runs on {', '.join(BACKENDS)}; Keras is set to {name!r}.",
+        fix="Set KERAS_BACKEND before Python starts, for example: KERAS_BACKEND=jax "
         f"(it is {os.environ.get('KERAS_BACKEND', 'unset')!r} now; unset, ~/.keras/keras.json decides).",
     )
 
@@ -122,8 +120,8 @@ __all__ = [
 def stored_value(variable: Variable) -> Tensor:
     """The tensor that a variable holds, whatever scope is open.
 
-    A variable made while a scope is open has none until the scope closes; zeros stand in for it, which is right
-    for everything that looks at shapes and dtypes only.
+    A variable made while a scope is open has no value until the scope closes. Zeros take its place: callers look at
+    shape and dtype only.
     """
     if variable._value is None:
         return keras.ops.zeros(variable._shape, dtype=variable._dtype)
@@ -131,7 +129,7 @@ def stored_value(variable: Variable) -> Tensor:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message that says something."""
     # Where a layer or an operation failed, Keras puts above it what was called, and sets the rest in bold.
     lines = str(error).replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
     told = [
@@ -146,20 +144,20 @@ def has_value(variable: Variable) -> bool:
 
 
 def forget_uninitialized() -> None:
-    """Has Keras not initialize again, at the end of the next scope, what it could not initialize."""
+    """Makes Keras forget the variables that it could not initialize, so that the next scope does not try again."""
     global_state.set_global_attribute("uninitialized_variables", [])
 
 
 def seed_generators_of(layer: Layer) -> list[keras.random.SeedGenerator]:
-    """The seed generators of a layer itself, in the order of their making."""
+    """The seed generators of a layer itself, in the order of their creation."""
     return list(layer._seed_generators)
 
 
 @contextlib.contextmanager
 def keep_global_seed_generator() -> Iterator[None]:
-    """Within, Keras may make a new global seed generator; after, it is the one from before, with the state of the new.
+    """Puts the global seed generator back after the block, with the state of the new one if Keras made one.
 
-    Compiled steps hold the one from before.
+    Compiled steps hold the old generator.
     """
     before = global_seed_generator()
     yield
@@ -168,33 +166,33 @@ def keep_global_seed_generator() -> Iterator[None]:
 
 
 def value_in(scope: keras.StatelessScope | None, variable: Variable) -> Tensor:
-    """The value a variable has in a scope, never `None` and never autocast."""
+    """The value of a variable in a scope, never `None` and never autocast."""
     value = None if scope is None else scope.get_current_value(variable)
     return stored_value(variable) if value is None else value
 
 
 def current_value(variable: Variable) -> Tensor:
-    """The value a variable has where the caller runs."""
+    """The value of a variable in the caller's scope."""
     return value_in(get_stateless_scope(), variable)
 
 
 def default_loss(model: Layer, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool) -> Tensor:
-    """The compiled loss with what layers add, also where a model overrides `compute_loss` without `training`."""
+    """The compiled loss plus added losses, also for a model whose `compute_loss` takes no `training`."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
 
 
 def set_loss_tracker(model: Layer, metric: keras.Metric) -> None:
-    """Replaces the metric in which Keras's own steps keep the loss, the first of a compiled model's metrics."""
+    """Replaces the metric in which Keras's own steps average the loss."""
     model.__dict__["_loss_tracker"] = metric  # As `compile` does it: not as a metric of the model's own.
 
 
 def direction_of(metric: keras.Metric) -> str | None:
-    """Whether a metric is better when it goes "up" or "down"; `None` where Keras does not say."""
+    """`"up"` if higher is better, `"down"` if lower is; `None` if Keras does not know."""
     return getattr(metric, "_direction", None)
 
 
 def in_keras_order(model: Layer, logs: dict[str, Any]) -> Any:
-    """Reported values as `evaluate` returns them: a list in the order of the metrics, or the only one."""
+    """Results as `evaluate` returns them: a list in the order of the metrics, or the only value."""
     return model._flatten_metrics_in_order(logs)
 
 
@@ -204,26 +202,26 @@ def trained_by(optimizer: keras.Optimizer) -> list[Variable]:
 
 
 def slots_of(optimizer: keras.Optimizer) -> list[Variable]:
-    """What `build` made for an optimizer itself, not for one inside it."""
+    """The slots of an optimizer itself, without those of an optimizer inside it."""
     others = (optimizer._iterations, optimizer._learning_rate)
     return [variable for variable in optimizer._variables if not any(variable is other for other in others)]
 
 
 def forget_slots(optimizer: keras.Optimizer) -> None:
-    """Has an optimizer count its slots no longer among its variables."""
+    """Removes the slots of an optimizer from its variables."""
     for slot in slots_of(optimizer):
         optimizer._tracker.untrack(slot)
 
 
 def share_learning_rate(optimizer: keras.Optimizer, other: keras.Optimizer) -> None:
-    """Gives an optimizer that is not built the learning rate of another: where one changes, the other does."""
+    """Makes an optimizer that is not built share the learning rate of another."""
     if isinstance(other._learning_rate, keras.Variable):
         optimizer._tracker.untrack(optimizer._learning_rate)
         optimizer._learning_rate = other._learning_rate
 
 
 def take_initial_epoch(model: Any) -> int:
-    """The epoch that a callback of Keras set to go on from, or 0. It counts once: Keras never resets it."""
+    """The epoch at which a callback of Keras told the run to resume, or 0; resets it, which Keras never does."""
     epoch = getattr(model, "_initial_epoch", None) or 0
     model._initial_epoch = None
     return int(epoch)

@@ -129,14 +129,14 @@ def _first_line(path: Path) -> str:
 def _recipe_file(recipe: str) -> Path:
     if recipe.endswith(".py"):
         if not Path(recipe).is_file():
-            raise RecipeError("HL906", f"There is no file {recipe}.")
+            raise RecipeError(f"HL906: There is no file {recipe}.")
         return Path(recipe)
     recipes = _recipes()
     if recipe not in recipes:
         near = difflib.get_close_matches(recipe, recipes, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(recipes)}."
         raise RecipeError(
-            "HL907", f"There is no recipe {recipe!r}; {hint} For a file of your own, give its path: {recipe}.py"
+            f"HL907: There is no recipe {recipe!r}; {hint} For a file of your own, give its path: {recipe}.py"
         )
     return recipes[recipe]
 
@@ -173,7 +173,7 @@ def _prepared(run_dir: Path | None, name: str, fresh: bool) -> Path:
     if _in_use(chosen) and not (saved and run_dir is not None):
         if run_dir is not None:
             what = "a run; --fresh empties it" if (chosen / _RECORD).exists() else "files that are of no finished run"
-            raise RecipeError("HL908", f"{chosen} holds {what}. Choose another directory with --run-dir.")
+            raise RecipeError(f"HL908: {chosen} holds {what}. Choose another directory with --run-dir.")
         chosen = next(path for number in range(2, 10**6) if not _in_use(path := Path("runs") / f"{name}-{number}"))
     chosen.mkdir(parents=True, exist_ok=True)
     return chosen
@@ -196,7 +196,7 @@ def _main_of(path: Path) -> Callable[..., str | None]:
     module = _imported(path)
     function = getattr(module, "main", None)
     if not callable(function):
-        raise RecipeError("HL909", f"{path} has no function main(run_dir, epochs=...) for handloom to run.")
+        raise RecipeError(f"HL909: {path} has no function main(run_dir, epochs=...) for handloom to run.")
     recipe: Callable[..., str | None] = function
     return recipe
 
@@ -221,7 +221,7 @@ def _check_extras() -> None:
     missing = [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(
-            "HL910", f'The recipes need {" and ".join(missing)}, not installed here: pip install "handloom[recipes]".'
+            f'HL910: The recipes need {" and ".join(missing)}, not installed here: pip install "handloom[recipes]".'
         )
 
 

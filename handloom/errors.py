@@ -77,8 +77,7 @@ class _Told(Exception):
     """An exception that carries a finding.
 
     Args:
-        code: See `Finding`, like the next three.
-        saw: What was seen.
+        saw: The code and what was seen: `"HL210: What was seen."`
         why: Why it is wrong.
         fix: What to do instead.
         at: File and line; by default the line of the user's that led here.
@@ -86,11 +85,12 @@ class _Told(Exception):
 
     finding: Finding
 
-    def __init__(self, code: str, saw: str, why: str = "", fix: str = "", *, at: tuple[str, int] | None = None) -> None:
-        super().__init__(code, saw, why, fix)
+    def __init__(self, saw: str, why: str = "", fix: str = "", *, at: tuple[str, int] | None = None) -> None:
+        super().__init__(saw, why, fix)
         if at is None:
             frame = _users_frame()
             at = frame.f_code.co_filename, frame.f_lineno
+        code, _, saw = saw.partition(": ")
         self.finding = Finding(code, *at, saw, why, fix)
 
     def __str__(self) -> str:

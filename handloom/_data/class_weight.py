@@ -29,10 +29,10 @@ def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray:
     """
     wrong = {label: weight for label, weight in class_weight.items() if not 0 <= weight < math.inf}
     if wrong:
-        raise DataError("HL401", f"class_weight takes finite numbers, 0 or more; received {wrong}.")
+        raise DataError(f"HL401: class_weight takes finite numbers, 0 or more; received {wrong}.")
     if y is None or isinstance(y, (dict, list, tuple)):
         raise DataError(
-            "HL402", "class_weight needs the labels of one output as y; for several outputs, pass sample_weight."
+            "HL402: class_weight needs the labels of one output as y; for several outputs, pass sample_weight."
         )
     labels = on_host(y)
     if labels.ndim > 1:
@@ -86,8 +86,7 @@ def _check_below(classes: int, labels: np.ndarray, loss: Any) -> None:
     if outside.any():
         where = tuple(int(index) for index in np.argwhere(outside)[0])
         raise DataError(
-            "HL403",
-            f"y has the label {labels[where]} (at {list(where)}, one of {int(outside.sum())} such), but the model has "
+            f"HL403: y has the label {labels[where]} (at {list(where)}, one of {int(outside.sum())} such), but the model has "
             f"{classes} outputs, for classes 0 to {classes - 1}. Number the classes from 0, or give the last layer "
             "as many units as there are classes.",
         )

@@ -90,7 +90,7 @@ class Feed:
         """
         if self.length is None:
             raise ArgumentError(
-                "HL017", f"A feed over {self._source.name} does not know its length before it has been read."
+                f"HL017: A feed over {self._source.name} does not know its length before it has been read."
             )
         return self.length
 
@@ -137,25 +137,23 @@ class Feed:
         """
         if not _is_state(state):
             raise DataError(
-                "HL404", f"A feed's state is a dict of whole numbers epoch, batch and seed; received {state!r}."
+                f"HL404: A feed's state is a dict of whole numbers epoch, batch and seed; received {state!r}."
             )
         if self._any_seed:
             self._source.seed = state["seed"]
         if state["seed"] != self._source.seed:
             raise DataError(
-                "HL405",
-                f"The state is of a feed with seed={state['seed']}, this one has seed={self._source.seed}: the order "
+                f"HL405: The state is of a feed with seed={state['seed']}, this one has seed={self._source.seed}: the order "
                 f"of its examples would be another. Make it with seed={state['seed']}.",
             )
         if self.length is not None and state["batch"] > self.length:
             raise DataError(
-                "HL406", f"The state is at batch {state['batch']}; this feed has {self.length} batches an epoch."
+                f"HL406: The state is at batch {state['batch']}; this feed has {self.length} batches an epoch."
             )
         differences = self.differences(state)
         if differences:
             warn(
-                "HL407",
-                f"The data is not what it was when its position was saved: {'; '.join(differences)}. It goes on after "
+                f"HL407: The data is not what it was when its position was saved: {'; '.join(differences)}. It goes on after "
                 f"{state['batch']} batches of epoch {state['epoch']} all the same; what it gives may have been given "
                 "before.",
             )
@@ -207,11 +205,10 @@ class Feed:
             return
         if self._at.epoch and not self._source.repeatable:
             raise DataError(
-                "HL408",
-                f"{self._source.name} is exhausted: it gave its batches in the first epoch. Pass a function that "
+                f"HL408: {self._source.name} is exhausted: it gave its batches in the first epoch. Pass a function that "
                 "returns a new generator each time (without calling it), or set steps_per_epoch.",
             )
-        raise DataError("HL409", f"The data is empty: {self._source.name} gave no batch.")
+        raise DataError(f"HL409: The data is empty: {self._source.name} gave no batch.")
 
 
 @dataclasses.dataclass

@@ -72,15 +72,13 @@ def check_weights(weights: Sequence[np.ndarray], *, training: bool) -> None:
         if wrong.any():
             first = tuple(map(int, np.argwhere(wrong)[0]))
             raise DataError(
-                "HL410",
-                f"sample_weight has {int(wrong.sum())} value(s) that are negative or not finite; the first is "
+                f"HL410: sample_weight has {int(wrong.sum())} value(s) that are negative or not finite; the first is "
                 f"{array[first]} at {list(first)}. Weights say how much an example counts, 0 or more. For factors "
                 "with a sign, such as advantages, multiply the loss by them in a train_step of your own.",
             )
     if training and weights and not any(array.any() for array in weights):
         raise DataError(
-            "HL411",
-            f"The sample_weight of a batch of {len(weights[0])} examples sums to zero: there is nothing in it to learn "
+            f"HL411: The sample_weight of a batch of {len(weights[0])} examples sums to zero: there is nothing in it to learn "
             "from, and an optimizer with momentum or decay would move the model all the same. Leave out examples "
             "that do not count: keep = sample_weight > 0; fit(x[keep], y[keep], sample_weight=sample_weight[keep]).",
         )

@@ -56,7 +56,7 @@ def model_feed(
         _check_all(feed, weights_in(y, sample_weight), training=training)
         return feed
     if isinstance(x, Feed) and class_weight is not None:
-        raise DataError("HL433", "class_weight is not applied to an hl.Feed; have its data be (x, y, sample_weight).")
+        raise DataError("HL433: class_weight is not applied to an hl.Feed; have its data be (x, y, sample_weight).")
     by_batch = shuffle and isinstance(x, keras.utils.PyDataset)
     feed = x.view() if isinstance(x, Feed) else Feed(x, shuffle=by_batch, seed=None if by_batch else 0)
     if y is not None or sample_weight is not None:
@@ -82,14 +82,12 @@ def _check_all(feed: Feed, weights: Sequence[np.ndarray], *, training: bool) -> 
 def _not_together(x: Any, y: Any, sample_weight: Any) -> DataError:
     if not is_arrays(x):
         return DataError(
-            "HL434",
-            f"x gives batches by itself (it is of type {type(x).__name__}), so y and sample_weight must come in them: "
+            f"HL434: x gives batches by itself (it is of type {type(x).__name__}), so y and sample_weight must come in them: "
             "each batch as (x, y) or (x, y, sample_weight).",
         )
     name, part = ("sample_weight", sample_weight) if y is None or is_arrays(y) else ("y", y)
     return DataError(
-        "HL435",
-        f"x is arrays, so {name} must be too; it is of type {type(part).__name__}. Lists of numbers become arrays by "
+        f"HL435: x is arrays, so {name} must be too; it is of type {type(part).__name__}. Lists of numbers become arrays by "
         "np.array(...).",
     )
 
@@ -110,14 +108,14 @@ def split(parts: Parts, fraction: float) -> tuple[Parts, Parts]:
     """The arrays without their last part, and that part."""
     if not is_arrays(parts):
         raise DataError(
-            "HL436", "validation_split is for arrays; of other data, pass what to validate on as validation_data."
+            "HL436: validation_split is for arrays; of other data, pass what to validate on as validation_data."
         )
     if not 0 < fraction < 1:
-        raise DataError("HL437", f"validation_split is a fraction between 0 and 1; received {fraction!r}.")
+        raise DataError(f"HL437: validation_split is a fraction between 0 and 1; received {fraction!r}.")
     count = len(keras.tree.flatten([part for part in parts if part is not None])[0])
     first = int(count * (1 - fraction))
     if first in (0, count):
-        raise DataError("HL438", f"validation_split={fraction} leaves no examples on one side of {count}.")
+        raise DataError(f"HL438: validation_split={fraction} leaves no examples on one side of {count}.")
 
     def part(chosen: slice) -> Parts:
         def cut(array: Any) -> Any:
@@ -130,14 +128,14 @@ def split(parts: Parts, fraction: float) -> tuple[Parts, Parts]:
 
 def weights_of(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) -> Any:
     if sample_weight is not None:
-        raise DataError("HL439", "Pass class_weight or sample_weight, not both; multiply them into one sample_weight.")
+        raise DataError("HL439: Pass class_weight or sample_weight, not both; multiply them into one sample_weight.")
     return class_weights(y, class_weight)
 
 
 def _weighted(class_weight: Mapping[int, float], batch: Any) -> Any:
     """A batch of a source, its class weights added."""
     if not _has_labels(batch):
-        raise DataError("HL440", "class_weight needs labels: batches of the form (x, y).")
+        raise DataError("HL440: class_weight needs labels: batches of the form (x, y).")
     x, y, sample_weight = unpacked(batch)
     return x, y, weights_of(y, sample_weight, class_weight)
 

@@ -61,8 +61,7 @@ def _to_onnx(model: keras.Model, filepath: str | Path, *args: Any, **kwargs: Any
     except Exception as error:
         reason = first_line(error).removesuffix(".")
         raise ExportError(
-            "HL602",
-            f"The model cannot be exported to ONNX on this backend: {reason.partition(', Error ')[2] or reason}. "
+            f"HL602: The model cannot be exported to ONNX on this backend: {reason.partition(', Error ')[2] or reason}. "
             'Compute it from other operations, export it as "tf_saved_model", or load the saved model on another '
             "backend and export it there.",
         ) from error

@@ -78,8 +78,7 @@ class Model(keras.Model):
             object.__setattr__(self, "__class__", variant(type(self), Functional))
         elif is_list_of_layers(args) and not isinstance(self, keras.Sequential):
             raise ArgumentError(
-                "HL032",
-                f"{type(self).__name__} passes a list of layers on to hl.Model. To define a constructor of your own "
+                f"HL032: {type(self).__name__} passes a list of layers on to hl.Model. To define a constructor of your own "
                 "for a sequential model, subclass hl.Sequential.",
             )
         super().__init__(*args, **kwargs)
@@ -426,9 +425,7 @@ class Sequential(Model, keras.Sequential):
 
 def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextManager[None]:
     if weights not in (None, "ema"):
-        raise ArgumentError(
-            "HL033", f'weights takes None, for the weights as they are, or "ema"; received {weights!r}.'
-        )
+        raise ArgumentError(f'HL033: weights takes None, for the weights as they are, or "ema"; received {weights!r}.')
     return averaged_weights(model) if weights else contextlib.nullcontext()
 
 

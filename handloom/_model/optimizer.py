@@ -50,8 +50,7 @@ def compiled_optimizer(model: keras.Model) -> keras.Optimizer:
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         raise OptimizerError(
-            "HL333",
-            f"{type(model).__name__} has no optimizer. Compile it with one, compile(optimizer='adam', ...), or pass "
+            f"HL333: {type(model).__name__} has no optimizer. Compile it with one, compile(optimizer='adam', ...), or pass "
             "one: minimize(..., optimizer=...).",
         )
     return optimizer
@@ -88,8 +87,7 @@ def _accumulating(optimizer: keras.Optimizer) -> keras.Optimizer:
         return optimizer
     if optimizer.built:
         raise OptimizerError(
-            "HL334",
-            f"{optimizer.name!r} has gradient_accumulation_steps={steps} and is built already. compile() replaces such "
+            f"HL334: {optimizer.name!r} has gradient_accumulation_steps={steps} and is built already. compile() replaces such "
             "an optimizer by GradientAccumulation around a copy of it, which would not have its slots. Pass a new one, "
             f"or GradientAccumulation(optimizer, {steps}) around one without gradient_accumulation_steps.",
         )

@@ -46,8 +46,7 @@ class ModelSteps:
         cls = type(self._model)
         if not self._model.compiled and getattr(cls, name) is getattr(self._default, name):
             raise StepError(
-                "HL213",
-                f"Call compile() before {method}(): {cls.__name__} uses the default {name}, which needs a loss"
+                f"HL213: Call compile() before {method}(): {cls.__name__} uses the default {name}, which needs a loss"
                 f"{' and an optimizer' if name == 'train_step' else ''}.",
             )
 
@@ -142,8 +141,7 @@ def _check_takes_data(step: Any, model: str) -> None:
     ]
     if len(required) > 1:
         raise StepError(
-            "HL214",
-            f"{model}.{step.__name__} takes {', '.join(required)}; on every backend a step takes one argument, data.",
+            f"HL214: {model}.{step.__name__} takes {', '.join(required)}; on every backend a step takes one argument, data.",
             "Keras's own way on JAX, train_step(self, state, data), is not needed here.",
             "Write train_step(self, data), and read and write variables directly.",
         )

@@ -30,8 +30,7 @@ def naming_unknown_parts(config: Mapping[str, Any], custom_objects: Mapping[str,
         names = ", ".join(f"{name} (of {module})" for name, module in unknown.items())
         given = ", ".join(f"{name!r}: {name}" for name in unknown)
         raise SavedModelError(
-            "HL603",
-            f"The saved model has parts that are not known here: {names}. If they are your own, write "
+            f"HL603: The saved model has parts that are not known here: {names}. If they are your own, write "
             "@keras.saving.register_keras_serializable() over each of them and import their module before loading, or "
             f"pass them: load_model(..., custom_objects={{{given}}}). If not, do not trust the file.",
         ) from error

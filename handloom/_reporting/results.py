@@ -34,8 +34,7 @@ class Results:
     def __init__(self, step: str, returned: Any, seen: StepObservers, examples: int, weight: Tensor | None) -> None:
         if not isinstance(returned, Mapping):
             raise StepError(
-                "HL201",
-                f"{step} must return what is to be reported as a dict of scalars, such as {{'loss': loss}}; it "
+                f"HL201: {step} must return what is to be reported as a dict of scalars, such as {{'loss': loss}}; it "
                 f"returned {_shown(returned)} (of type {type(returned).__name__}).",
             )
         self._step, self._examples, self._weight = step, examples, weight
@@ -106,8 +105,7 @@ class Results:
         value = self._tensor(name, value)
         if len(value.shape):
             raise StepError(
-                "HL202",
-                f"{self._step} returned a tensor of shape {tuple(value.shape)} as {name!r}; what is reported must be "
+                f"HL202: {self._step} returned a tensor of shape {tuple(value.shape)} as {name!r}; what is reported must be "
                 "scalars. Reduce it, for example with keras.ops.mean, or report a keras.Metric.",
             )
         return value
@@ -116,8 +114,7 @@ class Results:
         if isinstance(value, (keras.Variable, bool, int, float)) or backend.is_array(value):
             return ops.convert_to_tensor(value)
         raise StepError(
-            "HL203",
-            f"{self._step} returned {_shown(value)} (of type {type(value).__name__}) as {name!r}; what is "
+            f"HL203: {self._step} returned {_shown(value)} (of type {type(value).__name__}) as {name!r}; what is "
             "reported must be scalars (tensors or numbers), pairs (sum, weight) of these, or keras.Metric objects.",
         )
 

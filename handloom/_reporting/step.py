@@ -233,7 +233,7 @@ class ReportingStep:
             hint = next((hint for start, hint in _HINTS.items() if name.startswith(start)), None)
             if hint is not None and name not in self._warned_of:
                 self._warned_of.add(name)
-                warn("HL204", f"{self.function.__name__} does not use {name}: {hint}")
+                warn(f"HL204: {self.function.__name__} does not use {name}: {hint}")
 
     def _find_computed(self, report: Report, version: Version) -> None:
         """Finds the values that a version computes from a metric's running result: they are not averaged."""
@@ -246,8 +246,7 @@ class ReportingStep:
             if mark_of(name) in mixed and name not in self._warned_of:
                 self._warned_of.add(name)
                 warn(
-                    "HL205",
-                    f"{self.function.__name__} computes {name!r} from this batch and from the running result of a "
+                    f"HL205: {self.function.__name__} computes {name!r} from this batch and from the running result of a "
                     "metric, which has no mean: the last batch's value is reported. Return the two by themselves.",
                 )
 
@@ -298,8 +297,7 @@ def _call_check(step: Callable[..., Any]) -> Callable[..., None]:
             signature.bind(*batch)
         except TypeError as error:
             raise StepError(
-                "HL206",
-                f"{getattr(step, '__name__', 'step')}{signature} cannot be called with a batch of {len(batch)} "
+                f"HL206: {getattr(step, '__name__', 'step')}{signature} cannot be called with a batch of {len(batch)} "
                 f"part(s): {error}. A batch that is a tuple is passed as that many arguments, unless the step takes a "
                 "single one.",
             ) from error

@@ -37,8 +37,7 @@ class Callbacks:
         for callback in self._callbacks:
             if not isinstance(callback, keras.callbacks.Callback):
                 raise ArgumentError(
-                    "HL024",
-                    f"callbacks takes keras.callbacks.Callback objects; received {callback!r} (of type "
+                    f"HL024: callbacks takes keras.callbacks.Callback objects; received {callback!r} (of type "
                     f"{type(callback).__name__}). For a function use keras.callbacks.LambdaCallback(on_epoch_end=...).",
                 )
             callback.set_params(params)

@@ -51,8 +51,7 @@ class Trained(keras.Model):
         parts = {name: getattr(self, name) for name in self._part_names}
         if any(isinstance(part, keras.Variable) for part in parts.values()):
             raise StepError(
-                "HL207",
-                "What this step trains is no model and cannot be saved as one; save its weights alone: "
+                "HL207: What this step trains is no model and cannot be saved as one; save its weights alone: "
                 "save_weights_only=True.",
             )
         return {"parts": {name: keras.saving.serialize_keras_object(part) for name, part in parts.items()}}
@@ -72,8 +71,7 @@ class NullModel:
 
     def _no_weights(self, *_: Any, **__: Any) -> NoReturn:
         raise StepError(
-            "HL208",
-            "A callback asks for the weights of the model, and hl.fit was told of none: pass what the step trains, "
+            "HL208: A callback asks for the weights of the model, and hl.fit was told of none: pass what the step trains, "
             'hl.fit(..., state={"model": model}).',
         )
 

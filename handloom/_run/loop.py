@@ -296,8 +296,7 @@ def _limited(passes: Iterator[Batch], steps: int) -> Iterator[Batch]:
         yield batch
     if count < steps:
         warn(
-            "HL703",
-            f"The data ran out after {count} of {steps} steps of an epoch: it can be read only once. Pass a function "
+            f"HL703: The data ran out after {count} of {steps} steps of an epoch: it can be read only once. Pass a function "
             "that returns a new iterator each time, or set steps_per_epoch to what there is.",
         )
 
@@ -309,7 +308,7 @@ def _one_pass(feed: Feed, steps: int | None) -> Iterator[Batch]:
         count += 1
         yield batch
     if steps and count < steps:
-        warn("HL704", f"The data ran out after {count} of {steps} steps: it gives no more.")
+        warn(f"HL704: The data ran out after {count} of {steps} steps: it gives no more.")
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -36,13 +36,13 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.resume not in _RESUME:
             raise ArgumentError(
-                "HL006", f"resume takes one of {', '.join(map(repr, _RESUME))}; received {self.resume!r}."
+                f"HL006: resume takes one of {', '.join(map(repr, _RESUME))}; received {self.resume!r}."
             )
         if self.save is not None:
             check_every(self.save, "save", "hl.every(epochs=1), or None")
         if isinstance(self.allow, str):
             raise ArgumentError(
-                "HL007", f"allow takes a list of patterns, such as [{self.allow!r}]; received {self.allow!r}."
+                f"HL007: allow takes a list of patterns, such as [{self.allow!r}]; received {self.allow!r}."
             )
         check_strategy(self.strategy)
         if self.steps_per_execution != "auto":

@@ -15,7 +15,7 @@ from handloom.errors import StepError
 def reporting(step: Callable[..., Any], **options: Any) -> ReportingStep:
     """A plain step, to be called with batches and reported."""
     if not callable(step):
-        raise StepError("HL701", f"A step is a function of a batch; received {step!r} (of type {type(step).__name__}).")
+        raise StepError(f"HL701: A step is a function of a batch; received {step!r} (of type {type(step).__name__}).")
     position = _position_of_weights(step)
     return ReportingStep(step, unpacks=_unpacks(step), weighed=lambda *batch: weighed_at(batch, position), **options)
 

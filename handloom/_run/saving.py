@@ -94,14 +94,12 @@ class Saving:
         steps, resume = self._checkpointer.steps, self._options.resume
         if steps and resume == "never":
             raise CheckpointError(
-                "HL551",
-                f"{self._checkpointer.directory} has checkpoints of a run, up to step {steps[-1]}, and resume='never' "
+                f"HL551: {self._checkpointer.directory} has checkpoints of a run, up to step {steps[-1]}, and resume='never' "
                 "begins anew. Use another run_dir, remove it, or go on with resume='auto'.",
             )
         if steps and resume == "exact" and not self._feed.seekable:
             raise CheckpointError(
-                "HL552",
-                f"{self._feed.name} has no position to go on from: it would be read again up to there, in whatever "
+                f"HL552: {self._feed.name} has no position to go on from: it would be read again up to there, in whatever "
                 "order it then has. If that is its order, resume='auto' does so. Arrays have a position.",
             )
         prepare()  # So that all variables are there, and known.
@@ -187,8 +185,7 @@ class Saving:
         lost = [variable.path for variable in self._step.function.touched if id(variable) not in known]
         if lost:
             raise StepError(
-                "HL214",
-                f"{self._step.function.__name__} uses variables that would not be saved: {', '.join(lost[:5])}"
+                f"HL214: {self._step.function.__name__} uses variables that would not be saved: {', '.join(lost[:5])}"
                 f"{' ...' if len(lost) > 5 else ''}. Name in state what they belong to, state={{'model': model, "
                 "'optimizer': optimizer, 'metric': metric}; for a model, set it as an attribute.",
             )

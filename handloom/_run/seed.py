@@ -34,7 +34,7 @@ def seed_run(seed: int | None, state: Any) -> None:
     if seed is None:
         return
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed <= _LARGEST:
-        raise ArgumentError("HL031", f"seed takes a whole number from 0 to {_LARGEST}; received {seed!r}.")
+        raise ArgumentError(f"HL031: seed takes a whole number from 0 to {_LARGEST}; received {seed!r}.")
     with keep_global_seed_generator():
         keras.utils.set_random_seed(int(seed))
     backend.seed_random_state(int(seed))

@@ -116,8 +116,7 @@ class StrictFeed:
         differences = self._feed.differences(state)
         if differences:
             raise CheckpointError(
-                "HL553",
-                f"The data is not what it was when the run was saved: {'; '.join(differences)}. Give it the same data, "
+                f"HL553: The data is not what it was when the run was saved: {'; '.join(differences)}. Give it the same data, "
                 "or go on all the same with resume='auto'.",
             )
         self._feed.restore(state)
@@ -138,7 +137,7 @@ class EpochReports:
         known, logs = keras_objects(self._state), state["logs"]
         if any("means" not in totals for totals in logs["totals"]):  # Of format 1.
             if self._progress.batch:
-                warn("HL554", "The checkpoint is of an older format: this epoch's averages begin at the resumed step.")
+                warn("HL554: The checkpoint is of an older format: this epoch's averages begin at the resumed step.")
             return
         self._step.continue_epoch(logs, [known[name] for name in state["metrics"] if name in known])
 

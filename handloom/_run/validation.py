@@ -70,8 +70,7 @@ def check_validate(validate: Any) -> None:
     """
     if validate is not None and not is_pair(validate) and not callable(validate):
         raise StepError(
-            "HL210",
-            "validate takes a pair (step, data), or a function without arguments that returns a dict of numbers; "
+            "HL210: validate takes a pair (step, data), or a function without arguments that returns a dict of numbers; "
             f"received {reprlib.repr(validate)} (of type {type(validate).__name__}).",
         )
 
@@ -79,8 +78,7 @@ def check_validate(validate: Any) -> None:
 def _checked(results: Any) -> Results:
     if not isinstance(results, Mapping):
         raise StepError(
-            "HL211",
-            "The function given as validate must return a dict of numbers, such as {'loss': 0.1}; it returned "
+            "HL211: The function given as validate must return a dict of numbers, such as {'loss': 0.1}; it returned "
             f"{results!r}.",
         )
     return {str(name): float(keras.ops.convert_to_numpy(value)) for name, value in results.items()}

@@ -32,5 +32,5 @@ def run_eagerly(value: bool) -> contextlib.AbstractContextManager[None]:
         `hl.run_eagerly(True)` until further notice, or `with hl.run_eagerly(True): ...` for a block.
     """
     if not isinstance(value, bool):
-        raise ArgumentError("HL002", f"hl.run_eagerly takes True or False; received {value!r}.")
+        raise ArgumentError(f"HL002: hl.run_eagerly takes True or False; received {value!r}.")
     return _eager.set(value)

@@ -90,7 +90,7 @@ def function(
 
 def check_jit_compile(jit_compile: bool | str) -> None:
     if jit_compile not in (True, False, "auto"):
-        raise ArgumentError("HL014", f'jit_compile takes True, False or "auto"; received {jit_compile!r}.')
+        raise ArgumentError(f'HL014: jit_compile takes True, False or "auto"; received {jit_compile!r}.')
 
 
 class Function:
@@ -104,7 +104,7 @@ class Function:
 
     def __init__(self, python_function: Callable[..., Any], *, jit_compile: bool | str = "auto") -> None:
         if not callable(python_function):
-            raise ArgumentError("HL015", f"hl.function compiles a function; received {python_function!r}.")
+            raise ArgumentError(f"HL015: hl.function compiles a function; received {python_function!r}.")
         functools.update_wrapper(self, python_function, updated=())
         self.__name__ = getattr(python_function, "__name__", type(python_function).__name__)
         self.python_function = python_function
@@ -173,8 +173,7 @@ class Function:
             version = self._versions.get(key)
         except TypeError as error:
             raise ArgumentError(
-                "HL016",
-                f"{self.__name__} was given an argument that is neither data nor hashable, and so cannot be told from "
+                f"HL016: {self.__name__} was given an argument that is neither data nor hashable, and so cannot be told from "
                 f"others: {error}. Pass tensors, arrays, numbers, strings, or structures of these.",
             ) from error
         if version is None:
@@ -209,8 +208,7 @@ class Function:
 
     def _warn_of_frozen_draws(self) -> None:
         warn(
-            "HL108",
-            f"{self.__name__} drew from np.random while it was compiled: those numbers are constants now, the same in "
+            f"HL108: {self.__name__} drew from np.random while it was compiled: those numbers are constants now, the same in "
             "each step. Use keras.random, which draws anew each time, or draw outside and pass an array.",
         )
 
@@ -225,7 +223,7 @@ class Function:
         """Warns of a fallback, unless it has been said with that reason."""
         if (what, reason) not in self._reasons_said:
             self._reasons_said.add((what, reason))
-            warn("HL109", f"{self.__name__}: {what} ({reason}).", category=FallbackWarning)
+            warn(f"HL109: {self.__name__}: {what} ({reason}).", category=FallbackWarning)
 
     def _reason(self, signature: dict[str, str]) -> str:
         if not self._signatures:
@@ -239,8 +237,7 @@ class Function:
             static = sorted({value[1:] for value in {*values, description} if value.startswith("=")})
             if description not in values and description.startswith("=") and len(static) == _MANY_VALUES:
                 warn(
-                    "HL110",
-                    f"{self.__name__} has been compiled for {_MANY_VALUES} values of the argument {name!r}: "
+                    f"HL110: {self.__name__} has been compiled for {_MANY_VALUES} values of the argument {name!r}: "
                     f"{', '.join(static)}. "
                     "Python values are static: each new one compiles the function again. If it changes from call to "
                     f"call, pass it as an array, for example np.float32({name}), or keep it in a keras.Variable.",
@@ -370,8 +367,7 @@ def _created_late(name: str, created: list[Any], first: bool) -> VariableError:
     )
     names = ", ".join(variable.path for variable in created)
     return VariableError(
-        "HL111",
-        f"{name} creates variables {when} ({names}). Create them once, outside of the function: layers, metrics, "
+        f"HL111: {name} creates variables {when} ({names}). Create them once, outside of the function: layers, metrics, "
         "optimizers and seed generators before the first call, or under `if self.layer is None:`.",
     )
 

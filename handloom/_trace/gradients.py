@@ -207,8 +207,7 @@ class _Positions:
         for position in positions:
             if not -len(args) <= position < len(args):
                 raise GradientError(
-                    "HL112",
-                    f"wrt={position} asks for an argument that {_name(fn)} was not given: it was called with "
+                    f"HL112: wrt={position} asks for an argument that {_name(fn)} was not given: it was called with "
                     f"{len(args)} positional argument(s). Pass it by position, or choose one of 0 to {len(args) - 1}.",
                 )
         self._positions = [position % len(args) for position in positions]
@@ -294,15 +293,13 @@ def variables_of(wrt: Wrt) -> list[Variable]:
             variables[id(leaf)] = leaf
         else:
             raise GradientError(
-                "HL113",
-                f"wrt takes positions of arguments (an int or a tuple of ints), or Keras variables: a variable, a "
+                f"HL113: wrt takes positions of arguments (an int or a tuple of ints), or Keras variables: a variable, a "
                 f"layer or model, or a list, tuple or dict of these. Received {leaf!r} (of type "
                 f"{type(leaf).__name__}) in it.",
             )
     if not variables:
         raise GradientError(
-            "HL114",
-            f"There is nothing to differentiate with respect to: wrt={wrt!r} has no trainable variables. A layer has "
+            f"HL114: There is nothing to differentiate with respect to: wrt={wrt!r} has no trainable variables. A layer has "
             "none before it is built (call it once on data), nor where it is frozen (layer.trainable = True thaws it).",
         )
     return list(variables.values())
@@ -340,8 +337,7 @@ class _Rest:
 def _split(result: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
         raise GradientError(
-            "HL115",
-            "With has_aux=True the function must return a pair (value, aux); "
+            "HL115: With has_aux=True the function must return a pair (value, aux); "
             f"received {type(result).__name__}: {_described(result)}.",
         )
     return result
@@ -356,8 +352,7 @@ def vector(value: Any) -> Tensor:
     value = _floating(value)
     if len(value.shape) != 1:
         raise GradientError(
-            "HL116",
-            "An optimizer that looks at several losses (PCGrad) needs them as one vector, keras.ops.stack([a, b]); the "
+            "HL116: An optimizer that looks at several losses (PCGrad) needs them as one vector, keras.ops.stack([a, b]); the "
             f"function returned a tensor of shape {tuple(value.shape)}.",
         )
     return value
@@ -372,8 +367,7 @@ def scalar(value: Any) -> Tensor:
     value = _floating(value)
     if len(value.shape):
         raise GradientError(
-            "HL117",
-            f"A gradient is taken of a scalar; the function returned a tensor of shape {tuple(value.shape)}. Reduce "
+            f"HL117: A gradient is taken of a scalar; the function returned a tensor of shape {tuple(value.shape)}. Reduce "
             "it, for example with keras.ops.sum or keras.ops.mean; for all derivatives of a tensor use hl.jacobian.",
         )
     return value
@@ -382,16 +376,14 @@ def scalar(value: Any) -> Tensor:
 def _floating(value: Any) -> Tensor:
     if not (backend.is_array(value) or isinstance(value, (int, float, keras.Variable))):
         raise GradientError(
-            "HL118",
-            "The function to differentiate must return a floating-point tensor; it returned "
+            "HL118: The function to differentiate must return a floating-point tensor; it returned "
             f"{_described(value)} (of type {type(value).__name__})."
             + (" To return more than the value, use has_aux=True." if isinstance(value, (tuple, dict)) else ""),
         )
     value = keras.ops.convert_to_tensor(value, dtype=keras.config.floatx() if isinstance(value, int) else None)
     if not keras.backend.is_float_dtype(value.dtype):
         raise GradientError(
-            "HL119",
-            "The function to differentiate must return a floating-point tensor; it returned one of dtype "
+            "HL119: The function to differentiate must return a floating-point tensor; it returned one of dtype "
             f"{keras.backend.standardize_dtype(value.dtype)}, through which no gradient flows.",
         )
     return value
@@ -402,16 +394,14 @@ def _source_tensor(leaf: Any, fn: Callable[..., Any]) -> Tensor:
         return keras.ops.convert_to_tensor(leaf, dtype=keras.config.floatx())
     if not backend.is_array(leaf):
         raise GradientError(
-            "HL120",
-            f"{_name(fn)} is to be differentiated with respect to an argument that is no tensor, array or float: "
+            f"HL120: {_name(fn)} is to be differentiated with respect to an argument that is no tensor, array or float: "
             f"{leaf!r} (of type {type(leaf).__name__})." + (f" Pass {float(leaf)}." if isinstance(leaf, int) else ""),
         )
     tensor = keras.ops.convert_to_tensor(backend.to_tensor(leaf))
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     if not keras.backend.is_float_dtype(dtype):
         raise GradientError(
-            "HL121",
-            f"{_name(fn)} is to be differentiated with respect to an argument of dtype {dtype}; only floating-point "
+            f"HL121: {_name(fn)} is to be differentiated with respect to an argument of dtype {dtype}; only floating-point "
             f"arguments have gradients. Convert it first: keras.ops.cast(x, {keras.config.floatx()!r}).",
         )
     return tensor
@@ -430,7 +420,7 @@ def _check_distinct(variables: Sequence[Variable]) -> None:
     if len({id(variable) for variable in variables}) < len(variables):
         names = [variable.path for variable in variables]
         raise GradientError(
-            "HL122", f"One variable was passed as two arguments to differentiate with respect to: {names}."
+            f"HL122: One variable was passed as two arguments to differentiate with respect to: {names}."
         )
 
 

@@ -1,1 +1,1 @@
-"""What every wing uses: when, progress, warnings, values as JSON."""
+"""Small tools that every wing uses: argument checks, `every`, progress, findings, patches of other libraries."""

@@ -1,4 +1,4 @@
-"""Checks of arguments that many functions take."""
+"""Checks of arguments."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from handloom.errors import ArgumentError
 
 
 def whole_number(of: str, *, least: Any = 1, **argument: Any) -> int:
-    """The one argument given, as an `int`.
+    """Returns an argument as an `int`.
 
     Args:
-        of: The function or class that takes it.
-        least: The least that it may be.
-        argument: Name and value.
+        of: The function or class that takes the argument.
+        least: The smallest value allowed.
+        argument: The name and value of the argument.
 
     Raises:
-        ArgumentError: If it is no whole number, or too small.
+        ArgumentError: The value is not a whole number, or is too small.
     """
     [(name, value)] = argument.items()
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ArgumentError("HL004", f"{of}({name}=...) takes a whole number, at least {least}; received {value!r}.")
+        raise ArgumentError(f"HL004: {of}({name}=...) takes a whole number, at least {least}; received {value!r}.")
     return int(value)
 
 
 def positive_number(of: str, **argument: Any) -> float:
-    """The one argument given, a number above zero.
+    """Returns an argument that is a number above zero.
 
     Raises:
-        ArgumentError: If it is no number, or not above zero.
+        ArgumentError: The value is not a number, or not above zero.
     """
     [(name, value)] = argument.items()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ArgumentError("HL005", f"{of}({name}=...) takes a positive number; received {value!r}.")
+        raise ArgumentError(f"HL005: {of}({name}=...) takes a positive number; received {value!r}.")
     return value

@@ -1,4 +1,4 @@
-"""When something happens now and then, as a value."""
+"""`hl.every`: a schedule as a value."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from handloom.errors import ArgumentError
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """A point in training that comes back: made by `hl.every`, asked with `due`.
-
-    Exactly one of the three is set.
+    """A schedule, made by `hl.every`. Exactly one of its attributes is set.
 
     Attributes:
-        steps: Number of steps between two occurrences, counted over the whole run.
-        epochs: Number of epochs between two occurrences; it is due at the end of an epoch.
-        seconds: Seconds of wall-clock time between two occurrences.
+        steps: Steps between two events, counted over the whole run.
+        epochs: Epochs between two events, which happen at the end of an epoch.
+        seconds: Seconds of wall-clock time between two events.
     """
 
     steps: int | None = None
@@ -28,16 +26,16 @@ class Every:
     seconds: float | None = None
 
     def due(self, progress: Progress, seconds_since: float = 0.0) -> bool:
-        """Whether now, right after a step or the end of an epoch, is one of its times.
+        """Whether the event is due now, directly after a step or at the end of an epoch.
 
         Args:
-            progress: Where training stands. `progress.batch` is 0 at the end of an epoch.
-            seconds_since: Seconds since it last happened; only `seconds` looks at it.
+            progress: The progress of training. `progress.batch` is 0 at the end of an epoch.
+            seconds_since: Seconds since the last event. Only `seconds` uses it.
         """
         at_end_of_epoch = progress.batch == 0
         if self.epochs is not None:
             return at_end_of_epoch and progress.epoch > 0 and progress.epoch % self.epochs == 0
-        if at_end_of_epoch:  # The step before it has been asked about already.
+        if at_end_of_epoch:  # The last step of the epoch was asked about already.
             return False
         if self.steps is not None:
             return progress.step % self.steps == 0
@@ -45,27 +43,28 @@ class Every:
 
     @property
     def is_within_epochs(self) -> bool:
-        """Whether it may be due between two steps of an epoch."""
+        """Whether the event can be due between two steps of an epoch."""
         return self.epochs is None
 
     def steps_left(self, progress: Progress) -> float:
-        """How many steps may be taken before it is due within an epoch; infinity if that is not known in steps."""
+        """Steps until the event is due within an epoch; infinity if it is not counted in steps."""
         return math.inf if self.steps is None else self.steps - progress.step % self.steps
 
 
 def every(*, steps: int | None = None, epochs: int | None = None, seconds: float | None = None) -> Every:
-    """Says when something is to happen, wherever something happens now and then.
+    """Makes a schedule: when to validate, save, log and so on. Give exactly one argument.
 
     Args:
-        steps: Every so many steps (calls of the training step).
-        epochs: Every so many epochs, at their end.
-        seconds: Every so many seconds.
+        steps: Number of steps (calls of the training step) between two events.
+        epochs: Number of epochs between two events, which happen at the end of an epoch.
+        seconds: Number of seconds between two events.
 
     Returns:
-        An `Every`, a plain value that may be compared, printed and shared.
+        An `Every`, a value that can be compared, printed and shared.
 
     Raises:
-        ArgumentError: Unless exactly one is given, and it is positive (`steps` and `epochs` whole).
+        ArgumentError: No argument or several are given, or the number is not positive (for `steps` and `epochs`, also
+            if it is not whole).
 
     Example:
         `hl.fit(step, data, validate=(test_step, held_out), validate_every=hl.every(steps=500))`
@@ -73,10 +72,10 @@ def every(*, steps: int | None = None, epochs: int | None = None, seconds: float
     given = {"steps": steps, "epochs": epochs, "seconds": seconds}
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
+        received = chosen or "none"
         raise ArgumentError(
-            "HL010",
-            f"hl.every() takes exactly one of steps=, epochs= and seconds=; received {chosen or 'none'}. "
-            "For example: hl.every(epochs=1).",
+            f"HL010: hl.every() takes exactly one of steps=, epochs= and seconds=; received {received}.",
+            fix="For example: hl.every(epochs=1).",
         )
     if seconds is not None:
         positive_number("hl.every", seconds=seconds)
@@ -89,22 +88,22 @@ def every(*, steps: int | None = None, epochs: int | None = None, seconds: float
 
 @dataclasses.dataclass(frozen=True)
 class AfterEpochs:
-    """The ends of some epochs, by their numbers, counted from 1; asked as an `Every` is."""
+    """A schedule of the ends of given epochs, counted from 1; it has the interface of `Every`."""
 
     epochs: frozenset[int]
     is_within_epochs = False
 
     def due(self, progress: Progress, seconds_since: float = 0.0) -> bool:
-        """Whether now is one of them."""
+        """Whether one of these epochs ends now."""
         del seconds_since
         return progress.batch == 0 and progress.epoch in self.epochs
 
 
 def check_every(every: Any, name: str, such_as: str) -> None:
-    """Checks an argument that says when.
+    """Checks an argument that must be a schedule.
 
     Raises:
-        ArgumentError: If it does not.
+        ArgumentError: It is something else.
     """
     if not isinstance(every, Every):
-        raise ArgumentError("HL008", f"{name} takes {such_as}; received {every!r}.")
+        raise ArgumentError(f"HL008: {name} takes {such_as}; received {every!r}.")

@@ -1,4 +1,4 @@
-"""Warnings, and what becomes of them: shown, silenced, collected, or errors."""
+"""Warnings of Handloom: given, silenced, collected, or turned into errors."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ _strict = Switch(False)
 _collected: ContextVar[list[Finding] | None] = ContextVar("collected", default=None)
 
 given = Listeners()
-"""Those that are told of each warning, whatever becomes of it."""
+"""Functions that are called with each finding of a warning that is not silenced."""
 
 
-def warn(code: str, saw: str, why: str = "", fix: str = "", category: type[HandloomWarning] = HandloomWarning) -> None:
-    """Warns the user, at the line of his that this is about.
+def warn(saw: str, why: str = "", fix: str = "", category: type[HandloomWarning] = HandloomWarning) -> None:
+    """Warns the user, at the line of their code that the warning is about.
 
     Args:
-        code: The code of the message.
-        saw: What was seen.
+        saw: The code and what was seen: `"HL210: What was seen."`
         why: Why it is wrong.
         fix: What to do instead.
         category: The class of the warning.
     """
-    if code in _silenced.get():
+    if saw.partition(": ")[0] in _silenced.get():
         return
     frame = users_frame()
     place = frame.f_code.co_filename, frame.f_lineno
-    warning = category(code, saw, why, fix, at=place)
+    warning = category(saw, why, fix, at=place)
     given.tell(warning.finding)
     collected = _collected.get()
     if _strict.get():
-        raise HandloomError(code, saw, why, fix, at=place)
+        raise HandloomError(saw, why, fix, at=place)
     if collected is not None:
         collected.append(warning.finding)
     else:
@@ -48,27 +47,27 @@ def warn(code: str, saw: str, why: str = "", fix: str = "", category: type[Handl
 
 
 def silence(code: str) -> contextlib.AbstractContextManager[None]:
-    """Shows a warning no more: for good, or as a context manager for a block of this thread.
+    """Silences a warning: from now on, or, as a context manager, for a block of this thread.
 
     Args:
-        code: Its code, such as `"HL210"`.
+        code: The code of the warning, such as `"HL210"`. `docs/messages.md` lists all codes.
 
     Returns:
         The context manager.
 
     Raises:
-        ArgumentError: If it is no code.
+        ArgumentError: There is no warning of that code.
 
     Example:
         `hl.checks.silence("HL210")`, or `with hl.checks.silence("HL210"): ...`
     """
     if not isinstance(code, str) or not re.fullmatch("HL[0-9]{3}", code):
-        raise ArgumentError("HL001", f"hl.checks.silence takes a code such as 'HL210'; received {code!r}.")
+        raise ArgumentError(f"HL001: hl.checks.silence takes a code such as 'HL210'; received {code!r}.")
     return _silenced.set(_silenced.get() | {code})
 
 
 def strict() -> contextlib.AbstractContextManager[None]:
-    """Makes Handloom's warnings errors, `HandloomError`: from now on, or for a block of this thread.
+    """Turns warnings into errors, `HandloomError`: from now on, or, as a context manager, for a block of this thread.
 
     Returns:
         The context manager.
@@ -78,10 +77,10 @@ def strict() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def collect() -> Iterator[list[Finding]]:
-    """Collects Handloom's warnings inside, instead of showing them, and the error that ends the block, if one does.
+    """Collects the findings of a block, instead of showing its warnings.
 
     Yields:
-        The list of findings, filled while the block runs.
+        A list that is filled while the block runs. If a `HandloomError` ends the block, its finding is the last.
     """
     findings: list[Finding] = []
     token = _collected.set(findings)

@@ -1,4 +1,4 @@
-"""Functions that want to be told of something, for a block of one thread."""
+"""Functions that are called when something happens, registered for a block of one thread."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 
 class Listeners:
-    """Those that are told of one kind of thing."""
+    """The functions to call when one kind of thing happens."""
 
     def __init__(self) -> None:
         self._listeners: ContextVar[tuple[Callable[..., None], ...]] = ContextVar("listeners", default=())
 
     def tell(self, *what: Any) -> None:
-        """Calls all that listen where the caller runs."""
+        """Calls the functions that are registered in the caller's context."""
         for listener in self._listeners.get():
             listener(*what)
 
     @contextlib.contextmanager
     def added(self, listener: Callable[..., None]) -> Iterator[None]:
-        """One more listens inside."""
+        """Registers one more function for the block."""
         token = self._listeners.set((*self._listeners.get(), listener))
         try:
             yield

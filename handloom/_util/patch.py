@@ -1,4 +1,4 @@
-"""Attributes of other libraries, replaced for the code that asks for it and for nobody else."""
+"""Patches of other libraries that only the code that enters them sees."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ _LOCK = threading.Lock()
 
 
 class Patch(contextlib.ContextDecorator):
-    """Attributes of classes and modules that are replaced inside `with patch:`.
+    """Replaces attributes of classes and modules inside `with patch:`; also a decorator of functions.
 
-    Each attribute is replaced once, however many threads are inside, and is the very same object as before when the
-    last of them has left. Code that runs elsewhere at the same time gets the original. It may be entered again inside,
-    and decorates functions. One attribute belongs to one patch.
+    Each attribute is replaced once, however many threads are inside. When the last thread leaves, the attribute is the
+    same object as before. Code that runs elsewhere at the same time gets the original. A patch can be entered again
+    inside itself. Each attribute belongs to one patch.
 
     Args:
-        replacements: Triples (owner, name, make). `make` takes the original and returns what stands for it inside; of a
-            property it takes and returns the getter, of what is no function an object with the attributes that are
-            asked for.
-        when: Whether the caller is inside; by default it is if it runs in a context that has entered the patch.
+        replacements: Triples (owner, name, make). `make` takes the original and returns its replacement: for a
+            property, from getter to getter; for an object that is not callable, an object with the attributes used.
+        when: Whether the caller gets the replacement. By default it does in a context that has entered the patch.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Patch(contextlib.ContextDecorator):
 
 
 class _Installed:
-    """One attribute, replaced; see `Patch`."""
+    """One replaced attribute; see `Patch`."""
 
     def __init__(self, owner: Any, name: str, make: Callable[[Any], Any], when: Callable[[], bool]) -> None:
         self._owner, self._name = owner, name
@@ -73,7 +72,7 @@ class _Installed:
 
 
 def _either(original: Any, make: Callable[[Any], Any], when: Callable[[], bool]) -> Any:
-    """Stands for a replacement where `when()`, and for the original elsewhere."""
+    """Is the replacement where `when()` holds, and the original elsewhere."""
     if isinstance(original, property):
         return property(_either(original.fget, make, when), original.fset, original.fdel, original.__doc__)
     replacement = make(original)

@@ -1,4 +1,4 @@
-"""The one counter of a run."""
+"""The counts of a run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import dataclasses
 
 @dataclasses.dataclass
 class Progress:
-    """Where training stands: (epoch, step, batch in epoch), and nothing else counts.
+    """The progress of training: (epoch, step, batch in epoch). No other code counts.
 
     Attributes:
         epoch: Epochs finished.
         step: Steps taken over the whole run. A step is one call of the training step, however many
             optimizers it uses.
-        batch: Steps taken in the epoch at hand; 0 between two epochs.
+        batch: Steps taken in the current epoch; 0 between two epochs.
     """
 
     epoch: int = 0
@@ -21,11 +21,11 @@ class Progress:
     batch: int = 0
 
     def advance(self, steps: int = 1) -> None:
-        """So many steps have been taken."""
+        """Counts steps."""
         self.step += steps
         self.batch += steps
 
     def end_epoch(self) -> None:
-        """The epoch is over."""
+        """Counts an epoch."""
         self.epoch += 1
         self.batch = 0

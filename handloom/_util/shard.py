@@ -12,8 +12,8 @@ class Shard:
     """A part of a variable that one process holds.
 
     Attributes:
-        offset: Where its first element stands in the variable, one index an axis.
-        value: Its values, in host memory; not to be written to.
+        offset: The index of its first element in the variable, one number an axis.
+        value: Its values, in host memory. Do not write to them.
     """
 
     offset: tuple[int, ...]
@@ -21,5 +21,5 @@ class Shard:
 
     @classmethod
     def whole(cls, array: np.ndarray) -> Shard:
-        """All of an array."""
+        """The shard that is the whole array."""
         return cls((0,) * array.ndim, array)

@@ -1,4 +1,4 @@
-"""Which line of the user's something is about."""
+"""Finds the line of the user's code that an error or warning is about."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def frames_of(error: BaseException) -> Frames:
 
 
 def place_in(frames: Frames) -> tuple[str, int] | None:
-    """The innermost line that is neither ours nor a library's."""
+    """The innermost line of the user's code; `None` if there is none."""
     found = [(file, line) for file, line in frames if _is_users(file)]
     return found[-1] if found else None
 
 
 def shown(place: tuple[str, int] | None) -> str:
-    """A line of the user's as text: `file, line 3: code`."""
+    """A line of code as text: `file, line 3: code`."""
     if place is None:
         return "(line unknown)"
     file, line = place
@@ -38,7 +38,7 @@ def shown(place: tuple[str, int] | None) -> str:
 
 
 def users_frame() -> FrameType:
-    """The innermost frame on the way here that is neither ours nor a library's; else the innermost that is not ours."""
+    """The innermost frame of the user's code on the call stack; if there is none, the innermost that is not ours."""
     frame = inspect.currentframe()
     assert frame is not None
     other = last = None

@@ -1,4 +1,4 @@
-"""A setting for the whole process, or for a block of one thread."""
+"""A setting of the process that a block of one thread can override."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Switch(Generic[T]):
-    """Has one value everywhere, and another inside a block.
+    """Has one value for the process, and another inside a block.
 
     Args:
-        value: The value to begin with.
+        value: The initial value.
     """
 
     def __init__(self, value: T) -> None:
@@ -22,15 +22,15 @@ class Switch(Generic[T]):
         self._here: ContextVar[tuple[T, ...]] = ContextVar("here", default=())
 
     def get(self) -> T:
-        """The value where the caller runs."""
+        """The value in the caller's context."""
         here = self._here.get()
         return here[-1] if here else self._everywhere
 
     def set(self, value: T) -> contextlib.AbstractContextManager[None]:
-        """Sets it from now on: in the block that the caller is in, or else everywhere.
+        """Sets the value from now on: for the caller's block, or, outside of any, for the process.
 
         Returns:
-            For a block: with it, the value holds only inside, and only for this thread.
+            A context manager. If it is used, the value holds only inside its block, and only for this thread.
         """
         here, everywhere = self._here.get(), self._everywhere
         if here:
@@ -41,7 +41,7 @@ class Switch(Generic[T]):
 
     @contextlib.contextmanager
     def here(self, value: T) -> Iterator[None]:
-        """Has the value inside, for this thread."""
+        """Sets the value for a block of this thread."""
         token = self._here.set((*self._here.get(), value))
         try:
             yield

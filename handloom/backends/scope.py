@@ -101,7 +101,6 @@ class Recorder:
 def refuse(variable: Variable) -> Tensor:
     """The outermost reader of a program's own trace, when all its variables are known."""
     raise VariableError(
-        "HL103",
-        f"The variable {variable.path!r} appeared only when the step was traced a second time. A step must use the "
+        f"HL103: The variable {variable.path!r} appeared only when the step was traced a second time. A step must use the "
         "same variables each time it runs: create them, and the layers and optimizers that hold them, outside of it.",
     )

@@ -16,8 +16,7 @@ _TENSORFLOW = f"{os.sep}site-packages{os.sep}tensorflow{os.sep}"
 def needs_a_value(frames: Frames) -> TraceError:
     """The error for Python control flow over a tensor, or a tensor turned into a number, inside a trace."""
     return TraceError(
-        "HL104",
-        "A compiled step needs the value of a tensor while it is being compiled, when it has none yet:\n"
+        "HL104: A compiled step needs the value of a tensor while it is being compiled, when it has none yet:\n"
         f"    {shown(place_in(frames))}\n"
         "Use operations instead of Python here: keras.ops.cond or keras.ops.where for a branch, "
         "keras.ops.while_loop or keras.ops.fori_loop for a loop, keras.ops.cast for a conversion. "
@@ -33,8 +32,7 @@ def tensorflow_called(frames: Frames, backend: str) -> TraceError | None:
     if not any(_TENSORFLOW in file for file, _ in frames):
         return None
     return TraceError(
-        "HL105",
-        f"A compiled step on {backend} calls TensorFlow, whose operations, TensorArray, sets and "
+        f"HL105: A compiled step on {backend} calls TensorFlow, whose operations, TensorArray, sets and "
         f"queues take tensors of TensorFlow alone:\n    {shown(place_in(frames))}\n"
         "Use keras.ops in the step (a TensorArray is what keras.ops.scan gathers), do it in the data's own pipeline "
         "(tf.data), or choose the backend: KERAS_BACKEND=tensorflow. To run the step op by op: hl.run_eagerly(True).",
@@ -59,8 +57,7 @@ def naming_what_has_no_derivative(backend: str) -> Iterator[None]:
             raise
         [operation] = filter(None, found.groups())
         raise GradientError(
-            "HL106",
-            f"{backend} has no derivative of the operation {operation}. If no gradient is to flow "
+            f"HL106: {backend} has no derivative of the operation {operation}. If no gradient is to flow "
             "through it, put its inputs in keras.ops.stop_gradient; else give it one by keras.ops.custom_gradient, or "
             "compute the value by other operations.",
         ) from error

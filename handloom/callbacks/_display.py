@@ -26,7 +26,7 @@ def progress_display(verbose: str | int) -> list[EventReader]:
     displays: dict[Any, list[type[EventReader]]] = {0: [], 1: [ProgressBar], 2: [EpochLines]}
     if isinstance(verbose, str) or verbose not in displays:
         raise ArgumentError(
-            "HL701", f'verbose takes 0 (silent), 1 (bar), 2 (a line an epoch) or "auto"; received {verbose!r}.'
+            f'HL701: verbose takes 0 (silent), 1 (bar), 2 (a line an epoch) or "auto"; received {verbose!r}.'
         )
     return [display() for display in displays[verbose]]
 

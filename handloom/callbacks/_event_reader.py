@@ -91,7 +91,6 @@ class EventReader(Stateful, keras.callbacks.Callback):
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         if not self._is_read_to:
             raise StepError(
-                "HL215",
-                f"{type(self).__name__} reads the events of a run of Handloom, and Keras's own fit has none.",
+                f"HL215: {type(self).__name__} reads the events of a run of Handloom, and Keras's own fit has none.",
                 fix="Train with hl.Model or hl.fit, or use a callback of Keras's, such as keras.callbacks.CSVLogger.",
             )

@@ -50,8 +50,7 @@ class JSONLogger(EventReader):
         except OSError as error:
             self._is_full = True  # First: the warning is an event, too.
             warn(
-                "HL711",
-                f"An event could not be written to {self._path}: {error.strerror}.",
+                f"HL711: An event could not be written to {self._path}: {error.strerror}.",
                 "Training goes on; this event and those after it are not in the file.",
                 "Make room on the disk.",
             )

@@ -51,9 +51,7 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
     ) -> None:
         super().__init__(schedule, verbose)
         if not isinstance(every, Every) or every.seconds is not None:
-            raise ArgumentError(
-                "HL702", f"every takes hl.every(epochs=...) or hl.every(steps=...); received {every!r}."
-            )
+            raise ArgumentError(f"HL702: every takes hl.every(epochs=...) or hl.every(steps=...); received {every!r}.")
         self.every, self.optimizer = every, optimizer
         self.step = 0
         self._takes_rate = takes_rate(schedule)
@@ -94,5 +92,5 @@ def _number(answer: Any) -> float:
         return float(ops.convert_to_numpy(answer))
     except (TypeError, ValueError) as error:
         raise ArgumentError(
-            "HL703", f"A schedule must return the learning rate as a number; it returned {answer!r}."
+            f"HL703: A schedule must return the learning rate as a number; it returned {answer!r}."
         ) from error

@@ -32,13 +32,12 @@ class Rates:
         optimizers = _optimizers(model)
         if not optimizers:
             raise OptimizerError(
-                "HL330",
-                "There is no optimizer whose learning rate could be set. Compile the model with one, or, for hl.fit, "
+                "HL330: There is no optimizer whose learning rate could be set. Compile the model with one, or, for hl.fit, "
                 'name it in the state: state={"model": model, "optimizer": optimizer}.',
             )
         if name is not None and name not in optimizers:
             there = ", ".join(repr(other) for other in optimizers if other) or "one, without a name"
-            raise OptimizerError("HL331", f"There is no optimizer named {name!r}; there are: {there}.")
+            raise OptimizerError(f"HL331: There is no optimizer named {name!r}; there are: {there}.")
         self._optimizers = optimizers if name is None else {name: optimizers[name]}
         for each, rate in self.items():
             self[each] = rate  # What cannot be set is to be found before training and not after an epoch.
@@ -57,8 +56,7 @@ class Rates:
         except (TypeError, AttributeError) as error:
             which = f"the optimizer {name!r}" if name else "the optimizer"
             raise OptimizerError(
-                "HL332",
-                f"The learning rate of {which} follows a schedule of its own and cannot be set. Make the optimizer "
+                f"HL332: The learning rate of {which} follows a schedule of its own and cannot be set. Make the optimizer "
                 "with a number, such as learning_rate=1e-3, or leave out the callback that sets it.",
             ) from error
 

@@ -65,8 +65,7 @@ class Monitored(Stateful):
 
     def _warn_of_missing(self, when: str, logs: Mapping[str, Any]) -> None:
         warn(
-            "HL704",
-            f"{type(self).__name__} watches {self.monitor!r}, which was reported {when}, and does nothing without it. "
+            f"HL704: {type(self).__name__} watches {self.monitor!r}, which was reported {when}, and does nothing without it. "
             f"Reported were {', '.join(map(repr, logs)) or 'no values'}; choose one of them: monitor=...",
         )
 
@@ -81,8 +80,7 @@ def _more_is_better(callback: Monitored) -> bool:
         if (name == metric.name or name.endswith(f"_{metric.name}")) and direction_of(metric) is not None:
             return direction_of(metric) == "up"
     raise ArgumentError(
-        "HL705",
-        f"{type(callback).__name__} cannot tell whether more or less of {callback.monitor!r} is better. Say so: "
+        f"HL705: {type(callback).__name__} cannot tell whether more or less of {callback.monitor!r} is better. Say so: "
         'mode="max" or mode="min".',
     )
 

@@ -62,8 +62,7 @@ def _first_and_last(steps: Any) -> tuple[int, int]:
     whole = all(isinstance(step, int) and not isinstance(step, bool) for step in pair)
     if not whole or len(pair) != 2 or not 1 <= pair[0] <= pair[1]:
         raise ArgumentError(
-            "HL707",
-            "profile_batch takes the number of a step, counted from 1, a pair of the first and the last, such as "
+            "HL707: profile_batch takes the number of a step, counted from 1, a pair of the first and the last, such as "
             f"(10, 20), or 0 for no profile; received {steps!r}.",
         )
     return pair[0], pair[1]

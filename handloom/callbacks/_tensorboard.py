@@ -135,6 +135,6 @@ def _writer_class() -> Any:
         from tensorboardX import SummaryWriter
     except ModuleNotFoundError as error:
         raise ExtraNotInstalledError(
-            "HL903", 'TensorBoard needs tensorboardX, which is not installed: pip install "handloom[tensorboard]".'
+            'HL903: TensorBoard needs tensorboardX, which is not installed: pip install "handloom[tensorboard]".'
         ) from error
     return SummaryWriter

@@ -33,8 +33,7 @@ class TerminateOnNaN(EventReader):
             self.model.stop_training = True
             epoch = event.epoch + (event.kind == "progress")
             warn(
-                "HL702",
-                f"Training stops in epoch {epoch} after step {event.step}: {', '.join(wrong)}.",
+                f"HL702: Training stops in epoch {epoch} after step {event.step}: {', '.join(wrong)}.",
                 fix="Try a lower learning rate, or clip gradients: handloom.optimizers.GradientTransforms(optimizer, "
                 "[ClipByGlobalNorm(1.0)]). To find the first bad operation, run the step eagerly: "
                 "hl.run_eagerly(True).",

@@ -71,9 +71,7 @@ class Checkpointer:
         finite: bool = True,
     ) -> None:
         if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
-            raise ArgumentError(
-                "HL018", f"keep= takes a positive whole number, or None to keep all; received {keep!r}."
-            )
+            raise ArgumentError(f"HL018: keep= takes a positive whole number, or None to keep all; received {keep!r}.")
         self.directory = Path(directory)
         self.state = state
         self.written: Written | None = None
@@ -127,8 +125,7 @@ class Checkpointer:
         self._copied, contents = snapshot.take(self.state, self._copied)
         if self._finite and (names := _not_finite(self._copied)):
             warn(
-                "HL501",
-                f"The state at step {step} is not saved: NaN or infinity in {', '.join(names[:3])}"
+                f"HL501: The state at step {step} is not saved: NaN or infinity in {', '.join(names[:3])}"
                 f"{' and more' if len(names) > 3 else ''}. The checkpoints before stay. If it is meant to be there, "
                 "use finite=False.",
             )
@@ -154,7 +151,7 @@ class Checkpointer:
         try:
             self.written = dataclasses.replace(pending.written.result(), seconds_waited=pending.seconds_waited)
         except Exception as error:
-            raise CheckpointError("HL502", f"Saving the checkpoint of step {pending.step} failed. {error}") from error
+            raise CheckpointError(f"HL502: Saving the checkpoint of step {pending.step} failed. {error}") from error
 
     def check(self) -> None:
         """Takes note of whether the last checkpoint is on the disk by now; does not wait. Raises what `wait` does."""
@@ -185,7 +182,7 @@ class Checkpointer:
         )
         if found is None and step is not None:
             known = ", ".join(map(str, self.steps)) or "none"
-            raise CheckpointError("HL503", f"{self.directory} holds no checkpoint of step {step}; there are {known}.")
+            raise CheckpointError(f"HL503: {self.directory} holds no checkpoint of step {step}; there are {known}.")
         if found is None:
             return None
         self._store.damaged |= damaged
@@ -202,8 +199,7 @@ class Checkpointer:
                 self._store.close()
         if self._best and self._metrics and self._best.metric not in self._metrics:
             warn(
-                "HL504",
-                f"No best checkpoint was kept: best= asks for {self._best.metric!r}, and the metrics that save() was "
+                f"HL504: No best checkpoint was kept: best= asks for {self._best.metric!r}, and the metrics that save() was "
                 f"given are {', '.join(sorted(self._metrics))}.",
             )
             self._metrics.clear()  # Once is enough.
@@ -245,10 +241,10 @@ def _not_finite(shards: Mapping[str, Sequence[Shard]]) -> list[str]:
 
 def _step(step: Any) -> int:
     if isinstance(step, (bool, np.bool_)):
-        raise ArgumentError("HL019", f"save() takes the number of a step; received {step!r}.")
+        raise ArgumentError(f"HL019: save() takes the number of a step; received {step!r}.")
     number = operator.index(step)
     if not 0 <= number < 10**18:
-        raise ArgumentError("HL020", f"save() takes the number of a step, 0 or more; received {step!r}.")
+        raise ArgumentError(f"HL020: save() takes the number of a step, 0 or more; received {step!r}.")
     return number
 
 
@@ -258,5 +254,5 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
         try:
             numbers[name] = float(value)
         except (TypeError, ValueError):
-            raise ArgumentError("HL021", f"save() takes numbers as metrics; {name!r} is {value!r:.80}.") from None
+            raise ArgumentError(f"HL021: save() takes numbers as metrics; {name!r} is {value!r:.80}.") from None
     return numbers

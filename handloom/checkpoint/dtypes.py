@@ -31,7 +31,7 @@ CODES = {
 def dtype_of(name: str) -> np.dtype:
     """The type of that name, little-endian as in the file."""
     if name not in CODES:
-        raise CheckpointError("HL505", f"The type {name[:40]!r} is none that a checkpoint holds: {', '.join(CODES)}.")
+        raise CheckpointError(f"HL505: The type {name[:40]!r} is none that a checkpoint holds: {', '.join(CODES)}.")
     if "bfloat" in name or "float8" in name:
         importlib.import_module("ml_dtypes")  # Makes the names known to NumPy.
         return np.dtype(name)
@@ -42,8 +42,7 @@ def plain(name: str, array: np.ndarray) -> np.ndarray:
     """The array as it is to stand in the file: little-endian, one element after the other; the same one if it is so."""
     if array.dtype.name not in CODES:
         raise CheckpointError(
-            "HL506",
-            f"The array {name!r} is of type {array.dtype}, which safetensors has not. "
+            f"HL506: The array {name!r} is of type {array.dtype}, which safetensors has not. "
             f"Turn it into one of {', '.join(CODES)}.",
         )
     return np.asarray(array, dtype=dtype_of(array.dtype.name), order="C")

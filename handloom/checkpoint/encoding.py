@@ -32,7 +32,7 @@ def encode(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
     try:
         return _encoded(value, name, arrays)
     except RecursionError:
-        raise CheckpointError("HL543", f"{_place(name)} is nested too deeply, or contains itself.") from None
+        raise CheckpointError(f"HL543: {_place(name)} is nested too deeply, or contains itself.") from None
 
 
 def decode(value: Any, arrays: Arrays) -> Any:
@@ -44,7 +44,7 @@ def decode(value: Any, arrays: Arrays) -> Any:
     try:
         return _decoded(value, arrays)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError("HL431", f"A state in the checkpoint cannot be decoded: {value!s:.80}.") from error
+        raise CheckpointError(f"HL431: A state in the checkpoint cannot be decoded: {value!s:.80}.") from error
 
 
 def _encoded(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
@@ -106,8 +106,7 @@ def _known(array: np.ndarray, name: str) -> np.ndarray:
 
 def _unknown(found: str, name: str) -> CheckpointError:
     return CheckpointError(
-        "HL432",
-        f"{_place(name)} is {found}, which cannot be saved.",
+        f"HL432: {_place(name)} is {found}, which cannot be saved.",
         "A checkpoint holds no pickle, as loading one would run code from the file.",
         "Make the state of None, booleans, numbers, strings, bytes, arrays, tensors, and lists, tuples and dicts of "
         "these.",

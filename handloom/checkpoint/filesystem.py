@@ -70,7 +70,7 @@ def reading(directory: Path, name: str) -> Iterator[tuple[int, int]]:
         _check_ordinary(directory / name, found)
         yield file, found.st_size
     except OSError as error:
-        raise CheckpointError("HL508", f"{directory / name} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"HL508: {directory / name} cannot be read: {error.strerror}.") from error
     finally:
         os.close(file)
 
@@ -99,11 +99,10 @@ def _unreadable(directory: Path, name: str, error: OSError) -> str:
 
 def _check_ordinary(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError("HL509", f"{path} is no regular file.")
+        raise CheckpointError(f"HL509: {path} is no regular file.")
     if found.st_nlink != 1:
         raise CheckpointError(
-            "HL510",
-            f"{path} is one of {found.st_nlink} names (hard links) of the same file; a file of a checkpoint has one. "
+            f"HL510: {path} is one of {found.st_nlink} names (hard links) of the same file; a file of a checkpoint has one. "
             "Make a copy of the checkpoint and use that.",
         )
 

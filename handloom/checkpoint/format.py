@@ -75,8 +75,7 @@ class Draft:
         self._contents = encode(contents, "contents")
         if len(self._contents) > _LARGEST:
             raise CheckpointError(
-                "HL511",
-                f"The contents take {len(self._contents):,} bytes as JSON, of {_LARGEST:,} that they may. "
+                f"HL511: The contents take {len(self._contents):,} bytes as JSON, of {_LARGEST:,} that they may. "
                 "What is large belongs in arrays.",
             )
         manifest = self._manifest()
@@ -196,7 +195,7 @@ def _read_manifest(directory: Path, *, from_disk: bool) -> Manifest:
     try:
         manifest = Manifest.from_bytes(data)
     except CheckpointError as error:
-        raise CheckpointError("HL513", f"{directory / MANIFEST}: {error}") from error
+        raise CheckpointError(f"HL513: {directory / MANIFEST}: {error}") from error
     for name in (*manifest.files, CONTENTS):
         with filesystem.reading(directory, name) as (_, size):
             _check_size(directory / name, size, manifest)
@@ -206,14 +205,14 @@ def _read_manifest(directory: Path, *, from_disk: bool) -> Manifest:
 def _read_contents(directory: Path, manifest: Manifest, *, from_disk: bool) -> dict[str, Any]:
     data = _read(directory, CONTENTS, from_disk=from_disk)
     if hashlib.sha256(data).hexdigest() != manifest.contents.sha256:
-        raise CheckpointError("HL514", f"{directory / CONTENTS} is damaged: its SHA-256 is not the one in {MANIFEST}.")
+        raise CheckpointError(f"HL514: {directory / CONTENTS} is damaged: its SHA-256 is not the one in {MANIFEST}.")
     return decode(data, str(directory / CONTENTS))
 
 
 def _read(directory: Path, name: str, *, from_disk: bool) -> bytes:
     with filesystem.reading(directory, name) as (file, size):
         if size > _LARGEST:
-            raise CheckpointError("HL515", f"{directory / name} has {size:,} bytes, of {_LARGEST:,} that it may have.")
+            raise CheckpointError(f"HL515: {directory / name} has {size:,} bytes, of {_LARGEST:,} that it may have.")
         reader = filesystem.Reader(file, size, from_disk=from_disk)
         return b"".join(map(bytes, reader.take(size)))
 
@@ -242,7 +241,7 @@ def _read_arrays(
             if _read_piece(reader, piece, into.get(name)) != piece.crc32:
                 damaged.append(f"the array {name!r}")
     if damaged:
-        raise CheckpointError("HL517", f"{directory / file} is damaged: {_list(damaged)} not as written.")
+        raise CheckpointError(f"HL517: {directory / file} is damaged: {_list(damaged)} not as written.")
 
 
 def _read_piece(reader: filesystem.Reader, piece: Piece, array: np.ndarray | None) -> int:

@@ -51,7 +51,7 @@ def is_checkpoint(path: Path) -> bool:
 def warn_of(damaged: dict[Slot, CheckpointError], found: Checkpoint) -> None:
     """Names the damaged checkpoints that were passed over."""
     for slot, error in damaged.items():
-        warn("HL519", f"{slot.name} is passed over for {found.path.name}: {error}")
+        warn(f"HL519: {slot.name} is passed over for {found.path.name}: {error}")
 
 
 def checkpoints(path: Path) -> list[Path]:
@@ -68,4 +68,4 @@ def checkpoints(path: Path) -> list[Path]:
 
 
 def _nothing_at(path: Path) -> CheckpointError:
-    return CheckpointError("HL520", f"There is no checkpoint at {path}, nor are there any in it.")
+    return CheckpointError(f"HL520: There is no checkpoint at {path}, nor are there any in it.")

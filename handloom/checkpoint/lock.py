@@ -47,15 +47,12 @@ class WriterLock:
     def _take(self, directory: Path) -> None:
         found = os.fstat(self._file)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # What is behind another name is not ours to write.
-            raise CheckpointError(
-                "HL521", f"{directory / '.lock'} is no regular file, or has a second name. Remove it."
-            )
+            raise CheckpointError(f"HL521: {directory / '.lock'} is no regular file, or has a second name. Remove it.")
         try:
             _lock(self._file)
         except (BlockingIOError, PermissionError):
             raise CheckpointError(
-                "HL522",
-                f"{directory} is being written by {self._holder()}. "
+                f"HL522: {directory} is being written by {self._holder()}. "
                 "One process at a time writes to a directory: end that one, or choose another directory.",
             ) from None
         os.ftruncate(self._file, 0)

@@ -127,8 +127,7 @@ class Manifest:
         record = _of_format_1(record) if record.get("format") == 1 else record
         if record.get("format") != FORMAT:
             raise CheckpointError(
-                "HL523",
-                f"It is of format {record.get('format')!r:.40}, and this Handloom reads 1 to {FORMAT}. "
+                f"HL523: It is of format {record.get('format')!r:.40}, and this Handloom reads 1 to {FORMAT}. "
                 "A later version of Handloom may read it.",
             )
         tensors = {_name(name): _tensor(name, value) for name, value in _object(record, "tensors").items()}
@@ -178,8 +177,7 @@ def check_name(name: str) -> None:
     climbs = name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name)
     if not name or len(name) > 4096 or not name.isprintable() or climbs or name == "__metadata__":
         raise CheckpointError(
-            "HL525",
-            f"{name!r:.100} is no name for an array or a metric: up to 4096 printable characters, no absolute path, "
+            f"HL525: {name!r:.100} is no name for an array or a metric: up to 4096 printable characters, no absolute path, "
             "no part '..', and not '__metadata__', which safetensors reserves.",
         )
 
@@ -195,7 +193,7 @@ def _checked(data: bytes) -> bytes:
     head = _HEAD.match(data)
     body = b"{" + data[head.end() :] if head else b""
     if not head or hashlib.sha256(body).hexdigest().encode() != head[1]:
-        raise CheckpointError("HL526", "It is damaged: its content is not that of the SHA-256 at its beginning.")
+        raise CheckpointError("HL526: It is damaged: its content is not that of the SHA-256 at its beginning.")
     return body
 
 
@@ -219,28 +217,28 @@ def _name(name: str) -> str:
 
 def _file(name: str) -> str:
     if name != ARRAYS and not _ARRAYS_OF_SEVERAL.fullmatch(name):
-        raise CheckpointError("HL524", f"It lists {name!r:.200} as a file of arrays.")
+        raise CheckpointError(f"HL524: It lists {name!r:.200} as a file of arrays.")
     return name
 
 
 def _object(record: dict[str, Any], key: str) -> dict[str, Any]:
     value = record.get(key)
     if not isinstance(value, dict):
-        raise CheckpointError("HL527", f"Its field {key!r:.100} is {value!r:.40}, not an object.")
+        raise CheckpointError(f"HL527: Its field {key!r:.100} is {value!r:.40}, not an object.")
     return value
 
 
 def _whole(record: Any, key: str, what: str) -> int:
     value = record.get(key) if isinstance(record, dict) else None
     if type(value) is not int or not 0 <= value < _LARGEST:
-        raise CheckpointError("HL528", f"{what} has {key}={value!r:.40}, which is no size or number that can be.")
+        raise CheckpointError(f"HL528: {what} has {key}={value!r:.40}, which is no size or number that can be.")
     return value
 
 
 def _sizes(record: Any, key: str, what: str) -> tuple[int, ...]:
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, list) or len(value) > _DIMENSIONS:
-        raise CheckpointError("HL531", f"{what} has {key}={value!r:.80}, which cannot be.")
+        raise CheckpointError(f"HL531: {what} has {key}={value!r:.80}, which cannot be.")
     return tuple(_whole({key: size}, key, what) for size in value)
 
 
@@ -248,14 +246,14 @@ def _metric(name: str, value: Any) -> float:
     if value is None:
         return math.nan
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise CheckpointError("HL529", f"The metric {name!r:.100} is {value!r:.40}, no finite number.")
+        raise CheckpointError(f"HL529: The metric {name!r:.100} is {value!r:.40}, no finite number.")
     return float(value)
 
 
 def _contents(record: dict[str, Any]) -> Contents:
     digest = record.get("sha256")
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-        raise CheckpointError("HL530", f"{CONTENTS} has the SHA-256 {digest!r:.80}, which is none.")
+        raise CheckpointError(f"HL530: {CONTENTS} has the SHA-256 {digest!r:.80}, which is none.")
     return Contents(_whole(record, "bytes", CONTENTS), digest)
 
 
@@ -263,13 +261,13 @@ def _tensor(name: str, record: Any) -> Tensor:
     what = f"The array {name!r:.100}"
     shape, dtype, pieces = _sizes(record, "shape", what), record.get("dtype"), record.get("pieces")
     if not isinstance(dtype, str) or not isinstance(pieces, list):
-        raise CheckpointError("HL545", f"{what} has the type {dtype!r:.40} and pieces={pieces!r:.80}, which cannot be.")
+        raise CheckpointError(f"HL545: {what} has the type {dtype!r:.40} and pieces={pieces!r:.80}, which cannot be.")
     # Sizes of empty arrays too: NumPy would multiply them all the same.
     if math.prod(max(size, 1) for size in shape) * dtype_of(dtype).itemsize >= _LARGEST:
-        raise CheckpointError("HL532", f"{what} has the shape {list(shape)!r:.80}, too large for any memory.")
+        raise CheckpointError(f"HL532: {what} has the shape {list(shape)!r:.80}, too large for any memory.")
     tensor = Tensor(dtype, shape, tuple(_piece(what, dtype, piece) for piece in pieces))
     if not _is_grid(tensor):
-        raise CheckpointError("HL546", f"{what} has pieces that do not make up the shape {list(shape)!r:.80}.")
+        raise CheckpointError(f"HL546: {what} has pieces that do not make up the shape {list(shape)!r:.80}.")
     return tensor
 
 
@@ -278,8 +276,7 @@ def _piece(what: str, dtype: str, record: Any) -> Piece:
     start, stop, crc32 = (_whole(record, key, what) for key in ("start", "stop", "crc32"))
     if stop - start != math.prod(shape) * dtype_of(dtype).itemsize:
         raise CheckpointError(
-            "HL533",
-            f"{what} has {stop - start} bytes, which is not what the shape {list(shape)!r:.80} of {dtype} takes.",
+            f"HL533: {what} has {stop - start} bytes, which is not what the shape {list(shape)!r:.80} of {dtype} takes.",
         )
     return Piece(str(record.get("file")), start, stop, offset, shape, crc32)
 
@@ -310,15 +307,15 @@ def _check_layout(tensors: dict[str, Tensor], files: dict[str, int]) -> None:
     """In each file one after the other from the first byte to the last: so none overlap, and nothing is hidden."""
     named = {piece.file for tensor in tensors.values() for piece in tensor.pieces}
     if not named <= files.keys():
-        raise CheckpointError("HL550", f"Its arrays are in {sorted(named)!r:.200}, its files are {list(files)!r:.200}.")
+        raise CheckpointError(f"HL550: Its arrays are in {sorted(named)!r:.200}, its files are {list(files)!r:.200}.")
     for file, size in files.items():
         end = 0
         for name, piece in in_order(tensors, file):
             if piece.start != end:
                 raise CheckpointError(
-                    "HL534", f"The array {name!r:.100} begins at byte {piece.start}, not at {end} after those before."
+                    f"HL534: The array {name!r:.100} begins at byte {piece.start}, not at {end} after those before."
                 )
             end = piece.stop
         expected = len(header(tensors, file)) + end
         if size != expected:
-            raise CheckpointError("HL535", f"{file} is said to have {size} bytes; its arrays make it {expected}.")
+            raise CheckpointError(f"HL535: {file} is said to have {size} bytes; its arrays make it {expected}.")

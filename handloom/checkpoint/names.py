@@ -80,8 +80,7 @@ class _Walk:
             self.stateful[name] = thing
         elif thing is not None:
             raise ArgumentError(
-                "HL022",
-                f"{name or 'state'} is of type {type(thing).__name__}, of which no state can be saved. Pass models, "
+                f"HL022: {name or 'state'} is of type {type(thing).__name__}, of which no state can be saved. Pass models, "
                 "layers, optimizers, metrics, variables, NumPy arrays, feeds, or objects with methods state() and "
                 "restore(state), in dicts and lists.",
             )

@@ -53,7 +53,7 @@ class Best:
         direction, colon, metric = str(words).partition(":")
         if direction not in ("min", "max") or not colon or not metric:
             raise ArgumentError(
-                "HL023", f"best= takes 'min:METRIC' or 'max:METRIC', as in 'min:val_loss'; received {words!r}."
+                f"HL023: best= takes 'min:METRIC' or 'max:METRIC', as in 'min:val_loss'; received {words!r}."
             )
         return cls(metric, 1 if direction == "min" else -1)
 

@@ -157,8 +157,7 @@ def _refuse(missing: Set[str], extra: Set[str], wrong: Mapping[str, str], allow:
     ]
     if problems:
         raise CheckpointError(
-            "HL536",
-            f"The checkpoint is of another model or optimizer: {'; '.join(problems)}. Make them as they were when it "
+            f"HL536: The checkpoint is of another model or optimizer: {'; '.join(problems)}. Make them as they were when it "
             "was saved, or name what may differ: allow=['model.head.*'].",
         )
 

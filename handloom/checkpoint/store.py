@@ -96,8 +96,7 @@ class Store:
             self._lock = WriterLock(self.directory)
         except OSError as error:
             raise CheckpointError(
-                "HL537",
-                f"No checkpoints can be written to {self.directory}: {error.strerror}. Choose another directory, or "
+                f"HL537: No checkpoints can be written to {self.directory}: {error.strerror}. Choose another directory, or "
                 "make this one writable.",
             ) from error
 
@@ -116,8 +115,7 @@ class Store:
         later = [slot for slot in slots(self.directory) if slot.step > step and slot not in self.damaged]
         if later:
             raise CheckpointError(
-                "HL538",
-                f"{self.directory} holds {later[-1].name}, of a later step than {step}. Go on from it with restore(), "
+                f"HL538: {self.directory} holds {later[-1].name}, of a later step than {step}. Go on from it with restore(), "
                 "choose another directory, or remove it.",
             )
 
@@ -171,8 +169,7 @@ class Store:
             draft.write(aside)
         except CheckpointError as error:
             raise CheckpointError(
-                "HL540",
-                f"{slot.name} was not written to {self.directory}, as reading it back failed: {error} "
+                f"HL540: {slot.name} was not written to {self.directory}, as reading it back failed: {error} "
                 "The checkpoints that were there still are.",
             ) from error
 
@@ -262,7 +259,7 @@ def named_rightly(path: Path, manifest: Manifest) -> Manifest:
     slot = Slot.of(path.name)
     if slot is not None and slot.step != manifest.step:
         raise CheckpointError(
-            "HL541", f"{path} holds the checkpoint of step {manifest.step}, and not of the one in its name."
+            f"HL541: {path} holds the checkpoint of step {manifest.step}, and not of the one in its name."
         )
     return manifest
 
@@ -307,9 +304,7 @@ def read_newest(
         except CheckpointError as error:
             _note(path, slot, error, damaged)
     if damaged:
-        raise CheckpointError(
-            "HL542", f"No checkpoint in {directory} is whole. " + " ".join(map(str, damaged.values()))
-        )
+        raise CheckpointError(f"HL542: No checkpoint in {directory} is whole. " + " ".join(map(str, damaged.values())))
     return None, {}
 
 

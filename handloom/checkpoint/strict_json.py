@@ -17,7 +17,7 @@ def encode(value: Any, what: str) -> bytes:
         CheckpointError: If they are nested more deeply than `decode` reads.
     """
     if _depth(value) > _DEPTH:
-        raise CheckpointError("HL544", f"{what} is nested in more than {_DEPTH} levels.")
+        raise CheckpointError(f"HL544: {what} is nested in more than {_DEPTH} levels.")
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
@@ -33,11 +33,11 @@ def decode(data: bytes, what: str) -> dict[str, Any]:
     except RecursionError:
         depth = _DEPTH + 1
     except ValueError as error:
-        raise CheckpointError("HL547", f"{what} is not JSON that can be read: {error}.") from error
+        raise CheckpointError(f"HL547: {what} is not JSON that can be read: {error}.") from error
     if depth > _DEPTH:
-        raise CheckpointError("HL548", f"{what} is nested in more than {_DEPTH} levels.")
+        raise CheckpointError(f"HL548: {what} is nested in more than {_DEPTH} levels.")
     if not isinstance(value, dict):
-        raise CheckpointError("HL549", f"{what} does not contain a JSON object.")
+        raise CheckpointError(f"HL549: {what} does not contain a JSON object.")
     return value
 
 

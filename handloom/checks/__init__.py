@@ -1,4 +1,4 @@
-"""Findings: the mistakes that Handloom tells of, and how to silence, collect or forbid them."""
+"""Findings: the mistakes that Handloom reports, and how to silence, collect or forbid the warnings."""
 
 from handloom._util.findings import collect as collect
 from handloom._util.findings import silence as silence

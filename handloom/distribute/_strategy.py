@@ -133,8 +133,7 @@ def check_strategy(strategy: Strategy | None) -> Strategy:
         return current()
     if not isinstance(strategy, Strategy):
         raise ArgumentError(
-            "HL003",
-            f"strategy takes a strategy of handloom.distribute, or None; received {strategy!r} (of type "
+            f"HL003: strategy takes a strategy of handloom.distribute, or None; received {strategy!r} (of type "
             f"{type(strategy).__name__}).",
         )
     return strategy

@@ -86,7 +86,7 @@ class GradientAccumulation(Wrapper):
 
     def _sum_of(self, variable: Variable) -> Variable:
         if id(variable) not in self._places:
-            raise ArgumentError("HL301", f"Unknown variable: {variable.path}.")  # As Keras's own optimizers say it.
+            raise ArgumentError(f"HL301: Unknown variable: {variable.path}.")  # As Keras's own optimizers say it.
         return self._sums[self._places[id(variable)]]
 
     def get_config(self) -> dict[str, Any]:

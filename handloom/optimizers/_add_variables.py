@@ -71,8 +71,7 @@ def _rebuild(optimizer: keras.Optimizer, variables: list[Variable]) -> None:
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
         raise OptimizerError(
-            "HL302",
-            f"{optimizer.name!r} cannot be given further variables to train: several have the path {twice[0]!r}. Give "
+            f"HL302: {optimizer.name!r} cannot be given further variables to train: several have the path {twice[0]!r}. Give "
             "their layers names of their own, or compile the model again, with a new optimizer.",
         )
     before = {slot.path: slot for slot in slots_of(optimizer)}

@@ -54,14 +54,12 @@ class WeightAveraging(Wrapper):
     ) -> None:
         if decay is not None and not 0 < decay < 1:
             raise ArgumentError(
-                "HL303",
-                f"WeightAveraging takes a decay between 0 and 1, or None for the plain mean; received decay={decay!r}.",
+                f"HL303: WeightAveraging takes a decay between 0 and 1, or None for the plain mean; received decay={decay!r}.",
             )
         super().__init__(inner_optimizer, name=name)
         if any(isinstance(part, GradientAccumulation) for part in inside(self.inner_optimizer)):
             raise ArgumentError(
-                "HL304",
-                "WeightAveraging around GradientAccumulation would miss the update of a last, short window; put it "
+                "HL304: WeightAveraging around GradientAccumulation would miss the update of a last, short window; put it "
                 "inside: "
                 "GradientAccumulation(WeightAveraging(optimizer), steps).",
             )
@@ -123,13 +121,12 @@ def _averages(optimizer: Any) -> list[tuple[Variable, Variable]]:
     averaging = [part for part in inside(optimizer) if isinstance(part, WeightAveraging)]
     if not averaging:
         raise OptimizerError(
-            "HL305",
-            "There are no averaged weights: wrap the optimizer, "
+            "HL305: There are no averaged weights: wrap the optimizer, "
             "handloom.optimizers.WeightAveraging(optimizer, decay=0.999).",
         )
     for part in averaging:
         if not part.built or not int(ops.convert_to_numpy(part.contributions.value)):
             raise OptimizerError(
-                "HL306", f"{part.name!r} has averaged nothing yet: averaging begins after start={part.start} updates."
+                f"HL306: {part.name!r} has averaged nothing yet: averaging begins after start={part.start} updates."
             )
     return [pair for part in averaging for pair in part.pairs()]

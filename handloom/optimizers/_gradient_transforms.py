@@ -36,7 +36,7 @@ class GradientTransforms(Wrapper):
         for transform in self.transforms:
             if not callable(transform):
                 raise ArgumentError(
-                    "HL307", f"A transform is a function of (gradients, variables); received {transform!r}."
+                    f"HL307: A transform is a function of (gradients, variables); received {transform!r}."
                 )
 
     def update(self, gradients: list[Tensor | None], variables: list[Variable]) -> None:
@@ -57,12 +57,11 @@ def _checked(changed: Gradients, variables: list[Variable], transform: Transform
     name = getattr(transform, "__name__", type(transform).__name__)
     gradients = list(changed)
     if len(gradients) != len(variables):
-        raise ArgumentError("HL308", f"{name} was given {len(variables)} gradients and returned {len(gradients)}.")
+        raise ArgumentError(f"HL308: {name} was given {len(variables)} gradients and returned {len(gradients)}.")
     for gradient, variable in zip(gradients, variables, strict=True):
         if gradient is not None and tuple(gradient.shape) != tuple(variable.shape):
             raise ArgumentError(
-                "HL309",
-                f"{name} returned a gradient of shape {tuple(gradient.shape)} for {variable.path!r}, which has shape "
+                f"HL309: {name} returned a gradient of shape {tuple(gradient.shape)} for {variable.path!r}, which has shape "
                 f"{tuple(variable.shape)}.",
             )
     return gradients

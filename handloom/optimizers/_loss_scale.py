@@ -63,8 +63,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         if trainable_variables is None and not self.built:
             raise OptimizerError(
-                "HL310",
-                "The optimizer is not built, so it cannot tell whose gradients these are. Pass the variables too, or "
+                "HL310: The optimizer is not built, so it cannot tell whose gradients these are. Pass the variables too, or "
                 "build it first: optimizer.build(variables).",
             )
         variables = trained_by(self) if trainable_variables is None else list(trainable_variables)

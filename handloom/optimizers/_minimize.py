@@ -136,8 +136,7 @@ def _weight(given: Weight | None, divided_by: list[Denominator], optimizer: kera
         return given
     if len(divided_by) > 1 and any(isinstance(part, GradientAccumulation) for part in inside(optimizer)):
         warn(
-            "HL311",
-            "The loss has parts that are divided by different sums of masks or weights. Gradients gathered over "
+            "HL311: The loss has parts that are divided by different sums of masks or weights. Gradients gathered over "
             "several steps then count by examples; to weight them otherwise, pass minimize(..., weight=...).",
         )
     return divided_by[0].value if len(divided_by) == 1 else weight_of_step()
@@ -146,15 +145,13 @@ def _weight(given: Weight | None, divided_by: list[Denominator], optimizer: kera
 def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise OptimizerError(
-            "HL312",
-            f"minimize() takes a Keras optimizer; received {optimizer!r} (of type {type(optimizer).__name__}). "
+            f"HL312: minimize() takes a Keras optimizer; received {optimizer!r} (of type {type(optimizer).__name__}). "
             "For example: keras.optimizers.Adam(1e-3).",
         )
     check_options(optimizer)
     if optimizer.use_ema and optimizer.gradient_accumulation_steps:
         raise OptimizerError(
-            "HL313",
-            f"{type(optimizer).__name__} has use_ema and gradient_accumulation_steps: Keras moves the averages on "
+            f"HL313: {type(optimizer).__name__} has use_ema and gradient_accumulation_steps: Keras moves the averages on "
             "steps that update nothing. Have handloom.optimizers.GradientAccumulation(optimizer, "
             f"{optimizer.gradient_accumulation_steps}) accumulate, and not the optimizer itself.",
         )
@@ -167,8 +164,7 @@ def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
 def _pair(result: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
         raise GradientError(
-            "HL123",
-            f"With has_aux=True the loss function must return a pair (loss, aux); received {type(result).__name__}.",
+            f"HL123: With has_aux=True the loss function must return a pair (loss, aux); received {type(result).__name__}.",
         )
     return result
 
@@ -189,8 +185,7 @@ def _warn_of_underflow(wrt: Wrt) -> None:
     half = next((inner for layer in layers for inner in layers_of(layer) if inner.compute_dtype == "float16"), None)
     if half is not None:
         warn(
-            "HL314",
-            f"The layer {half.name!r} computes in float16, but no optimizer scales the loss: small gradients become "
+            f"HL314: The layer {half.name!r} computes in float16, but no optimizer scales the loss: small gradients become "
             "zero. Wrap the optimizer: handloom.optimizers.LossScaleOptimizer(optimizer).",
         )
 
@@ -203,8 +198,7 @@ def _apply(optimizer: keras.Optimizer, gradients: list[Tensor | None], variables
         if "Unknown variable" not in str(error):
             raise
         raise OptimizerError(
-            "HL315",
-            f"The optimizer {optimizer.name!r} was built for other variables than {[v.path for v in variables]}. Use "
+            f"HL315: The optimizer {optimizer.name!r} was built for other variables than {[v.path for v in variables]}. Use "
             "one optimizer for each part, or build it for all parts first: optimizer.build([*a, *b]). If some of them "
             "came, or were thawed, later: handloom.optimizers.add_variables(optimizer, model), and compile the "
             "step anew.",
@@ -214,8 +208,7 @@ def _apply(optimizer: keras.Optimizer, gradients: list[Tensor | None], variables
 def _check_reached(gradients: Sequence[Tensor | None], variables: Sequence[Variable]) -> None:
     if all(gradient is None for gradient in gradients):
         raise GradientError(
-            "HL124",
-            f"None of the variables to train reaches the loss: {', '.join(variable.path for variable in variables)}. "
+            f"HL124: None of the variables to train reaches the loss: {', '.join(variable.path for variable in variables)}. "
             "The loss function must itself call the layers that it trains (what was computed outside of it is a "
             "constant), through differentiable operations only (no argmax, round, comparison or stop_gradient).",
         )

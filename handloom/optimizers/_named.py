@@ -39,7 +39,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         self._by_name = {key: _optimizer(key, optimizer) for key, (_, optimizer) in pairs.items()}
         if not self._by_name:
             raise OptimizerError(
-                "HL316", 'No optimizer was given. For example: optimizer={"generator": "adam", "*": "sgd"}.'
+                'HL316: No optimizer was given. For example: optimizer={"generator": "adam", "*": "sgd"}.'
             )
         self._model: Callable[[], Layer | None] = lambda: None
 
@@ -80,7 +80,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
     def _attached(self) -> Layer:
         model = self._model()
         if model is None:
-            raise OptimizerError("HL317", "Several optimizers by name belong to a model: pass them to its compile().")
+            raise OptimizerError("HL317: Several optimizers by name belong to a model: pass them to its compile().")
         return model
 
     def owners(self) -> dict[str, list[Variable]]:
@@ -96,8 +96,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
             for variable in variables:
                 if id(variable) in names:
                     raise OptimizerError(
-                        "HL318",
-                        f"The variable {variable.path!r} is owned twice, by the optimizers {names[id(variable)]!r} and "
+                        f"HL318: The variable {variable.path!r} is owned twice, by the optimizers {names[id(variable)]!r} and "
                         f"{name!r}. Name parts of the model that have no variable in common.",
                     )
                 names[id(variable)] = name
@@ -106,8 +105,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
             owners[REST] = rest
         elif rest:
             raise OptimizerError(
-                "HL319",
-                f"No optimizer owns {', '.join(repr(variable.path) for variable in rest)}; the optimizers are "
+                f"HL319: No optimizer owns {', '.join(repr(variable.path) for variable in rest)}; the optimizers are "
                 f'{", ".join(map(repr, self._by_name))}. Add one for the rest, optimizer={{..., "*": "adam"}}, or '
                 "freeze the layer: layer.trainable = False.",
             )
@@ -139,8 +137,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         strange = [variable.path for variable in variables if id(variable) not in found]
         if strange:
             raise OptimizerError(
-                "HL320",
-                f"No optimizer of the model owns {', '.join(map(repr, strange))}: not among the model's trainable "
+                f"HL320: No optimizer of the model owns {', '.join(map(repr, strange))}: not among the model's trainable "
                 "variables. Pass an optimizer of its own: minimize(..., optimizer=...).",
             )
         return groups
@@ -157,7 +154,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         """Hands each optimizer the gradients of its variables."""
         if trainable_variables is None:
             raise OptimizerError(
-                "HL321", "Several optimizers cannot tell whose gradients these are; pass the variables too."
+                "HL321: Several optimizers cannot tell whose gradients these are; pass the variables too."
             )
         gradients = {id(variable): grad for variable, grad in zip(trainable_variables, grads, strict=True)}
         for optimizer, group in self.split(trainable_variables):
@@ -205,7 +202,7 @@ def _optimizer(name: str, optimizer: Any) -> keras.Optimizer:
     try:
         return keras.optimizers.get(optimizer)
     except ValueError as error:
-        raise OptimizerError("HL322", f"optimizer={{{name!r}: {optimizer!r}}}: {error}") from error
+        raise OptimizerError(f"HL322: optimizer={{{name!r}: {optimizer!r}}}: {error}") from error
 
 
 def _by_path(predicate: Callable[[str], bool]) -> Chooser:
@@ -227,8 +224,7 @@ def _variables_at(model: Layer, path: str) -> list[Variable]:
     for part in path.split("."):
         if not hasattr(place, part):
             raise OptimizerError(
-                "HL323",
-                f"There is an optimizer for {path!r}, but {type(model).__name__} has no such attribute ({part!r} is "
+                f"HL323: There is an optimizer for {path!r}, but {type(model).__name__} has no such attribute ({part!r} is "
                 f"missing on {type(place).__name__}). Names of optimizers are attributes of the model, dotted paths "
                 f'like "encoder.head", or "*" for the rest.',
             )
@@ -241,8 +237,7 @@ def _variables_at(model: Layer, path: str) -> list[Variable]:
             variables[id(leaf)] = leaf
         else:
             raise OptimizerError(
-                "HL324",
-                f"There is an optimizer for {path!r}, but what {type(model).__name__} has there is no layer or "
+                f"HL324: There is an optimizer for {path!r}, but what {type(model).__name__} has there is no layer or "
                 f"variable: {leaf!r} (of type {type(leaf).__name__}).",
             )
     return list(variables.values())

@@ -18,13 +18,11 @@ def check_options(optimizer: keras.Optimizer | None) -> None:
             limit = getattr(part, name)
             if limit is not None and not limit > 0:
                 raise OptimizerError(
-                    "HL325",
-                    f"{type(part).__name__} has {name}={limit!r}: gradients are clipped to a positive limit, such as "
+                    f"HL325: {type(part).__name__} has {name}={limit!r}: gradients are clipped to a positive limit, such as "
                     f"{name}=1.0. To clip none, leave it out.",
                 )
         if part.gradient_accumulation_steps == 0:
             raise OptimizerError(
-                "HL326",
-                f"{type(part).__name__} has gradient_accumulation_steps=0: an update is made from 2 steps or more. To "
+                f"HL326: {type(part).__name__} has gradient_accumulation_steps=0: an update is made from 2 steps or more. To "
                 "update on every step, leave it out.",
             )

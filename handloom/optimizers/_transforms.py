@@ -51,7 +51,7 @@ def global_norm(gradients: Gradients) -> Tensor:
 def check_positive(name: str, **values: Any) -> None:
     for argument, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ArgumentError("HL327", f"{name} takes a positive {argument}; received {argument}={value!r}.")
+            raise ArgumentError(f"HL327: {name} takes a positive {argument}; received {argument}={value!r}.")
 
 
 @_transform

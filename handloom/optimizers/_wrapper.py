@@ -43,8 +43,7 @@ class Wrapper(keras.optimizers.Optimizer):
             if part.gradient_accumulation_steps:
                 kind, steps = type(part).__name__, part.gradient_accumulation_steps
                 raise ArgumentError(
-                    "HL328",
-                    f"{type(self).__name__} is around {kind}(gradient_accumulation_steps={steps}) and would see the "
+                    f"HL328: {type(self).__name__} is around {kind}(gradient_accumulation_steps={steps}) and would see the "
                     "gradients of single steps. Have handloom.optimizers.GradientAccumulation gather them around "
                     "all of it: "
                     f"GradientAccumulation({type(self).__name__}({kind}(...), ...), {steps}).",
@@ -133,6 +132,6 @@ def positive_whole(name: str, least: int = 1, **argument: Any) -> int:
     [(key, value)] = argument.items()
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ArgumentError(
-            "HL329", f"{name} takes a whole number, at least {least}, as {key}; received {key}={value!r}."
+            f"HL329: {name} takes a whole number, at least {least}, as {key}; received {key}={value!r}."
         )
     return value

@@ -42,7 +42,7 @@ def _events(path: Path) -> Iterator[Event]:
         except ValueError:
             fields = None
             if number < len(lines):  # Else it is being written.
-                warn("HL950", f"{path}, line {number} is no JSON and is left out.")
+                warn(f"HL950: {path}, line {number} is no JSON and is left out.")
         if fields is not None:
             data = {name: value for name, value in fields.items() if name not in _ATTRIBUTES}
             data |= {"values": _numbers(data["values"])} if data.get("values") else {}

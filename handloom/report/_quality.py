@@ -26,8 +26,7 @@ def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1] or min(len(one), len(other)) < 2:
         raise ArgumentError(
-            "HL034",
-            "frechet_distance takes two arrays (examples, features) with the same number of features and at least two "
+            "HL034: frechet_distance takes two arrays (examples, features) with the same number of features and at least two "
             f"examples each; received shapes {one.shape} and {other.shape}.",
         )
     means = one.mean(axis=0), other.mean(axis=0)

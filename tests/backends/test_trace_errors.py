@@ -29,7 +29,7 @@ def test_an_operation_of_tensorflow_in_a_step_of_another_backend_is_named_as_tha
     assert tensorflow_called([(__file__, 3), (LIBRARY, 3)], "jax") is None
 
 
-@pytest.mark.parametrize("error", [KeyError("w"), RuntimeError("out of memory"), GradientError("HL999", "No scalar.")])
+@pytest.mark.parametrize("error", [KeyError("w"), RuntimeError("out of memory"), GradientError("HL999: No scalar.")])
 def test_other_errors_of_a_gradient_pass_as_they_are(error):
     with pytest.raises(type(error)) as raised, naming_what_has_no_derivative("JAX"):
         raise error

@@ -21,25 +21,25 @@ def line_of(finding):
 
 def test_a_warning_carries_its_finding_and_shows_its_line_and_code():
     with pytest.warns(HandloomWarning) as told:
-        warn("HL999", "Something was seen.", "It is wrong.", "Do this.")
+        warn("HL999: Something was seen.", "It is wrong.", "Do this.")
     [warning] = told
     assert str(warning.message) == "Something was seen. It is wrong. Do this. [HL999]"
     assert warning.message.finding == Finding(
         "HL999", __file__, warning.lineno, "Something was seen.", "It is wrong.", "Do this."
     )
     assert warning.filename == __file__
-    assert line_of(warning.message.finding) == 'warn("HL999", "Something was seen.", "It is wrong.", "Do this.")'
+    assert line_of(warning.message.finding) == 'warn("HL999: Something was seen.", "It is wrong.", "Do this.")'
     with pytest.warns(FallbackWarning):
-        warn("HL999", "Seen.", category=FallbackWarning)
+        warn("HL999: Seen.", category=FallbackWarning)
 
 
 def test_an_error_carries_its_finding_and_survives_pickling():
     def fails():
-        return DataError("HL999", "Something was seen.", fix="Do this.")
+        return DataError("HL999: Something was seen.", fix="Do this.")
 
     error = fails()
     assert str(error) == "Something was seen. Do this. [HL999]"
-    assert line_of(error.finding) == 'return DataError("HL999", "Something was seen.", fix="Do this.")'
+    assert line_of(error.finding) == 'return DataError("HL999: Something was seen.", fix="Do this.")'
     copied = pickle.loads(pickle.dumps(error))
     assert (type(copied), str(copied), copied.finding) == (DataError, str(error), error.finding)
 
@@ -67,8 +67,8 @@ def test_a_warning_of_a_step_is_at_the_call_of_fit_or_in_the_step():
 def shown():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        warn("HL998", "Seen.")
-        warn("HL999", "Seen.")
+        warn("HL998: Seen.")
+        warn("HL999: Seen.")
     return [warning.message.finding.code for warning in told]
 
 
@@ -100,23 +100,23 @@ def test_silence_takes_a_code(code):
 def test_strict_makes_warnings_errors():
     with hl.checks.strict():
         with pytest.raises(HandloomError, match=r"Seen\. \[HL999\]") as caught:
-            warn("HL999", "Seen.")
+            warn("HL999: Seen.")
         assert caught.value.finding.code == "HL999"
         with hl.checks.silence("HL999"):
-            warn("HL999", "Seen.")
+            warn("HL999: Seen.")
     assert shown() == ["HL998", "HL999"]
 
 
 def test_collect_takes_warnings_and_the_error_that_ends_the_block():
     with hl.checks.collect() as findings:
-        warn("HL999", "One.")
+        warn("HL999: One.")
         with hl.checks.collect() as inner:
-            warn("HL999", "Two.")
+            warn("HL999: Two.")
         in_a_thread(shown)
     assert [finding.saw for finding in findings] == ["One."]
     assert [finding.saw for finding in inner] == ["Two."]
     with pytest.raises(DataError), hl.checks.collect() as findings:
-        raise DataError("HL999", "Three.")
+        raise DataError("HL999: Three.")
     assert [finding.saw for finding in findings] == ["Three."]
 
 

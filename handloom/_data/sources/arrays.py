@@ -77,8 +77,8 @@ def _common_length(arrays: Sequence[np.ndarray], paths: Sequence[Sequence[Any]])
     lengths = {place(path): len(array) for path, array in zip(paths, arrays, strict=True)}
     if len(set(lengths.values())) > 1:
         sizes = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise DataError("HL412", f"All arrays must have the same number of examples (their first axis); {sizes}.")
+        raise DataError(f"HL412: All arrays must have the same number of examples (their first axis); {sizes}.")
     count = next(iter(lengths.values()))
     if not count:
-        raise DataError("HL413", "The data is empty: its arrays have no examples (their first axis is 0 long).")
+        raise DataError("HL413: The data is empty: its arrays have no examples (their first axis is 0 long).")
     return count

@@ -57,7 +57,7 @@ class Source(abc.ABC):
         """The first batch of a pass, which it stays."""
         for batch in self.batches(epoch, 0, look):
             return batch
-        raise DataError("HL414", f"The data is empty: {self.name} gave no batch.")
+        raise DataError(f"HL414: The data is empty: {self.name} gave no batch.")
 
     def state(self) -> Any:
         """Where it stands, if epoch and batch do not say that: JSON and arrays; else `None`."""
@@ -108,8 +108,7 @@ class Cut:
         length = self.count // self.batch_size if self.drop_remainder else -(-self.count // self.batch_size)
         if not length:
             raise DataError(
-                "HL415",
-                f"The data has {self.count} example(s), which makes no full batch of {self.batch_size}. Use a smaller "
+                f"HL415: The data has {self.count} example(s), which makes no full batch of {self.batch_size}. Use a smaller "
                 "batch_size, or drop_remainder=False.",
             )
         return length

@@ -31,7 +31,7 @@ def source_of(data: Any, batch_size: int | None, shuffle: bool, drop_remainder: 
     """
     whole = isinstance(batch_size, numbers.Integral) and not isinstance(batch_size, bool)
     if batch_size is not None and not (whole and batch_size > 0):
-        raise DataError("HL416", f"batch_size takes a positive whole number; received {batch_size!r}.")
+        raise DataError(f"HL416: batch_size takes a positive whole number; received {batch_size!r}.")
     if is_arrays(data):
         return Arrays(data, batch_size or _DEFAULT_BATCH_SIZE, shuffle, drop_remainder)
     if is_table(data):
@@ -42,7 +42,7 @@ def source_of(data: Any, batch_size: int | None, shuffle: bool, drop_remainder: 
     for option, given in refused.items():
         if given:
             raise DataError(
-                "HL417", f"{option} is for arrays; {source.name} gives batches already. Set it where they are made."
+                f"HL417: {option} is for arrays; {source.name} gives batches already. Set it where they are made."
             )
     return source
 
@@ -58,8 +58,7 @@ def _batched_source(data: Any, shuffle: bool) -> Source:
     if callable(data) and not isinstance(data, keras.Layer):
         return Stream("the function of data", data, ByIterator(data), None)
     raise DataError(
-        "HL418",
-        f"No batches can be made of data of type {type(data).__name__}: {short(data)}. Pass arrays (NumPy, pandas, or "
+        f"HL418: No batches can be made of data of type {type(data).__name__}: {short(data)}. Pass arrays (NumPy, pandas, or "
         "tensors) in a tuple or dict, a tf.data.Dataset, a torch DataLoader, a keras.utils.PyDataset, a Grain or "
         "Hugging Face data set, an iterable of batches, or a function that returns one. Lists of numbers become arrays "
         "by np.array(...).",

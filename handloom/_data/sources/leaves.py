@@ -51,13 +51,12 @@ def host_array(leaf: Any, path: Path) -> np.ndarray:
     """
     if kind_of(leaf) != "dense":
         raise DataError(
-            "HL419",
-            f"{place(path)} is a {kind_of(leaf)} tensor, which is not cut into batches. Have "
+            f"HL419: {place(path)} is a {kind_of(leaf)} tensor, which is not cut into batches. Have "
             "tf.data.Dataset.from_tensor_slices(...).batch(...) do that.",
         )
     array = on_host(leaf)
     if array.ndim == 0:
-        raise DataError("HL420", f"{place(path)} is a single number; data has an axis of examples first.")
+        raise DataError(f"HL420: {place(path)} is a single number; data has an axis of examples first.")
     _check_kind(array, path)
     if not is_mapped(leaf):
         check_range(array, path)
@@ -107,14 +106,12 @@ def _check_kind(array: np.ndarray, path: Path) -> None:
             return
     if kind == "O":
         raise DataError(
-            "HL421",
-            f"{place(path)} holds Python objects (dtype object), for example {short(array.flat[0])}. Convert it to "
+            f"HL421: {place(path)} holds Python objects (dtype object), for example {short(array.flat[0])}. Convert it to "
             "numbers first, for example with .astype('float32'); pad rows of different lengths.",
         )
     if kind not in _NUMBERS or array.dtype.names or array.dtype == np.longdouble:
         raise DataError(
-            "HL422",
-            f"{place(path)} has the dtype {array.dtype}, which no backend has. Convert it first, for example with "
+            f"HL422: {place(path)} has the dtype {array.dtype}, which no backend has. Convert it first, for example with "
             ".astype('float32').",
         )
 
@@ -131,14 +128,13 @@ def check_range(array: np.ndarray, path: Path) -> None:
     least, largest = np.iinfo(kept).min, np.iinfo(kept).max
     if kept.itemsize < array.dtype.itemsize and (array.min() < least or array.max() > largest):
         raise DataError(
-            "HL423",
-            f"{place(path)} has whole numbers from {array.min()} to {array.max()}, which do not fit into {kept.name}, "
+            f"HL423: {place(path)} has whole numbers from {array.min()} to {array.max()}, which do not fit into {kept.name}, "
             "the most that this backend has. Number them from 0, or hash them to fewer values.",
         )
 
 
 def _not_held(path: Path, what: str, instead: str) -> DataError:
-    return DataError("HL424", f"{place(path)} is {what}, which this backend cannot hold in a step. {instead}")
+    return DataError(f"HL424: {place(path)} is {what}, which this backend cannot hold in a step. {instead}")
 
 
 def described(paths: Sequence[Path], leaves: Sequence[Any]) -> dict[str, str]:

@@ -25,7 +25,7 @@ class PyDatasets(Source):
         self._processes = _Processes(data)
         self.length = data.num_batches
         if self.length == 0:
-            raise DataError("HL425", "The data is empty: the PyDataset has length 0.")
+            raise DataError("HL425: The data is empty: the PyDataset has length 0.")
 
     def batches(self, epoch: int, start: int, look: Look | None = None) -> Iterator[Batch]:
         self._data.on_epoch_begin()

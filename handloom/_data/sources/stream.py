@@ -62,7 +62,7 @@ class Stream(Source):
         first = list(itertools.islice(given, 1))
         self._ready = itertools.chain(first, given), number
         if not first:
-            raise DataError("HL426", f"The data is empty: {self.name} gave no batch.")
+            raise DataError(f"HL426: The data is empty: {self.name} gave no batch.")
         return self._as_batch(first[0], look)
 
     def batches(self, epoch: int, start: int, look: Look | None = None) -> Iterator[Batch]:
@@ -94,8 +94,7 @@ class Stream(Source):
             return self._reader.go_on(position, start if state["under_way"] else None)
         except Exception as error:  # Whatever a library says of what it cannot use.
             raise DataError(
-                "HL427",
-                f"{self.name} cannot go back to the position in the state: {error} Make it as the one was that the "
+                f"HL427: {self.name} cannot go back to the position in the state: {error} Make it as the one was that the "
                 "state is of.",
             ) from error
 

@@ -36,7 +36,7 @@ class Table(Source):
 
     def __init__(self, data: Any, batch_size: int, shuffle: bool, drop_remainder: bool) -> None:
         if not len(data):
-            raise DataError("HL428", "The data is empty: the Dataset has no rows.")
+            raise DataError("HL428: The data is empty: the Dataset has no rows.")
         self._data = data if data.format["type"] else data.with_format("numpy")
         self._cut = Cut(len(data), batch_size, shuffle, drop_remainder)
         self.length = self._cut.length
@@ -76,8 +76,7 @@ def _columns(batch: Any) -> dict[str, Any]:
     single = [name for name, column in columns.items() if not len(getattr(column, "shape", ()))]
     if single:
         raise DataError(
-            "HL429",
-            f"The IterableDataset gives single examples ({single[0]!r} is no column but one value). Have it give "
+            f"HL429: The IterableDataset gives single examples ({single[0]!r} is no column but one value). Have it give "
             "batches: dataset.batch(32).",
         )
     return columns
@@ -88,5 +87,5 @@ def _array(name: str, column: list[Any]) -> np.ndarray:
         return np.asarray(column)
     except ValueError as error:
         raise DataError(
-            "HL430", f"The rows of the column {name!r} differ in length; pad them, with dataset.map(...)."
+            f"HL430: The rows of the column {name!r} differ in length; pad them, with dataset.map(...)."
         ) from error

@@ -243,8 +243,7 @@ class OneTrace(Scope):
     def add_update(self, update: tuple[Variable, Tensor]) -> None:
         if jax.extend.core.get_opaque_trace_state() != self._trace:
             raise VariableError(
-                "HL101",
-                f"The variable {update[0].path!r} is assigned inside a function given to an operation (keras.ops."
+                f"HL101: The variable {update[0].path!r} is assigned inside a function given to an operation (keras.ops."
                 "while_loop, fori_loop, scan, map, vectorized_map), from where its new value cannot get out on JAX. "
                 "Return the new value from that function, and assign it outside. For example: "
                 "v.assign(ops.fori_loop(0, 3, lambda index, value: value + index, v.value)).",
@@ -255,8 +254,7 @@ class OneTrace(Scope):
 def leaked(line: str) -> TraceError:
     """The error for a tensor of an inner trace that is used outside of it."""
     return TraceError(
-        "HL102",
-        "A tensor of a function that was given to an operation (keras.ops.cond, while_loop, scan, map, vectorized_map) "
+        "HL102: A tensor of a function that was given to an operation (keras.ops.cond, while_loop, scan, map, vectorized_map) "
         f"is used outside of that function, where it has no meaning:\n    {line}\n"
         "Return it from the function instead.",
     )

@@ -90,8 +90,7 @@ class TorchBackend(Backend):
     def exporting(self, format: str) -> Iterator[None]:  # noqa: A002
         if format == "tf_saved_model":
             raise ExportError(
-                "HL601",
-                "On PyTorch a model cannot be exported as a TensorFlow SavedModel: Keras does it by torch_xla, of "
+                "HL601: On PyTorch a model cannot be exported as a TensorFlow SavedModel: Keras does it by torch_xla, of "
                 'which there is no version for this PyTorch. Use export(..., format="onnx"), or let TensorFlow do it: '
                 'model.save("model.keras"), then KERAS_BACKEND=tensorflow python -c "from handloom import Model; '
                 "from keras.saving import load_model; load_model('model.keras', compile=False).export('exported')\".",
