@@ -1,6 +1,6 @@
 """Numbers: how tests make and compare them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -24,6 +24,18 @@ def same(actual: Any, expected: Any) -> None:
     np.testing.assert_array_equal(numpy(actual), numpy(expected))
 
 
+def each_close(actual: Iterable[Any], expected: Iterable[Any], rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Fails unless two equally long lists of arrays, of any shapes, are close pair by pair."""
+    for one, other in zip(actual, expected, strict=True):
+        close(one, other, rtol, atol)
+
+
+def each_same(actual: Iterable[Any], expected: Iterable[Any]) -> None:
+    """Fails unless two equally long lists of arrays, of any shapes, are bitwise identical pair by pair."""
+    for one, other in zip(actual, expected, strict=True):
+        same(one, other)
+
+
 def ones(*shape: int) -> np.ndarray:
     """Ones in single precision."""
     return np.ones(shape, "float32")
@@ -44,3 +56,10 @@ def same_values(one: Any, other: Any) -> None:
     one, other = (thing if isinstance(thing, Sequence) else [thing] for thing in (one, other))
     for left, right in zip(values_of(*one), values_of(*other), strict=True):
         same(left, right)
+
+
+def finite_differences(fn: Callable[[np.ndarray], Any], x: Any, step: float = 1e-6) -> np.ndarray:
+    """The gradient of a scalar function of one array by central differences, in double precision."""
+    x = np.asarray(x, "float64")
+    steps = step * np.eye(x.size).reshape(x.size, *x.shape)
+    return np.reshape([(fn(x + each) - fn(x - each)) / (2 * step) for each in steps], x.shape)
