@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +27,7 @@ _RECORD = "run.json"
 
 
 class _Group(click.Group):
-    """Shows Handloom's own errors as a sentence, without a traceback."""
+    """Shows errors of Handloom as a message, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -43,38 +44,41 @@ def main() -> None:
 
 @main.command("list")
 def list_recipes() -> None:
-    """Name the recipes."""
-    width = max(map(len, _recipes()))
-    for name, path in _recipes().items():
-        click.echo(f"{name:{width}}  {_first_line(path)}")
+    """List the recipes."""
+    recipes = _recipes()
+    width = max(map(len, recipes))
+    for name, path in recipes.items():
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        click.echo(f"{name:{width}}  {docstring.splitlines()[0]}")
 
 
 @main.command()
 @click.argument("recipe", metavar="NAME|FILE.py")
-@click.option("--backend", type=click.Choice(_BACKENDS), help="By default $KERAS_BACKEND, or what is installed.")
-@click.option("--epochs", type=click.IntRange(min=1), help="By default the recipe's own number.")
-@click.option("--run-dir", type=click.Path(file_okay=False, path_type=Path), help="By default runs/NAME-BACKEND.")
-@click.option("--fresh", is_flag=True, help="Empty the run directory of the run that is in it.")
+@click.option("--backend", type=click.Choice(_BACKENDS), help="Default: $KERAS_BACKEND, or an installed backend.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Default: the number of epochs of the recipe.")
+@click.option("--run-dir", type=click.Path(file_okay=False, path_type=Path), help="Default: runs/NAME-BACKEND.")
+@click.option("--fresh", is_flag=True, help="Remove the run that is in the run directory.")
 def run(recipe: str, backend: str | None, epochs: int | None, run_dir: Path | None, fresh: bool) -> None:
     """Run a recipe by name, or from a file.
 
-    A file of your own has a function main(run_dir, epochs=...), as the recipes have; what it returns is shown.
+    Like a recipe, the file must have a function main(run_dir, epochs=...). Its result is printed.
     """
     path = _recipe_file(recipe)
     backend = _choose_backend(backend)
     click.echo(f"{recipe} on {backend}")
-    function = _main_of(path)  # First, so that an older run is not removed for one that cannot begin.
+    function = _main_of(path)  # First, so that no run is removed for a file that cannot be imported.
     run_dir = _prepared(run_dir, f"{path.stem.replace('_', '-')}-{backend}", fresh)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     result = function(run_dir, **({} if epochs is None else {"epochs": epochs}))
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     record = {"recipe": recipe, "backend": backend, "seconds": round(seconds, 1), "result": result}
-    text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
-    (run_dir / _RECORD).write_text(text + "\n", encoding="utf-8")
-    click.echo(f"{result or 'Done.'}\nIn {seconds:.0f} s. Everything is in {run_dir}{os.sep}: {_contents(run_dir)}")
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
+    (run_dir / _RECORD).write_text(text, encoding="utf-8")
+    contents = ", ".join(sorted(path.name + (os.sep if path.is_dir() else "") for path in run_dir.iterdir()))
+    click.echo(f"{result or 'Done.'}\nIn {seconds:.0f} s. Results are in {run_dir}{os.sep}: {contents}")
 
 
-@main.group(cls=_Group)
+@main.group()
 def checkpoint() -> None:
     """List, verify and show checkpoints."""
 
@@ -86,44 +90,40 @@ _where = click.argument("path", metavar="DIR", type=click.Path(exists=True, path
 @_where
 def list_checkpoints(path: Path) -> None:
     """List the checkpoints in a directory, or of a run, oldest first."""
-    for line in _inspect().listed(path):
+    for line in _inspection().listed(path):
         click.echo(line)
 
 
 @checkpoint.command()
 @_where
 def verify(path: Path) -> None:
-    """Read every byte of the checkpoints in a directory, or of one.
+    """Read every byte of the checkpoints in a directory, or of one checkpoint.
 
-    What is damaged is named, and the exit code is then 1.
+    Damaged checkpoints are named; the exit code is then 1.
     """
-    whole = True
-    for good, line in _inspect().verified(path):
+    all_whole = True
+    for whole, line in _inspection().verified(path):
         click.echo(line)
-        whole = whole and good
-    if not whole:
+        all_whole = all_whole and whole
+    if not all_whole:
         sys.exit(1)
 
 
 @checkpoint.command()
 @_where
 def show(path: Path) -> None:
-    """Show what is in a checkpoint, or in the newest of a directory."""
-    for line in _inspect().shown(path):
+    """Show the contents of a checkpoint, or of the newest in a directory."""
+    for line in _inspection().shown(path):
         click.echo(line)
 
 
-def _inspect() -> ModuleType:
-    return importlib.import_module("handloom.checkpoint.inspection")  # Late, as it needs NumPy.
+def _inspection() -> ModuleType:
+    return importlib.import_module("handloom.checkpoint.inspection")  # Late, because it needs NumPy.
 
 
 def _recipes() -> dict[str, Path]:
     files = sorted(path for path in _RECIPES.glob("*.py") if not path.stem.startswith("_"))
     return {path.stem.replace("_", "-"): path for path in files}
-
-
-def _first_line(path: Path) -> str:
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
 
 
 def _recipe_file(recipe: str) -> Path:
@@ -134,9 +134,9 @@ def _recipe_file(recipe: str) -> Path:
     recipes = _recipes()
     if recipe not in recipes:
         near = difflib.get_close_matches(recipe, recipes, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(recipes)}."
+        hint = f"Did you mean {near[0]!r}?" if near else f"The recipes are {', '.join(recipes)}."
         raise RecipeError(
-            f"HL907: There is no recipe {recipe!r}; {hint} For a file of your own, give its path: {recipe}.py"
+            f"HL907: There is no recipe {recipe!r}.", fix=f"{hint} To run a file, give its path: {recipe}.py."
         )
     return recipes[recipe]
 
@@ -146,41 +146,42 @@ def _choose_backend(backend: str | None) -> str:
     installed = [name for name in _BACKENDS if importlib.util.find_spec(name)]
     backend = backend or os.environ.get("KERAS_BACKEND") or _configured(installed)
     os.environ["KERAS_BACKEND"] = backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # It would greet with lines about the processor.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Otherwise TensorFlow prints lines about the processor.
     if backend not in installed:
-        importlib.import_module("handloom._keras")  # Raises the error that says what to install, or to choose.
+        importlib.import_module("handloom._keras")  # Raises the error that says what to install or choose.
     return backend
 
 
 def _configured(installed: list[str]) -> str:
-    """The backend that Keras is configured for, if it is there; else the first that is."""
+    """The backend that Keras is configured for, if it is installed; otherwise the first that is installed."""
     home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
     try:
         configured = json.loads((home / "keras.json").read_text(encoding="utf-8")).get("backend")
     except (OSError, ValueError):
         configured = None
-    if configured in installed:
-        return str(configured)
-    return installed[0] if installed else _BACKENDS[0]
+    return next((name for name in [configured, *installed] if name in installed), _BACKENDS[0])
 
 
 def _prepared(run_dir: Path | None, name: str, fresh: bool) -> Path:
-    """The run directory, made: the one asked for, whose run goes on if there is one, or the first that is free."""
+    """Creates the run directory: the given one, whose run resumes if it has checkpoints, or the first unused one."""
     chosen = run_dir or Path("runs") / name
-    saved = (chosen / OF_RUN).is_dir()
-    if fresh and (saved or (chosen / _RECORD).exists()):
+    resumes, is_run = (chosen / OF_RUN).is_dir(), (chosen / _RECORD).exists()
+    if fresh and (resumes or is_run):
         _empty(chosen)
-    if _in_use(chosen) and not (saved and run_dir is not None):
-        if run_dir is not None:
-            what = "a run; --fresh empties it" if (chosen / _RECORD).exists() else "files that are of no finished run"
-            raise RecipeError(f"HL908: {chosen} holds {what}. Choose another directory with --run-dir.")
+    elif _in_use(chosen) and run_dir is None:
         chosen = next(path for number in range(2, 10**6) if not _in_use(path := Path("runs") / f"{name}-{number}"))
+    elif _in_use(chosen) and not resumes:
+        raise RecipeError(
+            f"HL908: {chosen} holds {'a finished run' if is_run else 'files that do not belong to a run'}.",
+            fix="Choose another directory with --run-dir"
+            f"{', or pass --fresh to remove the run in it' if is_run else ''}.",
+        )
     chosen.mkdir(parents=True, exist_ok=True)
     return chosen
 
 
 def _empty(run_dir: Path) -> None:
-    """Removes what is in a directory; itself it stays, as it may be where the user stands, or a link."""
+    """Removes the contents of a directory. The directory stays: it may be the current one, or a link."""
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -193,12 +194,12 @@ def _in_use(path: Path) -> bool:
 
 
 def _main_of(path: Path) -> Callable[..., str | None]:
-    module = _imported(path)
-    function = getattr(module, "main", None)
+    function: Callable[..., str | None] | None = getattr(_imported(path), "main", None)
     if not callable(function):
-        raise RecipeError(f"HL909: {path} has no function main(run_dir, epochs=...) for handloom to run.")
-    recipe: Callable[..., str | None] = function
-    return recipe
+        raise RecipeError(
+            f"HL909: {path} has no function main for handloom to run.", fix="Define main(run_dir, epochs=...) in it."
+        )
+    return function
 
 
 def _imported(path: Path) -> ModuleType:
@@ -206,24 +207,19 @@ def _imported(path: Path) -> ModuleType:
         _check_extras()
         return importlib.import_module(f"handloom.recipes.{path.stem}")
     sys.path.insert(0, str(path.parent.resolve()))  # So that the file finds its neighbours, as under `python FILE.py`.
-    # Not by its name, which another module may have, or which may not be one.
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
-    assert spec is not None  # The name ends in .py.
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    # Not by its name, which another module may have, or which may not be a module name.
+    module = ModuleType(path.stem)
+    module.__file__ = str(path.resolve())
     sys.modules.setdefault(path.stem, module)  # Where Keras and pickle look for the classes in it.
-    spec.loader.exec_module(module)
+    SourceFileLoader(path.stem, module.__file__).exec_module(module)
     return module
 
 
 def _check_extras() -> None:
-    """Now, not when the first curve is drawn, after training."""
+    """Checks for the libraries of the recipes before training, and not when the first curve is drawn."""
     missing = [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(
-            f'HL910: The recipes need {" and ".join(missing)}, not installed here: pip install "handloom[recipes]".'
+            f"HL910: The recipes need {' and '.join(missing)}, which is not installed.",
+            fix='Install the extra: pip install "handloom[recipes]".',
         )
-
-
-def _contents(run_dir: Path) -> str:
-    return ", ".join(sorted(path.name + (os.sep if path.is_dir() else "") for path in run_dir.iterdir()))

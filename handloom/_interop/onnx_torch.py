@@ -1,4 +1,4 @@
-"""PyTorch: what its exporter to ONNX needs, and what it says that nobody can mend."""
+"""PyTorch: changes that its ONNX exporter needs while Keras exports a model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from handloom._util.patch import Patch
 
 @contextlib.contextmanager
 def exportable() -> Iterator[None]:
-    """Where Keras has a model exported."""
+    """Within the block, Keras can export a model, without the warnings that users cannot act on."""
     with _sizes_are_numbers, warnings.catch_warnings():
-        # That sizes and the constants of layers are written as the numbers they are; that Keras chose the old exporter.
+        # Sizes and constants of layers are written as the numbers they are. Keras chose the old exporter.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
         warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning)
@@ -32,4 +32,4 @@ def _sizes_as_numbers(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 _sizes_are_numbers = Patch((torch.nn.functional, "layer_norm", _sizes_as_numbers))
-"""Gives `layer_norm` the sizes to normalize over as numbers, as ONNX has them; while traced they are tensors."""
+"""Gives `layer_norm` the sizes to normalize over as numbers, as ONNX needs them; in a trace they are tensors."""

@@ -1,24 +1,23 @@
-"""Data as `keras.Model.fit` takes it: `x`, `y` and weights apart, or a source of all of them."""
+"""Data as `keras.Model.fit` takes it: `x`, `y` and `sample_weight` apart, or a source that gives all of them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, cast
 
-import numpy as np
-
-from handloom._data.class_weight import check_labels, class_weights, label_check
+from handloom._data.class_weight import class_weights, label_check
 from handloom._data.feed import Feed
 from handloom._data.sample_weight import check_weights, weights_in, weights_in_batch
 from handloom._data.sources import Batch, is_arrays
 from handloom._keras import keras
 from handloom.errors import DataError
 
-ops = keras.ops
-
-Parts = tuple[Any, Any, Any]
+Parts: TypeAlias = tuple[Any, Any, Any]
 """Inputs, targets, sample weights."""
+
+LabelCheck: TypeAlias = Callable[[Any, Any], None]
+"""Takes the inputs and targets of a batch, and raises an error if a label is outside the classes."""
 
 
 def model_feed(
@@ -31,69 +30,67 @@ def model_feed(
     labels: bool = True,
     training: bool = False,
 ) -> Feed:
-    """A feed over arrays, or over a source of batches given as the inputs.
+    """Makes a feed over arrays, or over a source of batches that is given as the inputs.
 
     Args:
-        model: Whose classes the labels are checked against.
-        parts: Inputs, targets and sample weights; of the last two either may be `None`.
+        model: The model; its number of classes is compared with the labels.
+        parts: Inputs, targets and sample weights; targets and weights may be `None`.
         batch_size: For arrays.
-        shuffle: For arrays and `PyDataset`s; other sources decide for themselves.
-        class_weight: Weights of examples by their class.
-        labels: Whether there are labels to check.
-        training: Whether it is to be trained on.
+        shuffle: For arrays and `PyDataset`s; other sources have an order of their own.
+        class_weight: Weights of examples, by class.
+        labels: Whether to check the labels.
+        training: Whether the model is trained on the feed.
 
     Raises:
-        DataError: If the parts do not go together, a label is outside the classes, or a weight is negative; when a
-            batch is read to train on, if its weights sum to zero.
+        DataError: The parts do not fit together, a label is outside the classes, or a weight is negative. Also while
+            batches are read for training, if the weights of a batch sum to zero.
     """
     x, y, sample_weight = parts
     if is_arrays(parts):
         if class_weight is not None:
-            sample_weight = weights_of(y, sample_weight, class_weight)
+            sample_weight = weights_by_class(y, sample_weight, class_weight)
         feed = Feed(packed((x, y, sample_weight)), batch_size=batch_size, shuffle=shuffle, seed=None if shuffle else 0)
-        if labels:
-            check_labels(model, x, y)
-        _check_all(feed, weights_in(y, sample_weight), training=training)
+        weights = weights_in(y, sample_weight)
+    else:
+        feed = _source_feed(parts, shuffle, class_weight)
+        weights = weights_in_batch(feed.whole)
+    check = label_check(model) if labels else _accept
+    if feed.whole is None:
+        feed.check(functools.partial(_check_batch, check, training=training))
         return feed
+    check(*_inputs_and_labels(feed.whole))
+    check_weights(weights, training=False)
+    if training and not all(array.all() for array in weights):  # Only then can the weights of a batch sum to zero.
+        feed.check(functools.partial(_check_batch, _accept, training=True))
+    return feed
+
+
+def _source_feed(parts: Parts, shuffle: bool, class_weight: Mapping[int, float] | None) -> Feed:
+    x, y, sample_weight = parts
     if isinstance(x, Feed) and class_weight is not None:
-        raise DataError("HL433: class_weight is not applied to an hl.Feed; have its data be (x, y, sample_weight).")
+        raise DataError(
+            "HL433: class_weight does not apply to an hl.Feed.",
+            fix="Make the feed over (x, y, sample_weight), with the weight of each example's class.",
+        )
     by_batch = shuffle and isinstance(x, keras.utils.PyDataset)
     feed = x.view() if isinstance(x, Feed) else Feed(x, shuffle=by_batch, seed=None if by_batch else 0)
     if y is not None or sample_weight is not None:
         raise _not_together(x, y, sample_weight)
     if class_weight is not None:
-        feed.prepare(functools.partial(_weighted, class_weight))
-    check = label_check(model) if labels else None
-    if feed.whole is None:
-        feed.check(functools.partial(_check_batch, check, training=training))
-    else:
-        _check_labels(check, feed.whole)
-        _check_all(feed, weights_in_batch(feed.whole), training=training)
+        feed.prepare(functools.partial(_with_class_weight, class_weight))
     return feed
 
 
-def _check_all(feed: Feed, weights: Sequence[np.ndarray], *, training: bool) -> None:
-    """Checks the weights of arrays at once; in training those of a batch too, if there are zeros among them."""
-    check_weights(weights, training=False)
-    if training and not all(array.all() for array in weights):
-        feed.check(functools.partial(_check_batch, None, training=True))
-
-
-def _not_together(x: Any, y: Any, sample_weight: Any) -> DataError:
-    if not is_arrays(x):
-        return DataError(
-            f"HL434: x gives batches by itself (it is of type {type(x).__name__}), so y and sample_weight must come in them: "
-            "each batch as (x, y) or (x, y, sample_weight).",
-        )
-    name, part = ("sample_weight", sample_weight) if y is None or is_arrays(y) else ("y", y)
-    return DataError(
-        f"HL435: x is arrays, so {name} must be too; it is of type {type(part).__name__}. Lists of numbers become arrays by "
-        "np.array(...).",
-    )
+def as_one_batch(data: Any, *, training: bool = False) -> Batch:
+    """Arrays as one batch of tensors."""
+    feed = Feed(iter([data]))
+    feed.check(functools.partial(_check_batch, _accept, training=training))
+    [batch] = feed
+    return batch
 
 
 def packed(parts: Parts) -> Any:
-    """The parts as steps take them. Keras's own function would drop weights that come without targets."""
+    """The parts in the form that steps take. Keras's own function would drop weights that come without targets."""
     x, y, sample_weight = parts
     if y is None and sample_weight is not None:
         return x, y, sample_weight
@@ -101,62 +98,75 @@ def packed(parts: Parts) -> Any:
 
 
 def unpacked(data: Any) -> Parts:
+    """The inverse of `packed`."""
     return cast(Parts, keras.utils.unpack_x_y_sample_weight(data))
 
 
 def split(parts: Parts, fraction: float) -> tuple[Parts, Parts]:
-    """The arrays without their last part, and that part."""
+    """Splits arrays into all but the last part, and the last part, which is the given fraction of the examples."""
     if not is_arrays(parts):
         raise DataError(
-            "HL436: validation_split is for arrays; of other data, pass what to validate on as validation_data."
+            "HL436: validation_split takes the end of arrays, and this data is a source of batches.",
+            fix="Pass the batches to validate on as validation_data.",
         )
     if not 0 < fraction < 1:
-        raise DataError(f"HL437: validation_split is a fraction between 0 and 1; received {fraction!r}.")
-    count = len(keras.tree.flatten([part for part in parts if part is not None])[0])
+        raise DataError(f"HL437: validation_split takes a fraction between 0 and 1; received {fraction!r}.")
+    leaves = keras.tree.flatten(parts)
+    count = len(next(leaf for leaf in leaves if leaf is not None))
     first = int(count * (1 - fraction))
     if first in (0, count):
-        raise DataError(f"HL438: validation_split={fraction} leaves no examples on one side of {count}.")
+        raise DataError(
+            f"HL438: validation_split={fraction} of {count} example(s) leaves none to "
+            f"{'train' if first == 0 else 'validate'} on."
+        )
 
-    def part(chosen: slice) -> Parts:
-        def cut(array: Any) -> Any:
-            return None if array is None else getattr(array, "iloc", array)[chosen]
+    def cut(chosen: slice) -> Any:
+        rows = [None if array is None else getattr(array, "iloc", array)[chosen] for array in leaves]
+        return keras.tree.pack_sequence_as(parts, rows)
 
-        return cast(Parts, keras.tree.map_structure(cut, parts))
-
-    return part(slice(None, first)), part(slice(first, None))
+    return cut(slice(first)), cut(slice(first, None))
 
 
-def weights_of(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) -> Any:
+def weights_by_class(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) -> Any:
+    """Sample weights that weigh each example by its class."""
     if sample_weight is not None:
-        raise DataError("HL439: Pass class_weight or sample_weight, not both; multiply them into one sample_weight.")
+        raise DataError(
+            "HL439: Both class_weight and sample_weight were given.",
+            fix="Pass one of them. For both, multiply the class weights into sample_weight.",
+        )
     return class_weights(y, class_weight)
 
 
-def _weighted(class_weight: Mapping[int, float], batch: Any) -> Any:
-    """A batch of a source, its class weights added."""
-    if not _has_labels(batch):
-        raise DataError("HL440: class_weight needs labels: batches of the form (x, y).")
+def _not_together(x: Any, y: Any, sample_weight: Any) -> DataError:
+    if not is_arrays(x):
+        return DataError(
+            f"HL434: x gives batches by itself (its type is {type(x).__name__}), but y or sample_weight was given too.",
+            fix="Put them into the batches: each batch as (x, y) or (x, y, sample_weight).",
+        )
+    name, part = ("sample_weight", sample_weight) if y is None or is_arrays(y) else ("y", y)
+    return DataError(
+        f"HL435: x is arrays, so {name} must be arrays too; its type is {type(part).__name__}.",
+        fix=f"Convert a list of numbers with np.array({name}).",
+    )
+
+
+def _with_class_weight(class_weight: Mapping[int, float], batch: Any) -> Parts:
+    if _inputs_and_labels(batch)[1] is None:
+        raise DataError(
+            "HL440: class_weight needs labels, and a batch has none.", fix="Give batches of the form (x, y)."
+        )
     x, y, sample_weight = unpacked(batch)
-    return x, y, weights_of(y, sample_weight, class_weight)
+    return x, y, weights_by_class(y, sample_weight, class_weight)
 
 
-def _check_batch(labels: Callable[[Any, Any], None] | None, batch: Any, *, training: bool) -> None:
-    _check_labels(labels, batch)
+def _check_batch(check: LabelCheck, batch: Any, *, training: bool) -> None:
+    check(*_inputs_and_labels(batch))
     check_weights(weights_in_batch(batch), training=training)
 
 
-def _check_labels(labels: Callable[[Any, Any], None] | None, batch: Any) -> None:
-    if labels is not None and _has_labels(batch):
-        labels(batch[0], batch[1])
+def _inputs_and_labels(batch: Any) -> tuple[Any, Any]:
+    return batch[:2] if isinstance(batch, tuple) and 2 <= len(batch) <= 3 else (batch, None)
 
 
-def _has_labels(batch: Any) -> bool:
-    return isinstance(batch, tuple) and 2 <= len(batch) <= 3
-
-
-def as_one_batch(data: Any, *, training: bool = False) -> Batch:
-    """Arrays as one batch of tensors."""
-    feed = Feed(iter([data]))
-    feed.check(functools.partial(_check_batch, None, training=training))
-    [batch] = feed
-    return batch
+def _accept(x: Any, y: Any) -> None:
+    """Checks no labels."""

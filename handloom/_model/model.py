@@ -1,59 +1,51 @@
-"""`hl.Model`: a Keras model whose `fit` is the loop of Handloom, whatever its step does."""
+"""`hl.Model`: a Keras model that trains with Handloom's loop, whatever its step does."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from handloom._keras import (
-    Functional,
-    Tensor,
-    default_loss,
-    in_keras_order,
-    keras,
-    set_loss_tracker,
-)
+from handloom._keras import Functional, Tensor, default_loss, in_keras_order, keras, set_loss_tracker
+from handloom._model.compiled_optimizer import attach, build_optimizer, compiled_optimizer, finish_training, prepared
 from handloom._model.data import model_feed, split, unpacked
 from handloom._model.explain import Explanation, explain, shown
 from handloom._model.export import export
 from handloom._model.on_batch import predict_on_batch, test_on_batch, train_on_batch
-from handloom._model.optimizer import attach, compiled_optimizer, finish_training, prepared
-from handloom._model.optimizer import build as build_optimizer
-from handloom._model.steps import start_steps
-from handloom._model.unknown_classes import deserialized, naming_unknown_parts
+from handloom._model.steps import ModelSteps
+from handloom._model.unknown_classes import naming_unknown_classes
 from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, register_as_its_class, variant
 from handloom._reporting.loss_tracker import LossTracker, holding
 from handloom._run import loop
 from handloom._run.options import RunOptions
+from handloom._run.run import Run
 from handloom._run.seed import seed_run
+from handloom._run.validation import NEVER
 from handloom._trace.gradients import Wrt, build
 from handloom._trace.loss_weight import Weight
 from handloom._trace.losses import Denominators, note_loss
 from handloom._trace.observe import observing
+from handloom._util.arguments import whole_number
 from handloom._util.every import AfterEpochs, Every, every
 from handloom.distribute._strategy import Strategy
-from handloom.errors import ArgumentError
+from handloom.errors import ArgumentError, StepError
 from handloom.optimizers import NamedOptimizers, averaged_weights
 from handloom.optimizers._minimize import minimize
-
-ops = keras.ops
 
 
 @keras.saving.register_keras_serializable("handloom")
 class Model(keras.Model):
-    """A `keras.Model` that trains by Handloom's loop: functional, sequential or subclassed, saved and loaded as one.
+    """A `keras.Model` that trains with Handloom's loop: functional, sequential or subclassed, saved and loaded as one.
 
-    Override `train_step(data)`, `test_step(data)` or `predict_step(data)` and write what a step does, in Keras's words
-    alone; it runs compiled on every backend. What a step returns is what is reported, under that name: a scalar is
-    averaged over the epoch, weighted by the number of examples (or by the sample weights where given); a metric, or a
-    metric's result, is asked at the end of the epoch.
+    Override `train_step(data)`, `test_step(data)` or `predict_step(data)` and write the step with Keras operations
+    only; it runs compiled on every backend. Each value that a step returns is reported under its name. A scalar is
+    averaged over the epoch, weighted by the number of examples (or by the sample weights, if given). A metric, or the
+    result of a metric, reports its result at the end of the epoch.
 
     Args:
-        args: Inputs and outputs for a functional model, a list of layers for a sequential one, nothing for a model
-            with a `call` of its own.
+        args: Inputs and outputs for a functional model, a list of layers for a sequential model, nothing for a model
+            that defines `call`.
         kwargs: As for `keras.Model`.
 
     Example:
@@ -71,26 +63,26 @@ class Model(keras.Model):
         return cast(Model, super().__new__(variant(cls, keras.Sequential) if sequential else cls, *args, **kwargs))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Only what arrives here tells a functional model: a subclass's own constructor may take two arguments too.
+        # Only the arguments that arrive here tell a functional model: the constructor of a subclass may take two too.
         if is_inputs_and_outputs(args, kwargs) and not isinstance(self, Functional):
-            # Not `setattr`: Keras looks at everything that is set, and is not ready yet. And not Keras's own way,
-            # which changes the bases of every class between this one and keras.Model, for all their subclasses.
+            # Not `setattr`: Keras inspects each attribute that is set, and is not ready yet. Nor Keras's own way, which
+            # changes the bases of every class between this class and keras.Model, for all their subclasses.
             object.__setattr__(self, "__class__", variant(type(self), Functional))
         elif is_list_of_layers(args) and not isinstance(self, keras.Sequential):
             raise ArgumentError(
-                f"HL032: {type(self).__name__} passes a list of layers on to hl.Model. To define a constructor of your own "
-                "for a sequential model, subclass hl.Sequential.",
+                f"HL032: The constructor of {type(self).__name__} passes a list of layers to hl.Model.",
+                fix=f"To give a sequential model its own constructor: class {type(self).__name__}(hl.Sequential).",
             )
         super().__init__(*args, **kwargs)
-        start_steps(self, "auto", Model)
+        self._steps = ModelSteps(self, "auto")
 
     def __reduce__(self) -> Any:
-        """Pickled and copied as Keras does, but by a class that a module knows by name: a variant is not."""
+        """Pickles and copies as Keras does, but names `Model`, because no module holds a variant by name."""
         rebuild, contents = super().__reduce__()
         return getattr(Model, rebuild.__name__), contents
 
     def get_config(self) -> dict[str, Any]:
-        """What the model is made of."""
+        """The structure of the model, from which `from_config` makes a model like it."""
         register_as_its_class(type(self))
         return cast(dict[str, Any], super().get_config())
 
@@ -99,7 +91,7 @@ class Model(keras.Model):
         """Makes the model that `get_config` describes."""
         if "layers" in config and "input_layers" not in config and not issubclass(cls, keras.Sequential):
             return cast(Model, variant(cls, keras.Sequential).from_config(config, custom_objects))
-        with naming_unknown_parts(config, custom_objects):
+        with naming_unknown_classes(config, custom_objects):
             return cast(Model, super().from_config(config, custom_objects))
 
     # ------------------------------------------------------------------ compile
@@ -119,68 +111,65 @@ class Model(keras.Model):
         """Configures the model for training, as `keras.Model.compile` does.
 
         Args:
-            optimizer: As for Keras, or a dict of optimizers by what they train: `{"generator": ..., "*": ...}`. Each
-                name is an attribute of the model (dotted paths allowed) whose trainable variables that optimizer
-                owns; `"*"` owns the rest. `None` for a model that is only evaluated. `gradient_accumulation_steps` of
-                a Keras optimizer is done by `handloom.optimizers.GradientAccumulation`.
-            loss: As for Keras, like all that follow.
+            optimizer: As for Keras, or a dict of optimizers by the parts that they train:
+                `{"generator": ..., "*": ...}`. Each name is an attribute of the model (or a dotted path), and the
+                optimizer owns its trainable variables; `"*"` owns the rest. `None` for a model that is only evaluated.
+                `handloom.optimizers.GradientAccumulation` replaces the `gradient_accumulation_steps` of a Keras
+                optimizer.
+            loss: As for Keras, as are the following arguments.
             loss_weights: Factors of the losses of several outputs.
             metrics: Metrics that ignore sample weights.
-            weighted_metrics: Metrics that heed them.
-            run_eagerly: Whether to run steps op by op.
-            steps_per_execution: How many training steps to dispatch together, as for `hl.fit`.
+            weighted_metrics: Metrics that use sample weights.
+            run_eagerly: Whether steps run eagerly.
+            steps_per_execution: Number of training steps in one dispatch, as for `hl.fit`.
             jit_compile: As for `hl.function`.
             auto_scale_loss: Whether to scale the loss under the policy `mixed_float16`.
 
         Raises:
-            OptimizerError: If a variable is owned by two optimizers or by none.
+            OptimizerError: A variable is owned by two optimizers or by none.
         """
+        optimizer = prepared(optimizer, self.dtype_policy, auto_scale_loss=auto_scale_loss)
+        by_keras = False if run_eagerly else jit_compile
+        losses_and_metrics = (loss, loss_weights, metrics, weighted_metrics)
         super().compile(
-            optimizer=prepared(optimizer, self.dtype_policy, auto_scale_loss=auto_scale_loss),
-            loss=loss,
-            loss_weights=loss_weights,
-            metrics=metrics,
-            weighted_metrics=weighted_metrics,
-            run_eagerly=run_eagerly,
-            steps_per_execution=steps_per_execution,
-            jit_compile=False if run_eagerly else jit_compile,
-            auto_scale_loss=False,
+            optimizer, *losses_and_metrics, run_eagerly, steps_per_execution, by_keras, auto_scale_loss=False
         )
         set_loss_tracker(self, LossTracker(name="loss"))
-        start_steps(self, jit_compile, Model)
-        attach(self.optimizer, self)
+        self._steps = ModelSteps(self, jit_compile)
+        attach(optimizer, self)
 
     def get_compile_config(self) -> dict[str, Any]:
-        """What `compile` was called with, as a saved model keeps it."""
+        """The arguments of `compile`, as a saved model keeps them."""
         config = cast(dict[str, Any], super().get_compile_config())
-        # Keras would keep what "auto" came to here; where the model is loaded, it may come to something else.
+        # Keras would keep its choice for "auto" here; where the model is loaded, another choice may be right.
         return config | {"jit_compile": self._steps.jit_compile} if config else config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was compiled when it was saved."""
         if type(self).compile is not Model.compile:
-            super().compile_from_config(config)  # Says what a model with a compile of its own has to do.
+            super().compile_from_config(config)  # Tells the user to compile a model that has its own compile().
             return
-        self.compile(**deserialized(config))
+        with naming_unknown_classes(config):
+            arguments = keras.saving.deserialize_keras_object(config)
+        self.compile(**arguments)
         if self.optimizer is not None and self.built:
-            build_optimizer(self.optimizer, self)
+            build_optimizer(self)
 
     # -------------------------------------------------------------------- steps
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """Trains on one batch; to be overridden.
+        """Trains on one batch. Override it for a step of your own.
 
         Args:
             data: A batch: `x`, `(x, y)` or `(x, y, sample_weight)`.
 
         Returns:
-            What is to be reported, by name.
+            The values to report, by name.
         """
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x, y, sample_weight = unpacked(data)
 
         def loss_fn() -> tuple[Tensor, Any]:
-            # Also where `call` does not ask for it: layers inside are told all the same.
-            y_pred = self(x, training=True)
+            y_pred = self(x, training=True)  # Even if `call` does not take it, because the layers inside get it.
             return default_loss(self, x, y, y_pred, sample_weight, training=True), y_pred
 
         loss, y_pred = self.minimize(loss_fn, has_aux=True)
@@ -188,27 +177,21 @@ class Model(keras.Model):
             return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
     def test_step(self, data: Any) -> dict[str, Any]:
-        """Evaluates on one batch; to be overridden. As `train_step`, without training."""
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        """Evaluates on one batch, as `train_step` without training. Override it for a step of your own."""
+        x, y, sample_weight = unpacked(data)
         y_pred = self(x, training=False)
         loss = default_loss(self, x, y, y_pred, sample_weight, training=False)
         with holding(self, loss):
             return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
     def predict_step(self, data: Any) -> Any:
-        """The model's outputs for one batch; to be overridden."""
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        return self(x, training=False)
+        """Returns the outputs of the model for one batch. Override it for a step of your own."""
+        return self(unpacked(data)[0], training=False)
 
     def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Tensor:
-        """The compiled loss, with regularization and what layers added."""
+        """Returns the compiled loss plus regularization and the losses that layers add."""
         denominators = Denominators()
         with observing(denominators):
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -224,12 +207,12 @@ class Model(keras.Model):
         weight: Weight | None = None,
         has_aux: bool = False,
     ) -> Any:
-        """Takes one step of an optimizer down a loss, as `hl.minimize` does.
+        """Makes one update that decreases a loss, as `hl.minimize` does.
 
         Args:
-            loss_fn: Takes nothing; returns the loss, or with `has_aux` a pair of it and anything else.
-            wrt: What to train, as for `hl.minimize`; by default the whole model.
-            optimizer: By default the compiled one; of several, each variable's owner.
+            loss_fn: Takes no arguments; returns the loss, or with `has_aux` a pair of the loss and anything else.
+            wrt: The variables to train, as for `hl.minimize`. By default, the whole model.
+            optimizer: By default, the compiled optimizer; of several, the owner of each variable.
             weight: As for `hl.minimize`.
             has_aux: Whether `loss_fn` returns a pair.
 
@@ -237,15 +220,15 @@ class Model(keras.Model):
             The loss before the update; with `has_aux`, a pair.
 
         Raises:
-            OptimizerError: If there is no optimizer, or none that owns these variables.
-            GradientError: As `hl.minimize`.
+            OptimizerError: There is no optimizer, or none that owns these variables.
+            GradientError: As for `hl.minimize`.
         """
         wrt = self if wrt is None else wrt
         if optimizer is None:
             optimizer = compiled_optimizer(self)
             build(wrt, loss_fn)
             if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
-                optimizer.build(self.trainable_variables)  # All of them: a later step may train another part.
+                optimizer.build(self.trainable_variables)  # All of them, because a later step may train another part.
         return minimize(loss_fn, wrt, optimizer, weight=weight, has_aux=has_aux)
 
     # --------------------------------------------------------------------- runs
@@ -283,55 +266,55 @@ class Model(keras.Model):
         Args:
             x: Inputs, or a source of batches, as `hl.Feed` takes it.
             y: Targets, unless `x` gives them.
-            batch_size: Examples in a batch, for arrays. 32 by default.
-            epochs: The epoch to stop at, counted from `initial_epoch`'s zero.
-            verbose: 0 for silence, 1 for a progress bar, 2 for a line an epoch; `"auto"` for a bar in a terminal.
+            batch_size: Number of examples in a batch, for arrays. By default, 32.
+            epochs: The epoch to stop at, counted from 0 and not from `initial_epoch`.
+            verbose: 0 for no output, 1 for a progress bar, 2 for a line per epoch; `"auto"` for a progress bar in a
+                terminal and lines elsewhere.
             callbacks: Keras callbacks.
-            validation_split: Fraction of the arrays, from their end, to validate on instead of train.
+            validation_split: Fraction of the arrays, at their end, to validate on instead of train on.
             validation_data: `(x, y)`, `(x, y, sample_weight)`, or a source of batches.
-            shuffle: Whether to draw a new order each epoch, for arrays and `PyDataset`s.
-            class_weight: Weights of examples by their class.
+            shuffle: Whether to draw a new order in each epoch, for arrays and `PyDataset`s.
+            class_weight: Weights of examples, by class.
             sample_weight: Weights of examples.
-            initial_epoch: The epoch to begin at.
-            steps_per_epoch: Steps in an epoch; by default one pass over the data.
-            validation_steps: Steps of a validation; by default one pass.
-            validation_batch_size: By default `batch_size`.
-            validation_freq: Validate every so many epochs, or after the epochs listed (counted from 1).
-            run_dir: A directory for the log and the checkpoints of the run; it, and the rest, as for `hl.fit`.
-            resume: Whether to go on from a checkpoint there.
-            allow: What a checkpoint may lack, or have besides.
+            initial_epoch: The epoch to start at.
+            steps_per_epoch: Number of steps in an epoch. By default, one pass over the data.
+            validation_steps: Number of steps of a validation. By default, one pass over the data.
+            validation_batch_size: By default, `batch_size`.
+            validation_freq: Number of epochs between two validations, or a list of the epochs (counted from 1) after
+                which to validate.
+            run_dir: A directory for the log and the checkpoints of the run; this and the following as for `hl.fit`.
+            resume: Whether to resume from a checkpoint in it.
+            allow: Names in which a checkpoint may differ.
             save: When to save.
-            keep: How many of the last checkpoints to keep.
-            best: By which value to keep the best besides, saved when it is reported.
+            keep: Number of checkpoints to keep.
+            best: The reported value by which the best checkpoint is kept too.
             strategy: How the run uses its devices.
-            steps_per_execution: How many steps to dispatch together; by default what `compile` was given.
-            seed: One number for all that is random in the run.
+            steps_per_execution: Number of steps in one dispatch. By default, as given to `compile`.
+            seed: A seed for everything random in the run.
 
         Returns:
-            The history: `history.history[name]` is a list with one value an epoch.
+            The history: `history.history[name]` is a list with one value per epoch.
 
         Raises:
-            DataError: If the data is empty, of unequal lengths, has labels outside the classes, or weights that are
+            DataError: The data is empty, of unequal lengths, has labels outside the classes, or has weights that are
                 negative or sum to zero in a batch.
-            StepError: If a step returns no dict of scalars.
+            StepError: A step does not return a dict of scalars.
         """
-        self._steps.check_compiled("fit", "train_step")
+        self._check_compiled("fit", "train_step")
         together = self.steps_per_execution if steps_per_execution is None else steps_per_execution
         options = RunOptions(run_dir, resume, allow, save, keep, best, strategy, together, verbose)
         seed_run(seed, self)
+        data = (x, y, sample_weight)
         if validation_split and validation_data is None:
-            (x, y, sample_weight), validation_data = split((x, y, sample_weight), validation_split)
-        feed = model_feed(
-            self, (x, y, sample_weight), batch_size, shuffle=shuffle, class_weight=class_weight, training=True
-        )
-        held_out = validation = None
-        if validation_data is not None:
-            held_out = model_feed(self, unpacked(validation_data), validation_batch_size or batch_size)
+            data, validation_data = split(data, validation_split)
+        feed = model_feed(self, data, batch_size, shuffle=shuffle, class_weight=class_weight, training=True)
+        validation = NEVER
         with self._steps.running():
-            if held_out is not None:
-                step = self._steps.reporting("test_step")
-                validation = loop.by_step(step, held_out, self, validation_steps)
-            self.history = loop.train(
+            if validation_data is not None:
+                held_out = model_feed(self, unpacked(validation_data), validation_batch_size or batch_size)
+                when = _validation_times(validation_freq)
+                validation = loop.by_step(self._steps.reporting("test_step"), held_out, when, validation_steps)
+            run = Run(
                 self._steps.reporting("train_step"),
                 feed,
                 options,
@@ -341,10 +324,9 @@ class Model(keras.Model):
                 initial_epoch=initial_epoch,
                 steps_per_epoch=steps_per_epoch,
                 validation=validation,
-                validate_every=_validation_times(validation_freq),
                 callbacks=callbacks,
-                finish=functools.partial(finish_training, self),
             )
+            self.history = loop.train(run, finish=lambda: finish_training(self))
         return self.history
 
     def evaluate(
@@ -361,12 +343,12 @@ class Model(keras.Model):
     ) -> Any:
         """Evaluates the model, with Keras's arguments and their meaning; see `fit`.
 
-        With `weights="ema"` it does so with the averages that `handloom.optimizers.WeightAveraging` keeps.
+        `weights="ema"` evaluates with the averages that `handloom.optimizers.WeightAveraging` keeps.
 
         Returns:
-            The reported values: a dict if `return_dict`, else a list in the order of the metrics, or the only value.
+            The reported values: a dict if `return_dict`; otherwise a list in the order of the metrics, or the only one.
         """
-        self._steps.check_compiled("evaluate", "test_step")
+        self._check_compiled("evaluate", "test_step")
         feed = model_feed(self, (x, y, sample_weight), batch_size)
         with (
             self._steps.running(),
@@ -374,7 +356,7 @@ class Model(keras.Model):
             loop.standalone("evaluate", self, callbacks, verbose, steps or feed.length) as (hooks, after_step, events),
         ):
             step = self._steps.reporting("test_step")
-            results = loop.evaluate(step, feed, hooks=hooks, model=self, steps=steps, after_step=after_step)
+            results = loop.evaluate(step, feed, hooks, after_step, steps)
             events.append("validation", values=results)
         return results if return_dict else in_keras_order(self, results)
 
@@ -387,10 +369,10 @@ class Model(keras.Model):
         callbacks: Any = None,
         weights: str | None = None,
     ) -> Any:
-        """The model's outputs, with Keras's arguments and their meaning; see `fit`. `weights` is as for `evaluate`.
+        """Predicts, with Keras's arguments and their meaning; see `fit`. `weights` is as for `evaluate`.
 
         Returns:
-            NumPy arrays in the structure of the outputs, the batches joined along their first axis.
+            The outputs as NumPy arrays in their structure, with the batches concatenated along the first axis.
         """
         feed = model_feed(self, (x, None, None), batch_size, labels=False)
         with (
@@ -398,19 +380,27 @@ class Model(keras.Model):
             _weights(self, weights),
             loop.standalone("predict", self, callbacks, verbose, steps or feed.length) as (hooks, after_step, _),
         ):
-            step = self._steps.prediction
-            return loop.predict(step, feed, hooks=hooks, model=self, steps=steps, after_step=after_step)
+            return loop.predict(self._steps.prediction, feed, hooks, after_step, steps)
 
     def explain(self) -> Explanation:
-        """Prints who trains what, how reported values come of those of batches, and what may surprise.
+        """Prints which optimizer trains which variables, how batch values are reduced to the epoch's value, and notes.
 
         Returns:
             The same as data.
 
         Raises:
-            OptimizerError: If a variable is owned by two optimizers or by none.
+            OptimizerError: A variable is owned by two optimizers or by none.
         """
         return shown(explain(self, self._steps.reductions))
+
+    def _check_compiled(self, method: str, step: str) -> None:
+        """Raises an error if a default step, which needs a loss, is about to run and the model is not compiled."""
+        if not self.compiled and getattr(type(self), step) is getattr(Model, step):
+            raise StepError(
+                f"HL213: {method}() was called before compile().",
+                f"{type(self).__name__} uses the default {step}, which needs the loss given to compile().",
+                f"Call compile() first, or define {step}(self, data).",
+            )
 
     train_on_batch = train_on_batch
     test_on_batch = test_on_batch
@@ -420,16 +410,16 @@ class Model(keras.Model):
 
 @keras.saving.register_keras_serializable("handloom")
 class Sequential(Model, keras.Sequential):
-    """A `keras.Sequential` that trains by Handloom's loop; see `hl.Model`."""
+    """A `keras.Sequential` that trains with Handloom's loop; see `hl.Model`."""
 
 
 def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextManager[None]:
     if weights not in (None, "ema"):
-        raise ArgumentError(f'HL033: weights takes None, for the weights as they are, or "ema"; received {weights!r}.')
+        raise ArgumentError(f'HL033: weights takes "ema", or None for the present weights; received {weights!r}.')
     return averaged_weights(model) if weights else contextlib.nullcontext()
 
 
 def _validation_times(validation_freq: int | Sequence[int]) -> Every | AfterEpochs:
     if isinstance(validation_freq, Iterable):
         return AfterEpochs(frozenset(validation_freq))
-    return every(epochs=int(validation_freq))
+    return every(epochs=whole_number("fit", validation_freq=validation_freq))

@@ -1,6 +1,6 @@
-"""What a saved model names that is not known where it is loaded, said in one sentence.
+"""Names the classes and functions of a saved model that are not known where it is loaded.
 
-Keras says it deep inside a copy of the whole config, and of a regularizer not at all.
+Keras reports a missing class inside a copy of the whole config, and does not report a missing regularizer at all.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from handloom.errors import SavedModelError
 
 
 @contextlib.contextmanager
-def naming_unknown_parts(config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Within, something is made from a config; where that fails for want of classes or functions, they are named.
+def naming_unknown_classes(
+    config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Replaces an error in the block, which makes an object from a config, by one that names what is not known.
 
     Raises:
-        SavedModelError: If there are any.
+        SavedModelError: The block failed, and the config has classes or functions that are not known.
     """
-    config = dict(config)  # Keras takes it to pieces.
+    config = dict(config)  # Keras takes entries out of it.
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -30,20 +32,15 @@ def naming_unknown_parts(config: Mapping[str, Any], custom_objects: Mapping[str,
         names = ", ".join(f"{name} (of {module})" for name, module in unknown.items())
         given = ", ".join(f"{name!r}: {name}" for name in unknown)
         raise SavedModelError(
-            f"HL603: The saved model has parts that are not known here: {names}. If they are your own, write "
-            "@keras.saving.register_keras_serializable() over each of them and import their module before loading, or "
-            f"pass them: load_model(..., custom_objects={{{given}}}). If not, do not trust the file.",
+            f"HL603: The saved model uses classes or functions that are not known here: {names}.",
+            fix="If they are yours, write @keras.saving.register_keras_serializable() above each of them and import "
+            f"their module before loading, or pass them: load_model(..., custom_objects={{{given}}}). If they are not "
+            "yours, do not trust the file.",
         ) from error
 
 
-def deserialized(config: Mapping[str, Any]) -> Any:
-    """What a config describes; see `naming_unknown_parts`."""
-    with naming_unknown_parts(config):
-        return keras.saving.deserialize_keras_object(config)
-
-
 def _unknown(config: Any, custom_objects: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and module of each class and function in a config that Keras would not find."""
+    """Yields name and module of each class and function in a config that Keras would not find."""
     if isinstance(config, Mapping):
         if {"class_name", "module", "registered_name"} <= config.keys() and not _is_known(config, custom_objects):
             is_function = config["class_name"] == "function"
@@ -56,15 +53,11 @@ def _unknown(config: Any, custom_objects: Mapping[str, Any]) -> Iterator[tuple[s
 
 def _is_known(config: Mapping[str, Any], custom_objects: Mapping[str, Any]) -> bool:
     if str(config["module"]).split(".")[0] == "keras":
-        return True  # Else it is for Keras to say what is wrong.
-    if config["class_name"] == "function":
-        return _is_known_function(config, custom_objects)
-    return keras.saving.get_registered_object(config["registered_name"], custom_objects) is not None
-
-
-def _is_known_function(config: Mapping[str, Any], custom_objects: Mapping[str, Any]) -> bool:
+        return True  # If Keras itself lacks it, Keras's message is the right one.
+    if config["class_name"] != "function":
+        return keras.saving.get_registered_object(config["registered_name"], custom_objects) is not None
     try:
-        keras.saving.deserialize_keras_object(config, custom_objects)  # Finds it; calls nothing.
+        keras.saving.deserialize_keras_object(config, custom_objects)  # Finds the function and does not call it.
     except (TypeError, ValueError):
         return False
     return True

@@ -1,8 +1,8 @@
-"""Functional and sequential instances of a model class that itself stays as it is.
+"""Functional and sequential instances of a model class, which itself does not change.
 
-Keras makes a functional model of a subclass by changing the bases of every class between it and `keras.Model`, in
-place: with one class in between, every later subclassed model would become functional too. Here each class gets a
-variant of its own for the purpose, which nobody else descends from.
+Keras makes a subclass functional by changing, in place, the bases of every class between it and `keras.Model`. With a
+class in between, every later subclassed model would become functional too. Here each class gets a variant of its own
+for its functional instances and one for its sequential instances. No other class inherits from a variant.
 """
 
 from __future__ import annotations
@@ -12,26 +12,23 @@ from typing import Any
 
 from handloom._keras import keras
 
-_made: dict[tuple[type, type], Any] = {}
+_variants: dict[tuple[type, type], Any] = {}
 
 
 def variant(cls: type, kind: type) -> Any:
     """The class of the functional, or sequential, instances of a model class."""
-    if (cls, kind) not in _made:
-        _made[cls, kind] = _make(cls, kind)
-    return _made[cls, kind]
-
-
-def _make(cls: type, kind: type) -> type:
-    return type(cls.__name__, (cls, kind), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    if (cls, kind) not in _variants:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_variant_of": cls}
+        _variants[cls, kind] = type(cls.__name__, (cls, kind), names)
+    return _variants[cls, kind]
 
 
 def register_as_its_class(variant: type) -> None:
-    """Has a variant saved under the name of the class that the user knows, and loaded as that.
+    """Registers a variant, so that a model is saved under the name of the user's class and loaded as that class.
 
-    A class may be registered after its first functional instance; hence where one is about to be saved.
+    Called when a model is saved, because a class may be registered after its first functional instance was created.
     """
-    cls = next((known for (known, _), made in _made.items() if made is variant), None)
+    cls = vars(variant).get("_variant_of")
     registered = "" if cls is None else keras.saving.get_registered_name(cls)
     if ">" in registered and keras.saving.get_registered_name(variant) != registered:
         register = keras.saving.register_keras_serializable(*registered.split(">", 1))
@@ -40,12 +37,12 @@ def register_as_its_class(variant: type) -> None:
 
 
 def is_inputs_and_outputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a model's arguments are those of a functional one, as Keras tells."""
+    """Whether the arguments define a functional model, by Keras's rule."""
     return len(args) == 2 or ("outputs" in kwargs and (len(args) == 1 or "inputs" in kwargs))
 
 
 def is_list_of_layers(args: Sequence[Any]) -> bool:
-    """Whether a model's arguments are those of a sequential one."""
+    """Whether the arguments define a sequential model."""
     return (
         len(args) == 1
         and isinstance(args[0], (list, tuple))

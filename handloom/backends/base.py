@@ -133,21 +133,6 @@ class Backend(abc.ABC):
         del format  # By default Keras can.
         return contextlib.nullcontext()
 
-    def fix_onnx(self, graph: Any) -> bool:
-        """Makes of a model as the converter wrote it one that runtimes run.
-
-        Args:
-            graph: An `onnx.GraphProto`, changed in place.
-
-        Returns:
-            Whether anything was changed.
-
-        Raises:
-            NotImplementedError: If it cannot be made one; says why.
-        """
-        del graph
-        return False
-
     # --------------------------------------------------------------- compiling
 
     @abc.abstractmethod

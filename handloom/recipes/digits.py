@@ -1,4 +1,4 @@
-"""Handwritten digits told apart: a plain step, its metric, and validation with `hl.fit`."""
+"""Handwritten digits classified: a plain step, its metric, and validation with `hl.fit`."""
 
 from pathlib import Path
 
@@ -16,14 +16,13 @@ def load() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]
     """1,797 scanned digits of 8x8 pixels between -1 and 1, a third of them held out."""
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8, 1) / 8 - 1).astype("float32")
-    x_train, x_test, y_train, y_test = train_test_split(
-        images, labels, test_size=1 / 3, random_state=0, stratify=labels
-    )
+    split = train_test_split(images, labels, test_size=1 / 3, random_state=0, stratify=labels)
+    x_train, x_test, y_train, y_test = split
     return (x_train, y_train), (x_test, y_test)
 
 
 def build() -> keras.Model:
-    """A small convolutional network. Its last hidden layer, `features`, describes a digit by 32 numbers."""
+    """A small convolutional network. Its last hidden layer, `features`, represents a digit by 32 numbers."""
     inputs = keras.Input((8, 8, 1))
     x = layers.Conv2D(32, 3, activation="relu")(inputs)
     x = layers.Conv2D(32, 3, activation="relu")(x)
@@ -64,7 +63,7 @@ def train(model: keras.Model, epochs: int, **options) -> keras.callbacks.History
 
 
 def main(run_dir: Path, epochs: int = 30) -> str:
-    """Trains, saves the model and its curves, and says how many held-out digits it tells apart."""
+    """Trains, saves the model and its curves, and returns the accuracy on held-out digits."""
     keras.utils.set_random_seed(0)
     model = build()
     history = train(model, epochs, run_dir=run_dir)

@@ -1,4 +1,4 @@
-"""A loop by hand, complete: progress, validation, the best and the last three kept, early stopping, exact resume."""
+"""A complete loop by hand: progress bar, validation, best and last three checkpoints, early stopping, exact resume."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ PATIENCE = 3
 
 
 def main(run_dir: Path, epochs: int = 30) -> str:
-    """Trains until it gets no better, saves the best model, and says how many held-out digits it tells apart."""
+    """Trains until the loss stops improving, saves the best model, and returns the accuracy on held-out digits."""
     keras.utils.set_random_seed(0)
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(x / 16, y, test_size=1 / 3, random_state=0, stratify=y)
@@ -56,8 +56,8 @@ def main(run_dir: Path, epochs: int = 30) -> str:
                 progress.update(bar, completed=step)
             results = validate()
             checkpointer.save(step, results)
-            told = "  ".join(f"{name} {value:.4f}" for name, value in {"loss": float(loss), **results}.items())
-            progress.print(f"Epoch {step // len(feed)}  {told}")
+            values = "  ".join(f"{name} {value:.4f}" for name, value in {"loss": float(loss), **results}.items())
+            progress.print(f"Epoch {step // len(feed)}  {values}")
         best = checkpointer.restore(checkpointer.best_step) or 0
     model.save(run_dir / "model.keras")
-    return f"Accuracy on held-out digits: {validate()['val_accuracy']:.3f}, after epoch {best // len(feed)}, the best."
+    return f"Accuracy on held-out digits: {validate()['val_accuracy']:.3f}, after the best epoch, {best // len(feed)}."

@@ -1,4 +1,4 @@
-"""Tumours told benign from malignant by a wide and a deep path: one model, two optimizers by name."""
+"""Tumours classified as benign or malignant by a wide and a deep path: one model, two optimizers by name."""
 
 from pathlib import Path
 
@@ -16,10 +16,10 @@ BINS = 4
 
 
 def load() -> tuple[tuple[dict, np.ndarray], tuple[dict, np.ndarray]]:
-    """569 tumours described by 30 measurements, a third of them held out.
+    """569 tumours with 30 measurements each, a third of them held out.
 
-    The deep path gets the measurements, the wide one their bins and all crossings of the bins of the first ten: of each
-    crossing, which of the 16 combinations holds. Means and bins come from the training part alone.
+    The deep path gets the measurements. The wide path gets their bins and all crossings of the bins of the first ten
+    measurements: one of 16 combinations for each crossing. Means and bins come from the training part only.
     """
     measured, benign = load_breast_cancer(return_X_y=True)
     train, test, y_train, y_test = train_test_split(measured, benign, test_size=1 / 3, random_state=2, stratify=benign)
@@ -33,7 +33,7 @@ def load() -> tuple[tuple[dict, np.ndarray], tuple[dict, np.ndarray]]:
 
 
 def crossed(bins: np.ndarray) -> np.ndarray:
-    """Sparse features: every bin, and every pair of bins of the first ten measurements, as zeros and ones."""
+    """Sparse features of zeros and ones: each bin, and each pair of bins of the first ten measurements."""
     single = np.eye(BINS, dtype="float32")[bins.astype(int)]
     left, right = np.triu_indices(10, k=1)
     pairs = single[:, left, :, None] * single[:, right, None, :]
@@ -41,7 +41,7 @@ def crossed(bins: np.ndarray) -> np.ndarray:
 
 
 class WideAndDeep(hl.Model):
-    """A linear model of crossed features, which remembers, and a network, which generalizes (Cheng et al., 2016)."""
+    """A linear model of crossed features, which memorizes, and a network, which generalizes (Cheng et al., 2016)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,13 +58,13 @@ class WideAndDeep(hl.Model):
             logits = self(x, training=True)
             return self.compute_loss(x, y, logits), logits
 
-        # Both optimizers go down the one loss, each with its own part of the model.
+        # Both optimizers decrease the same loss, each with its own part of the model.
         loss, logits = self.minimize(loss_of_batch, has_aux=True)
         return {**self.compute_metrics(x, y, logits), "loss": loss}
 
 
 def main(run_dir: Path, epochs: int = 30) -> str:
-    """Trains, saves the weights and the curves, and says how many held-out tumours it tells apart."""
+    """Trains, saves the weights and the curves, and returns the accuracy on held-out tumours."""
     keras.utils.set_random_seed(0)
     train, held_out = load()
     model = WideAndDeep()

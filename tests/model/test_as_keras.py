@@ -1,4 +1,4 @@
-"""`hl.Model` without a step of its own against `keras.Model`: same weights, data and arguments, same numbers."""
+"""`hl.Model` with its default steps gives the numbers of `keras.Model`, from the same weights, data and arguments."""
 
 import keras
 import numpy as np
@@ -6,13 +6,14 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
+from tests.models import fit, functional
+from tests.numbers import close, each_close, normal
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(40, 3)).astype("float32")
+X = normal(40, 3)
 Y = (X @ [[1.0], [-2.0], [0.5]] + 0.1 * X[:, :1] ** 2).astype("float32")
 LABELS = (X.sum(axis=1) > 0).astype("int32") + (X[:, 0] > 0.5)
-TOKENS = RNG.integers(0, 5, size=(40, 6))
-# In each batch the weights sum to its number of examples. Else means over an epoch differ: ours are weighted by them.
+TOKENS = np.random.default_rng(0).integers(0, 5, size=(40, 6))
+# The weights of each batch sum to its number of examples. Otherwise the means of an epoch differ: ours are weighted.
 WEIGHTS = np.tile([0.5, 1.5, 0.25, 1.75, 1.0, 1.0, 2.0, 0.0], 5).astype("float32")
 
 
@@ -23,25 +24,21 @@ class Penalty(layers.Layer):
 
 
 def mlp(cls):
-    inputs = keras.Input((3,))
-    return cls(inputs, layers.Dense(1)(layers.Dense(4, "tanh")(inputs)))
+    return functional(layers.Dense(4, "tanh"), layers.Dense(1), cls=cls)
 
 
 def classifier(cls):
-    inputs = keras.Input((3,))
-    return cls(inputs, layers.Dense(3, "softmax")(inputs))
+    return functional(layers.Dense(3, "softmax"), cls=cls)
 
 
 def penalized(cls):
-    inputs = keras.Input((3,))
-    hidden = layers.Dense(4, use_bias=False, kernel_regularizer="l2", activity_regularizer="l1")(inputs)
-    hidden = Penalty()(layers.BatchNormalization()(hidden))
-    return cls(inputs, layers.Dense(1, bias_regularizer="l1", kernel_constraint="unit_norm")(hidden))
+    hidden = layers.Dense(4, use_bias=False, kernel_regularizer="l2", activity_regularizer="l1")
+    head = layers.Dense(1, bias_regularizer="l1", kernel_constraint="unit_norm")
+    return functional(hidden, layers.BatchNormalization(), Penalty(), head, cls=cls)
 
 
 def with_added_loss_alone(cls):
-    inputs = keras.Input((3,))
-    return cls(inputs, Penalty()(layers.Dense(2)(inputs)))
+    return functional(layers.Dense(2), Penalty(), cls=cls)
 
 
 def by_name(cls):
@@ -132,7 +129,7 @@ CASES = {
 
 
 def pair(build, options):
-    """A model of Keras and one of ours, alike; Keras's runs op by op, which on JAX and TensorFlow is quicker here."""
+    """A `keras.Model` and an `hl.Model` with the same weights."""
     keras.utils.set_random_seed(1)
     theirs, ours = build(keras.Model), build(hl.Model)
     ours.set_weights(theirs.get_weights())
@@ -142,30 +139,25 @@ def pair(build, options):
 
 
 def fresh(options):
-    """Options with metrics, losses and optimizers of their own."""
+    """The options, with new metrics, losses and optimizers."""
     if callable(options):
         return options()
     return keras.tree.map_structure(lambda item: item() if isinstance(item, type) else item, options)
 
 
-def assert_alike(theirs, ours, rtol=1e-5):
+def assert_alike(theirs, ours):
     assert set(theirs) == set(ours)
     for name in theirs:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=rtol, atol=1e-6, err_msg=name)
-
-
-def assert_same_weights(theirs, ours):
-    for one, other in zip(theirs.get_weights(), ours.get_weights(), strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+        close(ours[name], theirs[name])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_default_step_trains_and_reports_as_keras_does(case):
+def test_fit_trains_and_reports_as_keras_does(case):
     build, options, x, y, extra = CASES[case]
     theirs, ours = pair(build, options)
-    arguments = {"batch_size": 20, "epochs": 2, "shuffle": False, "verbose": 0} | extra
-    assert_alike(theirs.fit(x, y, **arguments).history, ours.fit(x, y, **arguments).history)
-    assert_same_weights(theirs, ours)
+    arguments = {"batch_size": 20, "epochs": 2} | extra
+    assert_alike(fit(theirs, x, y, **arguments), fit(ours, x, y, **arguments))
+    each_close(ours.get_weights(), theirs.get_weights())
 
 
 def decaying(rate):
@@ -182,13 +174,12 @@ def decaying(rate):
     ],
     ids=["nesterov, schedule, clipnorm", "weight decay, ema, global clipnorm"],
 )
-def test_an_optimizer_steps_as_in_keras(optimizer):
+def test_fit_uses_an_optimizer_as_keras_does(optimizer):
     theirs, ours = pair(mlp, lambda: {"optimizer": optimizer(), "loss": "mse"})
     for model in (theirs, ours):
-        model.fit(X, Y, batch_size=10, shuffle=False, verbose=0)
-    assert_same_weights(theirs, ours)
-    for one, other in zip(theirs.optimizer.variables, ours.optimizer.variables, strict=True):
-        np.testing.assert_allclose(ops.convert_to_numpy(other), ops.convert_to_numpy(one), rtol=1e-4, atol=1e-6)
+        fit(model, X, Y, batch_size=10)
+    each_close(ours.get_weights(), theirs.get_weights())
+    each_close(ours.optimizer.variables, theirs.optimizer.variables, rtol=1e-4)
 
 
 VALIDATIONS = {
@@ -198,10 +189,10 @@ VALIDATIONS = {
 
 
 @pytest.mark.parametrize("validation", VALIDATIONS)
-def test_validation_is_reported_as_by_keras(validation):
+def test_fit_reports_validation_as_keras_does(validation):
     theirs, ours = pair(mlp, MSE | {"weighted_metrics": ["mae"]})
-    arguments = {"batch_size": 20, "shuffle": False, "verbose": 0} | VALIDATIONS[validation]
-    assert_alike(theirs.fit(X, Y, **arguments).history, ours.fit(X, Y, **arguments).history)
+    arguments = {"batch_size": 20} | VALIDATIONS[validation]
+    assert_alike(fit(theirs, X, Y, **arguments), fit(ours, X, Y, **arguments))
 
 
 FORMATS = {
@@ -216,14 +207,14 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("case", FORMATS)
-def test_evaluate_and_the_methods_on_a_batch_return_what_keras_does(case):
+def test_evaluate_test_on_batch_and_train_on_batch_return_what_keras_does(case):
     build, options, x, y = FORMATS[case]
     theirs, ours = pair(build, options)
     arguments = {"batch_size": 40, "verbose": 0}
     expected = theirs.evaluate(x, y, **arguments)
     for returned in (ours.evaluate(x, y, **arguments), ours.test_on_batch(x, y), ours.train_on_batch(x, y)):
         assert type(returned) is (float if case == "one value" else list)
-        np.testing.assert_allclose(returned, expected, rtol=1e-5)
+        close(returned, expected)
     expected = theirs.evaluate(x, y, **arguments, return_dict=True)
     ours.set_weights(theirs.get_weights())
     assert_alike(expected, ours.evaluate(x, y, **arguments, return_dict=True))
@@ -231,7 +222,7 @@ def test_evaluate_and_the_methods_on_a_batch_return_what_keras_does(case):
     assert_alike(expected, ours.train_on_batch(x, y, return_dict=True))
 
 
-def test_a_metric_reports_each_batch_anew_on_batches():
+def test_test_on_batch_resets_metrics_before_each_batch():
     _, ours = pair(mlp, MSE | {"metrics": ["mae"]})
     alone = ours.test_on_batch(X[:20], Y[:20])
     ours.test_on_batch(X[20:], Y[20:])
@@ -239,54 +230,41 @@ def test_a_metric_reports_each_batch_anew_on_batches():
 
 
 @pytest.mark.parametrize("build", [by_name, in_order], ids=["a dict", "a list"])
-def test_predictions_have_the_structure_and_values_of_keras(build):
+def test_predict_and_predict_on_batch_return_the_structure_and_values_of_keras(build):
     theirs, ours = pair(build, MSE)
     x = {"left": X, "right": Y} if build is by_name else [X, Y]
-    expected, predicted = theirs.predict_on_batch(x), ours.predict(x, batch_size=25, verbose=0)
-    keras.tree.assert_same_structure(predicted, expected)
-    keras.tree.map_structure(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), predicted, expected)
-    assert all(type(leaf) is np.ndarray for leaf in keras.tree.flatten(predicted))
-    keras.tree.map_structure(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours.predict_on_batch(x), predicted
-    )
+    expected = theirs.predict_on_batch(x)
+    for predicted in (ours.predict(x, batch_size=25, verbose=0), ours.predict_on_batch(x)):
+        keras.tree.assert_same_structure(predicted, expected)
+        keras.tree.map_structure(close, predicted, expected)
+        assert all(type(leaf) is np.ndarray for leaf in keras.tree.flatten(predicted))
 
 
-def test_a_mask_reaches_the_metrics_in_training_as_in_evaluation():
-    """Keras itself loses it in training on JAX."""
+def test_fit_gives_metrics_the_mask_as_evaluate_does():
+    """Keras loses the mask in training on JAX."""
     _, ours = pair(tagger, SPARSE | {"metrics": ["accuracy"], "weighted_metrics": ["sparse_categorical_crossentropy"]})
     ours.optimizer.learning_rate = 0.0
     probabilities, real = ours.predict(TOKENS, verbose=0), TOKENS != 0
     accuracy = (probabilities.argmax(-1) == TOKENS)[real].mean()
     crossentropy = -np.log(np.take_along_axis(probabilities, TOKENS[..., None], -1)[..., 0])[real].mean()
-    trained = ours.fit(TOKENS, TOKENS, batch_size=40, verbose=0).history
-    tested = ours.evaluate(TOKENS, TOKENS, batch_size=40, verbose=0, return_dict=True)
-    for logs in (trained, tested):
-        np.testing.assert_allclose(logs["accuracy"], accuracy, rtol=1e-5)
-        np.testing.assert_allclose(logs["sparse_categorical_crossentropy"], crossentropy, rtol=1e-5)
+    evaluated = ours.evaluate(TOKENS, TOKENS, batch_size=40, verbose=0, return_dict=True)
+    for logs in (fit(ours, TOKENS, TOKENS, batch_size=40), evaluated):
+        close(logs["accuracy"], accuracy)
+        close(logs["sparse_categorical_crossentropy"], crossentropy)
 
 
-class WithLossReturned(hl.Model):
-    def test_step(self, data):
-        x, y, weights = data
-        return {"loss": self.compute_loss(x, y, self(x), weights)}
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
+def test_compute_loss_in_a_test_step_is_averaged_as_its_reduction_says(reduction):
+    """Keras divides a weighted loss by the number of examples, unless the reduction divides it by the weights."""
 
+    class Own(hl.Model):
+        def test_step(self, data):
+            x, y, weights = data
+            return {"loss": self.compute_loss(x, y, self(x), weights)}
 
-@pytest.mark.parametrize("cls", [hl.Model, WithLossReturned])
-def test_a_weighted_loss_over_several_batches_is_keras_s(cls):
-    """Keras divides a weighted loss by the examples; so is its mean over batches, also as a step returns it."""
     weights = np.linspace(0, 3, 40, dtype="float32")
-    model = mlp(cls)
-    model.compile(**MSE)
-    squares = (model.predict(X, verbose=0) - Y)[:, 0] ** 2
-    reported = model.evaluate(X, Y, batch_size=25, sample_weight=weights, verbose=0)
-    np.testing.assert_allclose(reported, np.mean(squares * weights), rtol=1e-5)
-
-
-@pytest.mark.parametrize("cls", [hl.Model, WithLossReturned])
-def test_a_loss_divided_by_its_weights_is_over_several_batches_too(cls):
-    weights = np.linspace(0, 3, 40, dtype="float32")
-    model = mlp(cls)
-    model.compile(loss=keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"))
-    squares = (model.predict(X, verbose=0) - Y)[:, 0] ** 2
-    reported = model.evaluate(X, Y, batch_size=25, sample_weight=weights, verbose=0)
-    np.testing.assert_allclose(reported, np.average(squares, weights=weights), rtol=1e-5)
+    model = mlp(Own)
+    model.compile(loss=keras.losses.MeanSquaredError(reduction=reduction))
+    weighted = weights * (model.predict(X, verbose=0) - Y)[:, 0] ** 2
+    count = len(X) if reduction == "sum_over_batch_size" else weights.sum()
+    close(model.evaluate(X, Y, batch_size=25, sample_weight=weights, verbose=0), weighted.sum() / count)

@@ -20,7 +20,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.sparse import BCOO
 from keras.src.random import seed_generator
 
-from handloom._interop.onnx_jax import pool_over_few_axes
 from handloom._keras import Tensor, Variable, keras
 from handloom._util.patch import Patch
 from handloom._util.source_line import frames_of, place_in, shown
@@ -111,9 +110,6 @@ class JaxBackend(Backend):
 
     def profiled(self, directory: Path) -> Any:
         return jax.profiler.trace(directory)
-
-    def fix_onnx(self, graph: Any) -> bool:
-        return pool_over_few_axes(graph)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._tracing(), Scope(creates=True):

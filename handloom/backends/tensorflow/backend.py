@@ -24,7 +24,6 @@ from tensorflow.python.autograph.core import config as autograph_config
 from tensorflow.python.autograph.impl.api import StagingError, convert
 
 import handloom.backends.tensorflow.gradients  # noqa: F401  # Registers them.
-from handloom._interop.onnx_tensorflow import refuse_lost_constants, say_erfc_by_erf
 from handloom._keras import Tensor, Variable, keras, stored_value
 from handloom._util.patch import Patch
 from handloom._util.source_line import Frames, frames_of
@@ -131,10 +130,6 @@ class TensorFlowBackend(Backend):
 
     def profiled(self, directory: Path) -> Any:
         return tf.profiler.experimental.Profile(str(directory))
-
-    def fix_onnx(self, graph: Any) -> bool:
-        refuse_lost_constants(graph)
-        return say_erfc_by_erf(graph)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with self._inside("trace"), Scope(creates=True), tf.__internal__.FuncGraph("shapes").as_default():
