@@ -1,4 +1,4 @@
-"""A data set in a module of its own, which worker processes can import quickly."""
+"""Data sets in a module that worker processes import quickly."""
 
 import os
 
@@ -31,7 +31,7 @@ class Numbered(keras.utils.PyDataset):
 
 
 class Processes(keras.utils.PyDataset):
-    """Tells which process read it."""
+    """Gives the id of the process that read it, plus an offset."""
 
     offset = 0
 

@@ -1,4 +1,4 @@
-"""One file of training steps, which `test_parity.py` runs on each backend. No word in it says on which."""
+"""One file of training steps, which `test_parity.py` runs on each backend; no line of it names a backend."""
 
 import sys
 import warnings
@@ -30,8 +30,8 @@ def points():
     return real.astype("float32"), numbers.normal(size=(len(real), 4)).astype("float32")
 
 
-# Only smooth activations: at a kink, and for an accuracy at the threshold, the last bit decides. No bias before
-# batch normalization: its true gradient is zero, and what rounding makes of it differs.
+# Only smooth activations: at a kink the last bit decides. No bias before batch normalization: its true gradient is
+# zero, and the rounding of zero differs.
 
 
 def build_classifier():
@@ -50,22 +50,10 @@ def build_classifier():
 class GAN(hl.Model):
     def __init__(self):
         super().__init__()
-        self.generator = keras.Sequential(
-            [
-                keras.Input((4,)),
-                layers.Dense(16, use_bias=False),
-                layers.BatchNormalization(),
-                layers.Activation("tanh"),
-                layers.Dense(2),
-            ]
-        )
-        self.discriminator = keras.Sequential(
-            [
-                keras.Input((2,)),
-                layers.Dense(16, "tanh", kernel_regularizer=keras.regularizers.L2(PENALTY)),
-                layers.Dense(1),
-            ]
-        )
+        drawing = layers.Dense(16, use_bias=False), layers.BatchNormalization(), layers.Activation("tanh")
+        judging = layers.Dense(16, "tanh", kernel_regularizer=keras.regularizers.L2(PENALTY))
+        self.generator = keras.Sequential([keras.Input((4,)), *drawing, layers.Dense(2)])
+        self.discriminator = keras.Sequential([keras.Input((2,)), judging, layers.Dense(1)])
         self.certainty = keras.metrics.Mean(name="certainty")
 
     def train_step(self, data):
@@ -118,7 +106,7 @@ def classify(start):
 
 
 def draw(start):
-    """A model's own step in `fit`; epochs of one step each, so that the history has every step."""
+    """A custom step of a model in `fit`; epochs of one step each, so that the history has every step."""
     gan = GAN()
     gan.set_weights(start)
     sgd = {"discriminator": keras.optimizers.SGD(RATE), "generator": keras.optimizers.SGD(RATE, momentum=0.5)}
@@ -129,16 +117,16 @@ def draw(start):
 
 
 def _weights(model):
-    """By number and name; the names of layers count on from the first mode to the second."""
+    """By number and name; Keras counts the names of layers on from the first mode to the second."""
     return {f"{index} {weight.name}": ops.convert_to_numpy(weight) for index, weight in enumerate(model.weights)}
 
 
-def main(start_file, results_file):
+def main(results_file, start_file):
     warnings.simplefilter("error", HandloomWarning)  # A step that falls back is not compiled.
     with np.load(start_file) as loaded:
         start = {case: [loaded[key] for key in loaded if key.startswith(case)] for case in ("classify", "draw")}
     results = {}
-    for mode, eagerly in (("compiled", False), ("op by op", True)):
+    for mode, eagerly in (("compiled", False), ("eager", True)):
         with hl.run_eagerly(eagerly):
             for case in (classify, draw):
                 found = case(start[case.__name__])

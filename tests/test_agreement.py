@@ -1,4 +1,4 @@
-"""One number wherever it is shown: history, logs of callbacks, files, and displays, to the last digit they print."""
+"""A reported value is the same everywhere: in the history, logs, files and displays, to the last digit they print."""
 
 import csv
 import io
@@ -12,6 +12,8 @@ from rich.console import Console
 
 import handloom as hl
 from handloom.callbacks import EpochLines, ProgressBar
+from tests.models import built, compiled, fit, functional
+from tests.numbers import close
 from tests.run.run_log import epochs_in
 
 RANDOM = np.random.default_rng(0)
@@ -21,7 +23,7 @@ NAMES = ["loss", "scalar", "weighted", "pair", "metric", "result", "tiny"]
 
 
 def values_of_all_kinds():
-    """A function of a batch that gives one value of each kind that can be reported."""
+    """A function of a batch that returns one value of each kind that can be reported."""
     metric, result = keras.metrics.MeanAbsoluteError(name="metric"), keras.metrics.MeanSquaredError(name="result")
 
     def values(x, y, weight):
@@ -51,31 +53,22 @@ class Everything(hl.Model):
         return {"loss": loss} | self.values_of(x, y, weight)
 
 
-def by_model(callbacks, epochs, run_dir):
-    inputs = keras.Input((1,))
-    model = Everything(inputs, layers.Dense(1)(inputs))
-    model.compile(keras.optimizers.SGD(0.1), "mse")
-    options = {"batch_size": 32, "shuffle": False, "verbose": 0}
-    return model.fit(
-        X, Y, sample_weight=WEIGHT, callbacks=callbacks, epochs=epochs, run_dir=run_dir, save=None, **options
-    )
+def by_model(**options):
+    return fit(compiled(functional(inputs=1, cls=Everything)), X, Y, sample_weight=WEIGHT, batch_size=32, **options)
 
 
-def by_step(callbacks, epochs, run_dir):
-    layer, optimizer = layers.Dense(1), keras.optimizers.SGD(0.1)
-    layer.build((None, 1))
-    values_of = values_of_all_kinds()
+def by_step(**options):
+    layer, optimizer, values_of = built(layers.Dense(1), 1), keras.optimizers.SGD(0.1), values_of_all_kinds()
 
     def step(x, y, sample_weight):
         loss = hl.minimize(lambda: ops.mean((layer(x) - y) ** 2), layer, optimizer)
         return {"loss": loss} | values_of(x, y, sample_weight)
 
-    feed = hl.Feed((X, Y, WEIGHT), batch_size=32)
-    return hl.fit(step, feed, callbacks=callbacks, epochs=epochs, run_dir=run_dir, save=None, verbose=0)
+    return hl.fit(step, hl.Feed((X, Y, WEIGHT), batch_size=32), verbose=0, **options).history
 
 
 class Seen(keras.callbacks.Callback):
-    """The logs at the end of each epoch, and after its last batch."""
+    """Keeps the logs at the end of each epoch and after its last batch."""
 
     def __init__(self):
         super().__init__()
@@ -90,36 +83,29 @@ class Seen(keras.callbacks.Callback):
 
 
 def shown_in(text):
-    """The numbers after the names, as text, at each epoch's last showing."""
+    """The numbers after the names, as text, each time that all of them are shown."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    showings = [dict(re.findall(r"(\w+) (-?[\d.]+(?:e-?\d+)?)(?=\s|$)", line)) for line in re.split(r"[\r\n]+", text)]
-    return [{name: showing[name] for name in NAMES} for showing in showings if set(NAMES) <= set(showing)]
+    lines = [dict(re.findall(r"(\w+) (-?[\d.]+(?:e-?\d+)?)(?=\s|$)", line)) for line in re.split(r"[\r\n]+", text)]
+    return [{name: line[name] for name in NAMES} for line in lines if set(NAMES) <= set(line)]
 
 
-@pytest.mark.parametrize("fit", [by_model, by_step])
-def test_a_value_is_the_same_everywhere(fit, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("train", [by_model, by_step])
+def test_fit_shows_the_same_values_in_history_callbacks_files_and_displays(train, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=240)
-    seen = Seen()
-    callbacks = [
-        seen,
-        ProgressBar(terminal),
-        EpochLines(),  # After the bar is taken down, which otherwise would have them above it.
-        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
-    ]
-    history = fit(callbacks, 3, tmp_path / "run").history
+    terminal, seen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=240), Seen()
+    # EpochLines after the bar has gone, which would otherwise move the lines above itself.
+    callbacks = [seen, ProgressBar(terminal), EpochLines(), keras.callbacks.CSVLogger(tmp_path / "log.csv")]
+    history = train(callbacks=callbacks, epochs=3, run_dir=tmp_path / "run", save=None)
 
     assert list(history) == NAMES
     epochs = [dict(zip(NAMES, values, strict=True)) for values in zip(*history.values(), strict=True)]
-    assert seen.of_epochs == epochs
-    assert seen.of_batches == epochs
-
+    assert seen.of_epochs == seen.of_batches == epochs
     assert [{name: line[name] for name in NAMES} for line in epochs_in(tmp_path / "run")] == epochs
     with (tmp_path / "log.csv").open() as file:
         assert [{name: float(row[name]) for name in NAMES} for row in csv.DictReader(file)] == epochs
 
     printed = [
-        {name: f"{value:.4f}" if value >= 1e-3 or value <= -1e-3 else f"{value:.4g}" for name, value in epoch.items()}
+        {name: f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:.4g}" for name, value in epoch.items()}
         for epoch in epochs
     ]
     assert shown_in(capsys.readouterr().out) == printed
@@ -128,26 +114,19 @@ def test_a_value_is_the_same_everywhere(fit, tmp_path, capsys, monkeypatch):
     assert all(epoch in in_the_bar for epoch in printed)
 
 
-@pytest.mark.parametrize("fit", [by_model, by_step])
-def test_it_is_that_of_numpy(fit):
-    found = fit([], 1, None).history
-    squares = (X - Y)[:, 0].astype("float64") ** 2
-    expected = {
-        "weighted": np.average(squares, weights=WEIGHT),
-        "pair": np.average(squares, weights=WEIGHT),
-        "metric": np.abs(X - Y).mean(),
-        "result": np.average(squares, weights=WEIGHT),
-    }
+@pytest.mark.parametrize("train", [by_model, by_step])
+def test_fit_reports_the_values_of_numpy(train):
+    found, squares = train(epochs=1), (X - Y)[:, 0].astype("float64") ** 2
+    weighted = np.average(squares, weights=WEIGHT)
+    expected = {"weighted": weighted, "pair": weighted, "metric": np.abs(X - Y).mean(), "result": weighted}
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], [value], rtol=1e-5, err_msg=name)
+        close(found[name], [value])
 
 
-def test_evaluate_gives_what_its_callbacks_see():
-    seen = []
-    inputs = keras.Input((1,))
-    model = hl.Model(inputs, layers.Identity()(inputs))
+def test_evaluate_returns_the_values_that_its_callbacks_see():
+    model = functional(layers.Identity(), inputs=1)
     model.compile(loss="mse", metrics=["mae"], weighted_metrics=["mse"])
-    watch = keras.callbacks.LambdaCallback()
+    seen, watch = [], keras.callbacks.LambdaCallback()
     watch.on_test_end = lambda logs=None: seen.append(dict(logs))
     options = {"sample_weight": WEIGHT, "batch_size": 32, "callbacks": [watch], "verbose": 0}
     as_dict = model.evaluate(X, Y, return_dict=True, **options)

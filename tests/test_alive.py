@@ -1,4 +1,4 @@
-"""The smallest run, for pre-commit: is it alive?"""
+"""The smallest run, as a smoke test before a commit."""
 
 import numpy as np
 from keras import layers, ops
@@ -12,7 +12,7 @@ class Regressor(hl.Model):
         return {"loss": self.minimize(lambda: ops.mean((self(x, training=True) - y) ** 2))}
 
 
-def test_a_model_learns_a_line():
+def test_fit_learns_a_line():
     x = np.linspace(-1, 1, 256, dtype="float32")[:, None]
     model = Regressor([layers.Dense(1)])
     model.compile("adam", jit_compile="auto")

@@ -1,4 +1,4 @@
-"""Faults of the first house, each with the right value: kept so that none comes back."""
+"""Defects that were fixed, each with the right value, so that none comes back."""
 
 import gc
 import subprocess
@@ -12,6 +12,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom.backends import backend
 from handloom.errors import FallbackWarning, OptimizerError
+from tests.models import compiled, fit, functional
 from tests.numbers import close, normal, ones, same_values
 
 X, Y = normal(24, 3), normal(24, 1, seed=1)
@@ -19,11 +20,10 @@ X, Y = normal(24, 3), normal(24, 1, seed=1)
 
 def regressor(cls=hl.Model):
     keras.utils.set_random_seed(0)
-    inputs = keras.Input((3,))
-    return cls(inputs, layers.Dense(1)(inputs))
+    return functional(cls=cls)
 
 
-# ------------------------------------------------------------------- D2, D4: optimizers
+# ------------------------------------------------------------------- optimizers
 
 
 def test_model_minimize_takes_the_weight_of_accumulated_gradients(eagerly):
@@ -38,28 +38,25 @@ def test_model_minimize_takes_the_weight_of_accumulated_gradients(eagerly):
             x, y, tokens = data
             return {"loss": self.minimize(lambda: ops.sum(tokens * (self(x) - y)[:, 0] ** 2) / ops.sum(tokens))}
 
-    tokens = np.repeat([1.0, 3.0], 12).astype("float32")  # Alike within a batch, so that its mean is theirs.
+    tokens = np.repeat([1.0, 3.0], 12).astype("float32")  # Equal within a batch, so that its mean is the weighted mean.
     batches = [(X[:12], Y[:12], tokens[:12]), (X[12:], Y[12:], tokens[12:])]
-    accumulated, whole = regressor(Weighted), regressor(Whole)
-    accumulated.compile(hl.optimizers.GradientAccumulation(keras.optimizers.SGD(0.1), 2))
-    whole.compile(keras.optimizers.SGD(0.1))
+    accumulation = hl.optimizers.GradientAccumulation(keras.optimizers.SGD(0.1), 2)
+    accumulated, whole = compiled(regressor(Weighted), accumulation), compiled(regressor(Whole))
     accumulated.fit(hl.Feed(lambda: iter(batches)), verbose=0)
     whole.fit(hl.Feed(lambda: iter([(X, Y, tokens)])), verbose=0)
     close(accumulated.get_weights()[0], whole.get_weights()[0])
 
 
-def test_compile_leaves_the_optimizer_given_as_it_is_and_shares_its_learning_rate():
+def test_compile_leaves_the_given_optimizer_as_it_is_and_shares_its_learning_rate():
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=2)
-    before, models = optimizer.get_config(), [regressor(), regressor()]
-    for model in models:  # The same optimizer, twice: both accumulate.
-        model.compile(optimizer, "mse")
-        model.fit(X, Y, batch_size=12, shuffle=False, verbose=0)
+    before, models = optimizer.get_config(), [compiled(regressor(), optimizer) for _ in range(2)]
+    for model in models:  # Both accumulate.
+        fit(model, X, Y, batch_size=12)
         assert model.optimizer.steps == 2
     assert optimizer.get_config() == before
     assert not optimizer.built
-    whole = regressor()
-    whole.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
-    whole.fit(X, Y, batch_size=24, shuffle=False, verbose=0)
+    whole = compiled(regressor(), keras.optimizers.SGD(0.1, momentum=0.9))
+    fit(whole, X, Y, batch_size=24)
     for model in models:
         close(model.get_weights()[0], whole.get_weights()[0])
     optimizer.learning_rate = 0.25
@@ -72,14 +69,14 @@ def test_compile_refuses_to_copy_an_optimizer_that_has_slots():
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
     optimizer.build(regressor().trainable_variables)
     with pytest.raises(OptimizerError, match="gradient_accumulation_steps=2 and is built already"):
-        regressor().compile(optimizer, "mse")
+        compiled(regressor(), optimizer)
 
 
-# ---------------------------------------------------------------- D7, D8: memory, sparsity
+# ---------------------------------------------------------------- memory, sparsity
 
 
 @pytest.mark.backend("torch")
-def test_the_comparison_with_inductor_holds_one_copy_of_the_state_at_a_time():
+def test_function_with_inductor_compares_on_one_copy_of_the_state_at_a_time():
     import torch  # noqa: PLC0415
 
     large = keras.Variable(np.zeros(1 << 20, "float32"))
@@ -102,23 +99,17 @@ def test_the_comparison_with_inductor_holds_one_copy_of_the_state_at_a_time():
 
     program = backend.trace(fn, [backend.to_tensor(np.float32(1))], jit_compile="auto")
     assert program._agrees(kernels, [backend.to_tensor(np.float32(1))])
-    assert alive == [2]  # The variable, and one copy of it.
+    assert alive == [2]  # The variable and one copy of it.
 
 
 @pytest.mark.backend("tensorflow")
-@pytest.mark.parametrize("make", [lambda: keras.optimizers.SGD(0.1), lambda: keras.optimizers.Adam(0.1)])
-def test_gradients_of_embeddings_stay_sparse_and_are_right_where_rows_repeat(make, monkeypatch):
-    """Keras's own Adam squares each looked-up row by itself, which is wrong where a row is looked up twice."""
+@pytest.mark.parametrize("cls", [keras.optimizers.SGD, keras.optimizers.Adam])
+def test_fit_keeps_gradients_of_embeddings_sparse_and_right_where_rows_repeat(cls):
+    """Adam of Keras squares each looked-up row by itself, which is wrong where a row is looked up twice."""
     kinds = []
 
-    def model(cls, sparse):
-        keras.utils.set_random_seed(0)
-        inputs = keras.Input((3,), dtype="int32")
-        table = layers.Embedding(20, 2) if sparse else Table()
-        return cls(inputs, layers.Dense(1)(layers.Flatten()(table(inputs))))
-
     class Table(layers.Layer):
-        """The same by a product with ones and zeros, of which the gradient is dense."""
+        """An embedding by a product with ones and zeros, which has a dense gradient."""
 
         def build(self, shape):
             self.embeddings = self.add_weight(shape=(20, 2), initializer="uniform")
@@ -126,35 +117,29 @@ def test_gradients_of_embeddings_stay_sparse_and_are_right_where_rows_repeat(mak
         def call(self, x):
             return ops.matmul(ops.one_hot(x, 20), self.embeddings)
 
-    class Noting(type(make())):
+    class Noting(cls):
         def apply(self, grads, trainable_variables=None):
             kinds.append(type(grads[0]).__name__)
             super().apply(grads, trainable_variables)
 
+    def model(table, optimizer):
+        inputs = keras.Input((3,), dtype="int32")
+        return compiled(hl.Model(inputs, layers.Dense(1)(layers.Flatten()(table(inputs)))), optimizer)
+
     x = np.random.default_rng(0).integers(0, 5, (24, 3))
-    dense, ours = model(hl.Model, sparse=False), model(hl.Model, sparse=True)
-    ours.set_weights(dense.get_weights())
-    dense.compile(make(), "mse")
-    ours.compile(Noting.from_config(make().get_config()), "mse")
-    for each in (dense, ours):
-        each.fit(x, Y, batch_size=8, shuffle=False, verbose=0)
+    dense, sparse = model(Table(), cls(0.1)), model(layers.Embedding(20, 2), Noting(0.1))
+    sparse.set_weights(dense.get_weights())
+    for each in (dense, sparse):
+        fit(each, x, Y, batch_size=8)
     assert set(kinds) == {"IndexedSlices"}
-    close(ours.get_weights()[0], dense.get_weights()[0])
+    close(sparse.get_weights()[0], dense.get_weights()[0])
+
+
+# --------------------------------------------------------- patches and registrations
 
 
 @pytest.mark.backend("tensorflow")
-def test_value_and_grad_gives_tensors_for_embeddings_too():
-    table = layers.Embedding(5, 2)
-    table.build(None)
-    gradients = hl.grad(lambda: ops.sum(table(np.array([1, 1, 3]))), wrt=table)()
-    close(gradients[0], [[0, 0], [2, 2], [0, 0], [1, 1], [0, 0]])
-
-
-# --------------------------------------------------------- D6, D12: patches and registrations
-
-
-@pytest.mark.backend("tensorflow")
-def test_tensorflow_may_ship_the_gradients_that_are_registered_and_its_variables_are_not_patched():
+def test_grad_leaves_variables_of_tensorflow_and_gradients_that_it_may_register_alone():
     code = """
 import tensorflow as tf
 from tensorflow.python.ops import resource_variable_ops as ops
@@ -169,11 +154,11 @@ assert all(vars(ops.BaseResourceVariable)[name] is value for name, value in befo
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# --------------------------------------------------------------------- D9, D10: versions
+# --------------------------------------------------------------------- devices, fused steps
 
 
 @pytest.mark.backend("jax")
-def test_an_array_on_another_device_is_moved_to_that_of_the_variables():
+def test_function_moves_an_array_on_another_device_to_that_of_the_variables():
     code = """
 import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
@@ -201,17 +186,17 @@ assert len(double.traces) == 2
 
 
 @pytest.mark.backend("torch")
-def test_a_tensor_on_another_device_does_not_skip_its_conversion():
+def test_function_converts_a_tensor_on_another_device_again():
     import torch  # noqa: PLC0415
 
     double = hl.function(lambda x: x * 2)
     close(double(torch.ones(3)), 2 * ones(3))
-    with pytest.raises(NotImplementedError, match="meta"):  # It cannot be moved, and that is said.
+    with pytest.raises(NotImplementedError, match="meta"):  # It cannot be moved, which is an error.
         double(torch.ones(3, device="meta"))
 
 
 @pytest.mark.backend("tensorflow")
-def test_steps_that_cannot_be_fused_are_taken_one_by_one_with_a_warning():
+def test_fit_takes_steps_that_cannot_be_fused_one_by_one_with_a_warning():
     import tensorflow as tf  # noqa: PLC0415
 
     total = keras.Variable(0.0)
@@ -221,16 +206,16 @@ def test_steps_that_cannot_be_fused_are_taken_one_by_one_with_a_warning():
         return {"total": total.value * 1}
 
     batches = [tf.ragged.constant([[1.0], [2.0, 3.0]])] * 4
-    with pytest.warns(FallbackWarning, match="2 steps cannot be dispatched together.*no common shape") as told:
+    with pytest.warns(FallbackWarning, match="2 steps cannot be dispatched together.*no common shape") as warned:
         hl.fit(step, lambda: iter(batches), steps_per_execution=2, verbose=0)
-    assert len(told) == 1
+    assert len(warned) == 1
     close(total, 24)
 
 
-# ------------------------------------------------------------------- arguments stay theirs
+# ------------------------------------------------------------------- arguments and models
 
 
-def test_a_step_that_changes_its_arguments_in_place_changes_no_array_of_the_users():
+def test_fit_leaves_the_arrays_of_the_user_when_a_step_changes_its_arguments_in_place():
     data = ones(8, 2)
 
     def step(x):
@@ -241,14 +226,11 @@ def test_a_step_that_changes_its_arguments_in_place_changes_no_array_of_the_user
     close(data, ones(8, 2))
 
 
-def test_two_models_trained_in_turn_are_as_trained_alone():
+def test_train_on_batch_of_two_models_in_turn_trains_each_as_alone():
     def trained(steps):
-        models = [regressor(), regressor()]
-        for model in models:
-            model.compile("adam", "mse")
+        models = [compiled(regressor(), "adam") for _ in range(2)]
         for index in steps:
             models[index].train_on_batch(X, Y)
         return models
 
-    together, alone = trained([0, 1, 0, 1]), trained([0, 0, 1, 1])
-    same_values(together, alone)
+    same_values(trained([0, 1, 0, 1]), trained([0, 0, 1, 1]))

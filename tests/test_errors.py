@@ -1,4 +1,4 @@
-"""Errors and warnings, by name."""
+"""The classes of errors and warnings, and the tree of them in the docstring of `handloom.errors`."""
 
 import builtins
 import inspect
@@ -11,9 +11,15 @@ from handloom import errors
 
 pytestmark = pytest.mark.once
 
+CLASSES = {
+    name: cls
+    for name, cls in inspect.getmembers(errors, inspect.isclass)
+    if name in errors.__all__ and name != "Finding"
+}
+
 
 def tree():
-    """The tree in the docstring: (name, its parent or nothing, the built-in in parentheses or nothing)."""
+    """The tree in the docstring: (name, parent or "", built-in in parentheses or "")."""
     lines = re.findall(r"^([├└]── )?((?:\w+)(?:Error|Warning))(?: +\((\w+)[,)])?", errors.__doc__, re.MULTILINE)
     found, root = [], ""
     for branch, name, builtin in lines:
@@ -22,41 +28,22 @@ def tree():
     return found
 
 
-def in_the_module():
-    classes = inspect.getmembers(errors, inspect.isclass)
-    ours = {name: cls for name, cls in classes if cls.__module__ == errors.__name__ and name in errors.__all__}
-    return {name: cls for name, cls in ours.items() if name != "Finding"}
-
-
-def test_the_docstring_names_exactly_the_classes():
-    assert sorted(name for name, _, _ in tree()) == sorted(in_the_module())
-
-
-@pytest.mark.parametrize(("name", "parent", "builtin"), tree())
-def test_each_is_of_its_kind_and_the_builtin_that_programmers_expect(name, parent, builtin):
-    cls = in_the_module()[name]
-    assert issubclass(cls, in_the_module()[parent] if parent else Exception)
-    assert issubclass(cls, getattr(builtins, builtin) if builtin else Exception)
-
-
-def test_only_the_two_bases_have_no_builtin_of_their_own():
-    assert [name for name, parent, builtin in tree() if not parent] == ["HandloomError", "HandloomWarning"]
-    assert all(builtin for name, parent, builtin in tree() if parent == "HandloomError")
-
-
-def test_warnings_are_for_users_and_no_errors():
-    assert issubclass(errors.HandloomWarning, UserWarning)
-    assert not issubclass(errors.HandloomWarning, errors.HandloomError)
-
-
-def test_each_says_what_it_is():
-    assert all(inspect.getdoc(cls).endswith(".") for cls in in_the_module().values())
-
-
-def test_errors_are_found_from_the_package():
+def test_errors_docstring_names_exactly_the_classes():
+    assert sorted(name for name, _, _ in tree()) == sorted(CLASSES)
+    assert all(inspect.getdoc(cls).endswith(".") for cls in CLASSES.values())
     assert hl.errors is errors
 
 
-@pytest.mark.parametrize("name", in_the_module())
-def test_an_error_takes_a_message(name):
-    assert str(in_the_module()[name]("HL999", "Something is wrong.")) == "Something is wrong. [HL999]"
+@pytest.mark.parametrize(("name", "parent", "builtin"), tree())
+def test_errors_have_their_parent_and_the_expected_builtin_and_take_a_message(name, parent, builtin):
+    cls = CLASSES[name]
+    assert issubclass(cls, CLASSES[parent] if parent else Exception)
+    assert issubclass(cls, getattr(builtins, builtin) if builtin else Exception)
+    assert str(cls("HL999", "Something is wrong.")) == "Something is wrong. [HL999]"
+
+
+def test_errors_without_a_builtin_are_the_two_bases():
+    assert [name for name, parent, builtin in tree() if not parent] == ["HandloomError", "HandloomWarning"]
+    assert all(builtin for name, parent, builtin in tree() if parent == "HandloomError")
+    assert issubclass(errors.HandloomWarning, UserWarning)
+    assert not issubclass(errors.HandloomWarning, errors.HandloomError)

@@ -1,7 +1,7 @@
-"""What goes wrong in silence when a step is written by hand for plain Keras, beside the same step here.
+"""Silent errors of a step written by hand for plain Keras, beside the same step here.
 
-Each test shows Keras's number too: it is the reason for the library, and says when Keras no longer needs one. What goes
-wrong when a run is stopped and goes on is in `resume/test_pain.py`.
+Each test also shows Keras's number: it is the reason for the library, and tells when Keras no longer needs one. The
+errors of a stopped and resumed run are in `resume/test_pain.py`.
 """
 
 import keras
@@ -17,6 +17,8 @@ from handloom.optimizers import (
     WeightAveraging,
     averaged_weights,
 )
+from tests.models import built, fit, functional
+from tests.numbers import close, each_close, same
 
 EXAMPLES, BATCH, PENALTY, RATE = 80, 32, 0.1, 0.1
 
@@ -26,8 +28,8 @@ Y = (X @ np.array([[1.0], [-2.0], [0.5]]) + 0.3 * numbers.normal(size=(EXAMPLES,
 START = np.array([[0.5], [0.2], [-0.4]], "float32")
 
 
-class OwnStep:
-    """A step in Keras's words alone, by whatever name it reports its loss."""
+class CustomStep:
+    """A step that names no backend; it reports its loss under any name."""
 
     reported = "loss"
 
@@ -39,8 +41,8 @@ class OwnStep:
         return {self.reported: self.minimize(lambda: self.loss_of_batch(x, y, self(x, training=True)))}
 
 
-class OwnStepWithGradients(OwnStep):
-    """The same with the gradients in hand. It says nothing of a loss scale."""
+class StepWithGradients(CustomStep):
+    """The same with the gradients at hand. It ignores the loss scale."""
 
     def train_step(self, data):
         x, y = data
@@ -49,8 +51,8 @@ class OwnStepWithGradients(OwnStep):
         return {self.reported: loss}
 
 
-class InJAXsManner(OwnStep):
-    """The same step as Keras asks for it on JAX: all state in, all state out."""
+class JAXStep(CustomStep):
+    """The same step in Keras's own manner on JAX: all state in, all state out."""
 
     def train_step(self, state, data):
         import jax  # noqa: PLC0415  Only where this step runs.
@@ -67,8 +69,8 @@ class InJAXsManner(OwnStep):
         return {self.reported: loss}, (weights, others, slots, metrics)
 
 
-class InTensorFlowsManner(OwnStep):
-    """The same step as Keras asks for it on TensorFlow."""
+class TensorFlowStep(CustomStep):
+    """The same step in Keras's own manner on TensorFlow."""
 
     def train_step(self, data):
         import tensorflow as tf  # noqa: PLC0415  Only where this step runs.
@@ -80,8 +82,8 @@ class InTensorFlowsManner(OwnStep):
         return {self.reported: loss}
 
 
-class InTorchsManner(OwnStep):
-    """The same step as Keras asks for it on PyTorch."""
+class TorchStep(CustomStep):
+    """The same step in Keras's own manner on PyTorch."""
 
     def train_step(self, data):
         import torch  # noqa: PLC0415  Only where this step runs.
@@ -96,39 +98,24 @@ class InTorchsManner(OwnStep):
         return {self.reported: loss}
 
 
-# The step that Keras's guides teach, on the backend at hand.
-on_each_backend = pytest.mark.parametrize(
-    "manner",
-    [
-        pytest.param(InJAXsManner, marks=pytest.mark.backend("jax")),
-        pytest.param(InTensorFlowsManner, marks=pytest.mark.backend("tensorflow")),
-        pytest.param(InTorchsManner, marks=pytest.mark.backend("torch")),
-    ],
-)
-manners_that_need_no_state = pytest.mark.parametrize(
-    "manner",
-    [
-        OwnStep,
-        OwnStepWithGradients,
-        pytest.param(InTensorFlowsManner, marks=pytest.mark.backend("tensorflow")),
-        pytest.param(InTorchsManner, marks=pytest.mark.backend("torch")),
-    ],
+# The step that Keras's guides teach for the backend of this process.
+KERAS_STEP = {"jax": JAXStep, "tensorflow": TensorFlowStep, "torch": TorchStep}[keras.backend.backend()]
+each_step = pytest.mark.parametrize(
+    "step", [CustomStep, StepWithGradients, *([] if KERAS_STEP is JAXStep else [KERAS_STEP])]
 )
 
 
-def linear(base, step, *, rate=RATE, regularizer=None, **attributes):
-    """A linear model without bias, with this step, starting at START."""
-    cls = type(step.__name__, (step, base), attributes)
-    inputs = keras.Input((3,))
-    model = cls(inputs, layers.Dense(1, use_bias=False, kernel_regularizer=regularizer)(inputs))
+def linear(base, step, rate=RATE, regularizer=None, **attributes):
+    """A linear model without a bias, with this step, that starts at START."""
+    layer = layers.Dense(1, use_bias=False, kernel_regularizer=regularizer)
+    model = functional(layer, cls=type(step.__name__, (step, base), attributes))
     model.set_weights([START])
     model.compile(keras.optimizers.SGD(rate), loss="mse")
     return model
 
 
 def fitted(model, **options):
-    options = {"batch_size": BATCH, "shuffle": False, "verbose": 0} | options
-    return model.fit(X, Y, **options).history
+    return fit(model, X, Y, **({"batch_size": BATCH} | options))
 
 
 def mean_squared_error(weights):
@@ -139,139 +126,81 @@ def gradient_of_squared_error(weights):
     return 2 / EXAMPLES * X.T @ (X @ weights - Y)
 
 
-# ------------------------------------------------------------- what is reported
+# ------------------------------------------------------------- reported values
 
 
-@on_each_backend
-def test_a_loss_that_a_step_returns_is_reported_where_keras_reports_zero(manner, eagerly):
-    # At a rate of zero the epoch's mean is that over all examples, the last, smaller batch included.
-    assert fitted(linear(keras.Model, manner, rate=0.0))["loss"] == [0.0]
-    np.testing.assert_allclose(fitted(linear(hl.Model, OwnStep, rate=0.0))["loss"], [mean_squared_error(START)], 1e-5)
+def test_fit_reports_a_returned_loss_where_keras_reports_zero(eagerly):
+    # At a rate of zero the mean of the epoch is that over all examples, the last, smaller batch included.
+    assert fitted(linear(keras.Model, KERAS_STEP, rate=0.0))["loss"] == [0.0]
+    close(fitted(linear(hl.Model, CustomStep, rate=0.0))["loss"], [mean_squared_error(START)])
 
 
-@on_each_backend
-def test_a_loss_by_another_name_is_the_mean_of_the_epoch_where_keras_gives_its_last_batch(manner, eagerly):
+def test_fit_averages_a_loss_of_another_name_where_keras_reports_the_last_batch(eagerly):
     last = slice(EXAMPLES // BATCH * BATCH, None)
     of_last_batch = np.mean((X[last] @ START - Y[last]) ** 2)
-    keras_model, model = (
-        linear(base, step, rate=0.0, reported="error") for base, step in ((keras.Model, manner), (hl.Model, OwnStep))
-    )
-    np.testing.assert_allclose(fitted(keras_model)["error"], [of_last_batch], 1e-5)
-    np.testing.assert_allclose(fitted(model)["error"], [mean_squared_error(START)], 1e-5)
-    assert abs(of_last_batch - mean_squared_error(START)) > 0.1
+    close(fitted(linear(keras.Model, KERAS_STEP, rate=0.0, reported="error"))["error"], [of_last_batch])
+    of_epoch = mean_squared_error(START)
+    close(fitted(linear(hl.Model, CustomStep, rate=0.0, reported="error"))["error"], [of_epoch])
+    assert abs(of_last_batch - of_epoch) > 0.1
 
 
-@manners_that_need_no_state
-def test_a_step_in_any_manner_reports_its_loss(manner, eagerly):
-    history = fitted(linear(hl.Model, manner, rate=0.0), epochs=2)
-    np.testing.assert_allclose(history["loss"], 2 * [mean_squared_error(START)], 1e-5)
-
-
-def test_a_loop_over_all_metrics_reports_the_loss_beside_them(eagerly):
-    class EveryMetric(hl.Model):
-        def train_step(self, data):
-            x, y = data
-
-            def loss_fn():
-                y_pred = self(x, training=True)
-                return self.compute_loss(x, y, y_pred), y_pred
-
-            loss, y_pred = self.minimize(loss_fn, has_aux=True)
-            for metric in self.metrics:
-                if metric.name == "loss":
-                    metric.update_state(loss, sample_weight=len(x))
-                else:
-                    metric.update_state(y, y_pred)
-            return {metric.name: metric.result() for metric in self.metrics}
-
-    inputs = keras.Input((3,))
-    model = EveryMetric(inputs, layers.Dense(1, use_bias=False)(inputs))
-    model.set_weights([START])
-    model.compile(keras.optimizers.SGD(0.0), loss="mse", metrics=["mae"])
-    history = fitted(model, epochs=2)
-    np.testing.assert_allclose(history["loss"], 2 * [mean_squared_error(START)], 1e-5)
-    np.testing.assert_allclose(history["mae"], 2 * [np.mean(np.abs(X @ START - Y))], 1e-5)
+@each_step
+def test_fit_reports_the_loss_of_a_step_in_any_manner(step, eagerly):
+    close(fitted(linear(hl.Model, step, rate=0.0), epochs=2)["loss"], 2 * [mean_squared_error(START)])
 
 
 # ----------------------------------------------------------------- regularizers
 
 
-@on_each_backend
-def test_a_regularizer_that_a_step_forgets_is_in_the_update_and_the_loss_where_keras_drops_it(manner, eagerly):
+def test_minimize_adds_a_regularizer_where_keras_drops_it(eagerly):
     options = {"regularizer": keras.regularizers.L2(PENALTY), "reported": "total"}
-    keras_model, model = linear(keras.Model, manner, **options), linear(hl.Model, OwnStep, **options)
-    keras_total, [total] = (fitted(made, batch_size=EXAMPLES)["total"] for made in (keras_model, model))
+    keras_model, model = linear(keras.Model, KERAS_STEP, **options), linear(hl.Model, CustomStep, **options)
+    keras_total, total = (fitted(each, batch_size=EXAMPLES)["total"] for each in (keras_model, model))
     without = gradient_of_squared_error(START)
-    np.testing.assert_allclose(keras_model.get_weights()[0], START - RATE * without, 1e-4)
-    np.testing.assert_allclose(keras_total, [mean_squared_error(START)], 1e-5)
-    np.testing.assert_allclose(model.get_weights()[0], START - RATE * (without + 2 * PENALTY * START), 1e-4)
-    np.testing.assert_allclose(total, mean_squared_error(START) + PENALTY * np.sum(START**2), 1e-5)
-
-
-def by_compute_loss(self, x, y, y_pred):
-    return self.compute_loss(x, y, y_pred)
-
-
-def by_adding_losses(self, x, y, y_pred):
-    return ops.mean((y_pred - y) ** 2) + sum(self.losses)
-
-
-@pytest.mark.parametrize("loss_of_batch", [OwnStep.loss_of_batch, by_compute_loss, by_adding_losses])
-def test_a_regularizer_counts_once_however_a_step_gets_at_it(loss_of_batch, eagerly):
-    model = linear(hl.Model, OwnStep, regularizer=keras.regularizers.L2(PENALTY), loss_of_batch=loss_of_batch)
-    [loss] = fitted(model, batch_size=EXAMPLES)["loss"]
-    gradient = gradient_of_squared_error(START) + 2 * PENALTY * START
-    np.testing.assert_allclose(model.get_weights()[0], START - RATE * gradient, 1e-4)
-    np.testing.assert_allclose(loss, mean_squared_error(START) + PENALTY * np.sum(START**2), 1e-5)
+    close(keras_model.get_weights()[0], START - RATE * without, rtol=1e-4)
+    close(keras_total, [mean_squared_error(START)])
+    close(model.get_weights()[0], START - RATE * (without + 2 * PENALTY * START), rtol=1e-4)
+    close(total, [mean_squared_error(START) + PENALTY * np.sum(START**2)])
 
 
 @pytest.mark.backend("jax")
 def test_compute_loss_with_a_regularizer_works_in_a_step_where_keras_on_jax_calls_none():
+    def by_compute_loss(self, x, y, y_pred):
+        return self.compute_loss(x, y, y_pred)
+
     options = {"regularizer": keras.regularizers.L2(PENALTY), "loss_of_batch": by_compute_loss}
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-        fitted(linear(keras.Model, InJAXsManner, **options))
-    history = fitted(linear(hl.Model, OwnStep, **options), epochs=5)
+        fitted(linear(keras.Model, JAXStep, **options))
+    history = fitted(linear(hl.Model, CustomStep, **options), epochs=5)
     assert history["loss"][-1] < history["loss"][0]
 
 
-# ---------------------------------------------------------------- mixed float16
+# --------------------------------------------------------------- half precision
 
 
-def half_precise(base, step, optimizer, policy="mixed_float16"):
-    """A small network that computes in half precision."""
-    start = np.random.default_rng(1)
+def learned_in_half_precision(base, step, optimizer=None, policy="mixed_float16"):
+    """The error of a small network after some epochs."""
+    start, optimizer = np.random.default_rng(1), optimizer or keras.optimizers.SGD(RATE)
     keras.config.set_dtype_policy(policy)
-    inputs = keras.Input((3,))
-    outputs = layers.Dense(1, dtype="float32")(layers.Dense(16, "tanh")(inputs))
-    model = type("HalfPrecise", (step, base), {})(inputs, outputs)
+    cls = type("HalfPrecise", (step, base), {})
+    model = functional(layers.Dense(16, "tanh"), layers.Dense(1, dtype="float32"), cls=cls)
     model.set_weights([start.normal(scale=0.5, size=weight.shape) for weight in model.get_weights()])
     model.compile(optimizer, loss="mse")
-    return model
-
-
-def learned_in_float16(base, step, optimizer=None, policy="mixed_float16"):
-    """The error of a small network after some epochs under mixed float16."""
-    model = half_precise(base, step, optimizer or keras.optimizers.SGD(RATE), policy)
+    assert base is keras.Model or policy == "mixed_float16" or model.optimizer is optimizer  # No loss is scaled.
     fitted(model, epochs=8)
     return np.mean((ops.convert_to_numpy(model(X)) - Y) ** 2)
 
 
 class DefaultStep:
-    """The step of the class it is mixed into."""
+    """The step of the class that it is mixed into."""
 
 
-@on_each_backend
-def test_a_step_that_forgets_the_loss_scale_learns_where_keras_divides_by_it_all_the_same(manner):
-    by_default = learned_in_float16(keras.Model, DefaultStep)
-    assert learned_in_float16(keras.Model, manner) > 5 * by_default
-    np.testing.assert_allclose(learned_in_float16(hl.Model, OwnStep), by_default, rtol=0.05)
-
-
-@manners_that_need_no_state
-def test_a_step_in_any_manner_learns_as_the_default_step_does_in_float16(manner, eagerly):
-    by_default = learned_in_float16(hl.Model, DefaultStep)
+@each_step
+def test_fit_in_float16_learns_without_a_loss_scale_in_the_step_where_keras_divides_by_it(step, eagerly):
+    by_default = learned_in_half_precision(keras.Model, DefaultStep)
     assert by_default < 0.5 * np.var(Y)
-    np.testing.assert_allclose(learned_in_float16(hl.Model, manner), by_default, rtol=0.05)
+    assert learned_in_half_precision(keras.Model, KERAS_STEP) > 5 * by_default
+    close(learned_in_half_precision(hl.Model, step), by_default, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -282,39 +211,13 @@ def test_a_step_in_any_manner_learns_as_the_default_step_does_in_float16(manner,
     ],
     ids=["float16, Adam", "bfloat16, SGD"],
 )
-def test_an_own_step_learns_in_half_precision_as_keras_does_by_default(policy, make):
-    by_default = learned_in_float16(keras.Model, DefaultStep, make(), policy)
+def test_fit_with_a_custom_step_learns_in_half_precision_as_keras_does_by_default(policy, make):
+    by_default = learned_in_half_precision(keras.Model, DefaultStep, make(), policy)
     assert by_default < 0.5 * np.var(Y)
-    np.testing.assert_allclose(learned_in_float16(hl.Model, OwnStep, make(), policy), by_default, rtol=0.05)
-
-
-def test_in_bfloat16_no_loss_is_scaled():
-    optimizer = keras.optimizers.SGD(RATE)
-    assert half_precise(hl.Model, OwnStep, optimizer, "mixed_bfloat16").optimizer is optimizer
-
-
-def test_an_own_step_that_overflows_is_skipped_to_the_bit_and_halves_the_scale():
-    model = half_precise(hl.Model, OwnStep, keras.optimizers.Adam(0.03))
-    fitted(model)
-    before, optimizer = model.get_weights(), model.optimizer
-    slots = [ops.convert_to_numpy(slot) for slot in optimizer.inner_optimizer.variables]
-    scale, updates = float(optimizer.dynamic_scale), int(optimizer.iterations)
-    model.fit(X[:BATCH], 1e30 * Y[:BATCH], batch_size=BATCH, verbose=0)
-    for weight, now in zip(before, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(now, weight)
-    for slot, now in zip(slots, optimizer.inner_optimizer.variables, strict=True):
-        np.testing.assert_array_equal(ops.convert_to_numpy(now), slot)
-    assert float(optimizer.dynamic_scale) == scale / 2
-    fitted(model, batch_size=EXAMPLES)
-    assert int(optimizer.iterations) == updates + 1
-    assert np.any(model.get_weights()[0] != before[0])
+    close(learned_in_half_precision(hl.Model, CustomStep, make(), policy), by_default, rtol=0.05)
 
 
 # ----------------------------------------- optimizers, averages, and weights of examples
-
-
-def number(variable):
-    return float(ops.convert_to_numpy(variable))
 
 
 def pulled(variables, by):
@@ -322,7 +225,7 @@ def pulled(variables, by):
     return [ops.full(variable.shape, pull) for variable, pull in zip(variables, by, strict=True)]
 
 
-def test_a_global_norm_is_that_of_all_where_keras_clips_each_optimizer_by_its_own():
+def test_clip_by_global_norm_is_over_all_optimizers_where_keras_clips_each_by_its_own():
     class Two(hl.Model):
         def __init__(self):
             super().__init__()
@@ -335,68 +238,60 @@ def test_a_global_norm_is_that_of_all_where_keras_clips_each_optimizer_by_its_ow
     clipping = keras.optimizers.MultiOptimizer(lambda variable: keras.optimizers.SGD(1.0, global_clipnorm=1.0))
     clipping.build(variables)
     clipping.apply(pulled(variables, by=(3.0, 4.0)), variables)
-    np.testing.assert_allclose([number(variable) for variable in variables], [-1.0, -1.0], rtol=1e-6)
+    close(variables, [-1.0, -1.0])
 
     model = Two()
     by_name = {"left": keras.optimizers.SGD(1.0), "right": keras.optimizers.SGD(1.0)}
     model.compile(GradientTransforms(by_name, [ClipByGlobalNorm(1.0)]))
     model.fit(X[:1], verbose=0)
-    np.testing.assert_allclose([number(model.left), number(model.right)], [-0.6, -0.8], rtol=1e-6)
+    close([model.left, model.right], [-0.6, -0.8])
 
 
-def test_averages_count_updates_where_keras_counts_the_steps_that_only_accumulate(eagerly):
+def test_weight_averaging_counts_updates_where_keras_counts_the_steps_that_only_accumulate(eagerly):
     def averaged(weights, start):
         for weight in weights:
             start = 0.9 * start + 0.1 * weight
         return start
 
-    after_updates = [9.0, 8.0, 7.0, 6.0]  # One down by each update of four gradients of one.
-    of_updates = averaged(after_updates[1:], start=9.0)
+    # Each update by four gradients of one takes one off.
+    of_updates = averaged([8, 7, 6], start=9.0)
     of_steps = averaged([9, 9, 9, 8, 8, 8, 8, 7, 7, 7, 7, 6], start=9.0)
-    assert [round(average, 3) for average in (of_updates, of_steps)] == [8.439, 7.878]
+    close([of_updates, of_steps], [8.439, 7.878], rtol=1e-4)
 
     weight = keras.Variable(10.0)
     options = {"use_ema": True, "ema_momentum": 0.9, "gradient_accumulation_steps": 4}
     optimizer = keras.optimizers.SGD(1.0, **options)
     for _ in range(16):
         optimizer.apply(pulled([weight], by=[1.0]), [weight])
-    assert number(weight) == 6.0
+    close(weight, 6)
     optimizer.finalize_variable_values([weight])
-    np.testing.assert_allclose(number(weight), of_steps, rtol=1e-5)
+    close(weight, of_steps)
 
     weight, optimizer = keras.Variable(10.0), GradientAccumulation(WeightAveraging(keras.optimizers.SGD(1.0), 0.9), 4)
     step = hl.function(lambda: hl.minimize(lambda: weight + 0.0, weight, optimizer))
     for _ in range(16):
         step()
-    assert number(weight) == 6.0
+    close(weight, 6)
     with averaged_weights(optimizer):
-        np.testing.assert_allclose(number(weight), of_updates, rtol=1e-6)
-
-
-OFF = np.array([[0.0], [0.0], [0.0], [4.0]], "float32")
-ONLY_THE_LAST = np.array([0.0, 0.0, 0.0, 1.0], "float32")
+        close(weight, of_updates)
 
 
 def evaluated(base, loss):
-    """The one error of four examples, of which the last alone has a weight, as it is reported."""
-    inputs = keras.Input((1,))
-    model = base(inputs, layers.Identity()(inputs))
+    """The reported error of four examples of which only the last has a weight."""
+    off, weight = np.array([[0.0], [0.0], [0.0], [4.0]], "float32"), np.array([0.0, 0.0, 0.0, 1.0], "float32")
+    model = functional(layers.Identity(), inputs=1, cls=base)
     model.compile(loss=loss, metrics=["mae"], weighted_metrics=[keras.metrics.MeanAbsoluteError(name="weighted")])
-    found = model.evaluate(OFF, np.zeros_like(OFF), sample_weight=ONLY_THE_LAST, return_dict=True, verbose=0)
+    found = model.evaluate(off, np.zeros_like(off), sample_weight=weight, return_dict=True, verbose=0)
     return model, [found[name] for name in ("loss", "weighted", "mae")]
 
 
-def test_one_error_is_reported_three_ways_as_in_keras_and_it_is_said_why():
+def test_explain_says_why_one_error_is_reported_three_ways_as_in_keras():
     model, found = evaluated(hl.Model, "mae")
     assert found == evaluated(keras.Model, "mae")[1] == [1.0, 4.0, 1.0]
     [why] = model.explain().notes
     assert "divided by the number of examples" in why
     assert "reduction='mean_with_sample_weight'" in why
-
-
-def test_a_loss_divided_by_its_weights_is_the_weighted_metric():
-    loss = keras.losses.MeanAbsoluteError(reduction="mean_with_sample_weight")
-    model, found = evaluated(hl.Model, loss)
+    model, found = evaluated(hl.Model, keras.losses.MeanAbsoluteError(reduction="mean_with_sample_weight"))
     assert found == [4.0, 4.0, 1.0]
     assert model.explain().notes == ()
 
@@ -404,11 +299,11 @@ def test_a_loss_divided_by_its_weights_is_the_weighted_metric():
 # ------------------------------------------------------- optimizers that take turns
 
 
-def test_optimizers_take_turns_where_keras_wants_gradients_for_all_variables():
+def test_minimize_by_optimizers_in_turn_where_keras_requires_gradients_for_all_variables():
     class Two(hl.Model):
         def __init__(self):
             super().__init__()
-            self.left, self.right = layers.Dense(1, use_bias=False), layers.Dense(1, use_bias=False)
+            self.left, self.right = (built(layers.Dense(1, use_bias=False)) for _ in range(2))
 
         def train_step(self, data):
             x, y = data
@@ -417,8 +312,6 @@ def test_optimizers_take_turns_where_keras_wants_gradients_for_all_variables():
             return {"left": left, "right": right}
 
     model = Two()
-    model.left.build((None, 3))
-    model.right.build((None, 3))
     model.set_weights([START, START])
     keras_optimizer = keras.optimizers.MultiOptimizer(lambda variable: keras.optimizers.SGD(RATE))
     keras_optimizer.build(model.trainable_variables)
@@ -427,38 +320,30 @@ def test_optimizers_take_turns_where_keras_wants_gradients_for_all_variables():
 
     model.compile(optimizer={"left": keras.optimizers.SGD(RATE), "right": keras.optimizers.SGD(2 * RATE)})
     fitted(model, batch_size=EXAMPLES)
-    for layer, rate in ((model.left, RATE), (model.right, 2 * RATE)):
-        expected = START - rate * gradient_of_squared_error(START)
-        np.testing.assert_allclose(ops.convert_to_numpy(layer.kernel), expected, 1e-4)
+    gradient = gradient_of_squared_error(START)
+    each_close([model.left.kernel, model.right.kernel], [START - RATE * gradient, START - 2 * RATE * gradient], 1e-4)
 
 
-# ------------------------------------------------------------- training or not
+# ------------------------------------------------------------- the training flag
 
 
-class Normalized:
-    """Its `call` does not say whether it trains."""
+def test_fit_passes_training_to_inner_layers_where_keras_passes_it_only_to_a_call_that_takes_it():
+    moving_means = []
+    for base in (keras.Model, hl.Model):
 
-    def __init__(self):
-        super().__init__()
-        self.normalization, self.out = layers.BatchNormalization(momentum=0.75), layers.Dense(1)
+        class WithoutFlag(base):
+            """A `call` without `training`."""
 
-    def call(self, x):
-        return self.out(self.normalization(x))
+            def call(self, x):
+                return self.out(self.normalization(x))
 
-
-def trained_once(base):
-    model = type("Net", (Normalized, base), {})()
-    model.compile("sgd", "mse")
-    model.fit(X, Y, batch_size=EXAMPLES, verbose=0)
-    return model
-
-
-def test_layers_inside_know_that_they_are_trained_where_keras_tells_a_call_that_asks_alone():
-    known = ops.convert_to_numpy(trained_once(keras.Model).normalization.moving_mean)
-    np.testing.assert_array_equal(known, np.zeros(3))
-    model = trained_once(hl.Model)
-    moving_mean = ops.convert_to_numpy(model.normalization.moving_mean)
-    np.testing.assert_allclose(moving_mean, 0.25 * X.mean(axis=0), rtol=1e-5, atol=1e-7)
+        model = WithoutFlag()
+        model.normalization, model.out = layers.BatchNormalization(momentum=0.75), layers.Dense(1)
+        model.compile("sgd", "mse")
+        fitted(model, batch_size=EXAMPLES)
+        moving_means.append(model.normalization.moving_mean.numpy())
+    same(moving_means[0], np.zeros(3))
+    close(moving_means[1], 0.25 * X.mean(axis=0))
     model.evaluate(X, Y, verbose=0)
     model.predict(X, verbose=0)
-    np.testing.assert_array_equal(ops.convert_to_numpy(model.normalization.moving_mean), moving_mean)
+    same(model.normalization.moving_mean, moving_means[1])

@@ -1,67 +1,57 @@
-"""One step file on three backends: the same numbers, compiled and op by op, and those of a loop in native PyTorch."""
+"""One file of steps on three backends: equal numbers, compiled and eager, and those of a loop in native PyTorch."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests import parity_step
+from tests.on_backends import arrays_by_backend
 
-BACKENDS = ("jax", "tensorflow", "torch")
-MODES = ("compiled", "op by op")
+pytestmark = pytest.mark.once
 
-# Equal within 1e-4 of each number; and, since a sum that cancels out to nearly zero keeps the rounding of what was
-# summed, within 1e-6 of the size of an array's largest number.
+# Equal within 1e-4 of each number, and within 1e-6 of the largest number of an array: a sum that cancels to nearly zero
+# keeps the rounding of its terms.
 RTOL, ATOL_OF_LARGEST = 1e-4, 1e-6
 
 
 @pytest.fixture(scope="module")
 def start():
-    """Weights to start from, for each case."""
+    """The first weights of each case."""
     numbers = np.random.default_rng(2)
+
+    def drawn(variable):
+        if "variance" in variable.name or "gamma" in variable.name:
+            return np.ones(variable.shape, "float32")
+        return numbers.normal(scale=0.3, size=variable.shape).astype("float32")
+
     models = {"classify": parity_step.build_classifier(), "draw": parity_step.GAN()}
-    return {case: [_drawn(variable, numbers) for variable in model.weights] for case, model in models.items()}
+    return {case: list(map(drawn, model.weights)) for case, model in models.items()}
 
 
 @pytest.fixture(scope="module")
 def runs(start, tmp_path_factory):
     """The results of the six runs by backend and mode, each a dict of arrays by case and name."""
     folder = tmp_path_factory.mktemp("parity")
-    np.savez(
-        folder / "start.npz",
-        **{f"{case}-{index:02}": value for case, values in start.items() for index, value in enumerate(values)},
-    )
-    processes = {backend: _started(backend, folder) for backend in BACKENDS}
-    for backend, process in processes.items():
-        output, _ = process.communicate()
-        assert process.returncode == 0, f"on {backend}:\n{output}"
-    found = {}
-    for backend in BACKENDS:
-        with np.load(folder / f"{backend}.npz") as loaded:
-            for mode in MODES:
-                found[backend, mode] = {
-                    key.removeprefix(f"{mode}/"): loaded[key] for key in loaded if key.startswith(mode)
-                }
-    return found
+    by_case = {f"{case}-{index:02}": value for case, values in start.items() for index, value in enumerate(values)}
+    np.savez(folder / "start.npz", **by_case)
+    found = arrays_by_backend("tests.parity_step", folder, folder / "start.npz")
+    return {
+        (backend, mode): {key.removeprefix(f"{mode}/"): array for key, array in arrays.items() if key.startswith(mode)}
+        for backend, arrays in found.items()
+        for mode in ("compiled", "eager")
+    }
 
 
-# The first test here takes about 60 s: it starts three processes, which take 1,600 steps each, half of them op by op.
-@pytest.mark.once
-@pytest.mark.parametrize("case", ["classify", "draw"])
-def test_two_hundred_steps_give_the_same_numbers_on_three_backends_compiled_and_op_by_op(runs, case):
+# The first test here takes about 60 s: it starts three processes of 1,600 steps each, half of them eager.
+def test_fit_and_minimize_give_the_same_numbers_on_three_backends_compiled_and_eager(runs):
     for (one, expected), (other, found) in itertools.combinations(runs.items(), 2):
         assert found.keys() == expected.keys()
         for name in found:
-            if name.startswith(case):
-                _assert_equal(found[name], expected[name], f"{name}: {other} beside {one}")
+            _assert_equal(found[name], expected[name], f"{name}: {other} beside {one}")
 
 
-@pytest.mark.once
-def test_what_is_compared_has_every_step_the_weights_the_statistics_and_the_metrics(runs, start):
+def test_fit_and_minimize_move_all_weights_statistics_and_metrics_that_are_compared(runs, start):
     results = runs["jax", "compiled"]
     assert results["classify/losses"].shape == results["draw/d_loss"].shape == (parity_step.STEPS,)
     for case, values in start.items():
@@ -73,30 +63,12 @@ def test_what_is_compared_has_every_step_the_weights_the_statistics_and_the_metr
         assert needed in names
 
 
-@pytest.mark.once
-def test_they_are_the_numbers_of_a_loop_in_native_torch(runs, start):
-    """So that three backends which are wrong alike would be noticed."""
+def test_minimize_gives_the_numbers_of_a_loop_in_native_torch(runs, start):
+    """Three backends that are all wrong in the same way would be noticed."""
     expected = _classified_by_torch(start["classify"])
     for where, results in runs.items():
         for name, value in expected.items():
             _assert_equal(results[f"classify/{name}"], value, f"{name} on {where}")
-
-
-def _drawn(variable, numbers):
-    if "variance" in variable.name or "gamma" in variable.name:
-        return np.ones(variable.shape, "float32")
-    return numbers.normal(scale=0.3, size=variable.shape).astype("float32")
-
-
-def _started(backend, folder):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.parity_step", folder / "start.npz", folder / f"{backend}.npz"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"KERAS_BACKEND": backend},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def _assert_equal(found, expected, what):
@@ -106,7 +78,7 @@ def _assert_equal(found, expected, what):
 
 def _classified_by_torch(start):
     """The classifier of `parity_step`, every formula written out, in double precision."""
-    import torch  # noqa: PLC0415  Only this one test wants it beside the backend at hand.
+    import torch  # noqa: PLC0415  Only this test uses it beside the backend of the process.
 
     step = parity_step
     kernel, gamma, beta, mean, variance, dense, bias = (torch.tensor(value, dtype=torch.float64) for value in start)
@@ -130,18 +102,11 @@ def _classified_by_torch(start):
             mean, variance = 0.99 * mean + 0.01 * batch_mean, 0.99 * variance + 0.01 * batch_variance
         losses.append(loss.item())
         correct += (logits.argmax(dim=1) == y).sum().item()
-    weights = {
-        "0 kernel": kernel,
-        "1 gamma": gamma,
-        "2 beta": beta,
-        "3 moving_mean": mean,
-        "4 moving_variance": variance,
-        "5 kernel": dense,
-        "6 bias": bias,
-    }
+    names = "0 kernel", "1 gamma", "2 beta", "3 moving_mean", "4 moving_variance", "5 kernel", "6 bias"
+    weights = zip(names, (kernel, gamma, beta, mean, variance, dense, bias), strict=True)
     return {
         "losses": np.array(losses),
         "mean loss": np.mean(losses),
         "accuracy": correct / (step.STEPS * step.BATCH),
-        **{name: tensor.detach().numpy() for name, tensor in weights.items()},
+        **{name: tensor.detach().numpy() for name, tensor in weights},
     }

@@ -1,4 +1,4 @@
-"""The README's Python runs as it is printed."""
+"""The Python blocks of the README run as printed."""
 
 import re
 import runpy
@@ -9,8 +9,8 @@ import numpy as np
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_python_block_runs_after_the_one_before(tmp_path):
-    file = tmp_path / "readme.py"  # A file, as a user's own would be: TensorFlow compiles `len(x)` from the source.
+def test_readme_python_blocks_run_one_after_the_other(tmp_path):
+    file = tmp_path / "readme.py"  # A file, as a user has it: TensorFlow compiles `len(x)` from the source.
     file.write_text("\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)), encoding="utf-8")
     names = runpy.run_path(str(file))
     assert names["history"].history["loss"][-1] < names["history"].history["loss"][0]

@@ -421,5 +421,5 @@ def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextMan
 
 def _validation_times(validation_freq: int | Sequence[int]) -> Every | AfterEpochs:
     if isinstance(validation_freq, Iterable):
-        return AfterEpochs(frozenset(validation_freq))
+        return AfterEpochs(frozenset(whole_number("fit", validation_freq=epoch) for epoch in validation_freq))
     return every(epochs=whole_number("fit", validation_freq=validation_freq))

@@ -1,1 +1,1 @@
-"""What steps return, summed on the device and read late."""
+"""The values that steps return: added up on the device, read late."""

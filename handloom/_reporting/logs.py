@@ -1,13 +1,14 @@
-"""Device totals turned into host numbers, late: the means and last values that are reported.
+"""Reported values on the host: the means and last values of an epoch, read from the device as late as possible.
 
-Steps add what they return to totals, which are variables of their own (see `totals.py`). Here the totals are read, when
-somebody looks and every so many steps, into sums in double precision.
+Steps add what they return to totals, which are variables (see `totals.py`). `Logs` reads the totals when somebody
+looks, and once every `READ_AFTER` steps, into sums in double precision.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
@@ -19,35 +20,34 @@ from handloom.backends import backend
 from handloom.distribute._strategy import current
 
 Value: TypeAlias = float | np.ndarray
-"""What is reported under one name: a number, or an array for a metric whose result is one."""
+"""A reported value: a number, or an array for a metric that returns one."""
 
-# Totals in single precision grow no longer than this: their rounding stays below that of the values.
+# Totals in single precision add up no more steps than this: their rounding error stays below that of the values.
 READ_AFTER = 1024
 
 
 @dataclasses.dataclass(eq=False)
 class Report:
-    """What one version of a step reports.
+    """Describes what one version of a step reports.
 
     Attributes:
-        names: All names, in the order in which the step returned them.
-        totals: Where the values are.
+        reductions: How batch values are reduced to the epoch's value, in words, by name. The names are in the order in
+            which the step returned them.
+        totals: The totals that hold the values.
         examples: Number of examples in the batch.
         metrics: The metrics that the step updates.
-        sources: The metrics whose results it returns, by name.
-        reductions: How batch values are reduced to the epoch's value, by name, in words.
+        sources: The metrics that returned reported values, by name.
         unused: What the step was given and did not use, in words.
         suspects: The names of scalars that may be computed from a metric's running result, which has no mean.
-        metric_marks: What the results of metrics are marked as in the program.
-        computed_from_metrics: Of the suspects those that are; their last value counts. Set once that is known.
+        metric_marks: The marks of metric results in the program.
+        computed_from_metrics: The suspects that are computed so; their last value is reported. Set once it is known.
     """
 
-    names: tuple[str, ...]
-    totals: tuple[Totals, ...]
-    examples: int
-    metrics: tuple[keras.Metric, ...]
-    sources: Mapping[str, keras.Metric] = dataclasses.field(default_factory=dict)
     reductions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    totals: tuple[Totals, ...] = ()
+    examples: int = 0
+    metrics: tuple[keras.Metric, ...] = ()
+    sources: Mapping[str, keras.Metric] = dataclasses.field(default_factory=dict)
     unused: tuple[str, ...] = ()
     suspects: frozenset[str] = frozenset()
     metric_marks: tuple[str, ...] = ()
@@ -55,66 +55,77 @@ class Report:
 
 
 class Logs(MutableMapping[str, Value]):
-    """What the steps of an epoch reported so far, as one value each: a dict that reads itself when it is looked at.
+    """The values that the steps of an epoch have reported so far: a dict that computes itself when it is looked at.
 
-    A scalar's value is the mean over the steps, weighted by examples (or sample weights); a metric's is its last
-    result, and a metric that nothing has updated in this epoch is not in it. What a callback writes here the callbacks
-    after it see, until the next step. Looking at values does not change them, not in their last digit.
+    A scalar's value is the mean over the steps, weighted by examples (or sample weights); a metric's value is its last
+    result. A metric that nothing has updated in this epoch is absent. What a callback writes here is seen by the
+    callbacks after it, until the next step. Reading does not change the values, not even in the last digit.
 
     Attributes:
-        steps: What each step reported whose results still stand in the totals.
-        seconds_compiling: How much of the epoch's time went into compiling steps.
+        steps: The reports of the steps whose values are still in the totals.
+        seconds_compiling: How much of the epoch's time was spent compiling steps.
     """
 
     def __init__(self) -> None:
         self.steps: list[Report] = []
+        self._begin()
+
+    def _begin(self) -> None:
         self.seconds_compiling = 0.0
-        self._steps_read = 0
-        self._examples_read = 0
+        self._steps_read = self._examples_read = 0
+        self._sums = Sums()
+        self._cached: tuple[int, dict[str, Value]] = (-1, {})
         self._added: dict[str, Value] = {}
         self._added_at = 0
-        self._read = Sums()
-        self._carried: list[Totals] = []
-        self._idle: dict[int, list[Tensor]] = {}
-        self._seen: tuple[int, dict[str, Value]] = (-1, {})
+        self._sources: dict[str, keras.Metric] = {}
+        self._updated: dict[int, keras.Metric] = {}
+        self._updated_before: set[str] = set()
+        self._computed: set[str] = set()
+        self._first_states: dict[int, list[Tensor]] = {}
 
     def clear(self) -> None:
-        """Forgets everything."""
-        self._set_back()
-        self.seconds_compiling, self._steps_read, self._examples_read = 0.0, 0, 0
-        self._read, self._seen = Sums(), (-1, {})
-        self._added.clear()
-        self._idle.clear()
+        """Starts a new epoch."""
+        self._reset_totals()
+        self._begin()
 
     def note(self, report: Report) -> None:
-        """Takes note of what is about to be reported, before the first step that does."""
+        """Takes in a report, before its values are read; in a compiled step also before the step runs."""
+        for name in report.reductions:
+            self._sums.last.setdefault(name, math.nan)
         for metric in report.sources.values():
-            if id(metric) not in self._idle and metric not in report.metrics:
-                self._idle[id(metric)] = [keras.ops.copy(variable.value) for variable in metric.variables]
+            if id(metric) not in self._first_states and metric not in report.metrics:
+                self._first_states[id(metric)] = [keras.ops.copy(variable.value) for variable in metric.variables]
+        self._sources.update(report.sources)
+        self._updated.update((id(metric), metric) for metric in report.metrics)
+        self._computed.update(report.computed_from_metrics)
+
+    def add(self, report: Report, count: int = 1) -> None:
+        """Counts steps whose values are in the totals; reads the totals if there are many."""
+        self.steps.extend([report] * count)
+        if len(self.steps) >= READ_AFTER:
+            self.read()
 
     @property
     def examples(self) -> int:
-        """Number of examples in the steps so far; known without waiting for them."""
+        """Number of examples in the steps so far; known without waiting for the device."""
         return self._examples_read + sum(report.examples for report in self.steps)
 
     def reported(self) -> dict[str, Value]:
         """The values as a dict, without what callbacks added."""
-        self._added.clear()
-        return dict(self)
+        return dict(self._values())
 
     def __getitem__(self, name: str) -> Value:
-        added = self._now_added()
-        return added[name] if name in added else self._values()[name]
+        return self._shown()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values() | self._now_added())
+        return iter(self._shown())
 
     def __len__(self) -> int:
-        return len(self._values() | self._now_added())
+        return len(self._shown())
 
     def __setitem__(self, name: str, value: Value) -> None:
         self._now_added()[name] = value
-        self._added_at = self._steps_so_far()
+        self._added_at = self._count()
 
     def __delitem__(self, name: str) -> None:
         del self._now_added()[name]
@@ -122,141 +133,109 @@ class Logs(MutableMapping[str, Value]):
     def __repr__(self) -> str:
         return repr(dict(self))
 
+    def _shown(self) -> ChainMap[str, Value]:
+        return ChainMap(self._now_added(), self._values())
+
     def _now_added(self) -> dict[str, Value]:
-        # Asked for rather than forgotten at each step, which would cost each step something.
-        if self._added and self._added_at != self._steps_so_far():
+        # Cleared here, and not by each step: that would cost every step something.
+        if self._added_at != self._count():
             self._added.clear()
         return self._added
 
-    def _steps_so_far(self) -> int:
+    def _count(self) -> int:
         return self._steps_read + len(self.steps)
 
     def _values(self) -> dict[str, Value]:
         """The values now, computed once a step."""
-        if self._seen[0] != self._steps_so_far():
-            sums = self._read.copy()
-            sums.add(self.steps, self._waiting())
-            self._seen = self._steps_so_far(), sums.values(self._is_untouched)
-        return self._seen[1]
+        if self._cached[0] != self._count():
+            sums = self._sums.copy()
+            sums.add(self._waiting())
+            names = [name for name in sums.last if not self._is_idle(name)]
+            self._cached = self._count(), {name: self._value(name, sums) for name in names}
+        return self._cached[1]
 
-    def _is_untouched(self, metric: keras.Metric) -> bool:
-        """Whether a metric that no step updates has the state of before the epoch: its user may update it elsewhere."""
-        before = self._idle.get(id(metric), ())
-        pairs = zip(metric.variables, before, strict=False)
+    def _value(self, name: str, sums: Sums) -> Value:
+        if name not in sums.sums or name in self._computed:
+            return sums.last[name]
+        return sums.sums[name] / sums.weights[name] if sums.weights[name] else math.nan
+
+    def _is_idle(self, name: str) -> bool:
+        """Whether a name is that of a metric that nothing has updated in this epoch, neither a step nor the user."""
+        metric = self._sources.get(name)
+        if metric is None or id(metric) in self._updated or name in self._updated_before:
+            return False
+        pairs = zip(metric.variables, self._first_states.get(id(metric), ()), strict=False)
         return all(np.array_equal(backend.to_numpy(now.value), backend.to_numpy(then)) for now, then in pairs)
 
     def read(self) -> None:
-        """Moves what stands in the totals here, and sets them back to zero."""
-        self._examples_read, self._steps_read = self.examples, self._steps_so_far()
-        self._read.add(self.steps, self._waiting())
-        self._set_back()
+        """Moves the values from the totals to the host, and resets the totals to zero."""
+        self._examples_read, self._steps_read = self.examples, self._count()
+        self._sums.add(self._waiting())
+        self._reset_totals()
 
     def _waiting(self) -> list[Totals]:
-        """The totals in which steps have left something."""
-        return list(dict.fromkeys([*self._carried, *(each for report in self.steps for each in report.totals)]))
+        """The totals that hold values of steps."""
+        return list(dict.fromkeys(totals for report in self.steps for totals in report.totals))
 
-    def _set_back(self) -> None:
+    def _reset_totals(self) -> None:
         for totals in self._waiting():
             totals.variable.assign(keras.ops.zeros_like(totals.variable.value))
         self.steps.clear()
-        self._carried.clear()
 
     def state(self) -> dict[str, Any]:
-        """The values so far, and what still stands in the totals, as JSON and arrays."""
-        sums = self._read.copy()
-        sums.note(self.steps)
+        """The values so far, and what is still in the totals, as JSON and arrays."""
+        updated = {name for name, metric in self._sources.items() if id(metric) in self._updated}
+        names = {"updated": sorted(updated | self._updated_before), "computed": sorted(self._computed)}
         return {
             "steps": len(self.steps),
             "steps_read": self._steps_read,
             "examples": self.examples,
-            "sums": sums.state(),
+            "sums": vars(self._sums.copy()) | names,
             "totals": [totals.state() for totals in self._waiting()],
         }
 
     def restore(self, state: Mapping[str, Any], totals_for: Callable[[Mapping[str, Any]], Totals]) -> None:
-        """Resumes from a state.
+        """Restores a state.
 
         Args:
             state: From `state()`.
-            totals_for: Gives the totals that have such a state, holding its values.
+            totals_for: Returns the totals for an item of `state["totals"]`, with its values in them.
         """
         self.clear()
         self._steps_read, self._examples_read = state["steps_read"], state["examples"]
-        self._read.restore(state["sums"])
-        self._carried.extend(map(totals_for, state["totals"]))
-        # Totals are read every so many steps. Where they stand now counts steps that this process did not take.
-        self.steps.extend([_TAKEN_BEFORE] * state["steps"])
+        sums = state["sums"]
+        self._sums = Sums(sums["sums"], sums["weights"], sums["last"]).copy()
+        self._updated_before, self._computed = set(sums["updated"]), set(sums["computed"])
+        # The values still in the totals count as those of steps, so that the next read comes at the same step.
+        self.steps.extend([Report(totals=tuple(map(totals_for, state["totals"])))] * state["steps"])
 
 
+@dataclasses.dataclass
 class Sums:
-    """What was reported, in double precision."""
+    """What was read from totals, in double precision, by name.
 
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
-        self._last: dict[str, Value] = {}
-        self._sources: dict[str, keras.Metric] = {}
-        self._updated: dict[int, keras.Metric] = {}
-        self._updated_before: set[str] = set()
-        self._computed: set[str] = set()
+    Attributes:
+        sums: The weighted sums of averaged values.
+        weights: The sums of their weights.
+        last: The last values; NaN where there is none yet. Has every name, in the order of the report.
+    """
+
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    last: dict[str, Value] = dataclasses.field(default_factory=dict)
 
     def copy(self) -> Sums:
-        """The same, to add to."""
-        copied = Sums()
-        for name, values in vars(self).items():
-            getattr(copied, name).update(values)
-        return copied
+        return Sums(dict(self.sums), dict(self.weights), dict(self.last))
 
-    def note(self, steps: Iterable[Report]) -> None:
-        """Takes note of what steps report, but not of the values."""
-        for report in dict.fromkeys(steps):
-            for name in report.names:
-                self._last.setdefault(name, math.nan)
-            self._sources.update(report.sources)
-            self._updated.update((id(metric), metric) for metric in report.metrics)
-            self._computed.update(report.computed_from_metrics)
-
-    def add(self, steps: Iterable[Report], waiting: Iterable[Totals]) -> None:
-        """Adds what steps have left in totals."""
-        self.note(steps)
+    def add(self, waiting: Iterable[Totals]) -> None:
+        """Adds the contents of totals."""
         for totals in waiting:
             values, count = totals.values(), len(totals.means)
             if values.shape != (2 * count + len(totals.lasts),):
-                self._last[totals.lasts[0]] = values
+                self.last[totals.lasts[0]] = values
                 continue
             summed, lasts = current().sum(values[: 2 * count]), values[2 * count :]
             for name, total, weight in zip(totals.means, summed[:count], summed[count:], strict=True):
-                self._sums[name] = self._sums.get(name, 0.0) + float(total)
-                self._weights[name] = self._weights.get(name, 0.0) + float(weight)
-            self._last.update((name, float(value)) for name, value in zip(totals.lasts, lasts, strict=True))
-
-    def values(self, is_untouched: Callable[[keras.Metric], bool]) -> dict[str, Value]:
-        """The value of each name that is not the result of a metric which nothing has updated."""
-        idle = [name for name, metric in self._sources.items() if id(metric) not in self._updated]
-        absent = {name for name in idle if name not in self._updated_before and is_untouched(self._sources[name])}
-        return {name: self._value(name) for name in self._last if name not in absent}
-
-    def state(self) -> dict[str, Any]:
-        """All of it, as JSON and arrays. Of metrics that were updated, the names they are reported by."""
-        updated = {name for name, metric in self._sources.items() if id(metric) in self._updated}
-        return {
-            "sums": dict(self._sums),
-            "weights": dict(self._weights),
-            "last": dict(self._last),
-            "updated": sorted(updated | self._updated_before),
-            "computed": sorted(self._computed),
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Resumes from a state."""
-        self._sums, self._weights, self._last = dict(state["sums"]), dict(state["weights"]), dict(state["last"])
-        self._updated_before, self._computed = set(state["updated"]), set(state["computed"])
-
-    def _value(self, name: str) -> Value:
-        if name not in self._sums or name in self._computed:
-            return self._last[name]
-        weight = self._weights[name]
-        return self._sums[name] / weight if weight else math.nan
-
-
-_TAKEN_BEFORE = Report((), (), 0, ())
+                self.sums[name] = self.sums.get(name, 0.0) + float(total)
+                self.weights[name] = self.weights.get(name, 0.0) + float(weight)
+            self.last.update((name, float(value)) for name, value in zip(totals.lasts, lasts, strict=True))

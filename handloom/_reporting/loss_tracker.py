@@ -1,4 +1,4 @@
-"""Where a compiled model keeps the loss of an epoch."""
+"""The metric in which a compiled model keeps the loss of an epoch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from handloom._trace.loss_weight import weight_of_step
 
 
 class LossTracker(keras.metrics.Mean):
-    """A mean of the losses of batches that counts each by its examples, unless told otherwise.
+    """A mean of batch losses, weighted by the examples of each batch unless a weight is given.
 
-    Keras's own steps pass the number of examples as `sample_weight`; steps written after its guides do not.
+    Keras's own steps pass the number of examples as `sample_weight`; steps written after its guides pass none.
     """
 
     _held: Tensor | None = None
@@ -27,7 +27,7 @@ class LossTracker(keras.metrics.Mean):
 
 @contextlib.contextmanager
 def holding(model: keras.Model, loss: Tensor) -> Iterator[None]:
-    """Within, the result of a model's loss tracker is this loss, of a batch, itself."""
+    """Makes the model's loss tracker return this loss, of one batch, inside the block."""
     trackers = [metric for metric in model.metrics if isinstance(metric, LossTracker)]
     for tracker in trackers:
         tracker._held = loss

@@ -1,9 +1,9 @@
-"""Variables in which steps add up what they report, so that the loop neither waits for results nor collects them."""
+"""Variables to which steps add what they report, so that the loop neither waits for results nor collects them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,15 +16,15 @@ ops = keras.ops
 
 
 class Entry(NamedTuple):
-    """One value that a step returned, as it is reduced to the value of an epoch.
+    """One value that a step returned, and how it is reduced to the epoch's value.
 
     Attributes:
-        reduction: How, in words.
-        total: What is added up, a scalar; `None` for a value of which only the last counts.
-        weight: What is added up beside it: the epoch's value is one sum over the other.
-        counts: Whether both are multiplied by what the batch counts: its examples, or the sum of its sample weights.
-        last: What replaces the value of the step before, a scalar or an array; `None` for a value that is averaged.
-        source: The metric whose result it is.
+        reduction: The reduction, in words.
+        total: The scalar to add up; `None` if only the last value counts.
+        weight: The weight to add up beside it: the epoch's value is the one sum divided by the other.
+        counts: Whether both are multiplied by the weight of the batch: its examples, or the sum of its sample weights.
+        last: The scalar or array that replaces the value of the step before; `None` if the value is averaged.
+        source: The metric that returned the value.
     """
 
     reduction: str
@@ -37,12 +37,12 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Totals:
-    """A variable with some of what is reported.
+    """A variable that holds reported values of one dtype.
 
     Attributes:
-        means: The names of what is averaged. The sums come first, then the weights.
-        lasts: The names of what has its last value, after those; or the only name, of an array.
-        variable: Shape `(2 * means + lasts,)`, or that of the array.
+        means: The names of averaged values: first their sums, then their weights.
+        lasts: The names of last values, which follow; or the only name, of an array.
+        variable: Shape `(2 * means + lasts,)`, or the shape of the array.
     """
 
     means: tuple[str, ...]
@@ -50,44 +50,44 @@ class Totals:
     variable: keras.Variable
 
     def state(self) -> dict[str, Any]:
-        """What they are and what stands in them, as JSON and an array."""
+        """The names and values, as JSON and an array."""
         return {"means": list(self.means), "lasts": list(self.lasts), "values": self.values()}
 
     def values(self) -> np.ndarray:
-        """What stands in them; waits for the device."""
+        """The values; waits for the device."""
         return np.array(backend.to_numpy(self.variable.value))
 
 
 class AllTotals:
-    """The totals of one step, the same for every version of it that reports the same."""
+    """The totals of one step, shared by all its versions that report the same names."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Totals] = {}
 
     def add(self, entries: Mapping[str, Entry], examples: int, weight: Tensor | None) -> tuple[Totals, ...]:
-        """Adds what a step returned: part of the compiled step.
+        """Adds what a step returned, inside the compiled step.
 
         Args:
-            entries: By name.
-            examples: Examples in the batch.
-            weight: The sum of its sample weights, a scalar; `None` where there are none.
+            entries: The values, by name.
+            examples: Number of examples in the batch.
+            weight: The sum of its sample weights, a scalar; `None` if it has none.
 
         Returns:
-            The totals that have it.
+            The totals that now hold the values.
         """
         packs: dict[str, dict[str, Entry]] = {}
         for name, entry in entries.items():
             if not _is_array(entry):
                 packs.setdefault(_dtype(entry), {})[name] = entry
-        found = [self._add(dtype, pack, examples, weight) for dtype, pack in packs.items()]
-        return (*found, *(self._keep(name, entry.last) for name, entry in entries.items() if _is_array(entry)))
+        packed = [self._add(dtype, pack, examples, weight) for dtype, pack in packs.items()]
+        return (*packed, *(self._keep(name, entry.last) for name, entry in entries.items() if _is_array(entry)))
 
     def restored(self, state: Mapping[str, Any]) -> Totals:
-        """The totals of such a state, with its values in them."""
+        """The totals that have this state, with its values in them."""
         values = state["values"]
-        found = self._totals(tuple(state["means"]), tuple(state["lasts"]), str(values.dtype), tuple(values.shape))
-        found.variable.assign(values)
-        return found
+        totals = self._totals(tuple(state["means"]), tuple(state["lasts"]), str(values.dtype), tuple(values.shape))
+        totals.variable.assign(values)
+        return totals
 
     def _totals(self, means: tuple[str, ...], lasts: tuple[str, ...], dtype: str, shape: tuple[int, ...]) -> Totals:
         key = (means, lasts, dtype, shape)
@@ -98,20 +98,19 @@ class AllTotals:
 
     def _add(self, dtype: str, pack: Mapping[str, Entry], examples: int, weight: Tensor | None) -> Totals:
         means = {name: entry for name, entry in pack.items() if entry.total is not None}
-        lasts = {name: entry for name, entry in pack.items() if entry.last is not None}
-        count = 2 * len(means) + len(lasts)
-        totals = self._totals(tuple(means), tuple(lasts), dtype, (count,))
+        lasts = {name: entry.last for name, entry in pack.items() if entry.last is not None}
         parts = [entry.total for entry in means.values()] + [entry.weight for entry in means.values()]
-        values = ops.stack([ops.cast(part, dtype) for part in [*parts, *(entry.last for entry in lasts.values())]])
+        values = ops.stack([ops.cast(part, dtype) for part in [*parts, *lasts.values()]])
         counts = np.array([entry.counts for entry in means.values()] * 2 + [False] * len(lasts))
-        before, is_sum = totals.variable.value, np.arange(count) < 2 * len(means)
-        if not is_sum.all():
+        is_sum = np.arange(len(counts)) < len(parts)
+        totals = self._totals(tuple(means), tuple(lasts), dtype, counts.shape)
+        before = totals.variable.value
+        if lasts:
             before = ops.where(is_sum, before, ops.zeros_like(before))
         totals.variable.assign(before + _weighted(values, counts, examples, weight, dtype))
         return totals
 
-    def _keep(self, name: str, array: Tensor | None) -> Totals:
-        assert array is not None
+    def _keep(self, name: str, array: Tensor) -> Totals:
         dtype = str(keras.backend.standardize_dtype(array.dtype))
         totals = self._totals((), (name,), dtype, tuple(array.shape))
         totals.variable.assign(array)
@@ -119,13 +118,13 @@ class AllTotals:
 
 
 def _weighted(values: Tensor, counts: np.ndarray, examples: int, weight: Tensor | None, dtype: str) -> Tensor:
-    """The values times what the batch counts, where they are to be multiplied by that."""
+    """Multiplies the values that count by the weight of the batch."""
     if not counts.any():
         return values
     if weight is None:
         return values * ops.convert_to_tensor(np.where(counts, examples, 1), dtype)
     weight = ops.cast(weight, dtype)
-    # A batch whose weights sum to zero has no part in the mean, whatever its value, even NaN.
+    # A batch whose weights sum to zero does not enter the mean, whatever its value, even NaN.
     values = ops.where(ops.logical_and(counts, ops.equal(weight, 0)), ops.zeros_like(values), values)
     return values * ops.where(counts, weight, ops.ones_like(weight))
 
@@ -135,13 +134,7 @@ def _is_array(entry: Entry) -> bool:
 
 
 def _dtype(entry: Entry) -> str:
-    """A dtype that holds the scalar, or its mean, exactly, and that many have in common."""
-    value = entry.last if entry.total is None else entry.total
-    assert value is not None
+    """A dtype that holds the scalar, or its mean, exactly, and that as many as possible share."""
+    value: Tensor = entry.last if entry.total is None else entry.total
     dtype = str(keras.backend.standardize_dtype(value.dtype))
     return dtype if dtype == "float64" or (entry.total is None and "int" in dtype) else "float32"
-
-
-def names_of(totals: Sequence[Totals]) -> list[str]:
-    """All names in some totals."""
-    return [name for each in totals for name in (*each.means, *each.lasts)]

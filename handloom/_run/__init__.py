@@ -1,1 +1,1 @@
-"""The loop, and what surrounds it."""
+"""The training loop, and everything around its steps."""

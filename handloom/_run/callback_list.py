@@ -1,4 +1,4 @@
-"""Keras's callback protocol, the only one: who listens to what is settled once, before the first step."""
+"""Keras's callback protocol. Which callbacks handle which hooks is determined once, before the first step."""
 
 from __future__ import annotations
 
@@ -9,49 +9,43 @@ from handloom._keras import keras
 from handloom._util.every import Every
 from handloom.errors import ArgumentError
 
-_HOOKS = [
-    "on_epoch_begin",
-    "on_epoch_end",
-    *(f"on_{phase}_{when}" for phase in ("train", "test", "predict") for when in ("begin", "end")),
-    *(f"on_{phase}_batch_{when}" for phase in ("train", "test", "predict") for when in ("begin", "end")),
-]
+_HOOKS = [name for name in vars(keras.callbacks.Callback) if name.startswith("on_")]
 
 
 class Callbacks:
     """Callbacks whose hooks are called only where they do something.
 
     Every hook of `keras.callbacks.Callback` is a method here. Batch logs are a mapping that computes itself when it is
-    looked at; a callback that does not look costs no wait for the device.
+    looked at; a callback that does not look does not wait for the device.
 
     Args:
-        callbacks: `keras.callbacks.Callback` objects, or a `CallbackList`.
-        model: What they know as `self.model`.
-        params: What they know as `self.params`.
+        callbacks: `keras.callbacks.Callback` objects.
+        model: The model that callbacks see as `self.model`.
+        params: The dict that callbacks see as `self.params`.
 
     Raises:
-        TypeError: If one is no Keras callback.
+        ArgumentError: One of them is not a Keras callback.
     """
 
     def __init__(self, callbacks: Iterable[keras.callbacks.Callback], model: Any, params: dict[str, Any]) -> None:
-        self._callbacks = list(getattr(callbacks, "callbacks", callbacks))
+        self._callbacks, self.model = list(callbacks), model
         for callback in self._callbacks:
             if not isinstance(callback, keras.callbacks.Callback):
                 raise ArgumentError(
                     f"HL024: callbacks takes keras.callbacks.Callback objects; received {callback!r} (of type "
-                    f"{type(callback).__name__}). For a function use keras.callbacks.LambdaCallback(on_epoch_end=...).",
+                    f"{type(callback).__name__}).",
+                    fix="For a function, pass keras.callbacks.LambdaCallback(on_epoch_end=...).",
                 )
             callback.set_params(params)
             callback.set_model(model)
-        self._listeners = {
-            hook: [getattr(callback, hook) for callback in self._callbacks if _listens(callback, hook)]
-            for hook in _HOOKS
-        }
+        self._handled: set[str] = set()
+        for hook in _HOOKS:
+            handlers = [getattr(callback, hook) for callback in self._callbacks if _handles(callback, hook)]
+            self._handled |= {hook} if handlers else set()
+            setattr(self, hook, _all_of(handlers))
 
-    def __enter__(self) -> Callbacks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # Keras has no hook for an end by exception; a bar or file of ours must close all the same.
+    def close(self) -> None:
+        """Closes the callbacks that can be closed: Keras has no hook for the end of a run by an exception."""
         for callback in self._callbacks:
             close = getattr(callback, "close", None)
             if callable(close):
@@ -61,46 +55,60 @@ class Callbacks:
     def each_step(self) -> bool:
         """Whether a callback needs every step.
 
-        Those with `takes_executions` are content with one call for several steps that are dispatched together, from
-        the first batch to the last.
+        Callbacks with `takes_executions` need one call for several steps that run in one dispatch: the begin of the
+        first batch and the end of the last.
         """
         hooks = ("on_train_batch_begin", "on_train_batch_end")
         others = [callback for callback in self._callbacks if not getattr(callback, "takes_executions", False)]
-        return any(_listens(callback, hook) for callback in others for hook in hooks)
+        return any(_handles(callback, hook) for callback in others for hook in hooks)
 
     @property
     def triggers(self) -> list[Every]:
-        """When those act that do so now and then."""
-        found = [getattr(callback, "every", None) for callback in self._callbacks]
-        return [every for every in found if isinstance(every, Every)]
+        """The schedules of callbacks that have one."""
+        schedules = [getattr(callback, "every", None) for callback in self._callbacks]
+        return [schedule for schedule in schedules if isinstance(schedule, Every)]
 
     def handlers(self, hook: str) -> Callable[..., None] | None:
-        """What calls all that handle a hook; `None` if no callback does, so that a loop need not call at all."""
-        return getattr(self, hook) if self._listeners[hook] else None
+        """A function that calls all handlers of a hook; `None` if there are none, so that a loop can skip the call."""
+        return getattr(self, hook) if hook in self._handled else None
 
     def __getattr__(self, hook: str) -> Callable[..., None]:
-        listeners = self.__dict__["_listeners"].get(hook)
-        if listeners is None:
-            raise AttributeError(f"Keras callbacks have no hook {hook!r}.")
-        call = self.__dict__[hook] = _all_of(listeners)
-        return call
+        raise AttributeError(f"Keras callbacks have no hook {hook!r}.")
 
 
-def _all_of(listeners: list[Callable[..., None]]) -> Callable[..., None]:
-    if len(listeners) == 1:
-        return listeners[0]
+def as_list(callbacks: Any) -> list[Any]:
+    """The callbacks in any form that Keras takes: one, several, `None`, or a `CallbackList`."""
+    if callbacks is None:
+        return []
+    callbacks = getattr(callbacks, "callbacks", callbacks)
+    return list(callbacks) if hasattr(callbacks, "__iter__") else [callbacks]
+
+
+def by_name(callbacks: Iterable[keras.callbacks.Callback]) -> dict[str, keras.callbacks.Callback]:
+    """Callbacks by the names of their classes; several of one class are numbered."""
+    found: dict[str, keras.callbacks.Callback] = {}
+    for callback in callbacks:
+        name, count = type(callback).__name__, 1
+        while name in found:
+            name, count = f"{type(callback).__name__}{count + 1}", count + 1
+        found[name] = callback
+    return found
+
+
+def _all_of(handlers: list[Callable[..., None]]) -> Callable[..., None]:
+    if len(handlers) == 1:
+        return handlers[0]
 
     def call(*args: Any) -> None:
-        for listener in listeners:
-            listener(*args)
+        for handler in handlers:
+            handler(*args)
 
     return call
 
 
-def _listens(callback: keras.callbacks.Callback, hook: str) -> bool:
-    """Whether a callback overrides a hook, or the older name by which Keras also calls it."""
-    names = (hook, hook.replace("train_batch", "batch"))
-    return any(_overrides(callback, name) for name in names)
+def _handles(callback: keras.callbacks.Callback, hook: str) -> bool:
+    """Whether a callback overrides a hook, or its older name, by which Keras calls it too."""
+    return any(_overrides(callback, name) for name in (hook, hook.replace("train_batch", "batch")))
 
 
 def _overrides(callback: keras.callbacks.Callback, name: str) -> bool:

@@ -1,102 +1,92 @@
-"""The events of a run: one log, to which they are only ever appended, and its readers."""
+"""The events of a run: one log that only grows, and its readers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from handloom._trace.function import Trace
-from handloom._util.every import Every
 from handloom._util.progress import Progress
+from handloom.callbacks._display import progress_display
 from handloom.callbacks._event_reader import Event, EventReader
+from handloom.callbacks._json_logger import JSONLogger
 from handloom.errors import Finding, HandloomError
 
 
 class Events:
-    """Tells readers what happens in a run, each thing once, in order.
+    """Passes each event of a run to all readers, in order.
 
     Args:
-        readers: Those who are told.
-        progress: Where the run stands; looked at when something happens.
+        callbacks: The callbacks of the run; those that are event readers are its readers, too.
+        verbose: The display, as for `hl.fit`.
+        progress: The progress of the run, which is read when something happens.
+        directory: The run directory, for the log as JSON lines; `None` for no such log.
 
     Attributes:
-        wants_progress: Whether a reader wants to be told within epochs.
+        wants_progress: Whether a reader wants `progress` events within epochs.
     """
 
-    def __init__(self, readers: Iterable[EventReader], progress: Progress) -> None:
-        self._readers, self._progress = list(readers), progress
-        self._begun = self._last = time.perf_counter()
-        self._waiting = [_Waiting(reader, reader.every) for reader in self._readers if _is_within_epochs(reader.every)]
-        self.wants_progress = bool(self._waiting)
+    def __init__(
+        self, callbacks: Iterable[Any], verbose: str | int, progress: Progress, directory: Path | None = None
+    ) -> None:
+        log = [] if directory is None else [JSONLogger(directory / "events.jsonl")]
+        chosen = [callback for callback in callbacks if isinstance(callback, EventReader)]
+        self._readers: list[EventReader] = [*chosen, *log, *progress_display(verbose)]
+        self._progress, self._begun = progress, time.perf_counter()
+        self._schedules = [
+            (reader, reader.every) for reader in self._readers if reader.every and reader.every.is_within_epochs
+        ]
+        self._last_tick = dict.fromkeys(map(id, self._readers), self._begun)
+        self.wants_progress = bool(self._schedules)
         for reader in self._readers:
             reader.begin_reading()
 
     def append(self, kind: str, **data: Any) -> None:
-        """Something happened; see `Event`."""
+        """Passes a new event to the readers; see `Event`."""
         event = self._event(kind, data)
         for reader in self._readers:
             reader.read(event)
 
     def tick(self, logs: Mapping[str, Any]) -> None:
-        """After a step, or several in one dispatch: gives the values so far to the readers that want them now."""
-        now = time.perf_counter()
-        due = [waiting for waiting in self._waiting if waiting.every.due(self._progress, now - waiting.last)]
+        """Passes the values so far to the readers that want them now; called after each dispatch."""
+        now, at, last = time.perf_counter(), self._progress, self._last_tick
+        due = [reader for reader, every in self._schedules if every.due(at, now - last[id(reader)])]
         if due:
             event = self._event("progress", {"values": dict(logs)})
-            for waiting in due:
-                waiting.last = now
-                waiting.reader.read(event)
+            for reader in due:
+                last[id(reader)] = now
+                reader.read(event)
 
     def trace(self, function: str, trace: Trace) -> None:
         """A step was compiled."""
-        self.append(
-            "trace",
-            function=function,
-            signature=trace.signature,
-            duration=trace.seconds,
-            reason=trace.reason,
-            compiled=trace.compiled,
-        )
+        facts = {name: value for name, value in vars(trace).items() if name != "seconds"}
+        self.append("trace", function=function, duration=trace.seconds, **facts)
 
     def finding(self, finding: Finding) -> None:
         """A warning was given."""
         self.append("finding", **vars(finding))
 
     def end(self, values: Mapping[str, Any], error: BaseException | None = None) -> None:
-        """The run is over."""
-        self.append("run_end", values=dict(values), error=None if error is None else _described(error))
+        """The run has ended."""
+        finding = vars(error.finding) if isinstance(error, HandloomError) else None
+        facts = {"type": type(error).__name__, "message": str(error), "finding": finding}
+        self.append("run_end", values=dict(values), error=None if error is None else facts)
 
     def close(self) -> None:
-        """Nothing happens any more."""
+        """Closes the readers."""
         for reader in self._readers:
             reader.close()
 
     def state(self) -> dict[str, Any]:
-        """How long the run has taken."""
+        """The duration of the run."""
         return {"seconds": time.perf_counter() - self._begun}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Resumes a run that has taken some time."""
+        """Continues to count from an earlier duration."""
         self._begun = time.perf_counter() - state["seconds"]
 
     def _event(self, kind: str, data: Mapping[str, Any]) -> Event:
         seconds, at = time.perf_counter() - self._begun, self._progress
         return Event(kind, at.epoch, at.step, at.batch, seconds, time.time(), data)
-
-
-class _Waiting:
-    """A reader that is told within epochs, and when it was last."""
-
-    def __init__(self, reader: EventReader, every: Every | None) -> None:
-        assert every is not None
-        self.reader, self.every, self.last = reader, every, time.perf_counter()
-
-
-def _is_within_epochs(every: Every | None) -> bool:
-    return every is not None and every.epochs is None
-
-
-def _described(error: BaseException) -> dict[str, Any]:
-    finding = vars(error.finding) if isinstance(error, HandloomError) else None
-    return {"type": type(error).__name__, "message": str(error), "finding": finding}

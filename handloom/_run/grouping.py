@@ -1,48 +1,49 @@
-"""Several steps in one dispatch: which go together follows from progress, from what is due, and from nothing else.
+"""The batches of an epoch: how many there are, and which of them run in one dispatch.
 
-So a resumed run repeats the grouping of the run that was stopped, and with it the same bits.
+The groups follow from progress and from what is due, and from nothing else. So a resumed run repeats the grouping of
+the run that was stopped, and its results are bitwise identical.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from handloom._data.feed import Batch
-from handloom._reporting.step import ReportingStep
 from handloom._util.every import Every
+from handloom._util.findings import warn
 from handloom._util.progress import Progress
 
 
+def limited(batches: Iterable[Batch], steps: int | None) -> Iterator[Batch]:
+    """The first `steps` batches, or all for `None`; warns if there are fewer."""
+    count = 0
+    for batch in islice(batches, steps):
+        count += 1
+        yield batch
+    if steps and count < steps:
+        warn(
+            f"HL751: The data ran out after {count} of {steps} steps.",
+            fix=f"Ask for at most {count} steps. If the data can be read only once, pass a function that returns a new "
+            "iterator: it is called for each pass over the data.",
+        )
+
+
 def steps_a_dispatch(asked: int | str, recorded: int | None, *, each_step: bool) -> int:
-    """How many steps are dispatched together, at most.
+    """The largest number of steps that run in one dispatch.
 
     Args:
         asked: A number, or `"auto"`.
-        recorded: What was chosen in the run that is resumed, which `"auto"` takes again; else it is one.
+        recorded: The number chosen in the run that is resumed, which `"auto"` repeats; without it, `"auto"` is 1.
         each_step: Whether a callback needs every step.
     """
-    size = (recorded or 1) if asked == "auto" else int(asked)
-    return 1 if each_step else size
+    if each_step:
+        return 1
+    return (recorded or 1) if asked == "auto" else int(asked)
 
 
-def grouped(
-    batches: Iterator[Batch], size: int, progress: Progress, triggers: Sequence[Every]
-) -> Iterator[list[Batch]]:
-    """Batches in groups of `size`; by one where something is due before so many steps are taken."""
+def grouped(batches: Iterator[Batch], size: int, progress: Progress, due: Sequence[Every]) -> Iterator[list[Batch]]:
+    """Batches in groups of `size`; single batches where something is due before that many steps are taken."""
     for batch in batches:
-        room = min((trigger.steps_left(progress) for trigger in triggers), default=size)
+        room = min((schedule.steps_left(progress) for schedule in due), default=size)
         yield [batch, *islice(batches, size - 1)] if room >= size else [batch]
-
-
-def taking_groups(step: ReportingStep, size: int) -> Callable[[list[Batch]], None]:
-    """Takes the steps of a group, in one dispatch if there are `size` of them."""
-
-    def take(group: list[Batch]) -> None:
-        if len(group) == size:
-            step.take_in_one(group)
-            return
-        for batch in group:
-            step.take(batch)
-
-    return take

@@ -1,4 +1,4 @@
-"""Signals between steps, never within one."""
+"""Signals are handled between steps, never within one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 
 class Interrupts:
-    """Holds a keyboard interrupt back while a step runs, so that no update is left half done.
+    """Delays a keyboard interrupt while a step runs, so that no update is left half done.
 
-    As a context manager it takes over SIGINT. A second interrupt during one step is not held back.
+    As a context manager it handles SIGINT. A second interrupt during one step is not delayed.
 
     Attributes:
         held: Whether an interrupt now waits for `release`.
@@ -22,14 +22,13 @@ class Interrupts:
         `with Interrupts() as interrupts: ...; interrupts.held = True; step(batch); interrupts.release()`
     """
 
-    def __init__(self) -> None:
-        self.held = False
-        self._waiting: tuple[int, FrameType | None] | None = None
-        self._before: Any = None
+    held = False
+    _waiting: tuple[int, FrameType | None] | None = None
+    _before: Any = None
 
     def __enter__(self) -> Interrupts:
         if _is_main_thread() and callable(signal.getsignal(signal.SIGINT)):
-            self._before = signal.signal(signal.SIGINT, self._interrupted)
+            self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -37,13 +36,13 @@ class Interrupts:
             signal.signal(signal.SIGINT, self._before)
 
     def release(self) -> None:
-        """Interrupts wait no longer; one that did comes now."""
+        """Stops delaying interrupts; one that has waited is handled now."""
         self.held = False
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
             self._before(*waiting)
 
-    def _interrupted(self, signum: int, frame: FrameType | None) -> None:
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.held and self._waiting is None:
             self._waiting = (signum, frame)
         else:
@@ -51,9 +50,9 @@ class Interrupts:
 
 
 class Signals:
-    """SIGTERM and Ctrl-C as a wish to stop at the next good moment. A second one ends the process at once.
+    """SIGTERM and Ctrl-C as a request to stop at the next good moment. A second one ends the process at once.
 
-    As a context manager it takes over both, in the main thread.
+    As a context manager it handles both, in the main thread.
 
     Attributes:
         received: The number of the signal that has come, or `None`.
@@ -66,29 +65,29 @@ class Signals:
         if _is_main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 if callable(signal.getsignal(signum)) or signal.getsignal(signum) is signal.SIG_DFL:
-                    self._before[signum] = signal.signal(signum, self._note)
+                    self._before[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, before in self._before.items():
             signal.signal(signum, before)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
         del frame
         if self.received is None:
             self.received = signum
-        elif signum == signal.SIGINT and hasattr(sys, "ps1"):  # At a prompt, or in a notebook, which is to live on.
+        elif signum == signal.SIGINT and hasattr(sys, "ps1"):  # A prompt or a notebook must stay alive.
             raise KeyboardInterrupt
         else:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
     def stop(self) -> NoReturn:
-        """Ends the process by an exception, as the signal that has come asks for."""
+        """Raises the exception with which the received signal usually ends a process."""
         assert self.received is not None
         raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + self.received)
 
 
 def _is_main_thread() -> bool:
-    """Whether signals come here: Python delivers them in the main thread alone."""
+    """Whether signals arrive in this thread: Python handles them only in the main thread."""
     return threading.current_thread() is threading.main_thread()

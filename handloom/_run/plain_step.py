@@ -1,4 +1,4 @@
-"""A plain step, as `hl.fit` takes it: how a batch becomes its arguments, and which of them is the sample weights."""
+"""A plain step, as `hl.fit` takes it: how a batch becomes its arguments, and which argument is the sample weights."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from typing import Any
 
 from handloom._data.feed import Feed
 from handloom._data.sample_weight import check_weights, weighed_at, weights_in
-from handloom._reporting.step import ReportingStep
+from handloom._reporting.step import ReportingStep, signature_of
 from handloom.errors import StepError
 
 
-def reporting(step: Callable[..., Any], **options: Any) -> ReportingStep:
-    """A plain step, to be called with batches and reported."""
+def reporting_step(step: Callable[..., Any]) -> ReportingStep:
+    """A plain step, to be called with batches."""
     if not callable(step):
-        raise StepError(f"HL701: A step is a function of a batch; received {step!r} (of type {type(step).__name__}).")
+        raise StepError(
+            f"HL251: The step is {step!r} (of type {type(step).__name__}), which cannot be called.",
+            fix="Pass a function of a batch that returns a dict of scalars.",
+        )
     position = _position_of_weights(step)
-    return ReportingStep(step, unpacks=_unpacks(step), weighed=lambda *batch: weighed_at(batch, position), **options)
+    return ReportingStep(step, unpacks=_unpacks(step), weighed=lambda *batch: weighed_at(batch, position))
 
 
 def feed_for(step: Callable[..., Any], data: Any, *, training: bool = False) -> Feed:
-    """Data as a feed, its sample weights checked."""
+    """Data as a feed that checks its sample weights."""
     feed, position = data.view() if isinstance(data, Feed) else Feed(data), _position_of_weights(step)
     if position is not None:
         feed.check(lambda batch: check_weights(weights_in(None, batch[position : position + 1]), training=training))
@@ -41,9 +44,7 @@ def _position_of_weights(step: Callable[..., Any]) -> int | None:
 
 
 def _parameters(step: Callable[..., Any]) -> list[inspect.Parameter]:
-    try:
-        parameters = inspect.signature(step).parameters.values()
-    except (TypeError, ValueError):  # A builtin, perhaps.
-        return []
-    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
-    return [parameter for parameter in parameters if parameter.kind not in named]
+    """The parameters that can be passed by position."""
+    signature = signature_of(step)
+    parameters = signature.parameters.values() if signature else ()
+    return [parameter for parameter in parameters if parameter.kind.name not in ("KEYWORD_ONLY", "VAR_KEYWORD")]

@@ -1,62 +1,62 @@
-"""One run: where it stands, and all that surrounds its steps."""
+"""One run: its progress, and everything around its steps."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import optree
 
 from handloom._data.feed import Feed
-from handloom._keras import Variable, keras, take_initial_epoch
+from handloom._keras import Variable, global_seed_generator, keras, take_initial_epoch
 from handloom._reporting.logs import Value
 from handloom._reporting.step import ReportingStep
-from handloom._run.callback_list import Callbacks
+from handloom._run.callback_list import Callbacks, as_list, by_name
 from handloom._run.events import Events
-from handloom._run.grouping import grouped, steps_a_dispatch, taking_groups
+from handloom._run.grouping import grouped, limited, steps_a_dispatch
 from handloom._run.interrupt import Signals
-from handloom._run.options import RunOptions, as_list
+from handloom._run.options import RunOptions
 from handloom._run.saving import NotSaving, Saving
-from handloom._run.state import CallbackState, EpochReports, LoopPosition, Record, StrictFeed, by_name
-from handloom._run.validation import Validation, Validations
+from handloom._run.state import CallbackState, EpochReports, Record, StrictFeed
+from handloom._run.validation import NEVER, Validation, Validations
 from handloom._trace.function import traced
-from handloom._util.every import AfterEpochs, Every
+from handloom._util.arguments import whole_number
 from handloom._util.findings import given
 from handloom._util.progress import Progress
 from handloom.backends import backend
-from handloom.callbacks._display import progress_display
-from handloom.callbacks._event_reader import EventReader
-from handloom.callbacks._json_logger import JSONLogger
+from handloom.checkpoint.names import named
 from handloom.distribute._strategy import check_strategy
+from handloom.errors import StepError
 
 
 class Run:
-    """One training run. As a context manager it is ready to begin, and closes what it has opened.
+    """One training run. Entering it opens everything that it uses; leaving it closes that again.
 
     Args:
         step: The training step.
         feed: Its data.
-        options: Where and when it is saved, and so on.
-        model: What callbacks know as `self.model`.
+        options: The options that `hl.fit` and `Model.fit` have in common.
+        model: The model that callbacks see as `self.model`.
         state: What the run trains.
-        epochs: The epoch at which it ends.
+        epochs: The epoch at which the run ends.
         initial_epoch: The epoch at which it begins, unless it is resumed.
-        steps: Steps in an epoch, `None` if unknown.
-        validation: How it is validated.
-        validate_every: When.
-        callbacks: Keras callbacks.
+        steps_per_epoch: Steps in an epoch; `None` for one pass over the data.
+        validation: When and how to validate.
+        callbacks: Keras callbacks, in any form that Keras takes.
 
     Attributes:
-        progress: Where it stands.
+        step: As given.
+        model: As given.
+        epochs: As given.
+        progress: The progress of the run; a part of its state.
         callbacks: The callbacks, by their hooks.
-        signals: Those that ask it to stop.
-        strategy: How it uses its devices.
-        choices: What was chosen for it, by name.
-        events: What happens in it.
+        events: The log of the run.
+        strategy: How the run uses its devices.
         history: What every epoch reported.
         results: What the last epoch reported.
-        acts_within_epochs: Whether there is anything to be done between two steps.
+        acts_within_epochs: Whether there is anything to do between two steps.
     """
 
     def __init__(
@@ -68,72 +68,56 @@ class Run:
         model: Any,
         state: Any,
         epochs: int,
-        initial_epoch: int,
-        steps: int | None,
-        validation: Validation | None,
-        validate_every: Every | AfterEpochs,
-        callbacks: Iterable[keras.callbacks.Callback],
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation: Validation = NEVER,
+        callbacks: Iterable[keras.callbacks.Callback] = (),
     ) -> None:
-        self._step, self._feed, self._options, self._model = step, feed, options, model
-        self._state, self._epochs, self._steps = state, epochs, steps
-        self.progress, self.signals = Progress(epoch=initial_epoch), Signals()
+        self.step, self.model, self.epochs = step, model, whole_number("fit", least=0, epochs=epochs)
+        self._feed, self._options, self._state, self._passes = feed, options, state, feed.stream()
+        self._steps_per_epoch = steps_per_epoch
+        self._steps = feed.length if steps_per_epoch is None else whole_number("fit", steps_per_epoch=steps_per_epoch)
+        self._steps_taken = self._steps or 0
+        self.progress, self._signals = Progress(epoch=initial_epoch), Signals()
         self.strategy = check_strategy(options.strategy)
         self.history = keras.callbacks.History()
-        mine = [*as_list(callbacks), self.history]
-        self.callbacks = Callbacks(mine, model, {"epochs": epochs, "steps": steps, "verbose": options.verbose})
-        self.events = Events([*_readers(mine, options), *progress_display(options.verbose)], self.progress)
-        self._validations = Validations(validation, validate_every, step, self.signals)
+        chosen = [*as_list(callbacks), self.history]
+        self.callbacks = Callbacks(chosen, model, {"epochs": epochs, "steps": self._steps, "verbose": options.verbose})
+        self.events = Events(chosen, options.verbose, self.progress, options.directory)
+        self._validations = Validations(validation, step, self._signals, self.events)
         is_saved = options.directory is not None and options.save is not None
         self._record = Record(state if is_saved else None)
-        self._saving = self._saved_by(state, mine) if is_saved else NotSaving()
-        self.acts_within_epochs = bool(
-            self._saving.triggers or self._validations.triggers or self.events.wants_progress
-        )
+        self._saving = self._new_saving(chosen) if is_saved else NotSaving()
+        self._triggers = [*self._saving.triggers, *self._validations.triggers]
+        self.acts_within_epochs = bool(self._triggers or self.events.wants_progress)
         self.results: dict[str, Value] = {}
-        self._steps_taken = steps or 0
         self._open = contextlib.ExitStack()
 
-    def _saved_by(self, state: Any, callbacks: list[keras.callbacks.Callback]) -> Saving:
-        position = LoopPosition(
-            self.progress,
-            self._model,
-            self._epochs,
-            is_validating=lambda: self._validations.broken_off,
-            resume_epoch=lambda epoch: self.callbacks.on_epoch_begin(epoch, {}),
-        )
-        # In the order in which they are restored, first what may refuse; then random numbers, then variables.
+    def _new_saving(self, callbacks: list[keras.callbacks.Callback]) -> Saving:
+        # In the order in which they are restored: first what may raise an error, then random numbers, then variables.
         parts = {
             "feed": StrictFeed(self._feed) if self._options.resume == "exact" else self._feed,
             "run": self._record,
-            "progress": position,
-            "step": EpochReports(self._step, state, self.progress),
-            "state": state,
+            "progress": self,
+            "step": EpochReports(self.step, self._state, self.progress),
+            "state": self._state,
             "validations": self._validations,
             "events": self.events,
             "callbacks": {name: CallbackState(callback) for name, callback in by_name(callbacks).items()},
         }
-        return Saving(
-            self._options,
-            parts,
-            record=self._record,
-            feed=self._feed,
-            step=self._step,
-            progress=self.progress,
-            signals=self.signals,
-            events=self.events,
-        )
+        return Saving(self._options, parts, self.progress, self._signals, self.events)
 
     def __enter__(self) -> Run:
         with contextlib.ExitStack() as opened:
             opened.callback(self.events.close)
-            opened.enter_context(self.callbacks)
+            opened.callback(self.callbacks.close)
             opened.enter_context(self.strategy.scope())
             opened.enter_context(given.added(self.events.finding))
             opened.enter_context(traced.added(self.events.trace))
             opened.enter_context(self._saving)
             self._open = opened.pop_all()
-        self._model.stop_training = False
-        take_initial_epoch(self._model)
+        self.model.stop_training = False
+        take_initial_epoch(self.model)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -141,74 +125,64 @@ class Run:
             if error is not None:
                 self.events.end(self.results, error)
 
-    @property
-    def choices(self) -> dict[str, Any]:
-        """What was chosen for it, by name."""
-        return self._record.choices
+    # ------------------------------------------------- called by the loop, in this order
 
     def begin(self) -> None:
-        """Begins, or resumes, and validates if a signal broke that off."""
+        """Begins or resumes; runs a validation again that a signal has interrupted."""
         self.callbacks.on_train_begin({})
-        self.progress.epoch = max(self.progress.epoch, take_initial_epoch(self._model))
+        self.progress.epoch = max(self.progress.epoch, take_initial_epoch(self.model))
         resumed = self._saving.resume(self._prepare)
         self.strategy.place(_variables_in(self._state))
+        asked, recorded = self._options.steps_per_execution, self._record.recorded.get("steps_per_execution")
         self._record.choices = {
-            "jit_compile": backend.compiles_kernels(self._step.function.jit_compile),
-            "steps_per_execution": steps_a_dispatch(
-                self._options.steps_per_execution,
-                self._record.recorded.get("steps_per_execution"),
-                each_step=self.callbacks.each_step,
-            ),
+            "jit_compile": backend.compiles_kernels(self.step.function.jit_compile),
+            "steps_per_execution": steps_a_dispatch(asked, recorded, each_step=self.callbacks.each_step),
         }
-        self.events.append(
-            "run_begin",
-            activity="fit",
-            epochs=self._epochs,
-            steps=self._steps,
-            resumed=self._saving.resumed() if resumed else None,
-        )
-        if self._validations.broken_off:
-            (self.after_steps if self.progress.batch else self.end_epoch)()
-
-    def _prepare(self) -> None:
-        self._step.prepare(self._feed.peek())
-        self._validations.prepare()
+        if resumed is not None:
+            reread = None if self._feed.seekable else self._feed.name
+            resumed |= {"differences": self._record.differences, "reread": reread}
+        self.events.append("run_begin", activity="fit", epochs=self.epochs, steps=self._steps, resumed=resumed)
+        if self._validations.interrupted:
+            (self.after_steps if self.progress.batch else self._after_epoch)()
 
     def begin_epoch(self) -> None:
-        """Begins an epoch, unless it is resumed within one."""
+        """Begins an epoch, unless the run has resumed within one."""
         if not self.progress.batch:
             self._validations.forget()
-            self._step.start_epoch()
+            self.step.start_epoch()
             self.callbacks.on_epoch_begin(self.progress.epoch, {})
 
-    def dispatches(self, batches: Iterator[Any]) -> tuple[Callable[[Any], None], Iterator[Any], bool]:
-        """What takes the steps of a dispatch, what it takes, and whether that is a list of several batches."""
-        batches, size = self.strategy.put(batches), self.choices["steps_per_execution"]
+    def dispatches(self) -> tuple[Callable[[Any], int], Iterator[Any]]:
+        """The function that takes the steps of one dispatch, and its argument for each dispatch left in this epoch."""
+        left = None if self._steps_per_epoch is None else self._steps_per_epoch - self.progress.batch
+        batches = self.strategy.put(iter(self._feed) if left is None else limited(self._passes, left))
+        size = self._record.choices["steps_per_execution"]
         if size == 1:
-            return self._step.take, batches, False
-        due = [*self._saving.triggers, *self._validations.triggers, *self.callbacks.triggers]
-        return taking_groups(self._step, size), grouped(batches, size, self.progress, due), True
+            return self.step.take, batches
+        groups = grouped(batches, size, self.progress, [*self._triggers, *self.callbacks.triggers])
+        return functools.partial(self.step.take_group, size=size), groups
 
     def after_steps(self) -> None:
-        """After a step, or several in one dispatch: progress is told, then validation and saving, if they are due."""
+        """After each dispatch: shows progress, validates and saves, if they are due."""
         if self.events.wants_progress:
-            self.events.tick(self._step.logs)
-        found = self._validate() if self._validations.triggers else {}
-        if not self._model.stop_training:
-            self._saving.if_due(found)
-
-    def finish_epoch(self) -> None:
-        """After the last step of an epoch."""
-        self._steps_taken = self.progress.batch
-        self.progress.end_epoch()
-        self.end_epoch()
+            self.events.tick(self.step.logs)
+        results = self._validations.if_due(self.progress, self.callbacks) if self._validations.triggers else {}
+        if not self.model.stop_training:
+            self._saving.if_due(results)
 
     def end_epoch(self) -> None:
-        """After an epoch: validation, callbacks, saving, in this order."""
-        self.results = self._step.logs.reported()
-        self.results.update(self._validate())
-        if self._validations.broken_off:
-            self._saving.save_and_stop()
+        """After the last step of an epoch."""
+        self.step.end_epoch()
+        self._steps_taken = self.progress.batch
+        self.progress.end_epoch()
+        self._after_epoch()
+
+    def _after_epoch(self) -> None:
+        """Validates, calls the callbacks and saves, in this order."""
+        self.results = self.step.logs.reported()
+        self.results.update(self._validations.if_due(self.progress, self.callbacks))
+        if self._validations.interrupted:
+            self._saving.if_due()  # Does not return: a signal asks to stop.
         self.callbacks.on_epoch_end(self.progress.epoch - 1, self.results)
         self.events.append("epoch", values=dict(self.results), steps=self._steps_taken)
         self._saving.if_due(self.results)
@@ -220,24 +194,44 @@ class Run:
         self.callbacks.on_train_end(self.results)
         self.events.end(self.results)
 
-    def _validate(self) -> dict[str, Value]:
-        results, new = self._validations.if_due(self.progress, self.callbacks)
-        if new:
-            self.events.append(
-                "validation", values={name.removeprefix("val_"): value for name, value in results.items()}
+    # -------------------------------------------------------------------- saving
+
+    def state(self) -> dict[str, Any]:
+        """The progress, and whether a callback has ended the run."""
+        progress = self.progress
+        within = bool(progress.batch or self._validations.interrupted)
+        epoch = progress.epoch if progress.batch else progress.epoch - 1
+        return vars(progress) | {
+            "epoch_begun": epoch if within else None,
+            "stopped": bool(self.model.stop_training),
+            "epochs": self.epochs,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state()` returned."""
+        vars(self.progress).update({name: state[name] for name in vars(self.progress)})
+        if state["epoch_begun"] is not None:  # Before callbacks are restored, which this hook may reset.
+            self.callbacks.on_epoch_begin(state["epoch_begun"], {})
+        # A run that a callback has ended stays ended, unless it is asked for more epochs now.
+        self.model.stop_training = state["stopped"] and self.epochs <= state["epochs"]
+
+    def _prepare(self) -> None:
+        """Creates all variables, and checks that they will be saved."""
+        self.step.prepare(self._feed.peek())
+        self._validations.prepare()
+        saved = set(map(id, [*named({"state": self._state})[0].values(), global_seed_generator().state]))
+        lost = [variable.path for variable in self.step.function.touched if id(variable) not in saved]
+        if lost:
+            raise StepError(
+                f"HL250: {self.step.function.__name__} uses variables that are not in state and would not be saved: "
+                f"{', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}.",
+                fix="Add what they belong to, such as state={'model': model, 'metric': metric}; in a model, make them "
+                "attributes of the model.",
             )
-        return results
 
 
 def _variables_in(state: Any) -> list[Variable]:
-    """The variables there are of what a run trains."""
-    found: dict[int, Variable] = {}
-    for leaf in optree.tree_leaves(state):
-        variables = [leaf] if isinstance(leaf, keras.Variable) else getattr(leaf, "variables", ())
-        found.update((id(variable), variable) for variable in variables)
-    return list(found.values())
-
-
-def _readers(callbacks: Iterable[keras.callbacks.Callback], options: RunOptions) -> list[EventReader]:
-    log = [] if options.directory is None else [JSONLogger(options.directory / "events.jsonl")]
-    return [*(callback for callback in callbacks if isinstance(callback, EventReader)), *log]
+    """The variables of everything that a run trains, as far as they exist."""
+    leaves = optree.tree_leaves(state)
+    groups = [[leaf] if isinstance(leaf, keras.Variable) else getattr(leaf, "variables", ()) for leaf in leaves]
+    return list({id(variable): variable for group in groups for variable in group}.values())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -21,16 +21,16 @@ Row = Mapping[str, Any]
 class CSVLogger(Stateful, keras.callbacks.Callback):
     """Writes a row of reported values for each epoch.
 
-    As `keras.callbacks.CSVLogger`, but: a value that is first reported in a later epoch gets a column (Keras loses
-    it), for which the file is rewritten at one stroke; rows are appended under the names that the file has (Keras
-    writes them in an order of its own); columns are in the order of the reports, and only what was reported has one;
-    arrays are written as `[1.0, 2.0]`; the directory is created; the file is closed after an exception too. A value
-    that an epoch does not report reads NA, as with Keras.
+    Differences from `keras.callbacks.CSVLogger`: a value that is first reported in a later epoch gets a column (Keras
+    drops it), for which the file is replaced atomically; appended rows follow the columns of the file (Keras orders
+    them by itself); columns are in the order of the reports, and only reported values have one; arrays are written as
+    `[1.0, 2.0]`; the directory is created; no file stays open between epochs. As with Keras, a value that an epoch does
+    not report reads NA.
 
     Args:
         filename: The file.
-        separator: What stands between values; one character.
-        append: Whether to keep the rows of a file that is there.
+        separator: The character between values.
+        append: Whether to keep the rows of an existing file.
     """
 
     carries = ("rows",)
@@ -39,61 +39,49 @@ class CSVLogger(Stateful, keras.callbacks.Callback):
         super().__init__()
         self.filename, self.separator, self.append = Path(filename), separator, append
         self.rows = 0
-        self._names: list[str] = []
-        self._file: TextIO | None = None
+        self._names: Sequence[str] = ()
 
     def on_train_begin(self, logs: Row | None = None) -> None:
-        self.close()
         self.filename.parent.mkdir(parents=True, exist_ok=True)
-        # A file that cannot be written is to be found now; rows that are not kept go with the first new one.
+        # A file that cannot be written is an error before training. Old rows go with the first new one.
         self.filename.open("a", encoding="utf-8").close()
         self.rows = len(self._read()[1]) if self.append else 0
+        self._names = ()
 
     def on_epoch_end(self, epoch: int, logs: Row | None = None) -> None:
         row = {"epoch": epoch} | {name: _text(value) for name, value in (logs or {}).items()}
-        if self._file is None or not set(row) <= set(self._names):
-            self._begin(row)
-        assert self._file is not None
-        self._writer(self._file).writerow(row)
-        self._file.flush()
+        if not row.keys() <= set(self._names):
+            self._add_columns(row)
+        self._write(self.filename, "a", [row])
         self.rows += 1
 
-    def on_train_end(self, logs: Row | None = None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file; also called when training ends by an exception."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _begin(self, row: Row) -> None:
-        """Opens the file, with the rows that are to be kept in it and a column for all that a new row has."""
-        self.close()
+    def _add_columns(self, row: Row) -> None:
+        """Replaces the file by one with the rows to keep, and a column for each value of a new row."""
         names, rows = self._read()
         kept = rows[: self.rows]
         self._names = list(dict.fromkeys(["epoch", *(names if kept else ()), *row]))
-        beside = self.filename.with_name(self.filename.name + ".new")
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            writer = self._writer(file)
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(beside, self.filename)
-        self._file = self.filename.open("a", encoding="utf-8", newline="")
+        new = self.filename.with_name(self.filename.name + ".new")
+        self._write(new, "w", [dict(zip(self._names, self._names, strict=True)), *kept])
+        os.replace(new, self.filename)
 
-    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        """The names and the rows of the file as it is."""
+    def _read(self) -> tuple[Sequence[str], list[dict[str, str]]]:
+        """The column names and the rows of the file."""
         if not self.filename.exists():
-            return [], []
+            return (), []
         with self.filename.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, delimiter=self.separator, restval=_MISSING)
-            rows = list(reader)
-            return list(reader.fieldnames or ()), rows
+            return reader.fieldnames or (), list(reader)
 
-    def _writer(self, file: TextIO) -> csv.DictWriter[str]:
-        return csv.DictWriter(
-            file, self._names, restval=_MISSING, delimiter=self.separator, extrasaction="ignore", lineterminator="\n"
-        )
+    def _write(self, path: Path, mode: str, rows: Sequence[Row]) -> None:
+        with path.open(mode, encoding="utf-8", newline="") as file:
+            csv.DictWriter(
+                file,
+                self._names,
+                restval=_MISSING,
+                delimiter=self.separator,
+                extrasaction="ignore",
+                lineterminator="\n",
+            ).writerows(rows)
 
 
 def _text(value: Any) -> Any:

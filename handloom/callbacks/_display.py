@@ -1,8 +1,7 @@
-"""What a person sees while a run goes on: a bar in a terminal, or a line an epoch."""
+"""The output of a run for people: a progress bar in a terminal, or a line an epoch."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,14 +18,14 @@ def progress_display(verbose: str | int) -> list[EventReader]:
     """The readers for Keras's `verbose`: none for 0, a bar for 1, a line an epoch for 2.
 
     Raises:
-        ArgumentError: For anything else but `"auto"`.
+        ArgumentError: `verbose` is something else, and not `"auto"`.
     """
     if verbose == "auto":
         verbose = 1 if Console().is_terminal else 2
     displays: dict[Any, list[type[EventReader]]] = {0: [], 1: [ProgressBar], 2: [EpochLines]}
-    if isinstance(verbose, str) or verbose not in displays:
+    if verbose not in displays:
         raise ArgumentError(
-            f'HL701: verbose takes 0 (silent), 1 (bar), 2 (a line an epoch) or "auto"; received {verbose!r}.'
+            f"HL750: verbose takes 0 (silent), 1 (bar), 2 (a line an epoch) or 'auto'; received {verbose!r}."
         )
     return [display() for display in displays[verbose]]
 
@@ -34,10 +33,10 @@ def progress_display(verbose: str | int) -> list[EventReader]:
 class ProgressBar(EventReader):
     """A bar with the values so far, steps a second and the time left, refreshed ten times a second.
 
-    Between two refreshes it does not look at the values, so that nothing waits for the device.
+    It reads the values only when it refreshes, so that nothing waits for the device in between.
 
     Args:
-        console: Where to draw; standard output by default.
+        console: The console to draw on; standard output by default.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -46,24 +45,20 @@ class ProgressBar(EventReader):
         self._bar: Progress | None = None
 
     def read(self, event: Event) -> None:
-        """Draws what is new."""
+        """Draws the event."""
         if event.kind == "run_begin":
-            self._begin = event
+            self._begin, self._activity = event, event.data["activity"]
             for line in resumed_lines(event):
                 self._console.print(line, highlight=False, markup=False)
-        elif event.kind == "progress":
+            return
+        is_last = event.kind == {"fit": "epoch", "evaluate": "validation", "predict": "run_end"}[self._activity]
+        if event.kind == "progress" or is_last:
             self._refresh(event)
-        elif event.kind == self._last_frame():
-            self._refresh(event)
+        if is_last or event.kind == "run_end":  # An error may end the run within an epoch.
             self.close()
-        elif event.kind == "run_end" and self._bar is not None:  # By an exception, within an epoch.
-            self.close()
-
-    def _last_frame(self) -> str:
-        return {"fit": "epoch", "evaluate": "validation", "predict": "run_end"}[self._begin.data["activity"]]
 
     def close(self) -> None:
-        """Takes the bar down."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -87,10 +82,8 @@ class ProgressBar(EventReader):
         self._bar.update(self._task, completed=done, refresh=True, **shown)
 
     def _title(self, event: Event) -> str:
-        activity = self._begin.data["activity"]
-        if activity != "fit":
-            return {"evaluate": "Evaluating", "predict": "Predicting"}[activity]
-        return f"Epoch {event.epoch + (event.kind != 'epoch')}/{self._begin.data['epochs']}"
+        epoch = f"Epoch {event.epoch + (event.kind != 'epoch')}/{self._begin.data['epochs']}"
+        return {"fit": epoch, "evaluate": "Evaluating", "predict": "Predicting"}[self._activity]
 
     def _clock(self, event: Event) -> str:
         """Speed and time left."""
@@ -108,38 +101,35 @@ class EpochLines(EventReader):
     """One line for each epoch: for logs in a file."""
 
     def read(self, event: Event) -> None:
-        """Prints what is new."""
+        """Prints the event."""
         if event.kind == "run_begin":
             self._begin, self._last = event, event.seconds
-            self._print(*resumed_lines(event))
+            for line in resumed_lines(event):
+                print(line, flush=True)
         elif event.kind == "epoch":
             duration = shown_duration(event.seconds - self._last)
             self._last = event.seconds
-            self._print(f"Epoch {event.epoch}/{self._begin.data['epochs']}  {duration}  {shown_values(event.values)}")
+            epoch = f"Epoch {event.epoch}/{self._begin.data['epochs']}"
+            print(f"{epoch}  {duration}  {shown_values(event.values)}", flush=True)
         elif event.kind == "validation" and self._begin.data["activity"] == "evaluate":
-            self._print(f"Evaluated  {shown_values(event.values)}")
-
-    def _print(self, *lines: str) -> None:
-        for line in lines:
-            print(line, file=sys.stdout, flush=True)
+            print(f"Evaluated  {shown_values(event.values)}", flush=True)
 
 
 def resumed_lines(event: Event) -> Iterator[str]:
-    """What a run resumes from, line by line; nothing for one that begins anew."""
+    """Lines that tell where a run resumes, and what differs; none for a new run."""
     resumed = event.data.get("resumed")
     if not resumed:
         return
-    yield (f"Resuming from {resumed['directory']} at step {event.step} (epoch {event.epoch + 1}, batch {event.batch}).")
+    yield f"Resuming from {resumed['directory']} at step {event.step} (epoch {event.epoch + 1}, batch {event.batch})."
     yield f"  Restored {resumed['variables']} variables and the state of {', '.join(resumed['things'])}."
-    if resumed["missing"]:
-        yield f"  Not in the checkpoint; initialized from scratch: {', '.join(resumed['missing'])}."
-    if resumed["unused"]:
-        yield f"  Only in the checkpoint; ignored: {', '.join(resumed['unused'])}."
-    if resumed["differences"]:
-        yield (
-            "  Changed since the checkpoint; results will not be bitwise identical: "
-            f"{'; '.join(resumed['differences'])}."
-        )
+    differences = {
+        "Not in the checkpoint; initialized from scratch": resumed["missing"],
+        "Only in the checkpoint; ignored": resumed["unused"],
+        "Changed since the checkpoint; results will not be bitwise identical": resumed["differences"],
+    }
+    for text, names in differences.items():
+        if names:
+            yield f"  {text}: {', '.join(names)}."
     if resumed["reread"]:
         yield f"  {resumed['reread']} has no position; it is read again up to this batch, in its present order."
 
@@ -150,7 +140,7 @@ def shown_values(values: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, str):  # Which a callback of the user's may have added.
+    if isinstance(value, str):  # A callback of the user's may have added it.
         return value
     if isinstance(value, np.ndarray):
         return np.array2string(value, precision=4, threshold=4)

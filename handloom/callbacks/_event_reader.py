@@ -24,19 +24,19 @@ class Event:
     | `progress` | within an epoch, when a reader's `every` says so | `values` so far |
     | `validation` | an evaluation ended | `values` |
     | `epoch` | an epoch ended, after its callbacks | `values` |
-    | `saved` | a checkpoint is on the disk | `saved_step`, `bytes`, `duration`, `waited` |
+    | `saved` | a checkpoint is on disk | `saved_step`, `bytes`, `duration`, `waited` |
     | `run_end` | after the last step, or an error | `values`, `error` |
 
     Durations are in seconds.
 
     Attributes:
-        kind: One of these.
-        epoch: Epochs finished.
-        step: Steps taken over the whole run.
-        batch: Steps taken in the epoch at hand.
-        seconds: Seconds that the run has taken, those of the processes that it resumes included.
-        time: When it happened, in seconds since 1970.
-        data: What else there is to say.
+        kind: The kind.
+        epoch: The number of epochs finished.
+        step: The number of steps taken over the whole run.
+        batch: The number of steps taken in the current epoch.
+        seconds: The duration of the run so far, including the processes that it resumes.
+        time: The time of the event, in seconds since 1970.
+        data: Further data, by kind.
     """
 
     kind: str
@@ -49,16 +49,16 @@ class Event:
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """The reported values, by name; empty where there are none."""
+        """The reported values by name, empty if the event has none."""
         return self.data.get("values") or {}
 
 
 class EventReader(Stateful, keras.callbacks.Callback):
-    """A callback that reads the events of a run. Subclass it to write them wherever you like.
+    """A callback that reads the events of a run. Subclass it to write them anywhere.
 
     Args:
-        every: When to be given `progress` events within epochs: `hl.every(steps=...)` or `hl.every(seconds=...)`;
-            `None` for never.
+        every: When to receive `progress` events within epochs: `hl.every(steps=...)` or `hl.every(seconds=...)`; `None`
+            for never.
 
     Example:
         ```python
@@ -78,19 +78,19 @@ class EventReader(Stateful, keras.callbacks.Callback):
         self._is_read_to = False
 
     def read(self, event: Event) -> None:
-        """Is given each event, in order."""
+        """Receives each event, in order."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Called when the run is over, also by an exception."""
+        """Called when the run is over, also after an exception."""
 
     def begin_reading(self) -> None:
-        """Called by a run that has events, before the first."""
+        """Called by a run that has events, before the first one."""
         self._is_read_to = True
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         if not self._is_read_to:
             raise StepError(
-                f"HL215: {type(self).__name__} reads the events of a run of Handloom, and Keras's own fit has none.",
-                fix="Train with hl.Model or hl.fit, or use a callback of Keras's, such as keras.callbacks.CSVLogger.",
+                f"HL215: {type(self).__name__} reads the events of a Handloom run, and Keras's own fit has none.",
+                fix="Train with hl.Model or hl.fit, or use a callback of Keras, such as keras.callbacks.CSVLogger.",
             )

@@ -19,13 +19,13 @@ VERSION = 1
 
 
 class JSONLogger(EventReader):
-    """Writes the events of a run as JSON lines, appended to a file as they happen.
+    """Writes the events of a run as JSON lines, each appended to a file when it happens.
 
-    A line has the attributes of an `Event`, its data among them, and in that of `run_begin` the `version` of the
-    format, 1. Numbers that JSON does not have are written as the strings "NaN", "Infinity" and "-Infinity".
-    `handloom.report.read_events` reads the file, and leaves out what a resumed run did again.
+    A line has the attributes of an `Event`, with its data among them; that of `run_begin` also has the `version` of the
+    format, 1. Numbers that JSON lacks are written as the strings "NaN", "Infinity" and "-Infinity".
+    `handloom.report.read_events` reads the file, and leaves out steps that a resumed run repeated.
 
-    A full disk does not end the training: there is a warning, and no further line.
+    A full disk does not end the training: it gives a warning, and no further lines are written.
 
     Args:
         path: The file. Its directory is created.
@@ -48,11 +48,11 @@ class JSONLogger(EventReader):
         try:
             _append(self._file, _line(event))
         except OSError as error:
-            self._is_full = True  # First: the warning is an event, too.
+            self._is_full = True  # Set before the warning, which is an event, too.
             warn(
                 f"HL711: An event could not be written to {self._path}: {error.strerror}.",
-                "Training goes on; this event and those after it are not in the file.",
-                "Make room on the disk.",
+                "Training continues; this event and those after it are not in the file.",
+                "Free space on the disk.",
             )
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class JSONLogger(EventReader):
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A file to append lines to; one that was cut off is ended first."""
+    """A file to append lines to. If its last line is incomplete, it is ended first."""
     file = path.open("ab+", buffering=0)
     if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
         file.write(b"\n")
@@ -71,19 +71,20 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _append(file: BinaryIO, line: bytes) -> None:
-    while line:  # The disk may take a part of it before it is full.
+    while line:  # A disk may take a part of it before it is full.
         line = line[file.write(line) :]
 
 
 def _line(event: Event) -> bytes:
-    line = {"kind": event.kind, "epoch": event.epoch, "step": event.step, "batch": event.batch}
-    line |= {"seconds": round(event.seconds, 6), "time": round(event.time, 6)}
-    version = {"version": VERSION} if event.kind == "run_begin" else {}
-    return (json.dumps(_plain(line | version | dict(event.data)), allow_nan=False) + "\n").encode()
+    line: dict[str, Any] = {name: getattr(event, name) for name in ("kind", "epoch", "step", "batch")}
+    line |= {name: round(getattr(event, name), 6) for name in ("seconds", "time")}
+    if event.kind == "run_begin":
+        line["version"] = VERSION
+    return (json.dumps(_plain(line | dict(event.data)), allow_nan=False) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """A value as JSON values."""
     if isinstance(value, Mapping):
         return {str(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -11,28 +11,26 @@ from handloom.callbacks._learning_rates import Rates, takes_rate
 from handloom.callbacks._state import Stateful
 from handloom.errors import ArgumentError
 
-ops = keras.ops
-
 
 class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
     """Sets the learning rate by a function, before epochs or before steps.
 
-    Keras's own, with these differences: it can act before steps too; it works with optimizers by name, each by its own
-    rate, and around others; the schedule may return any number, also a tensor; an error within the schedule is not
-    taken for a wish to be called with the epoch alone.
+    Differences from `keras.callbacks.LearningRateScheduler`: it can also act before steps; it works with optimizers by
+    name, each with its own rate, and with wrapped optimizers; the schedule may return any number, also a tensor; a
+    `TypeError` in the schedule is raised (Keras calls it again with the epoch alone).
 
     The rate at the end of each epoch is reported as `learning_rate`, or `learning_rate_<name>` of optimizers by name.
 
     Args:
-        schedule: Takes the number of the epoch or step to come (from 0) and the present rate, or only the number.
-            Returns the rate from then on.
+        schedule: Takes the number of the next epoch or step (from 0) and the current rate, or only the number. Returns
+            the new rate.
         verbose: 1 to print when it acts.
-        every: When to ask the schedule: `hl.every(epochs=1)` before each epoch, `hl.every(steps=10)` before the
-            steps 0, 10, 20, ... of the run.
-        optimizer: Of several optimizers by name, the one whose rate to set; all by default.
+        every: When to call the schedule: `hl.every(epochs=1)` before each epoch, `hl.every(steps=10)` before steps 0,
+            10, 20, ... of the run.
+        optimizer: The name of the optimizer to act on, if there are several; by default all.
 
     Raises:
-        ValueError: If `every` counts seconds: a run would not repeat. If the schedule returns no number.
+        ArgumentError: `every` counts seconds, which no run repeats exactly; or the schedule does not return a number.
         OptimizerError: When training begins, if there is no such optimizer, or its rate follows a schedule.
 
     Example:
@@ -51,11 +49,14 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
     ) -> None:
         super().__init__(schedule, verbose)
         if not isinstance(every, Every) or every.seconds is not None:
-            raise ArgumentError(f"HL702: every takes hl.every(epochs=...) or hl.every(steps=...); received {every!r}.")
+            raise ArgumentError(
+                "HL751: LearningRateScheduler(every=...) takes hl.every(epochs=...) or hl.every(steps=...); "
+                f"received {every!r}."
+            )
         self.every, self.optimizer = every, optimizer
         self.step = 0
         self._takes_rate = takes_rate(schedule)
-        if every.steps is not None:  # Only then is there anything to do at each step.
+        if every.steps is not None:  # Hooks that the run calls at each step only if they are there.
             self.on_train_batch_begin, self.on_train_batch_end = self._before_steps, self._after_steps
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
@@ -64,7 +65,7 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         if self.every.epochs is not None and epoch % self.every.epochs == 0:
-            self._ask("Epoch", epoch)
+            self._set_rates("Epoch", epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:
@@ -73,13 +74,13 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
     def _before_steps(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         assert self.every.steps is not None
         if self.step % self.every.steps == 0:
-            self._ask("Step", self.step)
+            self._set_rates("Step", self.step)
         self._first = batch
 
     def _after_steps(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         self.step += batch + 1 - self._first
 
-    def _ask(self, unit: str, number: int) -> None:
+    def _set_rates(self, unit: str, number: int) -> None:
         for name, rate in self._rates.items():
             answer = self.schedule(number, rate) if self._takes_rate else self.schedule(number)
             self._rates[name] = new = _number(answer)
@@ -89,8 +90,8 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
 
 def _number(answer: Any) -> float:
     try:
-        return float(ops.convert_to_numpy(answer))
+        return float(keras.ops.convert_to_numpy(answer))
     except (TypeError, ValueError) as error:
         raise ArgumentError(
-            f"HL703: A schedule must return the learning rate as a number; it returned {answer!r}."
+            f"HL752: A schedule must return the learning rate as a number; it returned {answer!r}."
         ) from error

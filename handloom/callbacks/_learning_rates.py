@@ -1,4 +1,4 @@
-"""The learning rates of a model's optimizers, by name, read and set."""
+"""The learning rates of a model's optimizers, by name."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from handloom._keras import keras
 from handloom.errors import OptimizerError
 from handloom.optimizers._tree import named_inside
 
-ops = keras.ops
-
 
 def learning_rates(model: Any) -> dict[str, float]:
-    """The rates as they are now, under the names by which they are reported; empty without an optimizer."""
+    """The current rates, under the names by which they are reported; empty without an optimizer."""
     return {_label(name): _rate(optimizer) for name, optimizer in _optimizers(model).items()}
 
 
@@ -22,28 +20,29 @@ class Rates:
 
     Args:
         model: A model with an optimizer.
-        name: Of several optimizers by name, the one meant; `None` for all.
+        name: The name of the optimizer to use, if there are several; `None` for all.
 
     Raises:
-        OptimizerError: If there is no optimizer, none of that name, or one whose rate follows a schedule.
+        OptimizerError: There is no optimizer, none of that name, or one whose rate follows a schedule.
     """
 
     def __init__(self, model: Any, name: str | None) -> None:
         optimizers = _optimizers(model)
         if not optimizers:
             raise OptimizerError(
-                "HL330: There is no optimizer whose learning rate could be set. Compile the model with one, or, for hl.fit, "
-                'name it in the state: state={"model": model, "optimizer": optimizer}.',
+                "HL330: There is no optimizer with a learning rate to set.",
+                fix="Compile the model with an optimizer; for hl.fit, name it in the state: "
+                'state={"model": model, "optimizer": optimizer}.',
             )
         if name is not None and name not in optimizers:
-            there = ", ".join(repr(other) for other in optimizers if other) or "one, without a name"
-            raise OptimizerError(f"HL331: There is no optimizer named {name!r}; there are: {there}.")
+            known = ", ".join(repr(other) for other in optimizers if other) or "one without a name"
+            raise OptimizerError(f"HL331: There is no optimizer named {name!r}; there are: {known}.")
         self._optimizers = optimizers if name is None else {name: optimizers[name]}
         for each, rate in self.items():
-            self[each] = rate  # What cannot be set is to be found before training and not after an epoch.
+            self[each] = rate  # A rate that cannot be set is an error before training, not after an epoch.
 
     def items(self) -> list[tuple[str, float]]:
-        """Pairs (name, rate); the name of an only optimizer is empty."""
+        """Pairs (name, rate); the name of a single optimizer is empty."""
         return [(name, _rate(optimizer)) for name, optimizer in self._optimizers.items()]
 
     def labelled(self) -> dict[str, float]:
@@ -54,21 +53,19 @@ class Rates:
         try:
             self._optimizers[name].learning_rate = rate
         except (TypeError, AttributeError) as error:
-            which = f"the optimizer {name!r}" if name else "the optimizer"
             raise OptimizerError(
-                f"HL332: The learning rate of {which} follows a schedule of its own and cannot be set. Make the optimizer "
-                "with a number, such as learning_rate=1e-3, or leave out the callback that sets it.",
+                f"HL332: The learning rate of the optimizer{name and f' {name!r}'} follows a schedule of its own and "
+                "cannot be set.",
+                fix="Create the optimizer with a number, such as learning_rate=1e-3, or remove this callback.",
             ) from error
 
 
 def takes_rate(schedule: Any) -> bool:
-    """Whether a schedule wants the present rate as its second argument."""
+    """Whether a schedule takes the current rate as its second argument."""
     try:
         inspect.signature(schedule).bind(0, 0.0)
-    except TypeError:
-        return False
-    except ValueError:  # A builtin, perhaps.
-        return True
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)  # Some builtins have no signature.
     return True
 
 
@@ -81,7 +78,7 @@ def _optimizers(model: Any) -> dict[str, keras.Optimizer]:
 
 
 def _rate(optimizer: keras.Optimizer) -> float:
-    return float(ops.convert_to_numpy(optimizer.learning_rate))
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
 def _label(name: str) -> str:

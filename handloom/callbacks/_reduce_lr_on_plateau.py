@@ -1,4 +1,4 @@
-"""Lowers learning rates when it gets no better."""
+"""Lowers learning rates when a value stops improving."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from handloom.callbacks._monitored import Monitored
 
 
 class ReduceLROnPlateau(Monitored, keras.callbacks.ReduceLROnPlateau):
-    """Lowers the learning rate when a reported value has got no better for some epochs.
+    """Lowers the learning rate when a reported value has not improved for some epochs.
 
-    Keras's own, with these differences: it works with optimizers by name, each by its own rate, and around others;
-    its state can be saved and restored; a NaN is worse than any number; what is said of the value at `EarlyStopping`
-    holds here.
+    Differences from `keras.callbacks.ReduceLROnPlateau`: it works with optimizers by name, each with its own rate, and
+    with wrapped optimizers; its state can be saved and restored; a NaN is worse than any number; a value that is
+    missing, or whose name tells the direction, is treated as by `EarlyStopping`.
 
     The rate of each epoch is reported as `learning_rate`, or `learning_rate_<name>` of optimizers by name.
 
     Args:
-        monitor: The value to watch.
-        factor: What the rate is multiplied by; below 1.
-        patience: So many epochs without an improvement lower the rate.
+        monitor: The name of the value to watch.
+        factor: The factor that lowers the rate; below 1.
+        patience: The number of epochs without an improvement after which the rate is lowered.
         verbose: 1 to print when it acts.
-        mode: `"min"`, `"max"`, or `"auto"` to go by the name of the value.
-        min_delta: What a change must exceed to count as an improvement.
-        cooldown: Epochs after a reduction that do not count.
-        min_lr: The rate is not lowered further than this.
-        optimizer: Of several optimizers by name, the one whose rate to lower; all by default.
+        mode: `"min"`, `"max"`, or `"auto"` to infer the direction from the name of the value.
+        min_delta: The change that an improvement must exceed.
+        cooldown: The number of epochs after a reduction that do not count.
+        min_lr: The lower limit of the rate.
+        optimizer: The name of the optimizer to act on, if there are several; by default all.
 
     Raises:
-        ValueError: If `factor` is not below 1; at the end of the first epoch, if `"auto"` does not know which way is
-            better.
+        ValueError: `factor` is not below 1.
+        ArgumentError: At the end of the first epoch, if `"auto"` cannot infer the direction.
         OptimizerError: When training begins, if there is no such optimizer, or its rate follows a schedule.
     """
 
@@ -66,7 +66,7 @@ class ReduceLROnPlateau(Monitored, keras.callbacks.ReduceLROnPlateau):
         if current is None:
             return
         self.cooldown_counter = max(self.cooldown_counter - 1, 0)
-        if self.improves(current):
+        if self.best is None or self.monitor_op(current - self.min_delta, self.best):
             self.best, self.wait = current, 0
         else:
             self.wait = 0 if self.in_cooldown() else self.wait + 1
@@ -75,14 +75,10 @@ class ReduceLROnPlateau(Monitored, keras.callbacks.ReduceLROnPlateau):
 
     def _reduce(self, epoch: int) -> None:
         for name, rate in self._rates.items():
-            # A rate of single precision may stand a little above the minimum that it was set to.
             lower = max(rate * self.factor, self.min_lr)
-            if lower < rate and not _same(rate, self.min_lr):
+            # In single precision, a rate may be a little above the limit that it was set to.
+            if lower < rate and rate - self.min_lr > 1e-6 * self.min_lr:
                 self._rates[name] = lower
                 self.cooldown_counter, self.wait = self.cooldown, 0
                 if self.verbose:
                     print(f"Epoch {epoch + 1}: lowering the learning rate{name and f' of {name}'} to {lower:.4g}")
-
-
-def _same(rate: float, other: float) -> bool:
-    return abs(rate - other) <= 1e-6 * other

@@ -1,4 +1,4 @@
-"""What a callback carries from one hook to the next, taken and given back: for runs that stop and go on."""
+"""The state of callbacks between hooks, saved and restored with a run."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ from handloom.checkpoint.dtypes import CODES
 
 
 class Stateful:
-    """A callback whose state is a few of its attributes.
+    """A callback whose state is some of its attributes.
 
     Attributes:
-        carries: Their names.
+        carries: The names of these attributes.
     """
 
     carries: tuple[str, ...] = ()
 
     def state(self) -> dict[str, Any]:
-        """What the callback carries between hooks: plain values and NumPy arrays."""
+        """The state of the callback between hooks: plain values and NumPy arrays."""
         return {name: copy.deepcopy(getattr(self, name)) for name in self.carries}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from there.
+        """Resumes from a state.
 
         Args:
-            state: From `state()`. To be given back after `on_train_begin`, which begins anew.
+            state: From `state()`. Restore it after `on_train_begin`, which resets the callback.
         """
         for name in self.carries:
             setattr(self, name, copy.deepcopy(state[name]))
 
 
 def callback_state(callback: keras.callbacks.Callback) -> dict[str, Any]:
-    """What any callback carries between hooks: one of ours, of Keras's or your own.
+    """The state of any callback between hooks, whether of Handloom, of Keras, or your own.
 
-    A callback with methods `state` and `restore` says so itself. Of any other these are its attributes that are plain
-    values (numbers, strings, `None`, NumPy arrays, lists and dicts of these) and no arguments of its constructor.
+    A callback with methods `state` and `restore` defines its state itself. The state of any other callback is its
+    attributes with plain values (numbers, strings, `None`, NumPy arrays, lists and dicts of these), except the
+    arguments of its constructor.
 
     Args:
         callback: The callback.
 
     Returns:
-        Copies of the plain values, by name.
+        Copies of the values, by name.
     """
-    if _speaks_for_itself(callback):
+    if _defines_state(callback):
         return dict(callback.state())
     arguments = _arguments(type(callback))
     return {
@@ -58,26 +59,26 @@ def callback_state(callback: keras.callbacks.Callback) -> dict[str, Any]:
 
 
 def restore_callback(callback: keras.callbacks.Callback, state: dict[str, Any]) -> None:
-    """Has a callback go on from where another like it was.
+    """Makes a callback resume from the state of another.
 
     Args:
-        callback: Made with the same arguments. If it is to go on in a new call of `fit`, this comes after its
-            `on_train_begin`, with which many callbacks begin anew.
+        callback: A callback created with the same arguments. In a new call of `fit`, restore it after its
+            `on_train_begin`, in which many callbacks reset themselves.
         state: From `callback_state`.
     """
-    if _speaks_for_itself(callback):
+    if _defines_state(callback):
         callback.restore(state)
         return
     for name, value in state.items():
         setattr(callback, name, copy.deepcopy(value))
 
 
-def _speaks_for_itself(callback: Any) -> bool:
+def _defines_state(callback: Any) -> bool:
     return all(callable(getattr(callback, method, None)) for method in ("state", "restore"))
 
 
 def _arguments(cls: type) -> set[str]:
-    """The names of the arguments of a class's constructor, and of those it hands further arguments to."""
+    """The names of the arguments of all constructors of a class: some pass arguments on to their base."""
     constructors = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
     return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
 

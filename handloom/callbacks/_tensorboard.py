@@ -17,27 +17,27 @@ from handloom.errors import ExtraNotInstalledError
 
 
 class TensorBoard(EventReader):
-    """Writes what is reported, and the learning rates, as TensorBoard reads it. TensorFlow is not needed.
+    """Writes reported values and learning rates for TensorBoard. TensorFlow is not needed.
 
-    The layout is that of `keras.callbacks.TensorBoard`: two runs, `train` and `validation`, in which `epoch_<name>`
-    stands over the number of the epoch, `batch_<name>` (the values so far) over that of the step, and
-    `evaluation_<name>_vs_iterations` over that of the step at which validation ran. `epoch_learning_rate` is the rate
-    at the end of the epoch; optimizers by name have one each, `epoch_learning_rate_<name>`. Other than with Keras,
-    there are no graphs, histograms or images.
+    The layout is that of `keras.callbacks.TensorBoard`: two runs, `train` and `validation`, with `epoch_<name>` against
+    the number of the epoch, `batch_<name>` (the values so far) against that of the step, and
+    `evaluation_<name>_vs_iterations` against that of the step at which validation ran. `epoch_learning_rate` is the
+    rate at the end of the epoch; optimizers by name have one each, `epoch_learning_rate_<name>`. Unlike Keras, it
+    writes no graphs, histograms or images.
 
-    Needs tensorboardX: `pip install "handloom[tensorboard]"`. What shows a profile is a plugin: xprof for those of JAX
-    and TensorFlow, in `train/plugins/profile`, torch-tb-profiler for `train/*.pt.trace.json` of PyTorch.
+    It needs tensorboardX: `pip install "handloom[tensorboard]"`. Profiles are shown by plugins: xprof for those of JAX
+    and TensorFlow, in `train/plugins/profile`; torch-tb-profiler for `train/*.pt.trace.json` of PyTorch.
 
     Args:
         log_dir: The directory for both runs.
-        every: When to write: at the end of epochs, or, with `hl.every(steps=...)`, also within them. It stands for
-            Keras's `update_freq`.
-        profile_batch: Which steps to trace, counted from 1 over the whole training: one, or the first and the last,
-            as `(10, 20)`. Of steps that are dispatched together, those dispatches that begin there. 0 for none.
+        every: When to write: at the end of epochs, or, with `hl.every(steps=...)`, also within them. It replaces the
+            `update_freq` of Keras.
+        profile_batch: The step to trace, or the first step and the last, as `(10, 20)`, counted from 1 over the whole
+            training. If steps are dispatched together, it traces the dispatches that begin there. 0 for none.
 
     Raises:
-        ImportError: If tensorboardX is not installed.
-        ValueError: If `profile_batch` says nothing of the kind.
+        ExtraNotInstalledError: tensorboardX is not installed.
+        ArgumentError: `profile_batch` or `every` is something else.
 
     Example:
         `model.fit(x, y, callbacks=[TensorBoard("logs", every=hl.every(steps=100))])`, then `tensorboard --logdir logs`
@@ -56,78 +56,57 @@ class TensorBoard(EventReader):
         self._new_writer = _writer_class()
         self._log_dir = Path(log_dir)
         self._writers: dict[str, Any] = {}
-        self._step = self._taken = 0
-        self._profile = Profile(profile_batch, self._log_dir / "train") if profile_batch != 0 else None
-        if self._profile:  # Only then is there anything to do at each step.
-            self.on_train_batch_begin, self.on_train_batch_end = self._begin_profile, self._end_profile
+        self._step = 0
+        self._profile = Profile(profile_batch, self._log_dir / "train")
+        if profile_batch != 0:  # Hooks that the run calls at each step only if they are there.
+            self.on_train_batch_begin = self._profile.on_train_batch_begin
+            self.on_train_batch_end = self._profile.on_train_batch_end
 
     def read(self, event: Event) -> None:
-        """Writes what is new."""
+        """Writes the event."""
         if event.kind == "run_begin":
             self._trains = event.data["activity"] == "fit"
             if self._trains:
-                self._taken = event.step
-                if self._profile and not event.step:
-                    self._profile.start_over()
+                self._profile.begin_run(event.step)
         if self._trains:
             self._step = event.step
         if event.kind == "progress" and self._trains:
-            self._write("train", {f"batch_{name}": value for name, value in event.values.items()}, event.step)
-        elif event.kind == "validation":  # Outside of training it is of the weights that training left.
-            values = {f"evaluation_{name}_vs_iterations": value for name, value in event.values.items()}
-            self._write("validation", values, self._step)
+            self._write("train", "batch_{}", event.values, event.step)
+        elif event.kind == "validation":  # Outside of training, the weights are those after the last step.
+            self._write("validation", "evaluation_{}_vs_iterations", event.values, self._step)
         elif event.kind == "epoch" and event.epoch % self._epochs == 0:
-            self._write_epoch(event.epoch - 1, event.values)
-
-    def _write_epoch(self, epoch: int, values: Mapping[str, Any]) -> None:
-        reported = learning_rates(self.model) | dict(values)
-        validation = {name.removeprefix("val_"): value for name, value in values.items() if name.startswith("val_")}
-        training = {name: value for name, value in reported.items() if not name.startswith("val_")}
-        self._write("train", {f"epoch_{name}": value for name, value in training.items()}, epoch)
-        self._write("validation", {f"epoch_{name}": value for name, value in validation.items()}, epoch)
-
-    def _begin_profile(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        assert self._profile is not None
-        self._first = batch
-        self._profile.begin(self._taken + 1)
-
-    def _end_profile(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        assert self._profile is not None
-        self._taken += batch + 1 - self._first
-        # Not `logs or {}`: to ask whether they are empty waits for the device.
-        self._profile.end(self._taken, {} if logs is None else logs)
+            values = learning_rates(self.model) | dict(event.values)
+            validation = {name: values.pop(name) for name in [*values] if name.startswith("val_")}
+            self._write("train", "epoch_{}", values, event.epoch - 1)
+            validation = {name.removeprefix("val_"): value for name, value in validation.items()}
+            self._write("validation", "epoch_{}", validation, event.epoch - 1)
 
     def state(self) -> dict[str, Any]:
-        """Whether the profile has been taken."""
-        return {"profiled": self._profile is not None and self._profile.done}
+        """Whether the profile is written."""
+        return {"profiled": self._profile.done}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Resumes: what has been profiled is not profiled again."""
-        if self._profile:
-            self._profile.done = state["profiled"]
+        """Resumes from a state: steps that are profiled already are not profiled again."""
+        self._profile.done = state["profiled"]
 
     def close(self) -> None:
         """Closes the files."""
-        if self._profile:
-            self._profile.stop()
+        self._profile.stop()
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
 
-    def _write(self, run: str, values: Mapping[str, Any], step: int) -> None:
-        scalars = {name: value for name, value in values.items() if _is_number(value)}
-        if scalars and run not in self._writers:
-            # Named by the second alone, files of two short runs would be one.
+    def _write(self, run: str, tag: str, values: Mapping[str, Any], step: int) -> None:
+        scalars = {name: value for name, value in values.items() if np.ndim(value) == 0 and not isinstance(value, str)}
+        if not scalars:
+            return
+        if run not in self._writers:
+            # By default, files are named by the second, and two short runs would share one.
             suffix = f".{time.time_ns()}"
             self._writers[run] = self._new_writer(str(self._log_dir / run), filename_suffix=suffix)
         for name, value in scalars.items():
-            self._writers[run].add_scalar(name, float(value), step)
-        if scalars:
-            self._writers[run].flush()
-
-
-def _is_number(value: Any) -> bool:
-    return np.ndim(value) == 0 and not isinstance(value, str)
+            self._writers[run].add_scalar(tag.format(name), float(value), step)
+        self._writers[run].flush()
 
 
 def _writer_class() -> Any:
@@ -135,6 +114,7 @@ def _writer_class() -> Any:
         from tensorboardX import SummaryWriter
     except ModuleNotFoundError as error:
         raise ExtraNotInstalledError(
-            'HL903: TensorBoard needs tensorboardX, which is not installed: pip install "handloom[tensorboard]".'
+            "HL903: TensorBoard needs tensorboardX, which is not installed.",
+            fix='Install it with: pip install "handloom[tensorboard]".',
         ) from error
     return SummaryWriter

@@ -12,22 +12,23 @@ from handloom.callbacks._event_reader import Event, EventReader
 
 
 class TerminateOnNaN(EventReader):
-    """Stops training when a reported value is NaN or infinite, and warns: which, where, and what to try.
+    """Stops training when a reported value is NaN or infinite. A warning names the value and the step, and a remedy.
 
-    It looks at the values so far. A mean in which there is one NaN is NaN to the end of the epoch, so that looking now
-    and then finds what looking at each step would, without waiting for the device each time. Validation counts too.
+    It checks the values so far. A mean with one NaN stays NaN to the end of the epoch, so that a check now and then
+    finds the same as a check at each step, without waiting for the device each time. Results of validation are checked
+    as well.
 
-    In place of `keras.callbacks.TerminateOnNaN`, which looks at `loss` alone, and at every step.
+    It replaces `keras.callbacks.TerminateOnNaN`, which checks only `loss`, at every step.
 
     Args:
-        every: When to look within epochs; it looks at their ends in any case.
+        every: When to check within epochs; it always checks at their ends.
     """
 
     def __init__(self, every: Every | None = every(steps=100)) -> None:
         super().__init__(every)
 
     def read(self, event: Event) -> None:
-        """Looks at the values of an event."""
+        """Checks the values of an event."""
         wrong = [f"{name} is {_shown(value)}" for name, value in event.values.items() if not _is_finite(value)]
         if wrong and event.kind in ("progress", "epoch") and not self.model.stop_training:
             self.model.stop_training = True

@@ -1,4 +1,4 @@
-"""How fast it goes."""
+"""The speed of training."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from handloom.callbacks._state import Stateful
 
 
 class Throughput(Stateful, keras.callbacks.Callback):
-    """Adds to the reports of each epoch how fast it was.
+    """Adds the speed of each epoch to its reports.
 
-    `steps_per_second` and `examples_per_second` (the first axis of the first array in a batch) are over the time of
-    training alone, without validation and without compiling. `data_wait` is the share of that time, from 0 to 1, in
-    which the loop waited for its next batch; a backend that computes while Python goes on may have been busy
-    meanwhile. The clock is read at each step, the device never: at the end of the epoch its results are there.
+    `steps_per_second` and `examples_per_second` (by the first axis of the first array in a batch) count the time of
+    training alone, without validation and compilation. `data_wait` is the share of that time, from 0 to 1, in which the
+    loop waited for its next batch; the device may have been busy meanwhile. The callback reads the clock at each step,
+    but never waits for the device: at the end of an epoch the results are there.
 
-    The callbacks after this one, the history, the log and the display see these values; give it first.
+    The callbacks after this one, the history, the log and the display see these values, so give it first.
     """
 
     takes_executions = True  # See `Callbacks.each_step`.
 
     def __init__(self) -> None:
         super().__init__()
-        self._steps = 0
-        self._logs: Any = None
-        self._begin()
+        self.on_epoch_begin(0)
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._begin()
+        self._begun = self._ready = self._test_begun = time.perf_counter()
+        self._first, self._steps, self._waited = 0, 0, 0.0
+        self._logs: Any = None
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._first = batch
@@ -59,7 +59,3 @@ class Throughput(Stateful, keras.callbacks.Callback):
         if hasattr(self._logs, "examples"):  # Keras's own loop does not count them.
             logs["examples_per_second"] = self._logs.examples / seconds
         logs["data_wait"] = min(self._waited / seconds, 1.0)
-
-    def _begin(self) -> None:
-        self._begun = self._ready = self._test_begun = time.perf_counter()
-        self._first, self._steps, self._waited, self._logs = 0, 0, 0.0, None

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved, as which bytes, and when; `hl.Checkpointer` and `hl.load_checkpoint` are its public face.
+"""Checkpoints: the format on disk, the directory of a run, and the state of a model; see `hl.Checkpointer`.
 
 Nothing is imported here: the command line reads checkpoints without a backend.
 """

@@ -1,19 +1,18 @@
-"""`hl.Checkpointer`: when a state is saved, in the background, and restored."""
+"""`hl.Checkpointer`: saves a state in the background, and restores it."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import operator
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
+from handloom._util.arguments import whole_number
 from handloom._util.findings import warn
+from handloom._util.first_few import first_few
 from handloom._util.shard import Shard
 from handloom.checkpoint import snapshot
 from handloom.checkpoint.dtypes import is_finite
@@ -26,30 +25,31 @@ from handloom.errors import ArgumentError, CheckpointError
 
 
 class Checkpointer:
-    """Saves a state now and then, and restores it: the whole state, to the last bit, or not at all.
+    """Saves a state when asked to, and restores it bitwise identical, all of it or nothing.
 
-    A checkpoint is there when it is on the disk and has been read back; only then do older ones go. A process killed at
-    any instant leaves the last one whole. Saving waits for the state to be copied, and for the checkpoint before;
-    the rest happens in the background. What fails there is raised by the next call, so close at the end.
+    A checkpoint counts when it is on disk and has been read back; only then are older ones removed. A process killed at
+    any instant leaves the last checkpoint intact. `save` waits for a copy of the state, and for the checkpoint before
+    it; the rest happens in the background. An error there is raised by the next call, so close at the end.
 
     Args:
-        directory: Where. One process at a time writes to it.
-        state: What is saved, by name: models, optimizers, feeds, NumPy arrays, whatever has `state()` and `restore()`.
-            Where the random numbers of Python, NumPy, Keras and the backend stand is saved besides.
-        keep: How many of the last checkpoints to keep; `None` for all.
-        best: `"min:NAME"` or `"max:NAME"` of a metric given to `save`, by which the best is kept besides.
-        finite: Whether to refuse a state with numbers that are NaN or infinite: a warning names them, and the last good
+        directory: The directory. One process at a time writes to it.
+        state: The objects to save, by name: models, optimizers, feeds, NumPy arrays, and objects with `state()` and
+            `restore(state)`, in dicts and lists. The states of the random number generators of Python, NumPy, Keras and
+            the backend are saved as well.
+        keep: The number of last checkpoints to keep; `None` for all.
+        best: `"min:NAME"` or `"max:NAME"` of a metric given to `save`; the best checkpoint is then kept as well.
+        finite: Whether to refuse a state with NaN or infinite numbers: a warning names them, and the last good
             checkpoint stays the newest.
 
     Attributes:
-        directory: Where the checkpoints are.
-        state: What is saved.
-        written: The last checkpoint known to be on the disk: its `step`, `bytes`, and the `seconds` that writing took
-            in the background, and for how many `save` had the steps wait. `None` before the first.
-        restored: What `restore` put back and what it did not, by name; nothing before.
+        directory: The directory of the checkpoints.
+        state: The objects to save.
+        written: The last checkpoint known to be on disk: its `step`, its `bytes`, the `seconds` that writing took in
+            the background, and the `seconds_waited` for which `save` held up the steps. `None` before the first.
+        restored: The names that the last `restore` restored, and those that it did not; empty before.
 
     Raises:
-        ValueError: `keep` is not positive, or `best` is no direction and name.
+        ArgumentError: `keep` is not a positive whole number, or `best` is not a direction and a name.
 
     Example:
         ```python
@@ -70,8 +70,8 @@ class Checkpointer:
         best: str | None = None,
         finite: bool = True,
     ) -> None:
-        if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
-            raise ArgumentError(f"HL018: keep= takes a positive whole number, or None to keep all; received {keep!r}.")
+        if keep is not None:
+            whole_number("hl.Checkpointer", keep=keep)
         self.directory = Path(directory)
         self.state = state
         self.written: Written | None = None
@@ -80,25 +80,25 @@ class Checkpointer:
         self._best = Best.of(best) if best is not None else None
         self._store = Store(self.directory, keep, self._best)
         self._metrics: set[str] = set()
-        self._pending: _Pending | None = None
+        self._pending: tuple[int, concurrent.futures.Future[Written]] | None = None
         self._copied: dict[str, list[Shard]] = {}
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the checkpoints there are, oldest first; not those that are evidently damaged."""
+        """The steps of the checkpoints in the directory, oldest first, without those with missing or cut-off files."""
         return valid_steps(self.directory)
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best checkpoint, by the metric that `best` names; `None` if none has it. Waits too."""
+        """The step of the best checkpoint by the metric of `best`; `None` if none has it. Waits as `wait` does."""
         self.wait()
         best = self._store.best()
         return None if best is None else best.step
 
     def is_best(self, metrics: Mapping[str, Any]) -> bool:
-        """Whether a state saved with these metrics would be the best there is; waits for the one before.
+        """Whether a state saved with these metrics would be the best so far. Waits as `wait` does.
 
-        For loops that save now and then, and whenever it gets better.
+        For loops that save on a schedule, and whenever the metric improves.
         """
         self.wait()
         return self._store.is_best(_numbers(metrics))
@@ -109,82 +109,83 @@ class Checkpointer:
         With `finite`, a state that is not finite is not saved; a `HandloomWarning` says so.
 
         Args:
-            step: How many steps have been taken. Checkpoints are ordered by it; a step saved again replaces the first.
+            step: The number of steps taken. Checkpoints are ordered by it; saving a step again replaces its checkpoint.
             metrics: Name to number, for `best` and for the record.
 
         Raises:
-            CheckpointError: The one before could not be written; or this one cannot be, as the directory is read-only,
-                another process writes to it, it holds a later step, or something in the state cannot be saved.
+            CheckpointError: The previous checkpoint could not be written; or this one cannot be: the directory is
+                read-only, another process writes to it, it holds a later step, or something in the state cannot be
+                saved.
         """
         begun = time.perf_counter()
         self.wait()
-        step = _step(step)
+        step = whole_number("Checkpointer.save", least=0, step=step)
         self._store.open()
         self._store.check_step(step)
         numbers = _numbers(metrics or {})
         self._copied, contents = snapshot.take(self.state, self._copied)
         if self._finite and (names := _not_finite(self._copied)):
             warn(
-                f"HL501: The state at step {step} is not saved: NaN or infinity in {', '.join(names[:3])}"
-                f"{' and more' if len(names) > 3 else ''}. The checkpoints before stay. If it is meant to be there, "
-                "use finite=False.",
+                f"HL501: The state at step {step} is not saved: NaN or infinity in {first_few(names, 3)}.",
+                "The earlier checkpoints stay.",
+                "If these values are intended, use finite=False.",
             )
             return
         draft = Draft(step, [self._copied], contents, numbers)
         self._metrics |= numbers.keys()
-        # A thread for each, which ends by itself; the interpreter waits for it at its exit.
+        # A new thread each time, which ends by itself; the interpreter waits for it at exit.
         executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="handloom-checkpoint")
-        written = executor.submit(_in_background, self._store, draft)
-        self._pending = _Pending(step, written, time.perf_counter() - begun)
+        self._pending = step, executor.submit(_write, self._store, draft, time.perf_counter() - begun)
         executor.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is on the disk.
+        """Waits until the last checkpoint is on disk.
 
         Raises:
-            CheckpointError: It could not be written; names its step.
+            CheckpointError: It could not be written; the message names its step.
         """
         if self._pending is None:
             return
-        concurrent.futures.wait([self._pending.written])  # Apart from the result: an interrupt must not lose it.
-        pending, self._pending = self._pending, None
+        step, writing = self._pending
+        concurrent.futures.wait([writing])  # Not `result`: an interrupt here must leave it pending.
+        self._pending = None
         try:
-            self.written = dataclasses.replace(pending.written.result(), seconds_waited=pending.seconds_waited)
+            self.written = writing.result()
         except Exception as error:
-            raise CheckpointError(f"HL502: Saving the checkpoint of step {pending.step} failed. {error}") from error
+            raise CheckpointError(f"HL502: Saving the checkpoint of step {step} failed. {error}") from error
 
     def check(self) -> None:
-        """Takes note of whether the last checkpoint is on the disk by now; does not wait. Raises what `wait` does."""
-        if self._pending is not None and self._pending.written.done():
+        """Updates `written` if the last checkpoint is on disk by now; does not wait. Raises what `wait` raises."""
+        if self._pending is not None and self._pending[1].done():
             self.wait()
 
     def restore(self, step: int | None = None, *, allow: Sequence[str] = ()) -> int | None:
-        """Gives the state what the newest whole checkpoint holds, or that of a step.
+        """Restores the state from the newest complete checkpoint, or from that of a step.
 
-        A damaged one is passed over for the one before, with a `HandloomWarning` that names file and array.
+        Damaged checkpoints are skipped, with a `HandloomWarning` that names file and array.
 
         Args:
-            step: Which one, such as `checkpointer.best_step`; by default the newest.
-            allow: Patterns of names that may be missing, left over, or of another shape: `["model.head.*"]`. What is
-                missing stays as it is.
+            step: The step of the checkpoint, such as `checkpointer.best_step`; by default the newest.
+            allow: Patterns of names that may be missing, left over, or of another shape: `["model.head.*"]`. Missing
+                ones stay unchanged.
 
         Returns:
-            Its step; `None` if there is no checkpoint.
+            The step of the checkpoint; `None` if there is no checkpoint.
 
         Raises:
-            CheckpointError: There are some and none is whole; or there is none of that step; or it is the checkpoint
-                of something else: names what is missing, not expected, or of another shape. Nothing has been restored
+            CheckpointError: All checkpoints are damaged; or there is none of that step; or the checkpoint is of another
+                state: the message names what is missing, not expected, or of another shape. Nothing has been restored
                 then.
         """
         self.wait()
         found, damaged = read_newest(
-            self.directory, lambda manifest: snapshot.check(self.state, manifest.shapes, allow), step
+            self.directory, lambda manifest: snapshot.check(self.state, manifest.tensors, allow), step
         )
-        if found is None and step is not None:
-            known = ", ".join(map(str, self.steps)) or "none"
-            raise CheckpointError(f"HL503: {self.directory} holds no checkpoint of step {step}; there are {known}.")
         if found is None:
-            return None
+            if step is None:
+                return None
+            known = ", ".join(map(str, self.steps)) or "none"
+            raise CheckpointError(f"HL503: {self.directory} has no checkpoint of step {step}; it has {known}.")
         self._store.damaged |= damaged
         warn_of(damaged, found)
         self.restored = snapshot.put(self.state, found.arrays, found.contents, allow)
@@ -195,17 +196,17 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            if self._pending is None:  # Else an interrupt came, and a thread is still writing.
+            if self._pending is None:  # Otherwise an interrupt came, and a thread is still writing.
                 self._store.close()
         if self._best and self._metrics and self._best.metric not in self._metrics:
             warn(
-                f"HL504: No best checkpoint was kept: best= asks for {self._best.metric!r}, and the metrics that save() was "
-                f"given are {', '.join(sorted(self._metrics))}.",
+                f"HL504: No best checkpoint was kept: best= names {self._best.metric!r}; the metrics given to save() "
+                f"were {', '.join(sorted(self._metrics))}."
             )
-            self._metrics.clear()  # Once is enough.
+            self._metrics.clear()  # Warn once.
 
     def __enter__(self) -> Checkpointer:
-        self._store.open()  # A directory that cannot be written is better found before training than after.
+        self._store.open()  # A directory that cannot be written is an error before training, not after.
         return self
 
     def __exit__(
@@ -219,33 +220,15 @@ class Checkpointer:
             error.add_note(str(failure))  # The user's own error comes first.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A checkpoint that is being written: its step, what it will have taken, and how long `save` took to begin it."""
-
-    step: int
-    written: concurrent.futures.Future[Written]
-    seconds_waited: float
-
-
-def _in_background(store: Store, draft: Draft) -> Written:
-    lower_priority()  # A step on all cores is as slow as its slowest thread.
-    return store.save(draft)
+def _write(store: Store, draft: Draft, seconds_waited: float) -> Written:
+    lower_priority()  # A step that uses all cores is as slow as its slowest thread.
+    return dataclasses.replace(store.save(draft), seconds_waited=seconds_waited)
 
 
 def _not_finite(shards: Mapping[str, Sequence[Shard]]) -> list[str]:
-    """The variables that are not; what a log or a callback remembers may be anything."""
+    """The names of variables with values that are not finite; the states of other objects may have them."""
     variables = {name: parts for name, parts in shards.items() if not name.startswith(snapshot.OF_STATE)}
     return [name for name, parts in variables.items() if not all(is_finite(part.value) for part in parts)]
-
-
-def _step(step: Any) -> int:
-    if isinstance(step, (bool, np.bool_)):
-        raise ArgumentError(f"HL019: save() takes the number of a step; received {step!r}.")
-    number = operator.index(step)
-    if not 0 <= number < 10**18:
-        raise ArgumentError(f"HL020: save() takes the number of a step, 0 or more; received {step!r}.")
-    return number
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

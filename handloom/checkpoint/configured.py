@@ -1,4 +1,4 @@
-"""How what is saved was configured: to tell a model with other settings, where names and shapes are the same."""
+"""Fingerprints of settings: they tell models apart that have the same names and shapes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from handloom.checkpoint.names import keras_objects
 
 
 def configured(state: Any) -> dict[str, str]:
-    """The layers and optimizers in a structure by where they are, each with a fingerprint of its settings.
+    """A fingerprint of the settings of each layer and optimizer in a structure, by its name there.
 
-    Of a layer that holds others it is the class alone: its own settings are in these. What has no `get_config` is left
-    out.
+    A layer that holds other layers counts by its class alone: their settings are listed as well. An object without a
+    `get_config` is left out.
     """
     kinds = (keras.Layer, keras.optimizers.Optimizer)
     found = {name: _settings(thing) for name, thing in keras_objects(state).items() if isinstance(thing, kinds)}
@@ -28,12 +28,12 @@ def _settings(thing: Any) -> str:
     try:
         config = keras.saving.serialize_keras_object(thing.get_config())
         return kind + json.dumps(_lasting(config), sort_keys=True, default=lambda value: type(value).__name__)
-    except Exception:  # Of the user's own making; it may need what only he has.
+    except Exception:  # The user's own `get_config` may fail in any way.
         return ""
 
 
 def _lasting(config: Any) -> Any:
-    """Settings without what Keras makes up, what training changes, and the code of lambdas, which has line numbers."""
+    """Settings without generated names, learning rates, and the code of lambdas, which has line numbers."""
     if isinstance(config, (list, tuple)):
         return [_lasting(value) for value in config]
     if not isinstance(config, dict) or config.get("class_name") == "DTypePolicy":

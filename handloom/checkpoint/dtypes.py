@@ -1,26 +1,17 @@
-"""The types of array elements that safetensors knows, by their names in NumPy."""
+"""The element types of safetensors, under their NumPy names."""
 
 from __future__ import annotations
 
-import importlib
-
+import ml_dtypes  # noqa: F401 - makes bfloat16 and float8 known to NumPy.
 import numpy as np
 
 from handloom.errors import CheckpointError
 
 CODES = {
     "bool": "BOOL",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "float16": "F16",
-    "float32": "F32",
-    "float64": "F64",
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
     "complex64": "C64",
     "bfloat16": "BF16",
     "float8_e4m3fn": "F8_E4M3",
@@ -29,27 +20,22 @@ CODES = {
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The type of that name, little-endian as in the file."""
-    if name not in CODES:
-        raise CheckpointError(f"HL505: The type {name[:40]!r} is none that a checkpoint holds: {', '.join(CODES)}.")
-    if "bfloat" in name or "float8" in name:
-        importlib.import_module("ml_dtypes")  # Makes the names known to NumPy.
-        return np.dtype(name)
+    """The dtype of one of these names, little-endian as in a file."""
     return np.dtype(name).newbyteorder("<")
 
 
-def plain(name: str, array: np.ndarray) -> np.ndarray:
-    """The array as it is to stand in the file: little-endian, one element after the other; the same one if it is so."""
+def as_stored(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns an array as a file holds it, little-endian and contiguous; the same array if it is so already."""
     if array.dtype.name not in CODES:
         raise CheckpointError(
-            f"HL506: The array {name!r} is of type {array.dtype}, which safetensors has not. "
-            f"Turn it into one of {', '.join(CODES)}.",
+            f"HL506: The array {name!r} has the dtype {array.dtype}, which safetensors does not support.",
+            fix=f"Convert it to one of {', '.join(CODES)}.",
         )
     return np.asarray(array, dtype=dtype_of(array.dtype.name), order="C")
 
 
 def as_bytes(array: np.ndarray) -> memoryview:
-    """The memory of an array from `plain`."""
+    """The memory of an array from `as_stored`."""
     return array.reshape(-1).view(np.uint8).data
 
 
@@ -57,5 +43,5 @@ def is_finite(array: np.ndarray) -> bool:
     """Whether no element is NaN or infinite."""
     if array.dtype.name.startswith(("bool", "int", "uint")):
         return True
-    flat, count = array.reshape(-1), 1 << 20  # In pieces, as the answers take memory too.
+    flat, count = array.reshape(-1), 1 << 20  # In parts, as the results take memory too.
     return all(bool(np.isfinite(flat[begin : begin + count]).all()) for begin in range(0, flat.size, count))

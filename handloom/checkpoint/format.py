@@ -1,28 +1,28 @@
-"""A checkpoint as bytes: files in a directory, written from arrays and JSON values, read with all checks.
+"""A checkpoint as bytes: the files in its directory, written from arrays and JSON values, and read with all checks.
 
-    arrays.safetensors   the arrays, as any reader of safetensors takes them; or several such files, each with parts of
+    arrays.safetensors   the arrays, readable by any safetensors reader; or several such files, each with pieces of
                          arrays: arrays-00001-of-00002.safetensors
     contents.json        everything else
-    manifest.json        the step, the metrics, the sizes of the files, each array with a CRC-32 of each of its parts
+    manifest.json        the step, the metrics, the sizes of the files, each array with a CRC-32 for each of its pieces
 
-The safetensors file is written and read here and not by its library: which one can be told neither to read into given
-memory nor from an open file, and to write without a second copy of the arrays only by addresses in memory.
+This module reads and writes the safetensors format itself. The safetensors library can read neither into given memory
+nor from an open file, and writes without a second copy of the arrays only if it is given addresses in memory.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from handloom._util.first_few import first_few
 from handloom._util.shard import Shard
 from handloom.checkpoint import filesystem
-from handloom.checkpoint.dtypes import as_bytes, dtype_of, plain
+from handloom.checkpoint.dtypes import as_bytes, as_stored, dtype_of
 from handloom.checkpoint.manifest import (
     CONTENTS,
     MANIFEST,
@@ -32,31 +32,35 @@ from handloom.checkpoint.manifest import (
     Tensor,
     arrays_file,
     check_name,
+    file_size,
     header,
-    in_order,
+    layout,
 )
+from handloom.checkpoint.retention import Slot
 from handloom.checkpoint.strict_json import decode, encode
 from handloom.errors import CheckpointError
 
-# Bytes; some 200,000 arrays, and a history of as many epochs. Without an end, a file could fill the memory.
+# Bytes: about 200,000 arrays, or a history of as many epochs. Without a limit, a file could fill the memory.
 _LARGEST = 64 << 20
+
+_Place = tuple[str, tuple[int, ...]]  # The name of an array, and the offset of a piece of it.
 
 
 class Draft:
-    """A checkpoint that is not on the disk yet.
+    """A checkpoint that is not on disk yet.
 
     Args:
-        step: Which step it is of.
-        parts: What each file of arrays is to hold: name to the shards of that array. Together they are whole arrays.
-            They must not change until they have been written.
+        step: The step that it is of.
+        parts: For each file of arrays, name to the shards of that array. Together they are whole arrays. They must not
+            change until they are written.
         contents: JSON values.
         metrics: Name to value.
 
     Attributes:
-        bytes: How much room it needs, within a few kilobytes.
+        bytes: The space that it needs, to within a few kilobytes.
 
     Raises:
-        CheckpointError: Something in it that cannot be saved, by name.
+        CheckpointError: Something in it cannot be saved; the message names it.
     """
 
     def __init__(
@@ -70,102 +74,106 @@ class Draft:
             check_name(name)
         self.step = step
         self.metrics = dict(metrics)
-        self._files = {arrays_file(index, len(parts)): part for index, part in enumerate(parts)}
-        self._placed = {file: list(_laid_out(file, part)) for file, part in self._files.items()}
+        self._files = [arrays_file(index, len(parts)) for index in range(len(parts))]
+        self._arrays = {
+            (name, shard.offset): (file, as_stored(name, shard.value))
+            for file, part in zip(self._files, parts, strict=True)
+            for name, shards in part.items()
+            for shard in shards
+        }
         self._contents = encode(contents, "contents")
         if len(self._contents) > _LARGEST:
             raise CheckpointError(
-                f"HL511: The contents take {len(self._contents):,} bytes as JSON, of {_LARGEST:,} that they may. "
-                "What is large belongs in arrays.",
+                f"HL511: The contents take {len(self._contents):,} bytes as JSON; at most {_LARGEST:,} are allowed.",
+                fix="Keep large values in arrays.",
             )
-        manifest = self._manifest()
+        manifest = self._manifest({})
         self.bytes = manifest.nbytes + len(manifest.to_bytes()) + 4096
 
     def write(self, directory: Path) -> None:
-        """Writes the files into an empty directory, to the disk, and reads them back from there.
+        """Writes the files into an empty directory, flushes them to disk, and reads them back from there.
 
         Raises:
-            CheckpointError: What is read is not what was written, by name.
+            CheckpointError: A file does not read back as written; the message names it.
         """
-        tensors = self._manifest().tensors
-        for file, placed in self._placed.items():
-            begin = header(tensors, file)
+        tensors, checksums = self._manifest({}).tensors, {}
+        for file in self._files:
             with filesystem.creating(directory / file) as out:
-                filesystem.write(out, memoryview(begin))
-                self._placed[file] = [
-                    (name, dataclasses.replace(piece, crc32=_written(out, as_bytes(array))), array)
-                    for name, piece, array in placed
-                ]
-        manifest = self._manifest()
-        for file, data in ((CONTENTS, self._contents), (MANIFEST, manifest.to_bytes())):
+                filesystem.write(out, header(tensors, file))
+                for name, piece, *_ in layout(tensors, file):
+                    _, array = self._arrays[name, piece.offset]
+                    checksums[name, piece.offset] = _write(out, as_bytes(array))
+        for file, data in ((CONTENTS, self._contents), (MANIFEST, self._manifest(checksums).to_bytes())):
             with filesystem.creating(directory / file) as out:
-                filesystem.write(out, memoryview(data))
+                filesystem.write(out, data)
         verify(directory, from_disk=True)
 
-    def _manifest(self) -> Manifest:
+    def _manifest(self, checksums: Mapping[_Place, int]) -> Manifest:
+        tensors: dict[str, Tensor] = {}
+        for (name, offset), (file, array) in self._arrays.items():
+            piece = Piece(file, offset, array.shape, checksums.get((name, offset), 0))
+            stops = tuple(part.stop for part in piece.slices)
+            before = tensors.get(name, Tensor(array.dtype.name, stops, ()))
+            shape = tuple(map(max, before.shape, stops))
+            tensors[name] = Tensor(before.dtype, shape, (*before.pieces, piece))
+        files = {file: file_size(tensors, file) for file in self._files}
         contents = Contents(len(self._contents), hashlib.sha256(self._contents).hexdigest())
-        tensors = _tensors(item for placed in self._placed.values() for item in placed)
-        files = {
-            file: len(header(tensors, file)) + sum(array.nbytes for _, _, array in placed)
-            for file, placed in self._placed.items()
-        }
         return Manifest(self.step, self.metrics, tensors, files, contents)
 
 
-def _laid_out(file: str, part: Mapping[str, Sequence[Shard]]) -> Iterator[tuple[str, Piece, np.ndarray]]:
-    """Where each shard lies in its file. Large elements come first, so that all are aligned in memory."""
-    arrays = [(name, shard.offset, plain(name, shard.value)) for name, shards in part.items() for shard in shards]
-    end = 0
-    for name, offset, array in sorted(arrays, key=lambda item: (-item[2].itemsize, *item[:2])):
-        yield name, Piece(file, end, end + array.nbytes, offset, array.shape), array
-        end += array.nbytes
-
-
-def _tensors(placed: Iterable[tuple[str, Piece, np.ndarray]]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, piece, array in placed:
-        before = found[name].pieces if name in found else ()
-        pieces = (*before, piece)
-        shape = tuple(
-            max(sizes) for sizes in zip(*([part.stop for part in piece.slices] for piece in pieces), strict=True)
-        )
-        found[name] = Tensor(array.dtype.name, shape, pieces)
-    return found
-
-
-def _written(file: int, data: memoryview) -> int:
-    """Writes an array; its CRC-32."""
+def _write(file: int, data: memoryview) -> int:
+    """Writes an array and returns its CRC-32."""
     crc32 = 0
-    for chunk in filesystem.chunks(data):
+    for begin in range(0, len(data), filesystem.CHUNK):
+        chunk = data[begin : begin + filesystem.CHUNK]
         crc32 = zlib.crc32(chunk, crc32)
         filesystem.write(file, chunk)
     return crc32
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """What a checkpoint says it holds, with the sizes of its files compared.
+def read_manifest(directory: Path, *, from_disk: bool = False) -> Manifest:
+    """Reads the manifest of a checkpoint, and compares the sizes of its files.
+
+    Args:
+        directory: The directory of the checkpoint.
+        from_disk: Whether to bypass the page cache of the system, if possible.
 
     Raises:
-        CheckpointError: The manifest is missing, damaged or says what cannot be; another file is missing or of another
-            size. Names the file, and the first arrays that are cut off.
+        CheckpointError: The manifest is missing, damaged or contradicts itself; or it is of another step than the name
+            of its directory; or another file is missing or has another size. The message names the file, and the first
+            arrays that are cut off.
     """
-    return _read_manifest(directory, from_disk=False)
+    data = _read(directory, MANIFEST, from_disk=from_disk)
+    try:
+        manifest = Manifest.from_bytes(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"HL513: {directory / MANIFEST} cannot be used. {error}") from error
+    slot = Slot.of(directory.name)
+    if slot is not None and slot.step != manifest.step:
+        raise CheckpointError(f"HL541: {directory} holds the checkpoint of step {manifest.step}, not of {slot.step}.")
+    for name in (*manifest.files, CONTENTS):
+        with filesystem.reading(directory, name) as (_, size):
+            _check_size(directory / name, size, manifest)
+    return manifest
 
 
-def read_contents(directory: Path, manifest: Manifest) -> dict[str, Any]:
-    """What is in a checkpoint beside arrays.
+def read_contents(directory: Path, manifest: Manifest, *, from_disk: bool = False) -> dict[str, Any]:
+    """Reads the JSON values of a checkpoint.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: The file is damaged.
     """
-    return _read_contents(directory, manifest, from_disk=False)
+    data = _read(directory, CONTENTS, from_disk=from_disk)
+    if hashlib.sha256(data).hexdigest() != manifest.contents.sha256:
+        raise CheckpointError(f"HL514: {directory / CONTENTS} is damaged: it does not match its SHA-256 in {MANIFEST}.")
+    return decode(data, str(directory / CONTENTS))
 
 
 def read_arrays(directory: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint, by name. Their bytes are copied into memory and looked at no further until all agree.
+    """Reads the arrays of a checkpoint, by name. Nothing looks at their bytes until all checksums match.
 
     Raises:
-        CheckpointError: A byte is not as it was written. Names the file and the arrays.
+        CheckpointError: A byte is not as written. The message names the file and the arrays.
     """
     arrays = {name: np.empty(tensor.shape, dtype_of(tensor.dtype)) for name, tensor in manifest.tensors.items()}
     for file in manifest.files:
@@ -174,82 +182,67 @@ def read_arrays(directory: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
-    """Reads all of a checkpoint and keeps nothing but its manifest.
+    """Reads every byte of a checkpoint, and keeps only the manifest.
 
     Args:
-        directory: Where it is.
-        from_disk: Whether to read it past the memory of the system, if the system can.
+        directory: The directory of the checkpoint.
+        from_disk: Whether to bypass the page cache of the system, if possible.
 
     Raises:
-        CheckpointError: Something is damaged, by name.
+        CheckpointError: Something is damaged; the message names it.
     """
-    manifest = _read_manifest(directory, from_disk=from_disk)
-    _read_contents(directory, manifest, from_disk=from_disk)
+    manifest = read_manifest(directory, from_disk=from_disk)
+    read_contents(directory, manifest, from_disk=from_disk)
     for file in manifest.files:
         _read_arrays(directory, file, manifest, {}, from_disk=from_disk)
     return manifest
 
 
-def _read_manifest(directory: Path, *, from_disk: bool) -> Manifest:
-    data = _read(directory, MANIFEST, from_disk=from_disk)
-    try:
-        manifest = Manifest.from_bytes(data)
-    except CheckpointError as error:
-        raise CheckpointError(f"HL513: {directory / MANIFEST}: {error}") from error
-    for name in (*manifest.files, CONTENTS):
-        with filesystem.reading(directory, name) as (_, size):
-            _check_size(directory / name, size, manifest)
-    return manifest
-
-
-def _read_contents(directory: Path, manifest: Manifest, *, from_disk: bool) -> dict[str, Any]:
-    data = _read(directory, CONTENTS, from_disk=from_disk)
-    if hashlib.sha256(data).hexdigest() != manifest.contents.sha256:
-        raise CheckpointError(f"HL514: {directory / CONTENTS} is damaged: its SHA-256 is not the one in {MANIFEST}.")
-    return decode(data, str(directory / CONTENTS))
-
-
 def _read(directory: Path, name: str, *, from_disk: bool) -> bytes:
     with filesystem.reading(directory, name) as (file, size):
         if size > _LARGEST:
-            raise CheckpointError(f"HL515: {directory / name} has {size:,} bytes, of {_LARGEST:,} that it may have.")
-        reader = filesystem.Reader(file, size, from_disk=from_disk)
-        return b"".join(map(bytes, reader.take(size)))
+            raise CheckpointError(f"HL515: {directory / name} has {size:,} bytes; at most {_LARGEST:,} are allowed.")
+        return filesystem.Reader(file, size, from_disk=from_disk).read(size)
 
 
 def _check_size(path: Path, size: int, manifest: Manifest) -> None:
     expected = manifest.contents.bytes if path.name == CONTENTS else manifest.files[path.name]
-    if size == expected:
-        return
-    message = f"{path} is damaged: it has {size:,} bytes, of {expected:,} that were written."
-    if path.name != CONTENTS and size < expected:
-        begin = len(header(manifest.tensors, path.name))
-        cut = [name for name, piece in in_order(manifest.tensors, path.name) if begin + piece.stop > size]
-        message += f" Of it, {_list([f'the array {name!r}' for name in cut])} cut off." if cut else ""
-    raise CheckpointError("HL516", message)
+    if size != expected:
+        raise CheckpointError(
+            f"HL516: {path} is damaged: it has {size:,} bytes; {expected:,} were written.",
+            _cut_off(path.name, size, manifest),
+        )
+
+
+def _cut_off(file: str, size: int, manifest: Manifest) -> str:
+    """A sentence that names the arrays after the end of a file, if there are any."""
+    begin = len(header(manifest.tensors, file))
+    cut = [repr(name) for name, *_, stop in layout(manifest.tensors, file) if begin + stop > size]
+    return f"Bytes of {first_few(cut, 3)} are missing." if cut else ""
 
 
 def _read_arrays(
     directory: Path, file: str, manifest: Manifest, into: Mapping[str, np.ndarray], *, from_disk: bool = False
 ) -> None:
-    """Reads a file of arrays from its first byte to its last, into arrays where some are given."""
+    """Reads a file of arrays from its first byte to its last, into the given arrays."""
     with filesystem.reading(directory, file) as (opened, size):
         _check_size(directory / file, size, manifest)
         reader, expected = filesystem.Reader(opened, size, from_disk=from_disk), header(manifest.tensors, file)
-        damaged = [] if b"".join(map(bytes, reader.take(len(expected)))) == expected else ["its header"]
-        for name, piece in in_order(manifest.tensors, file):
-            if _read_piece(reader, piece, into.get(name)) != piece.crc32:
+        damaged = [] if reader.read(len(expected)) == expected else ["its header"]
+        for name, piece, start, stop in layout(manifest.tensors, file):
+            if _read_piece(reader, stop - start, piece, into.get(name)) != piece.crc32:
                 damaged.append(f"the array {name!r}")
     if damaged:
-        raise CheckpointError(f"HL517: {directory / file} is damaged: {_list(damaged)} not as written.")
+        raise CheckpointError(f"HL517: {directory / file} is damaged: {first_few(damaged, 3)} changed since the save.")
 
 
-def _read_piece(reader: filesystem.Reader, piece: Piece, array: np.ndarray | None) -> int:
-    """Reads the next piece of a file, into its place if there is an array; its CRC-32."""
-    crc32, at = 0, 0
-    values = None if array is None else array if array.shape == piece.shape else np.empty(piece.shape, array.dtype)
-    memory = None if values is None else as_bytes(values)
-    for chunk in reader.take(piece.stop - piece.start):
+def _read_piece(reader: filesystem.Reader, nbytes: int, piece: Piece, array: np.ndarray | None) -> int:
+    """Reads the next piece of a file, into its place in the array if there is one, and returns its CRC-32."""
+    crc32, at, values, memory = 0, 0, array, None
+    if array is not None:
+        values = array if array.shape == piece.shape else np.empty(piece.shape, array.dtype)
+        memory = as_bytes(values)
+    for chunk in reader.take(nbytes):
         crc32 = zlib.crc32(chunk, crc32)
         if memory is not None:
             memory[at : at + len(chunk)] = chunk
@@ -257,8 +250,3 @@ def _read_piece(reader: filesystem.Reader, piece: Piece, array: np.ndarray | Non
     if array is not None and values is not array:
         array[piece.slices] = values
     return crc32
-
-
-def _list(parts: list[str]) -> str:
-    more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
-    return ", ".join(parts[:3]) + more + (" is" if len(parts) == 1 else " are")

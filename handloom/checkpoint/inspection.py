@@ -1,39 +1,38 @@
-"""What `handloom checkpoint` says, line by line."""
+"""The output of `handloom checkpoint`, line by line."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from handloom.checkpoint.format import read_contents, read_manifest, verify
 from handloom.checkpoint.load import checkpoints
 from handloom.checkpoint.manifest import Manifest
-from handloom.checkpoint.store import named_rightly
 from handloom.errors import CheckpointError
 
 
 def listed(path: Path) -> Iterator[str]:
-    """A line for each checkpoint at a path, oldest first; only what can be said without reading all of it."""
-    for checkpoint in checkpoints(path):
-        try:
-            yield f"{checkpoint.name}  {_summary(named_rightly(checkpoint, read_manifest(checkpoint)))}"
-        except CheckpointError as error:
-            yield f"{checkpoint.name}  DAMAGED: {error}"
+    """A line for each checkpoint at a path, oldest first, without reading the arrays."""
+    return (line for _, line in _read_each(path, read_manifest, ""))
 
 
 def verified(path: Path) -> Iterator[tuple[bool, str]]:
     """Reads every byte of each checkpoint at a path: whether it is whole, and a line that says so."""
+    return _read_each(path, verify, "whole, ")
+
+
+def _read_each(path: Path, read: Callable[[Path], Manifest], finding: str) -> Iterator[tuple[bool, str]]:
     for checkpoint in checkpoints(path):
         try:
-            yield True, f"{checkpoint.name}  whole, {_summary(named_rightly(checkpoint, verify(checkpoint)))}"
+            yield True, f"{checkpoint.name}  {finding}{_summary(read(checkpoint))}"
         except CheckpointError as error:
             yield False, f"{checkpoint.name}  DAMAGED: {error}"
 
 
 def shown(path: Path) -> Iterator[str]:
-    """What is in the checkpoint at a path (the newest, if there are several): arrays, then the rest."""
+    """The arrays, then the other contents, of the checkpoint at a path; of several, the newest."""
     checkpoint = checkpoints(path)[-1]
     manifest = verify(checkpoint)
     yield f"{checkpoint}: step {manifest.step}, {_summary(manifest)}"

@@ -1,4 +1,4 @@
-"""`hl.load_checkpoint`: what is in a checkpoint, without a model and without a backend."""
+"""`hl.load_checkpoint`: the contents of a checkpoint, without a model and without a backend."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from handloom.errors import CheckpointError
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a checkpoint as names and arrays.
 
-    Every byte is verified; nothing in it is run or looked up. No backend is imported.
+    Every byte is verified; no code from the file runs, and no class is looked up. No backend is imported.
 
     Args:
-        path: A checkpoint, such as `run/checkpoints/step_000000120`, or a directory of them, or a run's directory; of
-            several the newest that is whole is read, and a damaged one that is passed over is named in a
-            `HandloomWarning`.
+        path: A checkpoint, such as `run/checkpoints/step_000000120`, a directory of checkpoints, or a run directory. Of
+            several checkpoints, the newest complete one is read; a `HandloomWarning` names the damaged ones it skips.
 
     Returns:
-        An object with `step`, `arrays` (name to NumPy array; bfloat16 and float8 of the types of `ml_dtypes`),
-        `contents` (what is saved beside arrays, as JSON values), `metrics` and `path`.
+        An object with `step`, `arrays` (name to NumPy array; bfloat16 and float8 have the dtypes of `ml_dtypes`),
+        `contents` (everything else, as JSON values), `metrics` and `path`.
 
     Raises:
-        CheckpointError: There is none, or it is damaged: names the file and the array.
+        CheckpointError: There is no checkpoint, or it is damaged: the message names the file and the array.
     """
     path = Path(path)
-    if is_checkpoint(path):
+    if _is_checkpoint(path):
         return read(path)
     found, damaged = read_newest(_directory(path))
     if found is None:
@@ -39,19 +38,19 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _directory(path: Path) -> Path:
-    """Where checkpoints are: a directory itself, or the one in that of a run."""
+    """The directory of checkpoints: the path itself, or the one in a run directory."""
     return path / OF_RUN if (path / OF_RUN).is_dir() else path
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether it is one checkpoint, whole or damaged, and not a directory of them."""
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a path is one checkpoint, complete or damaged, and not a directory of them."""
     return (Slot.of(path.resolve().name) is not None and path.is_dir()) or (path / MANIFEST).exists()
 
 
 def warn_of(damaged: dict[Slot, CheckpointError], found: Checkpoint) -> None:
-    """Names the damaged checkpoints that were passed over."""
+    """Warns of the damaged checkpoints that are newer than the one found."""
     for slot, error in damaged.items():
-        warn(f"HL519: {slot.name} is passed over for {found.path.name}: {error}")
+        warn(f"HL519: Skipping damaged checkpoint {slot.name}; using {found.path.name}.", str(error))
 
 
 def checkpoints(path: Path) -> list[Path]:
@@ -61,11 +60,11 @@ def checkpoints(path: Path) -> list[Path]:
         CheckpointError: There are none.
     """
     directory = _directory(path)
-    found = [path] if is_checkpoint(path) else [directory / slot.name for slot in slots(directory)]
+    found = [path] if _is_checkpoint(path) else [directory / slot.name for slot in slots(directory)]
     if not found:
         raise _nothing_at(path)
     return found
 
 
 def _nothing_at(path: Path) -> CheckpointError:
-    return CheckpointError(f"HL520: There is no checkpoint at {path}, nor are there any in it.")
+    return CheckpointError(f"HL520: There is no checkpoint at {path}, or in it.")

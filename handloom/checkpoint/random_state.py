@@ -1,4 +1,4 @@
-"""Where random numbers stand: part of every checkpoint, as of every run."""
+"""The states of all random number generators, which every checkpoint holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from handloom.backends import backend
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python, NumPy, the backend, and Keras's global seed generator, as JSON and arrays."""
+    """The states of Python, NumPy, the backend, and Keras's global seed generator, as JSON values and arrays."""
     version, internal, gauss = random.getstate()
     kind, key, position, has_gauss, cached = np.random.get_state()
     return {
@@ -25,7 +25,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Goes on from there. What another backend drew from is passed over."""
+    """Restores these states. The state of another backend is ignored."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal.tolist()), gauss))
     np.random.set_state(tuple(state["numpy"]))

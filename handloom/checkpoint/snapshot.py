@@ -1,16 +1,17 @@
-"""What is saved: the values of variables, and what else has a state, as arrays and JSON."""
+"""The state that a checkpoint holds: the values of variables, and the states of other objects, as arrays and JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from handloom._keras import Variable, keras
+from handloom._util.first_few import first_few
 from handloom._util.shard import Shard
 from handloom.checkpoint.encoding import decode, encode
 from handloom.checkpoint.names import named
@@ -18,27 +19,24 @@ from handloom.checkpoint.random_state import random_state, set_random_state
 from handloom.distribute._strategy import current
 from handloom.errors import CheckpointError
 
-Shapes = Mapping[str, tuple[tuple[int, ...], str]]
-
-# Arrays in the states of feeds and callbacks. No variable's name begins so.
 OF_STATE = "@"
+"""Begins the names of arrays in the states of feeds and callbacks, but never the name of a variable."""
 _RANDOM = "@random"
-_SHOWN = 5
 
 
 def take(
     state: Mapping[str, Any], into: Mapping[str, Sequence[Shard]] = MappingProxyType({})
 ) -> tuple[dict[str, list[Shard]], dict[str, Any]]:
-    """Copies a state off the device.
+    """Copies a state to host memory.
 
     Args:
         state: Models, layers, optimizers, metrics, variables, and objects with `state()` and `restore(state)`, in dicts
             and lists.
-        into: The shards of an earlier copy, whose memory may be written over: fresh memory costs more than the copying.
+        into: The shards of an earlier copy, which may be overwritten: fresh memory costs more than the copying.
 
     Returns:
-        The shards of arrays that this process holds, by name, and what is JSON. Where random numbers stand is among
-        both.
+        The shards of arrays that this process holds, by name, and the JSON values. Both include the states of random
+        number generators.
     """
     variables, stateful = named(state)
     shards = {name: _copied(_shards_of(variable), into.get(name, ())) for name, variable in variables.items()}
@@ -50,13 +48,13 @@ def take(
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What was put back.
+    """The result of a restore.
 
     Attributes:
-        variables: The names of variables and arrays that have the values of the checkpoint now.
-        things: The names of what else has its state back.
-        missing: What the checkpoint has not, or in another shape, and which stays as it was, as it may.
-        unused: What is in the checkpoint alone, as it may be.
+        variables: The names of variables and arrays that now have the values of the checkpoint.
+        things: The names of other objects that now have their saved state.
+        missing: The names that the checkpoint lacks, or has in another shape; these stay unchanged.
+        unused: The names that only the checkpoint has.
     """
 
     variables: tuple[str, ...] = ()
@@ -65,42 +63,42 @@ class Restored:
     unused: tuple[str, ...] = ()
 
 
-def check(state: Mapping[str, Any], shapes: Shapes, allow: Sequence[str] = ()) -> None:
-    """Checks that the arrays of a checkpoint fit a state, before anything is read.
+def check(state: Mapping[str, Any], arrays: Mapping[str, Any], allow: Sequence[str] = ()) -> None:
+    """Checks that the arrays of a checkpoint fit a state, before they are read.
 
     Args:
         state: As for `take`.
-        shapes: Shape and dtype of each array in the checkpoint.
+        arrays: The name of each array in the checkpoint to an object with its `shape`.
         allow: Patterns of names that may be missing, left over or of another shape, such as `"model.head.*"`.
 
     Raises:
-        CheckpointError: If they do not.
+        CheckpointError: They do not fit.
     """
     variables, _ = named(state)
-    saved = {name for name in shapes if not name.startswith(OF_STATE)}
+    saved = {name for name in arrays if not name.startswith(OF_STATE)}
     wrong = {
-        name: f"{name} is {shapes[name][0]} in the checkpoint and {tuple(variables[name].shape)} here"
-        for name in sorted(saved & variables.keys())
-        if tuple(shapes[name][0]) != tuple(variables[name].shape)
+        name: f"{name} is {tuple(arrays[name].shape)} in the checkpoint and {tuple(variables[name].shape)} here"
+        for name in saved & variables.keys()
+        if not _fits(variables[name], arrays[name])
     }
-    _refuse(variables.keys() - saved, saved - variables.keys(), wrong, allow)
+    _check_names(variables.keys() - saved, saved - variables.keys(), allow, wrong)
 
 
 def put(
     state: Mapping[str, Any], arrays: Mapping[str, np.ndarray], contents: Mapping[str, Any], allow: Sequence[str] = ()
 ) -> Restored:
-    """Puts a saved state back; see `check`, which comes before.
+    """Restores a state that `check` has accepted.
 
-    First what is no variable, in the order of the state, then random numbers: whatever the first does to these and to
-    variables does not stay.
+    Other objects come first, in the order of the state, then random number generators, then variables: restoring an
+    object may draw random numbers and change variables.
 
     Raises:
-        CheckpointError: If what else has a state is not what is in the checkpoint. Nothing has been put back then.
+        CheckpointError: The other objects are not those in the checkpoint. Nothing has been restored then.
     """
     variables, stateful = named(state)
-    kept = contents.keys() - {_RANDOM}
-    _refuse(stateful.keys() - kept, kept - stateful.keys(), {}, allow)
-    things = [name for name in stateful if name in contents]
+    saved = contents.keys() - {_RANDOM}
+    _check_names(stateful.keys() - saved, saved - stateful.keys(), allow)
+    things = [name for name in stateful if name in saved]
     for name in things:
         stateful[name].restore(decode(contents[name], arrays))
     if _RANDOM in contents:
@@ -108,13 +106,13 @@ def put(
     fitting = [name for name, variable in variables.items() if _fits(variable, arrays.get(name))]
     for name in fitting:
         _assign(variables[name], arrays[name])
-    saved = {name for name in arrays if not name.startswith(OF_STATE)} | kept
     here = [*stateful, *variables]
     missing = [name for name in here if name not in {*things, *fitting}]
-    return Restored(tuple(fitting), tuple(things), tuple(missing), tuple(sorted(saved - set(here))))
+    unused = saved.union(name for name in arrays if not name.startswith(OF_STATE)).difference(here)
+    return Restored(tuple(fitting), tuple(things), tuple(missing), tuple(sorted(unused)))
 
 
-def _fits(variable: Variable | np.ndarray, array: np.ndarray | None) -> bool:
+def _fits(variable: Variable | np.ndarray, array: Any) -> bool:
     return array is not None and tuple(array.shape) == tuple(variable.shape)
 
 
@@ -135,7 +133,7 @@ def _copy(value: np.ndarray, into: np.ndarray | None) -> np.ndarray:
 
 
 def _assign(variable: Variable | np.ndarray, array: np.ndarray) -> None:
-    """Sets a value, which may have been saved on another backend or in another precision."""
+    """Sets a value that may have been saved on another backend or in another precision."""
     if isinstance(variable, np.ndarray):
         variable[...] = array
         return
@@ -143,31 +141,21 @@ def _assign(variable: Variable | np.ndarray, array: np.ndarray) -> None:
     variable.assign(keras.ops.cast(array, dtype) if array.dtype.name != dtype else array)
 
 
-def _is_allowed(name: str, allow: Iterable[str]) -> bool:
-    # Not by `fnmatch`, to which the brackets in names mean something.
-    return any(re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) for pattern in allow)
-
-
-def _refuse(missing: Set[str], extra: Set[str], wrong: Mapping[str, str], allow: Sequence[str]) -> None:
-    """An error of what is not in the checkpoint, only there, or otherwise there, unless it is allowed."""
-    problems = [
-        *_listed("not in the checkpoint: ", _not_allowed(missing, allow)),
-        *_listed("only in the checkpoint: ", _not_allowed(extra, allow)),
-        *_listed("", [wrong[name] for name in _not_allowed(wrong.keys(), allow)]),
-    ]
+def _check_names(
+    missing: Iterable[str],
+    extra: Iterable[str],
+    allow: Sequence[str],
+    wrong: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Raises an error that lists the names that only one side has, and what is `wrong` with others, unless allowed."""
+    patterns = [re.compile(".*".join(map(re.escape, pattern.split("*")))) for pattern in allow]  # `[` is literal.
+    problems = []
+    for intro, names in (("not in the checkpoint: ", missing), ("only in the checkpoint: ", extra), ("", wrong)):
+        refused = [name for name in sorted(names) if not any(pattern.fullmatch(name) for pattern in patterns)]
+        if refused:
+            problems.append(intro + first_few([wrong.get(name, name) for name in refused], 5))
     if problems:
         raise CheckpointError(
-            f"HL536: The checkpoint is of another model or optimizer: {'; '.join(problems)}. Make them as they were when it "
-            "was saved, or name what may differ: allow=['model.head.*'].",
+            f"HL536: The checkpoint is of another model or optimizer: {'; '.join(problems)}.",
+            fix="Build them as they were when it was saved, or name what may differ: allow=['model.head.*'].",
         )
-
-
-def _not_allowed(names: Set[str], allow: Sequence[str]) -> list[str]:
-    return [name for name in sorted(names) if not _is_allowed(name, allow)]
-
-
-def _listed(what: str, names: Sequence[str]) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [what + ", ".join(names[:_SHOWN]) + more]

@@ -1,7 +1,7 @@
-"""Checkpoints in a directory: at every instant a whole one is there, and the newest that is whole is the one read.
+"""A directory of checkpoints: at every instant it holds a complete one, and the newest complete one is read.
 
-step_000000100/    a checkpoint; one of the same step saved again later is step_000000100_1
-.writing/          one that is not finished; .removing/ one that is on its way out
+step_000000100/    a checkpoint; if the same step is saved again later, step_000000100_1
+.writing/          an unfinished checkpoint; .removing/ one that is being removed
 .lock              held by the process that writes
 """
 
@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ class Checkpoint:
     """A checkpoint that has been read.
 
     Attributes:
-        path: The directory it was read from.
-        step: Which step it was saved at.
+        path: The directory that it was read from.
+        step: The step at which it was saved.
         arrays: Name to NumPy array.
-        contents: What is saved beside arrays, as JSON values.
+        contents: Everything else, as JSON values.
         metrics: Name to value, as given to `save`.
     """
 
@@ -54,8 +54,8 @@ class Written:
     Attributes:
         step: Its step.
         bytes: Its size.
-        seconds: How long that took, in the background.
-        seconds_waited: For how long the steps waited before that.
+        seconds: The time that writing took in the background.
+        seconds_waited: The time for which `save` held up the steps before that.
     """
 
     step: int
@@ -65,15 +65,15 @@ class Written:
 
 
 class Store:
-    """Writes checkpoints into a directory and removes old ones. It knows no models, and imports no backend.
+    """Writes checkpoints to a directory and removes old ones. It knows no models, and imports no backend.
 
     Args:
-        directory: Where. It is made when the first checkpoint is written.
-        keep: How many of the last ones to keep; `None` for all.
-        best: Which one to keep besides.
+        directory: The directory. It is created when the first checkpoint is written.
+        keep: The number of last checkpoints to keep; `None` for all.
+        best: The metric whose best checkpoint is kept as well.
 
     Attributes:
-        damaged: The places that were found damaged; they go when the next checkpoint has been written.
+        damaged: The slots that were found damaged. They are removed after the next checkpoint is written.
     """
 
     def __init__(self, directory: Path, keep: int | None = 3, best: Best | None = None) -> None:
@@ -84,10 +84,10 @@ class Store:
         self._lock: WriterLock | None = None
 
     def open(self) -> None:
-        """Makes sure that this process can write, and no other does.
+        """Makes sure that this process can write, and that no other process does.
 
         Raises:
-            CheckpointError: The directory cannot be written, or another process writes.
+            CheckpointError: The directory cannot be written, or another process writes to it.
         """
         if self._lock is not None:
             return
@@ -96,8 +96,8 @@ class Store:
             self._lock = WriterLock(self.directory)
         except OSError as error:
             raise CheckpointError(
-                f"HL537: No checkpoints can be written to {self.directory}: {error.strerror}. Choose another directory, or "
-                "make this one writable.",
+                f"HL537: Checkpoints cannot be written to {self.directory}: {error.strerror}.",
+                fix="Choose another directory, or make this one writable.",
             ) from error
 
     def close(self) -> None:
@@ -107,93 +107,94 @@ class Store:
             self._lock = None
 
     def check_step(self, step: int) -> None:
-        """Refuses a step before one that is there: it would be the older one, and soon be gone.
+        """Refuses a step before the last one: its checkpoint would count as the older one, and soon be removed.
 
         Raises:
-            CheckpointError: There is a later one, which has not been found damaged.
+            CheckpointError: There is a checkpoint of a later step, which is not known to be damaged.
         """
-        later = [slot for slot in slots(self.directory) if slot.step > step and slot not in self.damaged]
+        later = [slot for slot in self._sound() if slot.step > step]
         if later:
             raise CheckpointError(
-                f"HL538: {self.directory} holds {later[-1].name}, of a later step than {step}. Go on from it with restore(), "
-                "choose another directory, or remove it.",
+                f"HL538: Step {step} cannot be saved: {self.directory} holds {later[-1].name}, which is later.",
+                fix="Resume from it with restore(), choose another directory, or remove it.",
             )
 
     def save(self, draft: Draft) -> Written:
-        """Writes a checkpoint; then, and only then, removes those not to be kept.
-
-        Returns:
-            What it took.
+        """Writes a checkpoint; then, and only then, removes those that are not to be kept.
 
         Raises:
-            CheckpointError: It could not be written. Those that were there still are.
+            CheckpointError: The checkpoint could not be written. The earlier ones are intact.
         """
         begun = time.perf_counter()
         self.open()
         self.check_step(draft.step)
-        slot = self._free(draft.step)
+        again = [slot.again + 1 for slot in slots(self.directory) if slot.step == draft.step]
+        slot = Slot(draft.step, max(again, default=0))
         try:
-            self._discard()
-            self._check_space(draft.bytes)
-            self._commit(draft, slot)
+            self._write(draft, slot)
+        except OSError as error:
+            raise CheckpointError(
+                f"HL539: {slot.name} was not written to {self.directory}: {error.strerror}"
+                f"{f' ({error.filename})' if error.filename else ''}.",
+                "The earlier checkpoints are intact.",
+                f"Free space on the disk, or raise your limits: the checkpoint needs {draft.bytes:,} bytes."
+                if error.errno in _FULL
+                else "",
+            ) from error
+        try:
+            filesystem.sync(self.directory)
             self._prune(slot)
         except OSError as error:
-            raise CheckpointError("HL539", self._failure(error, slot, draft.bytes)) from error
+            raise CheckpointError(
+                f"HL556: {slot.name} was written to {self.directory}, but flushing the directory or removing older "
+                f"checkpoints failed: {error}."
+            ) from error
         return Written(draft.step, draft.bytes, time.perf_counter() - begun)
 
-    def _free(self, step: int) -> Slot:
-        same = [slot.again for slot in slots(self.directory) if slot.step == step]
-        return Slot(step, max(same) + 1 if same else 0)
-
-    def _check_space(self, needed: int) -> None:
-        free = filesystem.free_bytes(self.directory)
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"{needed - free:,} bytes are missing")
-
-    def _commit(self, draft: Draft, slot: Slot) -> None:
-        aside = self.directory / _WRITING
+    def _write(self, draft: Draft, slot: Slot) -> None:
+        unfinished = self.directory / _WRITING
+        for name in set(filesystem.names(self.directory)) & {_WRITING, _REMOVING}:  # Left by a killed process.
+            filesystem.remove(self.directory / name)
+        missing = draft.bytes - filesystem.free_bytes(self.directory)
+        if missing > 0:
+            raise OSError(errno.ENOSPC, f"{missing:,} bytes are missing")
         try:
-            filesystem.make(aside)
-            self._write(draft, aside, slot)
-            filesystem.sync(aside)
-            filesystem.rename(aside, self.directory / slot.name)
-        except BaseException:
+            filesystem.make(unfinished)
+            draft.write(unfinished)
+            filesystem.sync(unfinished)
+            filesystem.rename(unfinished, self.directory / slot.name)
+        except BaseException as error:
             with contextlib.suppress(OSError):
-                filesystem.remove(aside)
+                filesystem.remove(unfinished)
+            if isinstance(error, CheckpointError):
+                raise CheckpointError(
+                    f"HL540: {slot.name} was not written to {self.directory}: reading it back failed. {error}",
+                    "The earlier checkpoints are intact.",
+                ) from error
             raise
-        filesystem.sync(self.directory)
         self._metrics[slot] = draft.metrics
 
-    def _write(self, draft: Draft, aside: Path, slot: Slot) -> None:
-        try:
-            draft.write(aside)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"HL540: {slot.name} was not written to {self.directory}, as reading it back failed: {error} "
-                "The checkpoints that were there still are.",
-            ) from error
-
     def _prune(self, new: Slot) -> None:
-        there = slots(self.directory)
-        sound = [slot for slot in there if slot not in self.damaged or slot == new]
-        for slot in set(there) - kept(sound, self._keep, self._best_of(sound)):
-            # Under another name first: a checkpoint that is half removed would look like a damaged one.
+        self.damaged.pop(new, None)
+        for slot in {*slots(self.directory)} - kept(self._sound(), self._keep, self.best()):
+            # Renamed first: a checkpoint that is half removed would look like a damaged one.
             filesystem.rename(self.directory / slot.name, self.directory / _REMOVING)
             filesystem.remove(self.directory / _REMOVING)
             self._metrics.pop(slot, None)
             self.damaged.pop(slot, None)
 
+    def _sound(self) -> list[Slot]:
+        """The checkpoints that are not known to be damaged, oldest first."""
+        return [slot for slot in slots(self.directory) if slot not in self.damaged]
+
     def best(self) -> Slot | None:
-        """The best checkpoint there is."""
-        return self._best_of([slot for slot in slots(self.directory) if slot not in self.damaged])
+        """The best checkpoint in the directory."""
+        return self._best.among({slot: self._metrics_of(slot) for slot in self._sound()}) if self._best else None
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether a checkpoint with these metrics would be better than all there are."""
+        """Whether a checkpoint with these metrics would be better than all in the directory."""
         best = self.best()
-        return self._best is not None and self._best.better(metrics, {} if best is None else self._metrics_of(best))
-
-    def _best_of(self, candidates: Sequence[Slot]) -> Slot | None:
-        return self._best.among({slot: self._metrics_of(slot) for slot in candidates}) if self._best else None
+        return self._best is not None and self._best.better(metrics, self._metrics_of(best) if best else {})
 
     def _metrics_of(self, slot: Slot) -> dict[str, float]:
         if slot not in self._metrics:
@@ -201,37 +202,19 @@ class Store:
                 self._metrics[slot] = read_manifest(self.directory / slot.name).metrics
         return self._metrics.get(slot, {})
 
-    def _discard(self) -> None:
-        """Removes what a process left that was killed while it wrote."""
-        for name in set(filesystem.names(self.directory)) & {_WRITING, _REMOVING}:
-            filesystem.remove(self.directory / name)
-
-    def _failure(self, error: OSError, slot: Slot, needed: int) -> str:
-        if (self.directory / slot.name).exists():
-            return f"{slot.name} was written to {self.directory}, but not all after it was done: {error}."
-        where = f" ({error.filename})" if error.filename else ""
-        message = f"{slot.name} was not written to {self.directory}: {error.strerror}{where}."
-        if error.errno in _FULL:
-            message += f" It needs {needed:,} bytes. The disk, or what may be written to it, is full: make room."
-        return message + " The checkpoints that were there still are."
-
 
 def slots(directory: Path) -> list[Slot]:
-    """The checkpoints in a directory, oldest first; whole ones and damaged ones."""
+    """The checkpoints in a directory, complete or damaged, oldest first."""
     return sorted(slot for name in filesystem.names(directory) if (slot := Slot.of(name)) is not None)
 
 
 def valid_steps(directory: Path) -> list[int]:
-    """The steps of the checkpoints in a directory, oldest first, left out those whose files are missing or cut off."""
-    return sorted({slot.step for slot in slots(directory) if _looks_whole(directory / slot.name)})
-
-
-def _looks_whole(path: Path) -> bool:
-    try:
-        read_manifest(path)
-    except CheckpointError:
-        return False
-    return True
+    """The steps of the checkpoints in a directory, oldest first, without those with missing or cut-off files."""
+    found = set()
+    for slot in slots(directory):
+        with contextlib.suppress(CheckpointError):
+            found.add(read_manifest(directory / slot.name).step)
+    return sorted(found)
 
 
 def read(path: Path) -> Checkpoint:
@@ -241,27 +224,9 @@ def read(path: Path) -> Checkpoint:
         path: Its directory.
 
     Raises:
-        CheckpointError: It is damaged, or is not what its name says.
+        CheckpointError: The checkpoint is damaged, or is of another step than its name says.
     """
-    return _read(path, _manifest(path))
-
-
-def _manifest(path: Path) -> Manifest:
-    return named_rightly(path, read_manifest(path))
-
-
-def named_rightly(path: Path, manifest: Manifest) -> Manifest:
-    """The manifest, if it is that of the step in the name of the directory.
-
-    Raises:
-        CheckpointError: It is another's.
-    """
-    slot = Slot.of(path.name)
-    if slot is not None and slot.step != manifest.step:
-        raise CheckpointError(
-            f"HL541: {path} holds the checkpoint of step {manifest.step}, and not of the one in its name."
-        )
-    return manifest
+    return _read(path, read_manifest(path))
 
 
 def _read(path: Path, manifest: Manifest) -> Checkpoint:
@@ -270,44 +235,44 @@ def _read(path: Path, manifest: Manifest) -> Checkpoint:
 
 
 def read_newest(
-    directory: Path, check: Callable[[Manifest], None] | None = None, step: int | None = None
+    directory: Path, check: Callable[[Manifest], None] = lambda _: None, step: int | None = None
 ) -> tuple[Checkpoint | None, dict[Slot, CheckpointError]]:
-    """Reads the newest checkpoint that is whole.
+    """Reads the newest complete checkpoint.
 
     Args:
-        directory: Where they are.
-        check: Is given the manifest before any array is read, and may refuse it. What it raises is raised: a checkpoint
-            of something else is no damaged one.
-        step: Of which step, if not of any.
+        directory: The directory of the checkpoints.
+        check: Called with the manifest before any array is read. Its errors are raised: a checkpoint of another model
+            is not a damaged one.
+        step: The step to read; by default any.
 
     Returns:
-        The checkpoint (`None` if there is none at all), and what is wrong with the newer ones.
+        The checkpoint (`None` if there is none at all), and the errors of the newer, damaged ones.
 
     Raises:
-        CheckpointError: There are some, and none is whole.
+        CheckpointError: There are checkpoints, and all are damaged.
     """
     damaged: dict[Slot, CheckpointError] = {}
     tried: set[Slot] = set()
-    # Again and again, as a writer may have moved on.
+    # List the directory again each time: a writer may have removed and added checkpoints.
     while rest := [slot for slot in slots(directory) if slot not in tried and step in (None, slot.step)]:
         slot, path = rest[-1], directory / rest[-1].name
         tried.add(slot)
         try:
-            manifest = _manifest(path)
+            manifest = read_manifest(path)
         except CheckpointError as error:
-            _note(path, slot, error, damaged)
+            _note(slot, path, error, damaged)
             continue
-        if check is not None:
-            check(manifest)
+        check(manifest)
         try:
             return _read(path, manifest), damaged
         except CheckpointError as error:
-            _note(path, slot, error, damaged)
+            _note(slot, path, error, damaged)
     if damaged:
-        raise CheckpointError(f"HL542: No checkpoint in {directory} is whole. " + " ".join(map(str, damaged.values())))
+        errors = " ".join(map(str, damaged.values()))
+        raise CheckpointError(f"HL542: All checkpoints in {directory} are damaged. {errors}")
     return None, {}
 
 
-def _note(path: Path, slot: Slot, error: CheckpointError, damaged: dict[Slot, CheckpointError]) -> None:
-    if path.exists():  # Else a writer has just removed it, and a newer one is there.
+def _note(slot: Slot, path: Path, error: CheckpointError, damaged: dict[Slot, CheckpointError]) -> None:
+    if path.exists():  # Otherwise a writer has just removed it, and there is a newer one.
         damaged[slot] = error

@@ -1,31 +1,29 @@
-"""Slots for variables that came, or were thawed, after an optimizer was built."""
+"""Slots for variables that are added, or unfrozen, after an optimizer was built."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from handloom._keras import Variable, forget_slots, keras, slots_of, trained_by
 from handloom._trace.gradients import Wrt, variables_of
 from handloom.errors import OptimizerError
 from handloom.optimizers._named import NamedOptimizers
-from handloom.optimizers._tree import inside
+from handloom.optimizers._tree import children, inside
 
 
 def add_variables(optimizer: keras.Optimizer, wrt: Wrt) -> None:
-    """Gives a built optimizer slots for what it is to train from now on; what it has trained keeps its own.
+    """Adds slots for further variables to a built optimizer; existing slots keep their values.
 
-    For loops by hand in which a layer is thawed, or a block comes, between two steps. Compile the step anew after it,
-    `hl.function(train_step)`: one that is compiled trains what it was compiled for. A model's `fit` does both.
+    For loops by hand in which a layer is unfrozen or added between two steps. Afterwards compile the step again,
+    `hl.function(train_step)`: a compiled step trains the variables that it was compiled for. `Model.fit` does both.
 
     Args:
-        optimizer: With all that it wraps. One that is not built yet is left for its first step.
-        wrt: What it is to train: a variable, a layer or model (its trainable variables), or a list, tuple or dict of
-            these. Slots stand in the order of the variables of layers, as if they had been made at once; what the
-            optimizer knows besides comes after.
+        optimizer: The optimizer, with everything that it wraps. If it is not built yet, its first step builds it.
+        wrt: What to train: a variable, a layer or model (its trainable variables), or a list, tuple or dict of these.
+            Slots are in the order of the variables of layers, as if all had been created at once; slots of other
+            variables follow.
 
     Raises:
-        GradientError: If there is nothing to train in `wrt`, or anything else.
-        OptimizerError: If two variables cannot be told apart by their paths.
+        GradientError: `wrt` contains no trainable variables, or something else than variables and layers.
+        OptimizerError: Two variables have the same path.
 
     Example:
         ```python
@@ -34,35 +32,29 @@ def add_variables(optimizer: keras.Optimizer, wrt: Wrt) -> None:
         step = hl.function(train_step)
         ```
     """
-    order: dict[int, Variable] = {}
-    for leaf in keras.tree.flatten(wrt):
-        variables = leaf.variables if isinstance(leaf, keras.Layer) else [leaf]
-        order.update((id(variable), variable) for variable in variables)
-    for part in inside(optimizer):
-        order.update((id(variable), variable) for variable in trained_by(part) if id(variable) not in order)
+    given = [variable for leaf in keras.tree.flatten(wrt) for variable in getattr(leaf, "variables", [leaf])]
+    known = [variable for part in inside(optimizer) for variable in trained_by(part)]
+    order = {id(variable): variable for variable in [*given, *known]}
     add_variables_in_order(optimizer, variables_of(wrt), list(order.values()))
 
 
-def add_variables_in_order(
-    optimizer: keras.Optimizer, variables: Sequence[Variable], order: Sequence[Variable]
-) -> None:
-    """Gives an optimizer, with all that it wraps or names, slots for variables; see `add_variables`.
+def add_variables_in_order(optimizer: keras.Optimizer, variables: list[Variable], order: list[Variable]) -> None:
+    """Adds slots for variables to an optimizer, with everything that it wraps or names; see `add_variables`.
 
     Args:
         optimizer: The optimizer.
-        variables: What it is to train.
-        order: All variables of the model, in the order in which slots are to stand.
+        variables: The variables to train.
+        order: All variables of the model, in the order of their slots.
     """
     if isinstance(optimizer, NamedOptimizers):
         for name, owned in optimizer.owners().items():
             add_variables_in_order(optimizer[name], owned, order)
         return
-    inner = getattr(optimizer, "inner_optimizer", None)
-    if isinstance(inner, keras.Optimizer):
-        add_variables_in_order(inner, variables, order)
+    for child in children(optimizer):
+        add_variables_in_order(child, variables, order)
     known = set(map(id, trained_by(optimizer)))
-    if optimizer.built and any(id(variable) not in known for variable in variables):
-        wanted = known | set(map(id, variables))
+    wanted = known.union(map(id, variables))
+    if optimizer.built and wanted != known:
         _rebuild(optimizer, [variable for variable in order if id(variable) in wanted])
 
 
@@ -71,8 +63,8 @@ def _rebuild(optimizer: keras.Optimizer, variables: list[Variable]) -> None:
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
         raise OptimizerError(
-            f"HL302: {optimizer.name!r} cannot be given further variables to train: several have the path {twice[0]!r}. Give "
-            "their layers names of their own, or compile the model again, with a new optimizer.",
+            f"HL302: {optimizer.name!r} cannot distinguish the variables to add: several have the path {twice[0]!r}.",
+            fix="Give the layers different names, or compile the model again with a new optimizer.",
         )
     before = {slot.path: slot for slot in slots_of(optimizer)}
     forget_slots(optimizer)

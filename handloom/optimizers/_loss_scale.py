@@ -1,17 +1,19 @@
-"""Loss scaling for float16, correct whether or not a step remembers it.
+"""Loss scaling for float16, correct whether or not a step scales its loss.
 
-Gradients in float16 underflow, so the loss is multiplied by a large number before it is differentiated, and the
-gradients divided by it after. (Micikevicius et al., Mixed Precision Training, 2018.)
+Small gradients become zero in float16. The loss is therefore multiplied by a large number before it is differentiated,
+and the gradients are divided by it afterwards. (Micikevicius et al., Mixed Precision Training, 2018.)
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from handloom._keras import Tensor, Variable, keras, trained_by
 from handloom.backends import backend
 from handloom.errors import OptimizerError
+from handloom.optimizers._tree import Gradients, inside
 
 ops = keras.ops
 
@@ -20,26 +22,22 @@ ops = keras.ops
 class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     """Keras's `LossScaleOptimizer`, which `hl.Model.compile` puts around an optimizer under mixed float16.
 
-    It differs in two ways. Gradients of a loss that never went through `scale_loss` are not divided by the scale
-    (with Keras's, a step that forgets to scale learns almost nothing, in silence). And updates work inside compiled
+    It differs in two ways. It divides gradients by the scale only if their loss went through `scale_loss` (with
+    Keras's, a step that forgets to scale learns almost nothing, without a warning). And it updates inside compiled
     steps on every backend.
 
     Args:
         inner_optimizer: The optimizer to wrap.
         initial_scale: The first loss scale.
-        dynamic_growth_steps: After so many updates in a row with finite gradients the scale is doubled. A gradient
-            that is not finite halves it, and the update is skipped.
-        name: Name of the optimizer.
+        dynamic_growth_steps: The number of consecutive updates with finite gradients after which the scale doubles. A
+            gradient that is not finite halves the scale, and its update is skipped.
+        name: The name of the optimizer.
 
     Attributes:
-        skipped: How many updates were skipped, a variable; there once the optimizer is built.
+        skipped: A variable with the number of skipped updates; exists once the optimizer is built.
     """
 
-    skipped: Variable
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._loss_was_scaled = False
+    _loss_was_scaled = False
 
     def build(self, var_list: Sequence[Variable]) -> None:
         """Creates the slots for these variables."""
@@ -47,61 +45,78 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.skipped = self.add_variable((), name="skipped", dtype="int32")
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """Multiplies the loss by the present scale; the gradients given to `apply` next are divided by it."""
+        """Multiplies the loss by the current scale; the next call of `apply` divides the gradients by it."""
         self._loss_was_scaled = True
         return super().scale_loss(loss)
 
-    def apply(self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Variable] | None = None) -> None:
+    def apply(self, grads: Gradients, trainable_variables: Sequence[Variable] | None = None) -> None:
         """Updates variables, unless a gradient is not finite.
 
         Args:
-            grads: One gradient, or `None`, a variable; scaled if and only if the loss went through `scale_loss`.
-            trainable_variables: The variables; may be left out once the optimizer is built.
+            grads: One gradient, or `None`, per variable; scaled if and only if the loss went through `scale_loss`.
+            trainable_variables: The variables; optional once the optimizer is built.
 
         Raises:
-            OptimizerError: If the optimizer is not built, and is not told the variables.
+            OptimizerError: The variables are missing and the optimizer is not built.
         """
-        if trainable_variables is None and not self.built:
-            raise OptimizerError(
-                "HL310: The optimizer is not built, so it cannot tell whose gradients these are. Pass the variables too, or "
-                "build it first: optimizer.build(variables).",
-            )
-        variables = trained_by(self) if trainable_variables is None else list(trainable_variables)
-        if not self.built:
-            self.build(variables)
+        variables = built_variables(self, trainable_variables)
         if self._loss_was_scaled:
             grads = unscaled(grads, variables, self.dynamic_scale)
         self._loss_was_scaled = False
         apply_if_finite(self, grads, variables)
 
 
-def unscaled(gradients: Sequence[Tensor | None], variables: Sequence[Variable], scale: Tensor) -> list[Tensor | None]:
-    """Gradients divided by the scale of their loss. What overwrites its variable is no gradient, and is left."""
+def built_variables(optimizer: keras.Optimizer, given: Sequence[Variable] | None) -> list[Variable]:
+    """The variables of an update, for which the optimizer is built if it is not; by default all that it trains.
+
+    Raises:
+        OptimizerError: None are given, and the optimizer is not built.
+    """
+    if given is None and not optimizer.built:
+        raise OptimizerError(
+            f"HL310: {type(optimizer).__name__} is not built, and received gradients without their variables.",
+            fix="Pass the variables too, or build it first: optimizer.build(variables).",
+        )
+    variables = trained_by(optimizer) if given is None else list(given)
+    if not optimizer.built:
+        optimizer.build(variables)
+    return variables
+
+
+def loss_scale(optimizer: keras.Optimizer) -> Tensor | None:
+    """The factor for the loss: the smallest one that an optimizer in the tree asks for."""
+    scales = [
+        part.dynamic_scale.value if isinstance(part, keras.optimizers.LossScaleOptimizer) else part.loss_scale_factor
+        for part in inside(optimizer)
+        if part.built
+    ]
+    asked = [scale for scale in scales if scale is not None]
+    return functools.reduce(ops.minimum, asked) if asked else None
+
+
+def unscaled(gradients: Gradients, variables: list[Variable], scale: Tensor) -> Gradients:
+    """Divides gradients by the scale of their loss, except values that overwrite their variable."""
     return [
         gradient if gradient is None or variable.overwrite_with_gradient else ops.divide(gradient, scale)
         for gradient, variable in zip(gradients, variables, strict=True)
     ]
 
 
-def apply_unscaled(
-    optimizer: keras.Optimizer, gradients: Sequence[Tensor | None], variables: Sequence[Variable]
-) -> None:
-    """Hands an optimizer gradients of a loss that is not scaled, or not any more."""
+def apply_unscaled(optimizer: keras.Optimizer, gradients: Gradients, variables: list[Variable]) -> None:
+    """Updates variables with the gradients of a loss that is not scaled, or that were divided by its scale."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         apply_if_finite(optimizer, gradients, variables)
         return
     factor = optimizer.loss_scale_factor
-    if factor is not None:  # It will divide by this.
+    if factor is not None:  # The optimizer will divide by this.
         gradients = [None if gradient is None else ops.multiply(gradient, factor) for gradient in gradients]
     optimizer.apply(gradients, variables)
 
 
-def apply_if_finite(
-    optimizer: keras.optimizers.LossScaleOptimizer, gradients: Sequence[Tensor | None], variables: Sequence[Variable]
-) -> None:
-    """Lets the inner optimizer update with unscaled gradients, unless one is not finite; adapts the scale."""
+def apply_if_finite(optimizer: Any, gradients: Gradients, variables: list[Variable]) -> None:
+    """Updates with the inner optimizer and unscaled gradients, unless one is not finite; adapts the scale."""
     if not optimizer.built:
-        optimizer.build(list(variables))
+        optimizer.build(variables)
     finite = optimizer.check_finite(gradients)
     backend.cond(finite, lambda: apply_unscaled(optimizer.inner_optimizer, gradients, variables), lambda: None)
     steps = ops.where(finite, optimizer.step_counter + 1, 0)

@@ -1,36 +1,109 @@
-"""Gradient transforms: values that are called with gradients and their variables, and return gradients.
+"""Gradient transforms, and the optimizer that applies them.
 
-They compose by standing in a list, know nothing of the backend, and leave `None` (a variable that does not reach the
-loss) as it is.
+A transform is a plain object, called with gradients and their variables. It leaves `None`, the gradient of a variable
+that does not reach the loss, as it is, and does not depend on the backend.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 from handloom._keras import Tensor, Variable, keras
+from handloom._util.arguments import positive_number
 from handloom.errors import ArgumentError
-from handloom.optimizers._gradient_transforms import Gradients
+from handloom.optimizers._tree import Gradients
+from handloom.optimizers._wrapper import Wrapper
 
 ops = keras.ops
 
-_T = TypeVar("_T", bound=type)
+T = TypeVar("T", bound=type)
+
+Transform: TypeAlias = Callable[[Gradients, list[Variable]], Gradients]
+"""Takes gradients and their variables, and returns as many gradients. An attribute `variables` lists its state."""
 
 
-def _transform(cls: _T) -> _T:
-    """A transform that is its own configuration."""
-    made: Any = dataclasses.dataclass(frozen=True)(cls)
-    made.get_config = lambda self: {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+@keras.saving.register_keras_serializable("handloom")
+class GradientTransforms(Wrapper):
+    """Applies transforms to gradients, one after the other, and passes them to another optimizer.
+
+    Around `NamedOptimizers` a transform receives the gradients of all of them, so that a norm is global. A subclass
+    with a method `take_gradients(loss)` takes the gradients itself: the method calls `loss.gradients()` as often as it
+    needs, and returns the result of one such call, with the gradients to use.
+
+    Args:
+        inner_optimizer: The optimizer that updates.
+        transforms: Functions of (gradients, variables) that return gradients, such as
+            `handloom.optimizers.ClipByGlobalNorm(1.0)`, or your own.
+        name: The name of the optimizer.
+
+    Raises:
+        ArgumentError: A transform is not a function, or, at an update, returns gradients of another number or shape.
+
+    Example:
+        `GradientTransforms("sgd", [Centralize(), ClipByGlobalNorm(1.0)])`
+    """
+
+    options = ("transforms",)
+
+    def __init__(self, inner_optimizer: Any, transforms: Sequence[Transform], name: str | None = None) -> None:
+        super().__init__(inner_optimizer, name=name)
+        self.transforms = list(transforms)
+        for transform in self.transforms:
+            if not callable(transform):
+                raise ArgumentError(f"HL307: A transform takes gradients and variables; received {transform!r}.")
+
+    def update(self, gradients: Gradients, variables: list[Variable]) -> None:
+        for transform in self.transforms:
+            gradients = _checked(transform(gradients, variables), variables, transform)
+        super().update(gradients, variables)
+
+    @property
+    def variables(self) -> list[Variable]:
+        own = [variable for transform in self.transforms for variable in getattr(transform, "variables", ())]
+        return [*super().variables, *own]
+
+
+def _checked(changed: Gradients, variables: list[Variable], transform: Transform) -> Gradients:
+    name = getattr(transform, "__name__", type(transform).__name__)
+    gradients = list(changed)
+    if len(gradients) != len(variables):
+        raise ArgumentError(f"HL308: {name} received {len(variables)} gradients and returned {len(gradients)}.")
+    for gradient, variable in zip(gradients, variables, strict=True):
+        shape, expected = tuple(getattr(gradient, "shape", variable.shape)), tuple(variable.shape)
+        if shape != expected:
+            raise ArgumentError(f"HL309: {name} returned shape {shape} for {variable.path!r}, of shape {expected}.")
+    return gradients
+
+
+@dataclass_transform(frozen_default=True)
+def _transform(cls: T) -> T:
+    """Makes a class a transform with a configuration; its numbers must be positive."""
+    made: Any = cls
+    made.__post_init__ = _check_numbers
+    made.get_config = dataclasses.asdict
     made.from_config = classmethod(lambda cls, config: cls(**config))
-    registered: _T = keras.saving.register_keras_serializable("handloom")(made)
+    registered: T = keras.saving.register_keras_serializable("handloom")(dataclasses.dataclass(frozen=True)(made))
     return registered
 
 
-def _each(change: Callable[[Tensor], Tensor], gradients: Gradients) -> Gradients:
-    return [None if gradient is None else change(gradient) for gradient in gradients]
+def _check_numbers(transform: Any) -> None:
+    for field in dataclasses.fields(transform):
+        if field.type == "float":
+            positive_number(type(transform).__name__, **{field.name: getattr(transform, field.name)})
+
+
+class _EachGradient:
+    """A transform that changes each gradient by itself."""
+
+    def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
+        pairs = zip(gradients, variables, strict=True)
+        return [None if gradient is None else self._changed(gradient, variable) for gradient, variable in pairs]
+
+    def _changed(self, gradient: Tensor, variable: Variable) -> Tensor | None:
+        raise NotImplementedError
 
 
 def _norm(tensor: Tensor, axis: Any = None, keepdims: bool = False) -> Tensor:
@@ -38,7 +111,7 @@ def _norm(tensor: Tensor, axis: Any = None, keepdims: bool = False) -> Tensor:
 
 
 def _shrinking(norm: Tensor, limit: Any) -> Tensor:
-    """The factor that brings a norm down to a limit; 1 below it."""
+    """The factor that reduces a norm to a limit; 1 below it."""
     return ops.minimum(1.0, limit / ops.maximum(norm, keras.config.epsilon()))
 
 
@@ -48,36 +121,24 @@ def global_norm(gradients: Gradients) -> Tensor:
     return ops.sqrt(sum(squares[1:], start=squares[0])) if squares else ops.zeros(())
 
 
-def check_positive(name: str, **values: Any) -> None:
-    for argument, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ArgumentError(f"HL327: {name} takes a positive {argument}; received {argument}={value!r}.")
-
-
 @_transform
-class ClipByValue:
-    """Limits each entry to lie between `-limit` and `limit`."""
+class ClipByValue(_EachGradient):
+    """Limits each entry to the range from `-limit` to `limit`."""
 
     limit: float
 
-    def __post_init__(self) -> None:
-        check_positive("ClipByValue", limit=self.limit)
-
-    def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
-        return _each(lambda gradient: ops.clip(gradient, -self.limit, self.limit), gradients)
+    def _changed(self, gradient: Tensor, variable: Variable) -> Tensor:
+        return ops.clip(gradient, -self.limit, self.limit)
 
 
 @_transform
-class ClipByNorm:
-    """Shrinks each gradient whose norm is above the limit to have just that norm."""
+class ClipByNorm(_EachGradient):
+    """Shrinks each gradient whose norm is above the limit to that norm."""
 
     limit: float
 
-    def __post_init__(self) -> None:
-        check_positive("ClipByNorm", limit=self.limit)
-
-    def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
-        return _each(lambda gradient: gradient * _shrinking(_norm(gradient), self.limit), gradients)
+    def _changed(self, gradient: Tensor, variable: Variable) -> Tensor:
+        return gradient * _shrinking(_norm(gradient), self.limit)
 
 
 @_transform
@@ -86,115 +147,87 @@ class ClipByGlobalNorm:
 
     limit: float
 
-    def __post_init__(self) -> None:
-        check_positive("ClipByGlobalNorm", limit=self.limit)
-
     def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
         factor = _shrinking(global_norm(gradients), self.limit)
-        return _each(lambda gradient: gradient * ops.cast(factor, gradient.dtype), gradients)
+        return [gradient if gradient is None else gradient * ops.cast(factor, gradient.dtype) for gradient in gradients]
 
 
 @_transform
-class AdaptiveGradientClip:
+class AdaptiveGradientClip(_EachGradient):
     """Shrinks the gradient of each unit to at most `ratio` times the norm of its weights.
 
-    A unit is what one output is computed from: all axes but the last. (Brock et al., High-Performance Large-Scale Image
-    Recognition Without Normalization, 2021.) Norms of weights below `least` count as `least`, so that what starts
-    from zero can move.
+    The weights of a unit are those of one output: all axes but the last. (Brock et al., High-Performance Large-Scale
+    Image Recognition Without Normalization, 2021.) Norms of weights below `least` count as `least`, so that weights
+    that start at zero can move.
     """
 
     ratio: float = 0.01
     least: float = 1e-3
 
-    def __post_init__(self) -> None:
-        check_positive("AdaptiveGradientClip", ratio=self.ratio, least=self.least)
-
-    def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
-        return [
-            None if gradient is None else self._clipped(gradient, variable.value)
-            for gradient, variable in zip(gradients, variables, strict=True)
-        ]
-
-    def _clipped(self, gradient: Tensor, weights: Tensor) -> Tensor:
-        axes = tuple(range(len(gradient.shape) - 1)) if len(gradient.shape) > 1 else None
-        limit = self.ratio * ops.maximum(_norm(weights, axes, keepdims=True), self.least)
+    def _changed(self, gradient: Tensor, variable: Variable) -> Tensor:
+        axes = tuple(range(len(gradient.shape) - 1)) or None
+        limit = self.ratio * ops.maximum(_norm(variable.value, axes, keepdims=True), self.least)
         return gradient * _shrinking(_norm(gradient, axes, keepdims=True), limit)
 
 
 @_transform
-class Centralize:
-    """Takes the mean over each unit's inputs off its gradient (Yong et al., Gradient Centralization, 2020).
+class Centralize(_EachGradient):
+    """Subtracts the mean over the inputs of each unit from its gradient (Yong et al., Gradient Centralization, 2020).
 
-    Gradients of one axis, such as those of biases, stay as they are.
+    Gradients with one axis, such as those of biases, stay as they are.
     """
 
-    def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
-        def centered(gradient: Tensor) -> Tensor:
-            if len(gradient.shape) < 2:
-                return gradient
-            return gradient - ops.mean(gradient, axis=tuple(range(len(gradient.shape) - 1)), keepdims=True)
-
-        return _each(centered, gradients)
+    def _changed(self, gradient: Tensor, variable: Variable) -> Tensor:
+        axes = tuple(range(len(gradient.shape) - 1))
+        return gradient - ops.mean(gradient, axis=axes, keepdims=True) if axes else gradient
 
 
 @_transform
-class Multiply:
-    """Multiplies gradients by factors for the paths of their variables: the first pattern found in a path counts.
+class Scale(_EachGradient):
+    """Multiplies gradients by factors for the paths of their variables; the first pattern found in a path counts.
 
     Example:
-        `Multiply({"encoder": 0.1, "bias$": 2.0})` for discriminative learning rates under plain SGD. Optimizers that
-        normalize gradients, as Adam does, undo it: there use optimizers by name.
+        `Scale({"encoder": 0.1, "bias$": 2.0})` for discriminative learning rates with plain SGD. Optimizers that
+        normalize gradients, as Adam does, cancel the factors: use optimizers by name with those.
     """
 
     factors: Mapping[str, float]
 
-    def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
-        return [
-            gradient if gradient is None else gradient * self._factor(variable.path)
-            for gradient, variable in zip(gradients, variables, strict=True)
-        ]
-
-    def _factor(self, path: str) -> float:
-        return next((factor for pattern, factor in self.factors.items() if re.search(pattern, path)), 1.0)
+    def _changed(self, gradient: Tensor, variable: Variable) -> Tensor:
+        found = (factor for pattern, factor in self.factors.items() if re.search(pattern, variable.path))
+        return gradient * next(found, 1.0)
 
 
 @_transform
-class Freeze:
-    """Leaves the variables whose path has the pattern in it as they are: no update, no decay."""
+class Freeze(_EachGradient):
+    """Excludes the variables whose path contains the pattern from updates, weight decay included."""
 
     pattern: str
 
-    def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
-        return [
-            None if re.search(self.pattern, variable.path) else gradient
-            for gradient, variable in zip(gradients, variables, strict=True)
-        ]
+    def _changed(self, gradient: Tensor, variable: Variable) -> Tensor | None:
+        return None if re.search(self.pattern, variable.path) else gradient
 
 
 @keras.saving.register_keras_serializable("handloom")
-class AddNoise:
+class AddNoise(_EachGradient):
     """Adds normal noise to the gradients (Neelakantan et al., Adding Gradient Noise, 2015).
 
     Args:
-        stddev: Its standard deviation.
-        seed: Seed of the noise.
+        stddev: The standard deviation of the noise.
+        seed: The seed of the noise.
     """
 
     def __init__(self, stddev: float, seed: int = 0) -> None:
-        check_positive("AddNoise", stddev=stddev)
-        self.stddev, self.seed = stddev, seed
+        self.stddev, self.seed = positive_number("AddNoise", stddev=stddev), seed
         self._generator = keras.random.SeedGenerator(seed)
 
-    def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
-        def noisy(gradient: Tensor) -> Tensor:
-            noise = keras.random.normal(gradient.shape, stddev=self.stddev, dtype=gradient.dtype, seed=self._generator)
-            return gradient + noise
-
-        return _each(noisy, gradients)
+    def _changed(self, gradient: Tensor, variable: Variable) -> Tensor:
+        noise = keras.random.normal(gradient.shape, stddev=self.stddev, dtype=gradient.dtype, seed=self._generator)
+        return gradient + noise
 
     @property
     def variables(self) -> list[Variable]:
-        """The seed that the next noise is drawn from."""
+        """The state of the random generator."""
         return [self._generator.state]
 
     def get_config(self) -> dict[str, Any]:

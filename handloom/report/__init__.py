@@ -1,4 +1,4 @@
-"""What a run leaves to look at: its events, curves and pictures as PNG, and figures of quality."""
+"""Looks at finished and running runs: their events, curves and images as PNG, and quality measures."""
 
 from handloom.report._events import read_events as read_events
 from handloom.report._figures import save_curves as save_curves

@@ -1,4 +1,4 @@
-"""The events of a run, read from its log."""
+"""Reads the events of a run from its log."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _ATTRIBUTES = ("kind", "epoch", "step", "batch", "seconds", "time")
 
 
 def read_events(path: str | Path, *, superseded: bool = False) -> list[Event]:
-    """Reads the events of a run, also while it goes on.
+    """Reads the events of a run; the run may still be going on.
 
     Args:
-        path: A file that `handloom.callbacks.JSONLogger` wrote, or the directory of a run.
-        superseded: Whether to give events, too, that no longer count: those of steps that were taken again after the
-            run was resumed from a checkpoint before them, or begun anew. The file holds all that ever happened.
+        path: A file that `handloom.callbacks.JSONLogger` wrote, or a run directory.
+        superseded: Whether to include superseded events: of steps that were taken again after the run was resumed
+            from an earlier checkpoint or started from scratch. The file holds everything that ever happened.
 
     Returns:
-        The events, in order. NaN and infinite values are numbers again, arrays are lists.
+        The events, in order. NaN and infinite values are numbers again; arrays are lists.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: There is no such file.
     """
     path = Path(path)
     events = list(_events(path / "events.jsonl" if path.is_dir() else path))
-    return events if superseded else _that_count(events)
+    return events if superseded else _without_superseded(events)
 
 
 def _events(path: Path) -> Iterator[Event]:
@@ -41,15 +41,15 @@ def _events(path: Path) -> Iterator[Event]:
             fields = json.loads(line) if line else None
         except ValueError:
             fields = None
-            if number < len(lines):  # Else it is being written.
-                warn(f"HL950: {path}, line {number} is no JSON and is left out.")
+            if number < len(lines):  # The last line may still be being written.
+                warn(f"HL950: Line {number} of {path} is not JSON; it is skipped.")
         if fields is not None:
             data = {name: value for name, value in fields.items() if name not in _ATTRIBUTES}
             data |= {"values": _numbers(data["values"])} if data.get("values") else {}
             yield Event(**{name: fields[name] for name in _ATTRIBUTES}, data=data)
 
 
-def _that_count(events: list[Event]) -> list[Event]:
+def _without_superseded(events: list[Event]) -> list[Event]:
     found: list[Event] = []
     for event in events:
         if event.kind == "run_begin":
@@ -59,7 +59,7 @@ def _that_count(events: list[Event]) -> list[Event]:
 
 
 def _is_before(event: Event, resumed: Event) -> bool:
-    """Whether an event belongs to what a resumed run has behind it."""
+    """Whether an event happened before the point at which a run was resumed."""
     ended = event.kind == "run_end"
     return not ended and (event.step < resumed.step or (event.step == resumed.step and event.epoch <= resumed.epoch))
 

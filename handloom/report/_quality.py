@@ -1,4 +1,4 @@
-"""Figures of quality."""
+"""Measures of the quality of generated examples."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
         other: Features, shape `(examples, features)`.
 
     Returns:
-        The distance, in the square of the features' unit; 0 for two sets of the same mean and covariance.
+        The distance, in the square of the features' unit; 0 for two sets with the same mean and covariance.
 
     Raises:
-        ValueError: If the shapes do not go together.
+        ArgumentError: The shapes do not match, or a set has fewer than two examples.
     """
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1] or min(len(one), len(other)) < 2:
         raise ArgumentError(
-            "HL034: frechet_distance takes two arrays (examples, features) with the same number of features and at least two "
-            f"examples each; received shapes {one.shape} and {other.shape}.",
+            f"HL034: frechet_distance received arrays of shapes {one.shape} and {other.shape}.",
+            fix="Pass two arrays of shape (examples, features), with the same number of features and at least two "
+            "examples each.",
         )
     means = one.mean(axis=0), other.mean(axis=0)
-    covariances = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
-    root = _root(np.atleast_2d(covariances[0]))
+    covariances = [np.atleast_2d(np.cov(features, rowvar=False)) for features in (one, other)]
     # (C1 C2)^(1/2) has the trace of (R C2 R)^(1/2) with R = C1^(1/2), which is symmetric.
-    cross = _root(root @ np.atleast_2d(covariances[1]) @ root)
-    distance = np.sum((means[0] - means[1]) ** 2) + np.trace(np.atleast_2d(covariances[0] + covariances[1]))
+    root = _root(covariances[0])
+    cross = _root(root @ covariances[1] @ root)
+    distance = np.sum((means[0] - means[1]) ** 2) + np.trace(covariances[0] + covariances[1])
     return float(max(distance - 2 * np.trace(cross), 0.0))
 
 

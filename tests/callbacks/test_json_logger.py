@@ -117,7 +117,7 @@ def test_events_can_be_read_while_a_run_goes_on_and_a_line_cut_off_is_left_out(p
     path.write_text(text[:-20])
     assert read_events(path)[-1].kind == "epoch"
     path.write_text(text[20:])
-    with pytest.warns(HandloomWarning, match="line 1 is no JSON"):
+    with pytest.warns(HandloomWarning, match="Line 1 of .* is not JSON"):
         assert read_events(path)[0].kind == "trace"
 
 
@@ -193,6 +193,6 @@ def test_json_logger_on_a_full_disk_warns_once_and_training_goes_on(path, monkey
     assert len(warned) == 1
     monkeypatch.undo()
     run(JSONLogger(path))
-    with pytest.warns(HandloomWarning, match=r"line 2 is no JSON"):
+    with pytest.warns(HandloomWarning, match=r"Line 2 of .* is not JSON"):
         events = read_events(path, superseded=True)
     assert [event.kind for event in events if event.kind != "trace"] == ["run_begin", "run_begin", "epoch", "run_end"]

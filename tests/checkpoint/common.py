@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: a state, a store of it, and an operating system that fails when told to."""
+"""Helpers for tests of checkpoints: a state, a store of it, and an operating system that fails on demand."""
 
 import functools
 import hashlib
@@ -14,12 +14,13 @@ from handloom.checkpoint.encoding import decode, encode
 from handloom.checkpoint.format import Draft
 from handloom.checkpoint.store import Store
 
-# What changes something on the disk.
+ARRAYS, CONTENTS, MANIFEST = FILES = ("arrays.safetensors", "contents.json", "manifest.json")
+# The calls that change something on disk.
 CHANGES = {"open", "write", "fsync", "ftruncate", "rename", "unlink", "rmdir", "mkdir", "makedirs"}
 
 
 class Shim:
-    """Stands in for the module `os`: `before(name, arguments)` sees each call that changes something, and may fail."""
+    """Replaces the module `os`: `before(name, arguments)` sees each call that changes something, and may fail."""
 
     def __init__(self, before):
         self._before = before
@@ -34,12 +35,12 @@ class Shim:
 
 
 def install(before):
-    """Has the checkpoint's calls of the operating system go through `before`; `None` ends that."""
+    """Passes the system calls of checkpoints through `before`; `None` ends that."""
     filesystem.os = lock.os = os if before is None else Shim(before)
 
 
 class Nth:
-    """Does something at the n-th of the calls named (from 0), and counts."""
+    """Does something at the n-th of the calls with these names (from 0)."""
 
     def __init__(self, number, act, names=CHANGES):
         self.number, self.act, self.names, self.count = number, act, names, 0
@@ -49,6 +50,15 @@ class Nth:
             self.count += 1
             if self.count == self.number + 1:
                 self.act(name, arguments)
+
+
+def failing(code):
+    """A call that fails with an error code."""
+
+    def act(name, arguments):
+        raise OSError(code, os.strerror(code))
+
+    return act
 
 
 def arrays(step):
@@ -81,48 +91,60 @@ def draft(step, metrics=None):
 
 
 def draft_of(arrays=None, contents=None, metrics=None, step=7):
-    """A checkpoint of these, whose arrays are whole and in one file."""
+    """A checkpoint of these, with whole arrays in one file."""
     return Draft(step, [whole(arrays or {})], contents or {}, metrics or {})
 
 
 def whole(arrays):
-    """Each array as the one shard that it has where there is one device."""
+    """Each array as its one shard on one device."""
     return {name: [Shard.whole(array)] for name, array in arrays.items()}
 
 
 def is_of(checkpoint, step):
-    """Whether a checkpoint is that of the step, to the last bit."""
+    """Whether a checkpoint is that of the step, bitwise identical."""
     expected = arrays(step)
     return (
         checkpoint.step == step
         and checkpoint.contents == contents(step)
         and checkpoint.arrays.keys() == expected.keys()
-        and all(same(checkpoint.arrays[name], array) for name, array in expected.items())
+        and all(same_bytes(checkpoint.arrays[name], array) for name, array in expected.items())
     )
 
 
-def same(one, other):
-    """Whether two arrays are equal in type, shape and every bit."""
+def same_bytes(one, other):
+    """Whether two arrays are equal in dtype, shape and every bit."""
     return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
 
 
 def take(state, into=MappingProxyType({})):
-    """What is taken of a state, as whole arrays and JSON."""
+    """A copy of a state as whole arrays and JSON."""
     shards, contents = snapshot.take(state, whole(into))
     return {name: shard.value for name, [shard] in shards.items()}, json.loads(json.dumps(contents, allow_nan=False))
 
 
 def through_a_checkpoint(value):
-    """A value as it comes back from JSON and arrays."""
+    """A value, encoded and decoded."""
     stored = {}
     encoded = encode(value, "@it", stored)
-    draft_of(stored)  # Names and types are such as a checkpoint takes.
+    draft_of(stored)  # Checks the names and dtypes.
     return decode(json.loads(json.dumps(encoded, allow_nan=False)), stored)
 
 
+def flip(path, position=-1, bit=0):
+    """Flips a bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def header_size(path):
+    """The size of the header of a safetensors file."""
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
 def forge(directory, change):
-    """Changes the manifest of a checkpoint as one would who knows the format: its own SHA-256 is right again."""
-    path = directory / "manifest.json"
+    """Changes the manifest of a checkpoint, and corrects its SHA-256."""
+    path = directory / MANIFEST
     record = json.loads(path.read_bytes())
     del record["sha256"]
     changed = change(record)
@@ -131,13 +153,12 @@ def forge(directory, change):
 
 
 def forge_file(directory, name, data):
-    """Gives a file of a checkpoint other bytes, and the manifest their size and, for the contents, SHA-256."""
+    """Replaces a file of a checkpoint, and corrects its size and SHA-256 in the manifest."""
     (directory / name).write_bytes(data)
-    contents = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def change(record):
-        if name == "contents.json":
-            record["contents"] = contents
+        if name == CONTENTS:
+            record["contents"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         else:
             record["files"][name] = len(data)
 

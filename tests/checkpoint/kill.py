@@ -1,6 +1,6 @@
-"""Kills a process at each of its system calls during a save, and looks what is there afterwards.
+"""Kills a process at each of its system calls during a save, and checks what is left.
 
-A program of its own, as it forks hundreds of times, which a process with a backend in it had better not.
+This is a program of its own, because it forks hundreds of times, which is not safe in a process with a backend.
 """
 
 import os
@@ -14,7 +14,7 @@ from tests.checkpoint.common import Nth, install, is_of, save
 
 
 def killed_at(number, directory, step, keep, part=0.0):
-    """Saves in a process killed at its n-th call, of a write after a part of it; whether it lived to the end."""
+    """Saves in a process that is killed at its n-th call, or in the middle of it if it is a write; whether it survived."""
     child = os.fork()
     if child == 0:
         install(Nth(number, lambda name, arguments: die(name, arguments, part)))
@@ -34,7 +34,7 @@ def die(name, arguments, part):
 
 
 def look(directory, before, new):
-    """A reader finds the old checkpoint or the new one, whole; nothing else has a checkpoint's name."""
+    """Checks that a reader finds the old checkpoint or the new one, intact, and no damaged one."""
     found, damaged = read_newest(directory)
     assert not damaged
     if found is None:
@@ -46,7 +46,7 @@ def look(directory, before, new):
 
 
 def go_on(directory, keep):
-    """The next save works, and leaves no stray file."""
+    """Checks that the next save works, and leaves no stray file."""
     save(directory, 9, keep=keep)
     found, damaged = read_newest(directory)
     assert is_of(found, 9)
@@ -57,14 +57,14 @@ def go_on(directory, keep):
 
 
 def sweep(before, new, keep, part=0.0, twice=False):
-    """Every n, until a save lives; how many there were, and how often the new checkpoint was there already."""
+    """Kills at each call, until a save survives; the number of calls, and how many of them came after the commit."""
     number, committed, lived = 0, 0, False
     while not lived:
         with tempfile.TemporaryDirectory() as name:
             directory = Path(name) / "run"
             if before is not None:
                 save(directory, before)
-            if twice:  # What one killed process left does not trouble the next, which is killed too.
+            if twice:  # After another process that was killed.
                 killed_at(10, directory, new, keep)
             lived = killed_at(number, directory, new, keep, part)
             found = look(directory, before, new)

@@ -1,4 +1,4 @@
-"""Damage is found, whatever byte it is in, and the last good checkpoint is loaded."""
+"""Damage is found in whatever byte it is, and `load_checkpoint` then uses the last good checkpoint."""
 
 import json
 import re
@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 import handloom as hl
-from handloom.checkpoint.store import read, valid_steps
+from handloom.checkpoint.store import valid_steps
 from handloom.errors import CheckpointError, HandloomWarning
-from tests.checkpoint.common import forge, forge_file, is_of, save
+from tests.checkpoint.common import ARRAYS, CONTENTS, FILES, MANIFEST, flip, forge, forge_file, header_size, is_of, save
 
 pytestmark = pytest.mark.once
-
-ARRAYS, CONTENTS, MANIFEST = FILES = ("arrays.safetensors", "contents.json", "manifest.json")
 
 
 @pytest.fixture
@@ -26,124 +24,97 @@ def run(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def second(run):
+    return run / "step_000000002"
+
+
 def warned(run):
-    """Loads from the directory; what the warning said, if the first checkpoint was loaded, else nothing."""
+    """Loads from the directory: the text of the warning, if the first checkpoint was loaded, else nothing."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = hl.load_checkpoint(run)
     if not is_of(found, 1):
         return ""
     [warning] = caught
-    assert warning.category is HandloomWarning
-    assert "step_000000002 is passed over for step_000000001" in str(warning.message)
+    assert (warning.category, warning.filename) == (HandloomWarning, __file__)
+    assert str(warning.message).startswith("Skipping damaged checkpoint step_000000002; using step_000000001. ")
     return str(warning.message)
 
 
-def tensor_at(run, position):
-    """The array whose bytes a position in the file is among."""
-    tensors = json.loads((run / "step_000000002" / MANIFEST).read_bytes())["tensors"]
-    pieces = {name: tensor["pieces"][0] for name, tensor in tensors.items()}
-    begin = len((run / "step_000000002" / ARRAYS).read_bytes()) - max(piece["stop"] for piece in pieces.values())
-    [name] = [name for name, piece in pieces.items() if piece["start"] <= position - begin < piece["stop"]]
+def array_at(path, position):
+    """The array that a byte of a file belongs to."""
+    header = json.loads(path.read_bytes()[8 : header_size(path)])
+    [name] = [
+        name
+        for name, entry in header.items()
+        if entry["data_offsets"][0] <= position - header_size(path) < entry["data_offsets"][1]
+    ]
     return name
 
 
-def flip(path, position, bit):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1 << bit
-    path.write_bytes(data)
-
-
-def positions(run, kind):
-    path = run / "step_000000002" / (ARRAYS if kind in ("header", "data") else kind)
-    size = path.stat().st_size
-    begin = 8 + int.from_bytes(path.read_bytes()[:8], "little") if path.name == ARRAYS else size
-    return path, {"header": range(begin), "data": range(begin, size)}.get(kind, range(size))
-
-
 @pytest.mark.parametrize("kind", ["header", "data", CONTENTS, MANIFEST])
-def test_a_flipped_bit_in_any_byte_is_found_and_its_place_named(run, kind):
-    path, where = positions(run, kind)
+def test_load_checkpoint_finds_a_flipped_bit_in_any_byte_and_names_its_place(run, second, kind):
+    path = second / (ARRAYS if kind in ("header", "data") else kind)
+    size = path.stat().st_size
+    begin = header_size(path) if path.name == ARRAYS else 0
+    where = {"header": range(begin), "data": range(begin, size)}.get(kind, range(size))
     bits = np.random.default_rng(0).integers(8, size=len(where))
     for position, bit in zip(where, map(int, bits), strict=True):
         flip(path, position, bit)
         message = warned(run)
         flip(path, position, bit)
-        assert f"{path} is damaged" in message or f"{path}: It is damaged" in message, position
+        assert f"{path} is damaged" in message or f"{path} cannot be used. The manifest is damaged" in message, position
         if kind == "data":
-            assert f"the array {tensor_at(run, position)!r} is not as written" in message
+            assert f"the array {array_at(path, position)!r} changed since the save" in message
         if kind == "header":
-            assert "its header is not as written" in message
+            assert "its header changed since the save" in message
     assert is_of(hl.load_checkpoint(run), 2)
 
 
-def test_two_hundred_flipped_bits_anywhere_are_all_found(run):
-    random = np.random.default_rng(1)
-    for _ in range(200):
-        path = run / "step_000000002" / FILES[random.integers(3)]
-        position, bit = int(random.integers(path.stat().st_size)), int(random.integers(8))
-        flip(path, position, bit)
-        assert path.name in warned(run)
-        flip(path, position, bit)
-
-
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_cut_off_anywhere_is_found(run, name):
-    path = run / "step_000000002" / name
+def test_load_checkpoint_finds_a_file_that_is_cut_off_or_too_long(run, second, name):
+    path = second / name
     data = path.read_bytes()
     for size in {0, 1, 7, 8, 9, *range(0, len(data), 13), len(data) - 1}:
         path.write_bytes(data[:size])
         assert str(path) in warned(run)
+    for more in (b"\0", b" ", b"x" * 10000):
+        path.write_bytes(data + more)
+        assert str(path) in warned(run)
+    path.unlink()
+    assert f"{path} cannot be opened: No such file" in warned(run)
 
 
-def test_a_tensor_that_is_cut_off_is_named(run):
-    path = run / "step_000000002" / ARRAYS
-    path.write_bytes(path.read_bytes()[:-1])
-    assert re.search(r"it has \d+ bytes, of \d+ .* Of it, the array 'model.mask' is cut off", warned(run))
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("more", [b"\0", b" ", b"x" * 10000])
-def test_a_file_with_more_at_its_end_is_found(run, name, more):
-    path = run / "step_000000002" / name
-    path.write_bytes(path.read_bytes() + more)
-    assert str(path) in warned(run)
+def test_load_checkpoint_names_the_arrays_that_are_cut_off(run, second):
+    (second / ARRAYS).write_bytes((second / ARRAYS).read_bytes()[:-1])
+    assert re.search(r"it has \d+ bytes; \d+ were written. Bytes of 'model.mask' are missing", warned(run))
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_named(run, name):
-    (run / "step_000000002" / name).unlink()
-    assert f"{run / 'step_000000002' / name} cannot be opened: No such file" in warned(run)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_of_another_checkpoint_is_found(run, name):
-    shutil.copy(run / "step_000000001" / name, run / "step_000000002" / name)
+def test_load_checkpoint_finds_a_file_of_another_checkpoint(run, second, name):
+    shutil.copy(run / "step_000000001" / name, second / name)
     assert "step_000000002" in warned(run)
 
 
 @pytest.mark.parametrize(("one", "other"), [(ARRAYS, CONTENTS), (CONTENTS, MANIFEST), (ARRAYS, MANIFEST)])
-def test_files_that_changed_places_are_found(run, one, other):
-    folder = run / "step_000000002"
-    (folder / one).rename(folder / "third")
-    (folder / other).rename(folder / one)
-    (folder / "third").rename(folder / other)
+def test_load_checkpoint_finds_files_that_are_swapped(run, second, one, other):
+    (second / one).rename(second / "third")
+    (second / other).rename(second / one)
+    (second / "third").rename(second / other)
     assert warned(run)
 
 
-def test_a_whole_checkpoint_under_the_name_of_another_is_found(run):
-    shutil.rmtree(run / "step_000000002")
-    shutil.copytree(run / "step_000000001", run / "step_000000002")
-    assert "holds the checkpoint of step 1, and not of the one in its name" in warned(run)
-
-
-def test_a_copy_under_a_name_of_ones_own_is_loaded(run):
-    shutil.copytree(run / "step_000000002", run / "the best of them")
+def test_load_checkpoint_compares_the_step_with_the_name_of_the_directory(run, second):
+    shutil.copytree(second, run / "the best of them")
     assert is_of(hl.load_checkpoint(run / "the best of them"), 2)
+    shutil.rmtree(second)
+    shutil.copytree(run / "step_000000001", second)
+    assert "holds the checkpoint of step 1, not of 2. [HL541]" in warned(run)
 
 
 @pytest.mark.parametrize("field", ["step", "tensors", "model.dense.bias"])
-def test_a_name_given_twice_in_the_manifest_is_found(run, field):
+def test_load_checkpoint_refuses_a_name_given_twice_in_the_manifest(run, second, field):
     def twice(record):
         value = record["tensors"].get(field, record.get(field))
         entry = f'"{field}":{json.dumps(value, separators=(",", ":"))}'
@@ -151,42 +122,32 @@ def test_a_name_given_twice_in_the_manifest_is_found(run, field):
         assert entry in text
         return text.replace(entry, f"{entry},{entry}").encode()
 
-    forge(run / "step_000000002", twice)
+    forge(second, twice)
     assert f"the name {field!r} is given twice" in warned(run)
 
 
-def test_a_name_given_twice_in_the_contents_is_found(run):
-    forge_file(run / "step_000000002", CONTENTS, b'{"a":1,"a":1}')
-    assert "contents.json is not JSON that can be read: the name 'a' is given twice" in warned(run)
-
-
-def test_a_name_given_twice_in_the_header_of_safetensors_is_found(run):
-    folder = run / "step_000000002"
-    data = (folder / ARRAYS).read_bytes()
-    begin = 8 + int.from_bytes(data[:8], "little")
+def test_load_checkpoint_refuses_a_name_given_twice_in_the_header_of_safetensors(run, second):
+    data, begin = (second / ARRAYS).read_bytes(), header_size(second / ARRAYS)
     entry = re.search(rb'"model.mask":{.*?},?', data)[0].rstrip(b",")
     table = data[8:begin].rstrip().replace(entry, entry + b"," + entry)
-    forge_file(folder, ARRAYS, len(table).to_bytes(8, "little") + table + data[begin:])
+    forge_file(second, ARRAYS, len(table).to_bytes(8, "little") + table + data[begin:])
     assert warned(run)
 
 
-def test_damage_is_found_in_a_checkpoint_asked_for_by_name(run):
-    path, where = positions(run, "data")
-    flip(path, where[0], 0)
-    with pytest.raises(CheckpointError, match=r"arrays.safetensors is damaged: the array 'model.dense.bias'"):
-        read(run / "step_000000002")
-    with pytest.raises(CheckpointError, match=r"arrays.safetensors is damaged: the array 'model.dense.bias'"):
-        hl.load_checkpoint(run / "step_000000002")
+def test_load_checkpoint_raises_if_the_only_checkpoint_asked_for_is_damaged(second):
+    flip(second / ARRAYS, header_size(second / ARRAYS))
+    with pytest.raises(CheckpointError, match=r"arrays.safetensors is damaged: the array 'model.dense.bias' changed"):
+        hl.load_checkpoint(second)
 
 
-def test_what_is_evidently_damaged_is_not_among_the_steps(run):
-    assert valid_steps(run) == [1, 2]
-    (run / "step_000000002" / ARRAYS).write_bytes(b"")
-    assert valid_steps(run) == [1]
-
-
-def test_of_many_damaged_tensors_three_are_named(run):
-    path, where = positions(run, "data")
+def test_load_checkpoint_names_three_of_many_damaged_arrays(run, second):
+    path, begin = second / ARRAYS, header_size(second / ARRAYS)
     data = path.read_bytes()
-    path.write_bytes(data[: where[0]] + bytes(255 - byte for byte in data[where[0] :]))
-    assert re.search("the array 'model.dense.bias', the array .*, the array .* and 1 more are not", warned(run))
+    path.write_bytes(data[:begin] + bytes(255 - byte for byte in data[begin:]))
+    assert re.search("the array 'model.dense.bias', the array .*, the array .* and 1 more changed", warned(run))
+
+
+def test_valid_steps_leaves_out_checkpoints_with_cut_off_files(run, second):
+    assert valid_steps(run) == [1, 2]
+    (second / ARRAYS).write_bytes(b"")
+    assert valid_steps(run) == [1]

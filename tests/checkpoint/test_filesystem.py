@@ -1,4 +1,4 @@
-"""The calls of the operating system: Reader reads what the disk holds, and nothing is asked that a system has not."""
+"""`filesystem`: `Reader` reads what the disk holds, and no call is needed that a system lacks."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ from tests.checkpoint.common import save
 
 pytestmark = pytest.mark.once
 
-# About where a block begins or ends, and where a sector or page does.
+# Near the ends of a block, and of a sector or page.
 SIZES = st.sampled_from([0, 1, 511, 512, 4095, 4096, 4097, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (2 << 20) + 513])
 
 
@@ -24,19 +24,19 @@ def written(path, *parts):
     path.unlink(missing_ok=True)
     with filesystem.creating(path) as file:
         for part in parts:
-            filesystem.write(file, memoryview(part))
+            filesystem.write(file, part)
     return path
 
 
 def read(path, counts):
-    """So many bytes of a file after each other."""
+    """Reads so many bytes of a file, one after the other."""
     with filesystem.reading(path.parent, path.name) as (file, size):
         reader = filesystem.Reader(file, size, from_disk=True)
-        return [b"".join(map(bytes, reader.take(count))) for count in counts]
+        return [reader.read(count) for count in counts]
 
 
 @pytest.fixture(params=["past the cache", "through the cache"])
-def way(request, monkeypatch, tmp_path_factory):
+def directory(request, monkeypatch, tmp_path_factory):
     """A directory on a file system that reads past its cache, if this machine has one, or on one that does not."""
     if request.param == "through the cache":
         asked = fcntl.fcntl
@@ -52,31 +52,29 @@ def way(request, monkeypatch, tmp_path_factory):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(SIZES, min_size=1, max_size=4))
-def test_reader_takes_as_many_bytes_as_it_is_asked_for(way, sizes):
+def test_reader_reads_as_many_bytes_as_it_is_asked_for(directory, sizes):
     parts = [os.urandom(size) for size in sizes]
-    assert read(written(way / "file", *parts), sizes) == parts
+    assert read(written(directory / "file", *parts), sizes) == parts
 
 
 @pytest.mark.parametrize("kept", [0, 4096, 5000, (1 << 20) + 4999, (1 << 20) + 5000])
-def test_reader_gives_less_where_the_file_ends(way, kept):
-    first, second = os.urandom(5000), os.urandom(1 << 20)
-    path = written(way / "file", first, second)
+def test_reader_reads_less_where_the_file_ends(directory, kept):
+    data = os.urandom(5000 + (1 << 20))
+    path = written(directory / "file", data)
     os.truncate(path, kept)
-    whole = first + second
-    assert read(path, [5000, 1 << 20]) == [whole[: min(kept, 5000)], whole[5000:kept]]
+    assert read(path, [5000, 1 << 20]) == [data[: min(kept, 5000)], data[5000:kept]]
 
 
-def test_reader_from_disk_asks_for_what_is_on_the_disk(way, monkeypatch):
-    """Not for what the system still holds in memory: a file is read past that, or dropped from it."""
+def test_reader_from_disk_bypasses_the_cache_or_drops_it(directory, monkeypatch):
     asked = []
     control, advise = fcntl.fcntl, os.posix_fadvise
     monkeypatch.setattr(fcntl, "fcntl", lambda *words: control(*words) or asked.append("past"))
     monkeypatch.setattr(os, "posix_fadvise", lambda *words: advise(*words) or asked.append("dropped"))
-    assert read(written(way / "file", b"some"), [4]) == [b"some"]
+    assert read(written(directory / "file", b"some"), [4]) == [b"some"]
     assert asked in (["past"], ["dropped"])
 
 
-# As Windows: what it has not is gone before Handloom is imported; its lock of bytes is made of the lock that is here.
+# Like Windows: removes what it lacks before Handloom is imported, and makes its lock of bytes from the lock here.
 WINDOWS = """
 import fcntl, os, struct, sys, types
 import jax, keras, numpy
@@ -126,13 +124,13 @@ print("saved and restored")
 """
 
 
-def test_a_system_without_fcntl_saves_and_restores(tmp_path):
+def test_checkpointer_needs_no_fcntl(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(WINDOWS + TRIAL), str(tmp_path / "run")]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.stdout == "saved and restored\n", done.stderr[-3000:]
 
 
-def test_such_a_system_removes_and_reads_through_no_link(tmp_path, monkeypatch):
+def test_remove_follows_no_link_without_dir_fd(tmp_path, monkeypatch):
     monkeypatch.setattr(filesystem.os, "supports_dir_fd", set())
     save(tmp_path / "there", 1)
     (tmp_path / "link").symlink_to(tmp_path / "there" / "step_000000001")

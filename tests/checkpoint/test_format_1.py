@@ -1,18 +1,18 @@
-"""Checkpoints of format 1, made by an earlier version: they are read, verified, and resumed from."""
+"""Checkpoints of format 1, written by an earlier version: they are read, verified, and resumed from."""
 
 import json
 import shutil
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 
 import handloom as hl
 from handloom.checkpoint.format import verify
-from handloom.checkpoint.manifest import MANIFEST
 from handloom.errors import CheckpointError, HandloomWarning
+from tests.checkpoint.common import FILES, MANIFEST, flip
 from tests.checkpoint.format_1.make import Position, X, Y, model
+from tests.numbers import close, same
 
 HERE = Path(__file__).parent / "format_1"
 
@@ -23,24 +23,22 @@ def test_verify_reads_format_1():
         assert verify(path).step == int(path.name[-9:])
 
 
-@pytest.mark.parametrize("name", ["arrays.safetensors", "contents.json", MANIFEST])
-def test_a_flipped_bit_in_format_1_is_found(tmp_path, name):
+@pytest.mark.parametrize("name", FILES)
+def test_load_checkpoint_finds_a_flipped_bit_in_format_1(tmp_path, name):
     path = shutil.copytree(HERE / "state" / "step_000000001", tmp_path / "step_000000001") / name
-    data = bytearray(path.read_bytes())
-    for position in range(0, len(data), 37):
-        data[position] ^= 1
-        path.write_bytes(data)
+    for position in range(0, path.stat().st_size, 37):
+        flip(path, position)
         with pytest.raises(CheckpointError, match=name):
             hl.load_checkpoint(tmp_path)
-        data[position] ^= 1
+        flip(path, position)
 
 
 def test_checkpointer_restores_what_format_1_holds():
     source, array = Position(), np.zeros((2, 3))
     feed = hl.Feed(source)
     assert hl.Checkpointer(HERE / "state", {"feed": feed, "array": array}).restore() == 1
-    np.testing.assert_array_equal(array, np.arange(6.0).reshape(2, 3))
-    assert float(keras.ops.convert_to_numpy(next(iter(feed)))[0]) == 2  # One batch had been given.
+    same(array, np.arange(6.0).reshape(2, 3))
+    same(next(iter(feed)), [2])  # One batch had been given.
     state = source.last.found
     assert state[1][:2] == (1, b"bytes")
     assert state[1][2].tolist() == [0, 1, 2]
@@ -51,7 +49,7 @@ def test_checkpointer_restores_what_format_1_holds():
 def test_fit_resumes_from_a_run_of_format_1(tmp_path, capsys):
     shutil.copytree(HERE / "run", tmp_path / "run")
     trained = model()
-    with pytest.warns(HandloomWarning, match="averages begin at the resumed step"):
+    with pytest.warns(HandloomWarning, match="begin at the resumed step"):
         trained.fit(X, Y, batch_size=4, epochs=2, shuffle=False, run_dir=tmp_path / "run", verbose=2)
     assert f"Resuming from {tmp_path / 'run' / 'checkpoints'} at step 8 (epoch 2, batch 2)." in capsys.readouterr().out
 
@@ -62,5 +60,6 @@ def test_fit_resumes_from_a_run_of_format_1(tmp_path, capsys):
             velocity = 0.9 * velocity - 0.1 * 2 / 4 * x.T @ (x @ weight - y)
             weight = weight + velocity
     assert int(trained.optimizer.iterations) == 12
-    np.testing.assert_allclose(np.r_[trained.get_weights()[0], [trained.get_weights()[1]]], weight, rtol=1e-4)
+    kernel, bias = trained.get_weights()
+    close(np.r_[kernel, [bias]], weight, rtol=1e-4)
     assert trained.history.epoch == [0, 1]

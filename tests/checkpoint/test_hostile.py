@@ -1,9 +1,8 @@
-"""Files made to do harm are refused: nothing is run, followed, written elsewhere, or allocated."""
+"""Malicious files are refused: nothing is run, followed, written elsewhere, or allocated."""
 
 import json
 import os
 import pickle
-import shutil
 import threading
 import tracemalloc
 
@@ -13,11 +12,9 @@ import pytest
 import handloom as hl
 from handloom.checkpoint.store import Store
 from handloom.errors import CheckpointError
-from tests.checkpoint.common import arrays, draft_of, forge, forge_file, is_of, save
+from tests.checkpoint.common import ARRAYS, CONTENTS, FILES, MANIFEST, draft_of, flip, forge, forge_file, is_of, save
 
 pytestmark = pytest.mark.once
-
-ARRAYS, CONTENTS, MANIFEST = FILES = ("arrays.safetensors", "contents.json", "manifest.json")
 
 
 @pytest.fixture
@@ -26,9 +23,19 @@ def checkpoint(tmp_path):
     return tmp_path / "run" / "step_000000001"
 
 
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A file that no checkpoint may change."""
+    (tmp_path / "elsewhere").mkdir()
+    kept = tmp_path / "elsewhere" / "kept"
+    kept.write_text("kept")
+    yield kept
+    assert kept.read_text() == "kept"
+
+
 @pytest.fixture(autouse=True)
 def _nothing_written_and_little_allocated(tmp_path):
-    """Whatever is read: no new file, and less memory than twice what honest files of this size take."""
+    """No test may create files, or take more than twice the memory of valid files of this size."""
     tracemalloc.start()
     yield
     _, peak = tracemalloc.get_traced_memory()
@@ -56,236 +63,178 @@ def piece(record):
     return found
 
 
-# ----------------------------------------------------------------------- names
+# ---------------------------------------------------------------- names and links
 
 BAD_NAMES = [
-    "../../x",
-    "a/../b",
-    "/etc/passwd",
-    "..\\x",
-    "\\\\host\\x",
-    "",
-    "a\nb",
-    "\x1b[2J",
-    "__metadata__",
-    "x" * 5000,
+    *("../../x", "a/../b", "/etc/passwd", "..\\x", "\\\\host\\x", "", "a\nb", "\x1b[2J", "__metadata__", "x" * 5000)
 ]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_names_that_would_climb_or_spoil_a_terminal_are_refused(checkpoint, name):
+def test_load_checkpoint_and_draft_refuse_names_that_climb_or_spoil_a_terminal(checkpoint, name):
     forge(checkpoint, lambda record: record["tensors"].update({name: record["tensors"].pop("model.mask")}))
-    refused(checkpoint, "is no name for an array")
-
-
-@pytest.mark.parametrize("name", BAD_NAMES)
-def test_they_are_not_saved_either(name):
-    with pytest.raises(CheckpointError, match="is no name for an array or a metric"):
-        draft_of({name: np.zeros(1)})
-    with pytest.raises(CheckpointError, match="is no name for an array or a metric"):
-        draft_of(metrics={name: 1.0})
+    refused(checkpoint, "is not a valid name for an array")
+    for options in ({"arrays": {name: np.zeros(1)}}, {"metrics": {name: 1.0}}):
+        with pytest.raises(CheckpointError, match=r"is not a valid name for an array or a metric\..*HL525"):
+            draft_of(**options)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "other.safetensors"])
-def test_no_file_is_opened_because_a_file_names_it(checkpoint, name):
-    forge(checkpoint, lambda record: record["files"].update({name: record["files"].pop(ARRAYS)}))
-    refused(checkpoint, "It lists .* as a file of arrays")
-    forge(checkpoint, lambda record: record["files"].update({ARRAYS: record["files"].pop(name)}))
-    forge(checkpoint, lambda record: piece(record).update(file=name))
-    refused(checkpoint, "Its arrays are in .*, its files are")
-
-
-# ----------------------------------------------------------------------- links
+def test_load_checkpoint_opens_no_file_that_a_manifest_names(checkpoint, name):
+    forge(checkpoint, lambda record: record["files"].update({name: 0}))
+    refused(checkpoint, "is listed, which is not a name for a file of arrays")
+    forge(checkpoint, lambda record: record["files"].pop(name) or piece(record).update(file=name))
+    refused(checkpoint, "The arrays are in .*; the files are")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_symbolic_link_in_the_place_of_a_file_is_refused(checkpoint, tmp_path, name):
-    (checkpoint / name).rename(tmp_path / "elsewhere")
-    (checkpoint / name).symlink_to(tmp_path / "elsewhere")
-    refused(checkpoint, f"{name} is a symbolic link; none is followed in a checkpoint. Put a copy in its")
-
-
-def test_a_symbolic_link_in_the_place_of_a_checkpoint_is_refused(checkpoint, tmp_path):
-    checkpoint.rename(tmp_path / "elsewhere")
-    checkpoint.symlink_to(tmp_path / "elsewhere")
-    refused(checkpoint, "step_000000001 is a symbolic link; .* Give the path")
-    refused(tmp_path / "run", "There is no checkpoint")  # Among others it does not count.
-
-
-def test_a_link_to_the_directory_of_checkpoints_is_the_users_own(checkpoint, tmp_path):
-    (tmp_path / "elsewhere").symlink_to(tmp_path / "run")
-    assert is_of(hl.load_checkpoint(tmp_path / "elsewhere"), 1)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_hard_link_is_refused(checkpoint, tmp_path, name):
-    os.link(checkpoint / name, tmp_path / "elsewhere")
-    refused(checkpoint, f"{name} is one of 2 names .hard links. of the same file; .* Make a copy of the checkpoint")
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_pipe_or_a_directory_is_no_file_and_blocks_nothing(checkpoint, name):
+def test_load_checkpoint_refuses_anything_but_a_regular_file_with_one_name(checkpoint, elsewhere, name):
+    os.link(checkpoint / name, elsewhere.with_name("second"))
+    refused(checkpoint, f"{name} is one of 2 names .hard links. of a file.*Copy the checkpoint")
+    (checkpoint / name).unlink()
+    (checkpoint / name).symlink_to(elsewhere.with_name("second"))
+    refused(checkpoint, f"{name} is a symbolic link; links in checkpoints are not followed. Replace it with a copy")
     (checkpoint / name).unlink()
     os.mkfifo(checkpoint / name)
-    refused(checkpoint, f"{name} is no regular file")
+    refused(checkpoint, f"{name} is not a regular file")
     (checkpoint / name).unlink()
     (checkpoint / name).mkdir()
-    refused(checkpoint, f"{name} is no regular file")
+    refused(checkpoint, f"{name} is not a regular file")
 
 
-@pytest.mark.parametrize("name", [".writing", ".removing"])
-def test_a_writer_that_clears_up_follows_no_link(checkpoint, tmp_path, name):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "kept").write_text("kept")
-    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+def test_load_checkpoint_follows_a_link_to_the_directory_but_not_to_a_checkpoint(checkpoint, tmp_path):
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "run")
+    assert is_of(hl.load_checkpoint(tmp_path / "elsewhere"), 1)
+    (tmp_path / "elsewhere").unlink()
+    checkpoint.rename(tmp_path / "elsewhere")
+    checkpoint.symlink_to(tmp_path / "elsewhere")
+    refused(checkpoint, f"step_000000001 is a symbolic link; .* Use the path {tmp_path / 'elsewhere'}")
+    refused(tmp_path / "run", "There is no checkpoint")  # In a directory, links do not count.
+
+
+@pytest.mark.parametrize("name", [".writing", ".removing", "step_000000000"])
+def test_store_removes_nothing_through_a_link(checkpoint, tmp_path, elsewhere, name):
+    (tmp_path / "run" / name).symlink_to(elsewhere.parent)
     try:
         save(tmp_path / "run", 2, keep=1)
     except CheckpointError as error:
-        assert "written" in str(error)  # noqa: PT017 - one of the two is in the way of its own name.
-    assert (tmp_path / "elsewhere" / "kept").read_text() == "kept"
-
-
-def test_a_checkpoint_to_be_removed_that_is_a_link_does_not_take_its_target_along(checkpoint, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "kept").write_text("kept")
-    (tmp_path / "run" / "step_000000000").symlink_to(tmp_path / "elsewhere")
-    save(tmp_path / "run", 2, keep=1)
-    assert (tmp_path / "elsewhere" / "kept").read_text() == "kept"
+        assert "written" in str(error)  # noqa: PT017 - a link of that name may be in the way.
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_the_lock_writes_through_no_link(checkpoint, tmp_path, link):
-    (tmp_path / "elsewhere").write_text("kept")
+def test_store_writes_its_lock_through_no_link(checkpoint, tmp_path, elsewhere, link):
     (tmp_path / "run" / ".lock").unlink()
-    link(tmp_path / "elsewhere", tmp_path / "run" / ".lock")
+    link(elsewhere, tmp_path / "run" / ".lock")
     with pytest.raises(CheckpointError):
         Store(tmp_path / "run").open()
-    assert (tmp_path / "elsewhere").read_text() == "kept"
 
 
-# ----------------------------------------------------------------------- sizes
+# ----------------------------------------------------------------- fields of a manifest
+
+SIZES = {
+    "step": lambda record, value: record.update(step=value),
+    "crc32": lambda record, value: piece(record).update(crc32=value),
+    "bytes": lambda record, value: record["contents"].update(bytes=value),
+    ARRAYS: lambda record, value: record["files"].update({ARRAYS: value}),
+}
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        [2**40, 2**40],
-        [2**62],
-        [10**30],
-        [-5, -7],
-        [-1],
-        [5, 7, 0, 2**62],
-        [5.0, 7.0],
-        [True],
-        ["5", 7],
-        [None],
-        [[5], 7],
-        [float("nan")],
-        [float("inf")],
-        [1] * 33,
-        {"0": 5},
-        "57",
-        None,
-    ],
-)
-def test_shapes_that_cannot_be_are_refused(checkpoint, shape):
+@pytest.mark.parametrize("value", [-1, 2**80, 1.0, float("nan"), True, "1", None, []])
+@pytest.mark.parametrize("field", SIZES)
+def test_load_checkpoint_refuses_numbers_that_are_not_sizes(checkpoint, field, value):
+    forge(checkpoint, lambda record: SIZES[field](record, value))
+    refused(checkpoint, rf"has {field}=.*; expected a whole number from 0 to 4611686018427387903\. \[HL528\]")
+
+
+BAD_SHAPES = [
+    *([-5, -7], [-1], [5.0, 7.0], [True], ["5", 7], [None], [[5], 7], [float("nan")], [float("inf")], [10**30]),
+    *([1] * 33, {"0": 5}, "57", None),
+]
+
+
+@pytest.mark.parametrize("value", BAD_SHAPES)
+@pytest.mark.parametrize(("field", "of"), [("shape", tensor), ("shape", piece), ("offset", piece)])
+def test_load_checkpoint_refuses_shapes_and_offsets_that_are_not_sizes(checkpoint, field, of, value):
+    forge(checkpoint, lambda record: of(record).update({field: value}))
+    refused(checkpoint, rf"The array 'model.dense.kernel' has {field}=.*; expected a list of at most 32 whole numbers")
+
+
+@pytest.mark.parametrize("shape", [[2**40, 2**40], [2**61], [5, 7, 0, 2**61]])
+def test_load_checkpoint_refuses_shapes_that_no_memory_holds(checkpoint, shape):
     forge(checkpoint, lambda record: tensor(record).update(shape=shape))
+    refused(checkpoint, "too large for any memory")
+
+
+OTHERS = {
+    "offset of other length": lambda record: piece(record).update(offset=[0]),
+    "offset not 0": lambda record: piece(record).update(offset=[1, 0]),
+    "no pieces": lambda record: tensor(record).update(pieces=[]),
+    "pieces not a list": lambda record: tensor(record).update(pieces={}),
+    "pieces that are not records": lambda record: tensor(record).update(pieces=[None]),
+    "a file that is not a string": lambda record: piece(record).update(file=7),
+    **{
+        f"dtype {dtype}": lambda record, dtype=dtype: tensor(record).update(dtype=dtype)
+        for dtype in ("object", "O", "complex128", "|V1000000", "float32,float64", "os.system", 7, None, ("f4",))
+    },
+    **{
+        f"tensor {value}": lambda record, value=value: record["tensors"].update({"model.dense.kernel": value})
+        for value in (None, [], "x", {})
+    },
+}
+
+
+@pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
+def test_load_checkpoint_refuses_arrays_with_invalid_fields(checkpoint, change):
+    forge(checkpoint, change)
     refused(checkpoint, "The array 'model.dense.kernel' has")
 
 
-@pytest.mark.parametrize("field", ["start", "stop", "crc32"])
-@pytest.mark.parametrize("value", [-1, 2**63, 1.0, float("nan"), True, "0", None, []])
-def test_places_that_cannot_be_are_refused(checkpoint, field, value):
-    forge(checkpoint, lambda record: piece(record).update({field: value}))
-    refused(checkpoint, "The array 'model.dense.kernel' has")
-
-
-@pytest.mark.parametrize("offset", [[1, 0], [0], [0, 0, 0], [-1, 0], None, [0.0, 0], "00"])
-def test_places_in_an_array_that_cannot_be_are_refused(checkpoint, offset):
-    forge(checkpoint, lambda record: piece(record).update(offset=offset))
-    refused(checkpoint, "The array 'model.dense.kernel' has")
-
-
-@pytest.mark.parametrize("pieces", [[], None, {}, [None], ["arrays.safetensors"], 7])
-def test_pieces_that_are_no_records_are_refused(checkpoint, pieces):
-    forge(checkpoint, lambda record: tensor(record).update(pieces=pieces))
-    refused(checkpoint, "The array 'model.dense.kernel' has")
-
-
-def test_a_number_of_five_thousand_digits_is_refused(checkpoint):
-    forge(checkpoint, lambda record: json.dumps(record).replace('"step": 1', f'"step": 1{"0" * 5000}').encode())
-    refused(checkpoint, "manifest.json: It is not JSON that can be read")
-
-
-@pytest.mark.parametrize("value", [-1, 2**63, 1.5, float("nan"), True, "7", None])
-@pytest.mark.parametrize("name", [ARRAYS, CONTENTS])
-def test_sizes_of_files_that_cannot_be_are_refused(checkpoint, name, value):
-    changed = {"contents": {"bytes": value, "sha256": "0" * 64}} if name == CONTENTS else {"files": {ARRAYS: value}}
-    forge(checkpoint, lambda record: record.update(changed))
-    refused(checkpoint, "which is no size or number that can be")
-
-
-@pytest.mark.parametrize("step", [-1, 1.0, True, float("nan"), "1", None, 2**80])
-def test_a_step_that_cannot_be_is_refused(checkpoint, step):
-    forge(checkpoint, lambda record: record.update(step=step))
-    refused(checkpoint, "It has step=")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.1", True, [], {}])
-def test_metrics_that_are_no_numbers_are_refused(checkpoint, value):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "0.1", True, [], {}])
+def test_load_checkpoint_refuses_metrics_that_are_not_finite_numbers(checkpoint, value):
     forge(checkpoint, lambda record: record["metrics"].update(loss=value))
-    refused(checkpoint, "The metric 'loss' is")
+    refused(checkpoint, "The manifest has loss=.*; expected a finite number or null")
 
 
-def test_a_huge_tensor_in_a_small_file_is_refused_before_memory_is_asked_for(checkpoint):
+@pytest.mark.parametrize("field", ["format", "step", "metrics", "files", "contents", "tensors"])
+@pytest.mark.parametrize("value", ["absent", None, [], 2.5])
+def test_load_checkpoint_refuses_a_manifest_without_its_fields(checkpoint, field, value):
+    forge(checkpoint, lambda record: record.pop(field) if value == "absent" else record.update({field: value}))
+    refused(checkpoint, f"The manifest has {field}=|The format is")
+
+
+def test_load_checkpoint_refuses_contents_without_a_checksum(checkpoint):
+    forge(checkpoint, lambda record: record["contents"].update(sha256="0" * 63))
+    refused(checkpoint, "contents.json has sha256=.*; expected 64 hexadecimal digits")
+
+
+def test_load_checkpoint_names_the_format_of_a_later_version(checkpoint):
+    forge(checkpoint, lambda record: record.update(format=3))
+    refused(checkpoint, r"The format is 3; this Handloom reads formats 1 to 2\. A later version")
+
+
+def test_load_checkpoint_refuses_a_huge_array_before_it_allocates_memory(checkpoint):
     def huge(record):
-        more = 2**40 - (piece(record)["stop"] - piece(record)["start"])
-        for other in (other["pieces"][0] for other in record["tensors"].values()):
-            if other["start"] > piece(record)["start"]:
-                other.update(start=other["start"] + more, stop=other["stop"] + more)
         for found in (tensor(record), piece(record)):
             found.update(shape=[2**36, 4])
-        piece(record).update(stop=piece(record)["stop"] + more)
-        record["files"][ARRAYS] += more
 
     forge(checkpoint, huge)
-    refused(checkpoint, "is said to have|is damaged: it has .* bytes, of 1,099,5")
+    refused(checkpoint, "is listed with 575 bytes; its arrays take 1,?099,?5")
+    forge(checkpoint, lambda record: record["files"].update({ARRAYS: 1099511628223}))
+    refused(checkpoint, "is listed with|is damaged: it has 575 bytes; 1,099,5")
 
 
-def test_tensors_that_overlap_or_leave_a_gap_are_refused(checkpoint):
-    def move(by):
-        def moved(record):
-            found = piece(record)
-            found.update(start=found["start"] + by, stop=found["stop"] + by)
-
-        forge(checkpoint, moved)
-
-    move(-4)
-    refused(checkpoint, "The array 'model.dense.kernel' begins at byte 60, not at 64 after those before")
-    move(8)
-    refused(checkpoint, "The array 'model.dense.kernel' begins at byte 68, not at 64")
-
-
-def test_bytes_that_belong_to_no_tensor_are_refused(checkpoint):
+def test_load_checkpoint_refuses_bytes_that_belong_to_no_array(checkpoint):
     forge_file(checkpoint, ARRAYS, (checkpoint / ARRAYS).read_bytes() + b"hidden")
-    refused(checkpoint, "arrays.safetensors is said to have .* bytes; its arrays make it")
+    refused(checkpoint, "arrays.safetensors is listed with 581 bytes; its arrays take 575")
 
 
-@pytest.mark.parametrize(
-    "dtype", ["object", "O", "complex128", "|V1000000", "float32,float64", "os.system", 7, None, ["f4"]]
-)
-def test_types_of_elements_that_are_not_ours_are_refused(checkpoint, dtype):
-    forge(checkpoint, lambda record: tensor(record).update(dtype=dtype))
-    refused(checkpoint, "is none that a checkpoint holds|which cannot be")
-
-
-def test_another_type_of_the_same_size_is_damage(checkpoint):
+def test_load_checkpoint_compares_dtypes_with_the_header(checkpoint):
     forge(checkpoint, lambda record: tensor(record).update(dtype="int32"))
-    refused(checkpoint, "is damaged: its header is not as written")
+    refused(checkpoint, "is damaged: its header")
 
 
-def test_an_honest_checkpoint_takes_its_own_size_in_memory(tmp_path):
-    large = {f"w{index}": np.ones((256, 1024), "float32") for index in range(6)}  # 6 MB, of 8 that the fixture allows.
+def test_load_checkpoint_takes_no_more_memory_than_the_arrays(tmp_path):
+    large = {f"w{index}": np.ones((256, 1024), "float32") for index in range(6)}  # 6 MB; the fixture allows 8.
     store = Store(tmp_path / "run")
     store.save(draft_of(large, step=1))
     store.close()
@@ -295,7 +244,7 @@ def test_an_honest_checkpoint_takes_its_own_size_in_memory(tmp_path):
     before, _ = tracemalloc.get_traced_memory()
     found = hl.load_checkpoint(tmp_path / "run")
     _, peak = tracemalloc.get_traced_memory()
-    assert peak - before < 1.4 * size  # A megabyte of them is the buffer to read with.
+    assert peak - before < 1.4 * size  # One megabyte is the read buffer.
     assert len(found.arrays) == 6
 
 
@@ -304,80 +253,72 @@ def test_an_honest_checkpoint_takes_its_own_size_in_memory(tmp_path):
 
 @pytest.mark.parametrize("depth", [101, 900, 100_000])
 @pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
-def test_deep_json_is_refused(checkpoint, depth, opening, closing):
+def test_load_checkpoint_refuses_deep_json(checkpoint, depth, opening, closing):
     deep = b'{"a":' + opening * depth + b"1" + closing * depth + b"}"
+    words = "is nested in more than 100 levels|cannot be decoded as JSON: maximum recursion"
     forge_file(checkpoint, CONTENTS, deep)
-    refused(checkpoint, "contents.json is nested in more than 100 levels")
+    refused(checkpoint, f"contents.json ({words})")
     forge(checkpoint, lambda record: deep)
-    refused(checkpoint, "manifest.json: It is nested in more than 100 levels")
+    refused(checkpoint, f"manifest.json cannot be used. The manifest ({words})")
 
 
-@pytest.mark.parametrize(("name", "limit"), [(CONTENTS, 64 << 20), (MANIFEST, 64 << 20)])
-def test_huge_json_is_refused_by_its_size_alone(checkpoint, name, limit):
+@pytest.mark.parametrize("name", [CONTENTS, MANIFEST])
+def test_load_checkpoint_refuses_huge_json_by_its_size_alone(checkpoint, name):
+    limit = 64 << 20
     with (checkpoint / name).open("r+b") as file:
         file.truncate(limit + 1)
     if name == CONTENTS:
         forge(checkpoint, lambda record: record["contents"].update(bytes=limit + 1))
-    refused(checkpoint, f"{name} has {limit + 1:,} bytes, of {limit:,} that it may have")
+    refused(checkpoint, f"{name} has {limit + 1:,} bytes; at most {limit:,} are allowed")
 
 
-@pytest.mark.parametrize("data", [b"[]", b"1", b"null", b"", b"{", b'{"a":}', b"\xff\xfe", b"\xef\xbb\xbf{}", b"{}{}"])
-def test_contents_that_are_no_object_are_refused(checkpoint, data):
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[]",
+        b"1",
+        b"null",
+        b"",
+        b"{",
+        b'{"a":}',
+        b"\xff\xfe",
+        b"\xef\xbb\xbf{}",
+        b"{}{}",
+        b'{"a":1,"a":1}',
+        pickle.dumps(Trap()),
+    ],
+)
+def test_load_checkpoint_refuses_contents_that_are_not_an_object(checkpoint, data):
     forge_file(checkpoint, CONTENTS, data)
-    refused(checkpoint, "contents.json")
+    refused(checkpoint, "contents.json (cannot be decoded as JSON|is not a JSON object)")
 
 
-@pytest.mark.parametrize("field", ["format", "step", "metrics", "files", "contents", "tensors"])
-@pytest.mark.parametrize("value", ["absent", None, [], 2.5])
-def test_a_manifest_without_its_fields_is_refused(checkpoint, field, value):
-    forge(checkpoint, lambda record: record.pop(field) if value == "absent" else record.update({field: value}))
-    refused(checkpoint, f"{field}|It is of format")
-
-
-@pytest.mark.parametrize("name", ["files", "tensors"])
-@pytest.mark.parametrize("value", [None, [], "x", {}])
-def test_entries_of_a_manifest_that_are_no_records_are_refused(checkpoint, name, value):
-    forge(checkpoint, lambda record: record[name].update({next(iter(record[name])): value}))
-    refused(checkpoint, "manifest.json: (The array|It has arrays.safetensors=)")
-
-
-def test_a_checkpoint_of_a_later_handloom_says_so(checkpoint):
-    forge(checkpoint, lambda record: record.update(format=3))
-    refused(checkpoint, "It is of format 3, and this Handloom reads 1 to 2. A later version of Handloom may read it")
+def test_load_checkpoint_refuses_a_number_of_five_thousand_digits(checkpoint):
+    forge(checkpoint, lambda record: json.dumps(record).replace('"step": 1', f'"step": 1{"0" * 5000}').encode())
+    refused(checkpoint, "The manifest cannot be decoded as JSON")
 
 
 # ---------------------------------------------------------------------- pickle
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_pickle_in_disguise_is_bytes_and_nothing_else(checkpoint, tmp_path, monkeypatch, name):
+def test_load_checkpoint_runs_no_pickle(checkpoint, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    data = pickle.dumps(Trap())
     if name == MANIFEST:
-        (checkpoint / name).write_bytes(data)
+        (checkpoint / name).write_bytes(pickle.dumps(Trap()))
     else:
-        forge_file(checkpoint, name, data)
+        forge_file(checkpoint, name, pickle.dumps(Trap()))
     refused(checkpoint, name)
     assert not (tmp_path / "sprung").exists()
 
 
-def test_arrays_of_objects_are_not_saved():
-    with pytest.raises(CheckpointError, match="The array 'a' is of type object, which safetensors has not"):
-        draft_of({"a": np.array([Trap()])})
-
-
-def test_a_file_changed_while_it_is_read_is_found(checkpoint):
-    """The bytes that are verified are the bytes that are returned."""
-    stop, path = threading.Event(), checkpoint / ARRAYS
-    data = path.read_bytes()
+def test_load_checkpoint_returns_the_bytes_that_it_has_verified(checkpoint):
+    """A file that changes while it is read is damaged, or read as it was."""
+    stop = threading.Event()
 
     def change():
         while not stop.is_set():
-            with path.open("r+b") as file:
-                file.seek(len(data) - 1)
-                file.write(bytes([data[-1] ^ 1]))
-                file.seek(len(data) - 1)
-                file.write(data[-1:])
+            flip(checkpoint / ARRAYS)
 
     thread = threading.Thread(target=change)
     thread.start()
@@ -392,9 +333,7 @@ def test_a_file_changed_while_it_is_read_is_found(checkpoint):
         thread.join()
 
 
-def test_the_corpus_is_made_of_a_checkpoint_that_loads(checkpoint):
+def test_load_checkpoint_loads_what_these_tests_forge_if_they_change_nothing(checkpoint):
     forge(checkpoint, lambda record: None)
     forge_file(checkpoint, CONTENTS, (checkpoint / CONTENTS).read_bytes())
     assert is_of(hl.load_checkpoint(checkpoint), 1)
-    shutil.copytree(checkpoint, checkpoint.parent / "copy")
-    assert set(hl.load_checkpoint(checkpoint.parent / "copy").arrays) == set(arrays(1))

@@ -1,4 +1,4 @@
-"""`handloom checkpoint ls|verify|show`, as a user types it."""
+"""`handloom checkpoint ls|verify|show`."""
 
 import json
 import subprocess
@@ -8,9 +8,11 @@ import pytest
 from click.testing import CliRunner
 
 from handloom.cli import main
-from tests.checkpoint.common import contents, save
+from tests.checkpoint.common import ARRAYS, CONTENTS, contents, flip, save
 
 pytestmark = pytest.mark.once
+
+DAMAGE = "is damaged: the array 'model.mask' changed since the save. [HL517]"
 
 
 def run(*words):
@@ -24,50 +26,41 @@ def directory(tmp_path):
     return tmp_path
 
 
-def damage(directory):
-    path = directory / "step_000000002" / "arrays.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
-    return path
+@pytest.fixture
+def damaged(directory):
+    flip(directory / "step_000000002" / ARRAYS)
+    return directory / "step_000000002" / ARRAYS
 
 
-def test_ls_has_a_line_for_each(directory):
+def test_checkpoint_ls_prints_a_line_for_each(directory):
+    (directory / "step_000000001" / CONTENTS).write_text("")
     result = run("ls", directory)
     assert result.exit_code == 0
     first, second = result.output.splitlines()
-    assert first.startswith("step_000000001  5 arrays, ")
-    assert first.endswith(" bytes  loss=0.5")
+    assert first.startswith("step_000000001  DAMAGED: ")
     assert second.startswith("step_000000002  5 arrays, ")
+    assert second.endswith(" bytes  loss=1")
 
 
-def test_ls_takes_a_runs_directory_too(tmp_path):
+def test_checkpoint_ls_takes_a_run_directory(tmp_path):
     save(tmp_path / "checkpoints", 3)
     assert run("ls", tmp_path).output.startswith("step_000000003  5 arrays, ")
 
 
-def test_ls_marks_what_is_evidently_damaged(directory):
-    (directory / "step_000000001" / "contents.json").write_text("")
-    result = run("ls", directory)
-    assert result.exit_code == 0
-    assert "step_000000001  DAMAGED: " in result.output.splitlines()[0]
-
-
-def test_verify_says_that_all_is_whole(directory):
+def test_checkpoint_verify_says_that_all_are_whole(directory):
     result = run("verify", directory)
     assert result.exit_code == 0
     assert [line[:21] for line in result.output.splitlines()] == ["step_000000001  whole", "step_000000002  whole"]
 
 
-def test_verify_names_file_and_tensor_that_are_damaged_and_ends_with_one(directory):
-    path = damage(directory)
-    for where in (directory, path.parent):
+def test_checkpoint_verify_names_damaged_arrays_and_ends_with_1(directory, damaged):
+    for where in (directory, damaged.parent):
         result = run("verify", where)
         assert result.exit_code == 1
-        assert result.output.splitlines()[-1] == (
-            f"step_000000002  DAMAGED: {path} is damaged: the array 'model.mask' is not as written. [HL517]"
-        )
+        assert result.output.splitlines()[-1] == f"step_000000002  DAMAGED: {damaged} {DAMAGE}"
 
 
-def test_show_names_arrays_and_contents(directory):
+def test_checkpoint_show_prints_arrays_and_contents(directory):
     for where in (directory, directory / "step_000000002"):
         result = run("show", where)
         assert result.exit_code == 0
@@ -79,23 +72,22 @@ def test_show_names_arrays_and_contents(directory):
         assert json.loads("\n".join(lines[6:])) == contents(2)
 
 
-def test_show_refuses_a_damaged_one_in_a_sentence(directory):
-    path = damage(directory)
+def test_checkpoint_show_refuses_a_damaged_one(directory, damaged):
     result = run("show", directory)
     assert result.exit_code == 1
-    assert result.output == f"Error: {path} is damaged: the array 'model.mask' is not as written. [HL517]\n"
+    assert result.output == f"Error: {damaged} {DAMAGE}\n"
 
 
 @pytest.mark.parametrize("command", ["ls", "verify", "show"])
-def test_where_there_is_none_that_is_said(tmp_path, command):
+def test_checkpoint_commands_say_where_there_is_none(tmp_path, command):
     result = run(command, tmp_path)
     assert result.exit_code == 1
-    assert result.output == f"Error: There is no checkpoint at {tmp_path}, nor are there any in it. [HL520]\n"
+    assert result.output == f"Error: There is no checkpoint at {tmp_path}, or in it. [HL520]\n"
     assert run(command, tmp_path / "nowhere").exit_code == 2
 
 
-@pytest.mark.parametrize("words", [["--help"], ["ls", "--help"], ["ls"], ["verify"], ["show"]])
-def test_no_backend_is_imported(directory, words):
+@pytest.mark.parametrize("words", [["ls", "--help"], ["ls"], ["verify"], ["show"]])
+def test_checkpoint_commands_import_no_backend(directory, words):
     words = ["checkpoint", *words, *([] if "--help" in words else [str(directory)])]
     late = {"keras", "jax", "tensorflow", "torch"} | ({"numpy"} if "--help" in words else set())
     code = (

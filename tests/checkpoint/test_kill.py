@@ -1,4 +1,4 @@
-"""A process killed at any instant of a save leaves the last checkpoint whole."""
+"""A process that is killed at any instant of a save leaves the last checkpoint intact."""
 
 import ast
 import subprocess
@@ -23,7 +23,8 @@ PACKAGE = ROOT / "handloom" / "checkpoint"
         pytest.param(1, 2, 1, 0.5, True, id="after a process that was killed too"),
     ],
 )
-def test_killed_at_any_system_call_a_save_leaves_a_whole_checkpoint(before, new, keep, part, twice):
+def test_save_that_is_killed_at_any_system_call_leaves_an_intact_checkpoint(before, new, keep, part, twice):
+    """Takes about ten seconds: it forks a process for each call of a save."""
     words = [str(word) for word in (before, new, keep, part, twice)]
     done = subprocess.run(
         [sys.executable, "-m", "tests.checkpoint.kill", *words], cwd=ROOT, capture_output=True, text=True, check=False
@@ -31,11 +32,11 @@ def test_killed_at_any_system_call_a_save_leaves_a_whole_checkpoint(before, new,
     assert done.returncode == 0, done.stderr
     calls, committed = map(int, done.stdout.split())
     assert calls > 20
-    assert 0 < committed < calls  # Both kinds of instants were met: before and after the commit.
+    assert 0 < committed < calls  # Some were killed before the commit, and some after it.
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in PACKAGE.glob("*.py")))
-def test_nothing_touches_the_disk_past_the_calls_that_are_killed(name):
+def test_only_filesystem_and_lock_make_system_calls(name):
     if name in ("filesystem.py", "lock.py"):
         return
     for node in ast.walk(ast.parse((PACKAGE / name).read_text(encoding="utf-8"))):
@@ -43,10 +44,5 @@ def test_nothing_touches_the_disk_past_the_calls_that_are_killed(name):
             assert not {alias.name for alias in node.names} & {"os", "shutil", "tempfile", "io"}
         elif isinstance(node, ast.Call):
             assert ast.unparse(node.func) != "open"
-            assert ast.unparse(node.func).split(".")[-1] not in (
-                "write_text",
-                "write_bytes",
-                "touch",
-                "mkdir",
-                "tofile",
-            )
+            called = ast.unparse(node.func).split(".")[-1]
+            assert called not in ("write_text", "write_bytes", "touch", "mkdir", "tofile")

@@ -1,4 +1,4 @@
-"""One writer for a directory; a dead one is none."""
+"""`WriterLock`: a directory has one writer, and a process that has ended is none."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.checkpoint.common import draft, is_of, save
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
-# Takes the lock, then forks: what the child does with it (a worker that loads data, say) is nobody's business.
+# Takes the lock, then forks; the child does what a data loading worker does: anything, for longer than its parent.
 WRITER = """
 import os, sys, time
 from pathlib import Path
@@ -44,11 +44,11 @@ def end(process):
     process.stdout.close()
 
 
-def test_the_second_writer_is_told_who_the_first_is_and_a_killed_one_holds_nothing(tmp_path):
+def test_writer_lock_names_its_holder_and_ends_with_the_process(tmp_path):
     save(tmp_path, 1)
     process, _ = writer(tmp_path)
     try:
-        words = f"is being written by process {process.pid} on '{platform.node()}'. One process at a time"
+        words = f"is being written by process {process.pid} on '{platform.node()}'.*one writer at a time"
         with pytest.raises(CheckpointError, match=words):
             save(tmp_path, 2)
         assert is_of(read_newest(tmp_path)[0], 1)  # Reading needs no lock.
@@ -59,7 +59,7 @@ def test_the_second_writer_is_told_who_the_first_is_and_a_killed_one_holds_nothi
 
 
 def saved_in_the_end(directory, seconds=20):
-    """The child lets go as soon as it runs, which on a busy machine is not at once."""
+    """Saves when a child has released the lock, which it does as soon as it runs: on a busy machine, not at once."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -70,17 +70,17 @@ def saved_in_the_end(directory, seconds=20):
             time.sleep(0.05)
 
 
-def test_a_child_that_outlives_a_killed_writer_does_not_hold_its_lock(tmp_path):
+def test_writer_lock_is_not_held_by_a_child_that_outlives_its_parent(tmp_path):
     process, child = writer(tmp_path, "forks")
     end(process)
     try:
-        os.kill(child, 0)  # It lives.
+        os.kill(child, 0)  # It is alive.
         saved_in_the_end(tmp_path)
     finally:
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_child_that_ends_closes_no_file_that_is_not_its_own(tmp_path):
+def test_writer_lock_in_a_child_closes_no_other_file(tmp_path):
     code = (
         "import os, sys; from pathlib import Path; from handloom.checkpoint.store import Store\n"
         "store = Store(Path(sys.argv[1])); store.open()\n"
@@ -92,9 +92,11 @@ def test_a_child_that_ends_closes_no_file_that_is_not_its_own(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False).returncode == 0
 
 
-def test_two_writers_in_one_process_are_two(tmp_path):
+def test_writer_lock_separates_two_writers_in_one_process(tmp_path):
+    (tmp_path / ".lock").write_text("x" * 1000)  # Of an earlier process.
     first, second = Store(tmp_path), Store(tmp_path)
     first.save(draft(1))
+    assert json.loads((tmp_path / ".lock").read_text()) == {"pid": os.getpid(), "host": platform.node()}
     with pytest.raises(CheckpointError, match=f"is being written by process {os.getpid()} on"):
         second.save(draft(2))
     first.close()
@@ -103,16 +105,8 @@ def test_two_writers_in_one_process_are_two(tmp_path):
     second.close()
 
 
-def test_the_lock_names_its_holder(tmp_path):
-    (tmp_path / ".lock").write_text("x" * 1000)  # Of an older process, whatever it wrote.
-    store = Store(tmp_path)
-    store.open()
-    assert json.loads((tmp_path / ".lock").read_text()) == {"pid": os.getpid(), "host": platform.node()}
-    store.close()
-
-
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x", "host": 1}', "null"])
-def test_a_holder_that_did_not_give_its_name_is_another_process(tmp_path, text):
+def test_writer_lock_calls_a_holder_without_a_name_another_process(tmp_path, text):
     store = Store(tmp_path)
     store.open()
     (tmp_path / ".lock").write_text(text)

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, against the plain rule."""
+"""The rule by which checkpoints are kept, against a plain model of it."""
 
 import math
 
@@ -18,7 +18,7 @@ METRICS = st.sampled_from([None, 0.0, 1.0, 2.0, -1.0, math.nan, math.inf, -math.
 
 @pytest.fixture
 def fast(monkeypatch):
-    """What is to survive a power cut is no matter here."""
+    """A system that flushes nothing: no test here survives a power cut."""
 
     class Hasty(Shim):
         def fsync(self, file):
@@ -28,8 +28,8 @@ def fast(monkeypatch):
 
 
 def expected(saved, keep, best):
-    """What is to be there after these saves, by the words of the documentation."""
-    there = {}  # Number of the save to step and metric.
+    """The steps that remain after these saves, by the words of the documentation."""
+    there = {}  # The number of the save to step and metric.
     for number, entry in enumerate(saved):
         there[number] = entry
         latest = {step: number for number, (step, _) in there.items()}  # A step saved again is replaced ...
@@ -48,15 +48,15 @@ def expected(saved, keep, best):
     steps=st.lists(st.tuples(st.integers(0, 2), METRICS), min_size=1, max_size=8),
     keep=st.sampled_from([1, 2, 3, None]),
     best=st.sampled_from([None, "min:loss", "max:loss"]),
-    anew=st.booleans(),
+    restarts=st.booleans(),
 )
-def test_the_last_and_the_best_are_kept(tmp_path_factory, fast, steps, keep, best, anew):
+def test_store_keeps_the_last_and_the_best(tmp_path_factory, fast, steps, keep, best, restarts):
     directory = tmp_path_factory.mktemp("run")
     step, saved = 0, []
     store = Store(directory, keep, Best.of(best) if best else None)
     for more, metric in steps:
         step += more
-        if anew:  # A new process knows what is there from what is there.
+        if restarts:  # A new process reads the metrics from the directory.
             store.close()
             store = Store(directory, keep, Best.of(best) if best else None)
         store.save(draft(step, {} if metric is None else {"loss": metric}))
@@ -66,33 +66,27 @@ def test_the_last_and_the_best_are_kept(tmp_path_factory, fast, steps, keep, bes
     store.close()
 
 
-def test_of_equals_the_earlier_is_the_best(tmp_path):
+def test_store_keeps_the_earlier_of_equally_good_checkpoints(tmp_path):
     for step, loss in [(1, 0.5), (2, 0.5), (3, 0.7), (4, 0.5), (5, 0.9)]:
         save(tmp_path, step, keep=1, best=Best.of("min:loss"), metrics={"loss": loss})
     assert valid_steps(tmp_path) == [1, 5]
 
 
-def test_metrics_are_kept_with_the_checkpoint(tmp_path):
+def test_store_saves_metrics_and_makes_infinity_nan(tmp_path):
     save(tmp_path, 1, metrics={"loss": 0.1, "accuracy": math.inf, "other": math.nan})
-    found = read_newest(tmp_path)[0].metrics
-    assert found.pop("loss") == 0.1
-    assert all(map(math.isnan, found.values()))  # JSON has no infinity; neither can be best.
-    assert found.keys() == {"accuracy", "other"}
+    assert repr(read_newest(tmp_path)[0].metrics) == "{'loss': 0.1, 'accuracy': nan, 'other': nan}"
 
 
 @pytest.mark.parametrize("words", ["val_loss", "least:val_loss", "min:", "", 3])
 def test_best_takes_a_direction_and_a_name(words):
     with pytest.raises(ValueError, match=r"best= takes 'min:METRIC' or 'max:METRIC', as in 'min:val_loss'; received"):
         Best.of(words)
-
-
-def test_a_metric_may_have_a_colon_in_its_name():
     assert Best.of("max:head:accuracy") == Best("head:accuracy", -1)
 
 
 @settings(deadline=None)
-@given(st.integers(0, 10**12), st.integers(0, 100))
-def test_a_place_is_known_by_its_name(step, again):
+@given(st.integers(0, 10**20), st.integers(0, 100))
+def test_slot_is_known_by_its_name(step, again):
     assert Slot.of(Slot(step, again).name) == Slot(step, again)
 
 
@@ -104,11 +98,11 @@ def test_a_place_is_known_by_its_name(step, again):
         "step_00000000\N{ARABIC-INDIC DIGIT ONE}",
     ],
 )
-def test_other_names_are_no_places(name):
+def test_slot_ignores_other_names(name):
     assert Slot.of(name) is None
 
 
-def test_places_are_ordered_by_number_not_by_letters():
+def test_kept_orders_slots_by_number_and_not_by_letters():
     slots = [Slot(2), Slot(10**9), Slot(999_999_999), Slot(2, 2), Slot(2, 10)]
     assert sorted(slots) == [Slot(2), Slot(2, 2), Slot(2, 10), Slot(999_999_999), Slot(10**9)]
     assert kept(slots, 2, None) == {Slot(10**9), Slot(999_999_999)}

@@ -1,4 +1,4 @@
-"""Arrays in pieces, over any number of files: whole again when read, and refused where pieces do not make a whole."""
+"""Arrays in pieces, in any number of files: read as whole arrays, refused if the pieces do not make up the array."""
 
 import itertools
 import json
@@ -18,11 +18,14 @@ from handloom.checkpoint.format import Draft, read_arrays, verify
 from handloom.checkpoint.names import named
 from handloom.distribute import SingleDevice
 from handloom.errors import CheckpointError
-from tests.checkpoint.common import forge, same, whole
+from tests.checkpoint.common import CONTENTS, MANIFEST, flip, forge, same_bytes, whole
+from tests.numbers import same
+
+FIRST, SECOND = FILES = ("arrays-00001-of-00002.safetensors", "arrays-00002-of-00002.safetensors")
 
 
 class Half(SingleDevice):
-    """Each variable is cut in half along its first axis, if it has one; one process holds a half."""
+    """Cuts each variable in half along its first axis, if it has one; each of two processes holds one half."""
 
     size = 2
 
@@ -38,47 +41,35 @@ class Half(SingleDevice):
         return [Shard((begin, *shard.offset[1:]), shard.value[begin:end])] if end > begin else []
 
 
-def trained():
-    keras.utils.set_random_seed(0)
+def a_state(seed):
     model = keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.BatchNormalization(), layers.Dense(1)])
     optimizer = keras.optimizers.Adam(0.01)
     optimizer.build(model.trainable_variables)
     for variable in named({"model": model, "optimizer": optimizer})[0].values():
         if len(variable.shape):
-            variable.assign(keras.random.normal(variable.shape, seed=1))
+            variable.assign(keras.random.normal(variable.shape, seed=seed))
     return {"model": model, "optimizer": optimizer}
 
 
-def test_strategy_shards_of_two_ranks_are_two_files_and_restore_on_one_device(tmp_path):
-    state = trained()
+def test_restore_on_one_device_reads_what_two_ranks_have_saved(tmp_path):
+    state, other = a_state(1), a_state(2)
     parts = []
     for rank in range(2):
         with Half(rank).scope():
             shards, contents = snapshot.take(state)
-        parts.append(shards if rank == 0 else {name: shards[name] for name in named(state)[0]})  # The rest is one's.
+        parts.append(shards if rank == 0 else {name: shards[name] for name in named(state)[0]})  # The rest is rank 0's.
     (tmp_path / "step_000000003").mkdir()
     Draft(3, parts, contents, {}).write(tmp_path / "step_000000003")
-    assert sorted(path.name for path in (tmp_path / "step_000000003").iterdir()) == [
-        "arrays-00001-of-00002.safetensors",
-        "arrays-00002-of-00002.safetensors",
-        "contents.json",
-        "manifest.json",
-    ]
-    other = trained()
-    for variable in named(other)[0].values():
-        variable.assign(keras.ops.zeros_like(variable.value))
-    checkpointer = hl.Checkpointer(tmp_path, other)
-    assert checkpointer.restore() == 3
+    assert {path.name for path in (tmp_path / "step_000000003").iterdir()} == {*FILES, CONTENTS, MANIFEST}
+    assert hl.Checkpointer(tmp_path, other).restore() == 3
     for name, variable in named(state)[0].items():
-        np.testing.assert_array_equal(
-            keras.ops.convert_to_numpy(named(other)[0][name].value), keras.ops.convert_to_numpy(variable.value)
-        )
+        same(named(other)[0][name], variable)
 
 
 @pytest.mark.once
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_any_grid_over_any_files_is_read_as_one_array(tmp_path_factory, data):
+def test_read_arrays_joins_any_grid_of_pieces_in_any_files(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("checkpoint")
     arrays, parts = {}, [{} for _ in range(data.draw(st.integers(1, 3)))]
     for name in ("a", "b", "empty"):
@@ -96,7 +87,7 @@ def test_any_grid_over_any_files_is_read_as_one_array(tmp_path_factory, data):
     Draft(1, parts, {}, {}).write(directory)
     manifest = verify(directory)
     found = read_arrays(directory, manifest)
-    assert all(same(found[name], array) for name, array in arrays.items())
+    assert all(same_bytes(found[name], array) for name, array in arrays.items())
     assert len(manifest.files) == len(parts)
 
 
@@ -110,20 +101,24 @@ def halves(tmp_path):
 
 
 @pytest.mark.once
-def test_any_reader_of_safetensors_finds_pieces_by_their_place(halves):
-    data = (halves / "arrays-00002-of-00002.safetensors").read_bytes()
-    found = {name: (entry["shape"], bytes(entry["data"])) for name, entry in safetensors.deserialize(data)}
+def test_safetensors_readers_and_the_manifest_tell_the_place_of_each_piece(halves):
     array = np.arange(24, dtype="float32").reshape(4, 6)
+    data = (halves / SECOND).read_bytes()
+    found = {name: (entry["shape"], bytes(entry["data"])) for name, entry in safetensors.deserialize(data)}
     assert found == {"w[0:4,2:6]": ([4, 4], array[:, 2:].tobytes()), "v": ([4, 6], array.tobytes())}
+    record = json.loads((halves / MANIFEST).read_bytes())
+    assert record["format"] == 2
+    assert [(piece["file"], piece["offset"], piece["shape"]) for piece in record["tensors"]["w"]["pieces"]] == [
+        (FIRST, [0, 0], [4, 2]),
+        (SECOND, [0, 2], [4, 4]),
+    ]
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", ["arrays-00001-of-00002.safetensors", "arrays-00002-of-00002.safetensors"])
-def test_damage_in_any_of_several_files_names_file_and_array(halves, name):
-    data = bytearray((halves / name).read_bytes())
-    data[-1] ^= 1
-    (halves / name).write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"{name} is damaged: the array 'w' is not as written"):
+@pytest.mark.parametrize("name", FILES)
+def test_verify_names_file_and_array_that_are_damaged(halves, name):
+    flip(halves / name)
+    with pytest.raises(CheckpointError, match=f"{name} is damaged: the array 'w' changed"):
         verify(halves)
     (halves / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name} cannot be opened"):
@@ -143,21 +138,12 @@ def piece(record, number):
         lambda record: piece(record, 1).update(offset=[0, 0]),
         lambda record: piece(record, 1).update(offset=[0, 1]),
         lambda record: piece(record, 1).update(offset=[1, 2]),
+        lambda record: piece(record, 1).update(shape=[4, 3]),
         lambda record: record["tensors"]["w"].update(shape=[4, 7]),
         lambda record: record["tensors"]["w"].update(shape=[24]),
     ],
 )
-def test_pieces_that_do_not_make_up_their_array_are_refused(halves, change):
+def test_verify_refuses_pieces_that_do_not_make_up_their_array(halves, change):
     forge(halves, change)
-    with pytest.raises(CheckpointError, match="The array 'w' has pieces that do not make up the shape"):
+    with pytest.raises(CheckpointError, match="The array 'w' has pieces that do not make up its shape"):
         verify(halves)
-
-
-@pytest.mark.once
-def test_a_manifest_lists_each_array_with_its_pieces(halves):
-    record = json.loads((halves / "manifest.json").read_bytes())
-    assert record["format"] == 2
-    assert [(piece["file"][7:12], piece["offset"], piece["shape"]) for piece in record["tensors"]["w"]["pieces"]] == [
-        ("00001", [0, 0], [4, 2]),
-        ("00002", [0, 2], [4, 4]),
-    ]

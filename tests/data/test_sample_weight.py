@@ -163,7 +163,7 @@ class Mindful(hl.Model):
 
 def test_weights_that_a_step_does_not_use_are_told_of_once():
     model = model_of(Forgetful)
-    with pytest.warns(HandloomWarning, match=r"train_step does not use the sample weights: .*compute_loss") as told:
+    with pytest.warns(HandloomWarning, match=r"train_step does not use the sample weights\. .*compute_loss") as told:
         model.fit(X, Y, sample_weight=WEIGHTS, epochs=2, batch_size=5, verbose=0)
     assert len(told) == 1
     with pytest.warns(HandloomWarning, match="test_step does not use the sample weights"):
@@ -267,7 +267,7 @@ class MaskUsed(hl.Model):
 
 def test_a_mask_that_a_step_does_not_use_is_told_of_by_name():
     model = masked_model(MaskForgotten)
-    words = f"train_step does not use the mask of what '{model.name}' returns: .*compute_mask"
+    words = f"train_step does not use the mask of the output of '{model.name}'\\. .*compute_mask"
     with pytest.warns(HandloomWarning, match=words) as told:
         model.fit(TOKENS, TARGETS, epochs=2, verbose=0)
     assert len(told) == 1
@@ -314,8 +314,8 @@ def test_penalties_in_no_loss_are_told_of_by_name(eagerly):
         penalized(ByHand).fit(X, Y, epochs=2, verbose=0)
     said = sorted(str(warning.message) for warning in told)
     assert len(said) == 2
-    assert re.match(r"train_step does not use the losses added by 'adding': .*minimize\(\)", said[0])
-    assert re.match(r"train_step does not use the regularizer of '.*low/kernel': .*sum\(layer.losses\)", said[1])
+    assert re.match(r"train_step does not use the losses added by 'adding'\. .*minimize\(\)", said[0])
+    assert re.match(r"train_step does not use the regularizer of '.*low/kernel'\. .*sum\(layer.losses\)", said[1])
 
 
 @pytest.mark.parametrize("cls", [hl.Model, Forgetful, type("WithLosses", (ByHand,), {"penalties": True})])

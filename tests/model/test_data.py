@@ -1,4 +1,4 @@
-"""Data as `Model.fit`, `evaluate` and `predict` take it."""
+"""The data that `Model.fit`, `evaluate` and `predict` take, and the weights of examples."""
 
 import keras
 import numpy as np
@@ -8,7 +8,9 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import DataError
+from tests.models import compiled, fit, functional
 from tests.numbered import Numbered
+from tests.numbers import close, numpy, same
 
 X = np.arange(10, dtype="float32")[:, None]
 Y = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
@@ -16,7 +18,7 @@ WEIGHT = np.linspace(0.5, 5.0, 10).astype("float32")
 
 
 class Mean(hl.Model):
-    """Reports the mean of each batch, weighted where there are weights."""
+    """Reports the mean of each batch, weighted if there are weights."""
 
     def train_step(self, data):
         x, _, weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -29,7 +31,7 @@ class Mean(hl.Model):
 
 
 def given(*data, **options):
-    """The batches that a model's steps were given by `fit`, in training and in validation."""
+    """The batches that `fit` gives the steps of a model, in training and in validation."""
     training, validation = [], []
 
     class Echo(hl.Model):
@@ -42,12 +44,12 @@ def given(*data, **options):
             return {}
 
     with hl.run_eagerly(True):
-        Echo().fit(*data, **{"verbose": 0, "shuffle": False} | options)
+        fit(Echo(), *data, **options)
     return training, validation
 
 
 def as_numpy(data):
-    return keras.tree.map_structure(lambda part: None if part is None else ops.convert_to_numpy(part), data)
+    return keras.tree.map_structure(lambda part: None if part is None else numpy(part), data)
 
 
 def assert_equal(batch, expected):
@@ -56,86 +58,63 @@ def assert_equal(batch, expected):
 
 
 def regressor():
-    inputs = keras.Input((1,))
-    model = hl.Model(inputs, layers.Dense(1, kernel_initializer="ones")(inputs))
-    model.compile(keras.optimizers.SGD(0.0), "mse", weighted_metrics=["mae"])
-    return model
+    dense = layers.Dense(1, kernel_initializer="ones")
+    return compiled(functional(dense, inputs=1), keras.optimizers.SGD(0.0), weighted_metrics=["mae"])
 
 
-# --------------------------------------------------------------------------- parts
+# ------------------------------------------------------------------------ parts
 
 
-def test_x_alone_is_given_as_x():
-    [batch], _ = given(X)
-    assert_equal(batch, X)
+@pytest.mark.parametrize(
+    ("data", "weight", "expected"),
+    [
+        ((X,), None, X),
+        ((X, Y), None, (X, Y)),
+        ((X, Y), WEIGHT, (X, Y, WEIGHT)),
+        ((X,), WEIGHT, (X, None, WEIGHT)),
+        (({"a": X, "b": 2 * X},), None, {"a": X, "b": 2 * X}),
+        (([X, 2 * X],), None, ([X, 2 * X],)),
+        (([X, 2 * X], Y), None, ([X, 2 * X], Y)),
+        ((pd.DataFrame({"x": X[:, 0]}), pd.Series(Y)), pd.Series(WEIGHT), (X, Y, WEIGHT)),
+    ],
+    ids=["x", "x y", "x y w", "x w", "dict", "list", "list y", "pandas"],
+)
+def test_fit_gives_a_step_the_parts_that_it_was_given(data, weight, expected):
+    [batch], _ = given(*data, sample_weight=weight)
+    assert_equal(batch, expected)
 
 
-def test_x_y_and_weights_are_given_together():
-    [batch], _ = given(X, Y, sample_weight=WEIGHT)
-    assert_equal(batch, (X, Y, WEIGHT))
-
-
-def test_x_and_weights_are_given_without_y():
-    [batch], _ = given(X, sample_weight=WEIGHT)
-    assert_equal(batch, (X, None, WEIGHT))
-
-
-def test_pandas_and_tensors_are_arrays():
-    [batch], _ = given(pd.DataFrame({"x": X[:, 0]}), pd.Series(Y), sample_weight=ops.convert_to_tensor(WEIGHT))
-    assert_equal(batch, (X, Y, WEIGHT))
-
-
-def test_arrays_come_in_batches_of_the_size_asked_for():
-    assert [len(batch) for batch in given(X, batch_size=4)[0]] == [4, 4, 2]
-
-
-def test_inputs_may_be_a_dict():
+def test_evaluate_and_predict_take_inputs_by_name():
     inputs = {"a": keras.Input((1,), name="a"), "b": keras.Input((1,), name="b")}
-    model = hl.Model(inputs, layers.Subtract()([inputs["a"], inputs["b"]]))
-    model.compile(loss="mse")
+    model = compiled(hl.Model(inputs, layers.Subtract()([inputs["a"], inputs["b"]])))
     data = {"b": X, "a": 3 * X}
     assert model.evaluate(data, 2 * X, verbose=0) == 0
-    np.testing.assert_array_equal(model.predict(data, batch_size=3, verbose=0), 2 * X)
-
-
-def test_x_alone_trains_a_model_with_a_step_of_its_own():
-    class Autoencoder(hl.Model):
-        def train_step(self, x):
-            return {"loss": self.minimize(lambda: ops.mean((self(x) - x) ** 2))}
-
-    model = Autoencoder([layers.Dense(1)])
-    model.compile(keras.optimizers.SGD(0.01))
-    history = model.fit(X, epochs=3, verbose=0).history["loss"]
-    assert history[-1] < history[0]
+    same(model.predict(data, batch_size=3, verbose=0), 2 * X)
 
 
 @pytest.mark.parametrize("batch", [(X, Y, WEIGHT), (X, Y), (X,), X, {"a": X}], ids=["x y w", "x y", "(x)", "x", "dict"])
-def test_batches_of_a_source_are_given_as_they_come(batch):
+def test_fit_gives_a_step_the_batches_of_a_source_unchanged(batch):
     assert_equal(given(iter([batch, batch]))[0], [batch, batch])
 
 
-def test_a_feed_is_taken_as_it_is():
+def test_fit_and_evaluate_take_a_feed():
     feed = hl.Feed((X, Y), batch_size=4)
-    model = Mean()
-    np.testing.assert_allclose(model.fit(feed, verbose=0).history["x"], [4.5], rtol=1e-6)
-    np.testing.assert_allclose(model.evaluate(feed, return_dict=True, verbose=0)["x"], 4.5, rtol=1e-6)
+    close(fit(Mean(), feed)["x"], [4.5])
+    close(Mean().evaluate(feed, return_dict=True, verbose=0)["x"], 4.5)
 
 
-def test_arrays_are_shuffled_unless_told_otherwise():
-    orders = [np.ravel(epoch).tolist() for _ in range(2) for epoch in given(X, shuffle=True, epochs=2)[0]]
-    assert [sorted(order) for order in orders] == [X[:, 0].tolist()] * 4
-    assert len(set(map(tuple, orders))) == 4  # Each epoch has an order of its own, and each fit.
-
-
-def test_the_order_is_that_of_keras_s_random_seed():
-    orders = []
-    for _ in range(2):
+def test_fit_shuffles_arrays_in_each_epoch_by_the_seed_of_keras():
+    def orders():
         keras.utils.set_random_seed(4)
-        orders.append(np.ravel(given(X, shuffle=True)[0]).tolist())
-    assert orders[0] == orders[1] != X[:, 0].tolist()
+        return [np.ravel(epoch).tolist() for epoch in given(X, shuffle=True, epochs=2)[0]]
+
+    first, second = orders()
+    assert sorted(first) == sorted(second) == X[:, 0].tolist()
+    assert len(set(map(tuple, [first, second, X[:, 0]]))) == 3
+    assert orders() == [first, second]
 
 
-def test_a_pydataset_is_shuffled_by_batch():
+def test_fit_shuffles_a_pydataset_by_batch():
     keras.utils.set_random_seed(1)
     epochs, _ = given(Numbered(), shuffle=True, epochs=8)
     firsts = [tuple(x[0] for x, _ in epochs[first : first + 3]) for first in range(0, 24, 3)]
@@ -143,13 +122,10 @@ def test_a_pydataset_is_shuffled_by_batch():
     assert len(set(firsts)) > 1
 
 
-def test_validation_keeps_the_order():
+def test_validation_and_predict_keep_the_order():
     _, batches = given(X, Y, validation_data=(X, Y), batch_size=4, shuffle=True)
-    np.testing.assert_array_equal(np.concatenate([x for x, _ in batches]), X)
-
-
-def test_predictions_keep_the_order():
-    np.testing.assert_array_equal(regressor().predict(X, batch_size=4, verbose=0), X)
+    same(np.concatenate([x for x, _ in batches]), X)
+    same(regressor().predict(X, batch_size=4, verbose=0), X)
 
 
 @pytest.mark.parametrize("extra", [{"y": Y}, {"sample_weight": WEIGHT}])
@@ -163,48 +139,25 @@ def test_predictions_keep_the_order():
     ],
     ids=["iterator", "generator", "PyDataset", "Feed"],
 )
-def test_a_source_of_batches_takes_nothing_beside_it(source, kind, extra):
-    with pytest.raises(DataError, match=rf"x gives batches by itself \(it is of type {kind}\).*each batch as \(x, y\)"):
-        regressor().fit(source(), **extra, verbose=0)
+def test_fit_refuses_y_or_weights_beside_a_source_of_batches(source, kind, extra):
+    with pytest.raises(DataError, match=rf"x gives batches by itself \(its type is {kind}\).*as \(x, y\).*HL434"):
+        fit(regressor(), source(), **extra)
 
 
 @pytest.mark.parametrize(
     ("extra", "name"), [({"y": Y.tolist()}, "y"), ({"y": Y, "sample_weight": WEIGHT.tolist()}, "sample_weight")]
 )
-def test_a_list_of_numbers_beside_arrays_is_named(extra, name):
-    with pytest.raises(DataError, match=rf"{name} must be too; it is of type list.*by np.array\(\.\.\.\)"):
-        regressor().fit(X, **extra, verbose=0)
+def test_fit_refuses_a_list_of_numbers_beside_arrays(extra, name):
+    with pytest.raises(DataError, match=rf"{name} must be arrays too; its type is list.*np.array\({name}\).*HL435"):
+        fit(regressor(), X, **extra)
 
 
-def test_a_list_of_numbers_as_x_is_told_what_x_can_be():
-    with pytest.raises(DataError, match=r"No batches can be made of data of type list.*by np.array\(\.\.\.\)"):
-        regressor().fit([[1.0], [2.0]], Y[:2], verbose=0)
-
-
-def test_lengths_that_differ_are_named():
-    with pytest.raises(DataError, match="x has 10, y has 9"):
-        regressor().fit(X, Y[:9], verbose=0)
+def test_evaluate_names_sample_weights_of_another_length():
     with pytest.raises(DataError, match="x has 10, y has 10, sample_weight has 3"):
         regressor().evaluate(X, Y, sample_weight=WEIGHT[:3], verbose=0)
 
 
-def test_no_data_at_all_is_an_error():
-    with pytest.raises(DataError, match="No batches can be made of data of type NoneType"):
-        regressor().fit(verbose=0)
-    with pytest.raises(DataError, match="The data is empty"):
-        regressor().predict(X[:0], verbose=0)
-
-
-def test_weights_without_y_weigh_one_batch_and_averages():
-    inputs = keras.Input((1,))
-    model = Mean(inputs, inputs)
-    expected = np.average(X[:, 0], weights=WEIGHT)
-    assert model.train_on_batch(X, sample_weight=WEIGHT) == pytest.approx(expected)
-    history = model.fit(X, sample_weight=WEIGHT, batch_size=4, verbose=0).history
-    np.testing.assert_allclose(history["x"], [expected], rtol=1e-6)
-
-
-# --------------------------------------------------------------------------- weights by class
+# ---------------------------------------------------------------- class weights
 
 
 @pytest.mark.parametrize(
@@ -212,84 +165,48 @@ def test_weights_without_y_weigh_one_batch_and_averages():
     [Y, Y[:, None], Y.astype("float32"), np.eye(3)[Y], np.eye(3, dtype="int32")[Y], pd.Series(Y)],
     ids=["labels", "column", "floats", "one-hot", "one-hot integers", "Series"],
 )
-def test_class_weights_weigh_each_example_by_its_class(labels):
+def test_class_weight_weighs_each_example_by_its_class(labels):
     [(_, _, weight)], _ = given(X, labels, class_weight={0: 0.5, 2: 4.0})
-    np.testing.assert_array_equal(weight, np.array([0.5, 1.0, 4.0])[Y])
-
-
-def test_class_weights_have_the_usual_float_as_their_dtype():
-    [(_, _, weight)], _ = given(X, Y, class_weight={0: 0.1})
     assert weight.dtype == "float32"
+    same(weight, np.array([0.5, 1.0, 4.0])[Y])
 
 
-def test_class_weights_are_applied_to_each_batch_of_a_source():
+def test_class_weight_weighs_the_batches_of_a_source():
     batches, _ = given(iter([(X, Y), (X[:3], Y[:3])]), class_weight={1: 3.0})
     for batch, labels in zip(batches, (Y, Y[:3]), strict=True):
-        np.testing.assert_array_equal(batch[2], np.where(labels == 1, 3.0, 1.0))
+        same(batch[2], np.where(labels == 1, 3.0, 1.0))
 
 
-def test_class_weights_train_as_the_same_sample_weights_do():
-    def trained(**weighting):
-        keras.utils.set_random_seed(2)
-        model = hl.Model([layers.Dense(3)])
-        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        model.fit(X / 10, Y, batch_size=5, verbose=0, **weighting)
-        return np.concatenate([np.ravel(weight) for weight in model.get_weights()])
-
-    by_class = trained(class_weight={0: 0.1, 1: 1.0, 2: 10.0})
-    np.testing.assert_allclose(by_class, trained(sample_weight=np.array([0.1, 1.0, 10.0])[Y]), rtol=1e-6)
-    assert not np.allclose(by_class, trained())
-
-
-def test_class_weights_weigh_an_own_step_as_by_hand(eagerly):
-    class Own(hl.Model):
-        def train_step(self, data):
-            x, y, weight = data
-            error = ops.abs(self(x)[:, 0] - ops.cast(y, "float32"))
-            return {"mae": ops.sum(error * weight) / ops.sum(weight)}
-
-    inputs = keras.Input((1,))
-    model = Own(inputs, layers.Dense(1, kernel_initializer="ones")(inputs))
-    history = model.fit(X, Y, batch_size=4, class_weight={0: 2.0, 1: 0.0}, verbose=0).history
-    expected = np.average(np.abs(X[:, 0] - Y), weights=np.array([2.0, 0.0, 1.0])[Y])
-    np.testing.assert_allclose(history["mae"], [expected], rtol=1e-6)
-
-
-def test_class_weights_leave_validation_alone():
+def test_class_weight_does_not_weigh_validation():
     [training], [validation] = given(X, Y, class_weight={0: 9.0}, validation_data=(X, Y))
     assert (len(training), len(validation)) == (3, 2)
 
 
-def test_class_weights_of_one_batch():
+def test_train_on_batch_takes_class_weight():
     model = regressor()
     by_class = model.train_on_batch(X, Y, class_weight={0: 2.0, 1: 0.0}, return_dict=True)
     by_hand = model.train_on_batch(X, Y, sample_weight=np.array([2.0, 0.0, 1.0])[Y], return_dict=True)
     assert by_class == by_hand
 
 
-def test_class_weight_and_sample_weight_together_are_refused():
-    for data in ((X, Y), (iter([(X, Y, WEIGHT)]),)):
-        weight = {} if len(data) == 1 else {"sample_weight": WEIGHT}
-        with pytest.raises(DataError, match=r"class_weight or sample_weight, not both; multiply them into one"):
-            regressor().fit(*data, class_weight={0: 2.0}, verbose=0, **weight)
-
-
 @pytest.mark.parametrize(
-    ("data", "match"),
+    ("data", "weight", "match"),
     [
-        ((X,), "class_weight needs the labels of one output as y"),
-        ((X, {"a": Y, "b": Y}), "class_weight needs the labels of one output.*for several outputs, pass sample_weight"),
-        ((iter([X]),), r"class_weight needs labels: batches of the form \(x, y\)"),
-        ((hl.Feed((X, Y)),), r"class_weight is not applied to an hl.Feed"),
+        ((X, Y), WEIGHT, "Both class_weight and sample_weight.*HL439"),
+        ((iter([(X, Y, WEIGHT)]),), None, "Both class_weight and sample_weight.*HL439"),
+        ((X,), None, "class_weight.*labels of one output.*HL402"),
+        ((X, {"a": Y, "b": Y}), None, "class_weight.*labels of one output.*sample_weight.*HL402"),
+        ((iter([X]),), None, r"class_weight needs labels.*\(x, y\).*HL440"),
+        ((hl.Feed((X, Y)),), None, "class_weight does not apply to an hl.Feed.*HL433"),
     ],
-    ids=["no labels", "several outputs", "source without labels", "feed"],
+    ids=["two weights", "two in a source", "no labels", "several outputs", "source without labels", "feed"],
 )
-def test_class_weights_without_labels_of_one_output_are_refused(data, match):
+def test_class_weight_is_refused_without_labels_of_one_output_or_beside_other_weights(data, weight, match):
     with pytest.raises(DataError, match=match):
-        given(*data, class_weight={0: 2.0})
+        given(*data, sample_weight=weight, class_weight={0: 2.0})
 
 
-# --------------------------------------------------------------------------- validation
+# ------------------------------------------------------------------- validation
 
 
 def test_validation_split_takes_the_end_of_the_arrays_unshuffled():
@@ -305,76 +222,67 @@ def test_validation_split_cuts_frames_tensors_and_nested_inputs():
     assert_equal(validation, ({"frame": X[5:], "tensor": X[5:]}, Y[5:]))
 
 
-def test_validation_batches_have_their_own_size_or_that_of_training():
-    for options, sizes in (({}, [4, 4, 2]), ({"validation_batch_size": 5}, [5, 5])):
-        _, validation = given(X, validation_data=(X,), batch_size=4, **options)
-        assert [len(batch) for batch in validation] == sizes
+@pytest.mark.parametrize(("options", "sizes"), [({}, [4, 4, 2]), ({"validation_batch_size": 5}, [5, 5])])
+def test_validation_has_its_own_batch_size_or_that_of_training(options, sizes):
+    _, validation = given(X, validation_data=(X,), batch_size=4, **options)
+    assert [len(batch) for batch in validation] == sizes
 
 
-def test_validation_data_goes_before_validation_split():
+def test_validation_data_has_priority_over_validation_split():
     [training], [validation] = given(X, validation_split=0.5, validation_data=(10 * X,))
     assert_equal((training, validation), (X, 10 * X))
 
 
 def test_validation_data_may_be_a_source_of_batches():
-    history = Mean().fit(X, validation_data=lambda: iter([X[:3], X[3:]]), epochs=2, verbose=0).history
-    np.testing.assert_allclose(history["val_x"], [4.5, 4.5], rtol=1e-6)
+    close(fit(Mean(), X, validation_data=lambda: iter([X[:3], X[3:]]), epochs=2)["val_x"], [4.5, 4.5])
 
 
-@pytest.mark.parametrize("fraction", [1.0, 1.5, -0.5])
-def test_a_fraction_outside_zero_to_one_is_refused(fraction):
-    with pytest.raises(DataError, match="validation_split is a fraction between 0 and 1; received"):
-        regressor().fit(X, Y, validation_split=fraction, verbose=0)
+@pytest.mark.parametrize(
+    ("data", "fraction", "match"),
+    [
+        ((X, Y), 1.0, r"between 0 and 1; received 1\.0.*HL437"),
+        ((X, Y), -0.5, r"between 0 and 1; received -0\.5.*HL437"),
+        ((X[:1], Y[:1]), 0.05, r"validation_split=0\.05 of 1 example.* none to train on.*HL438"),
+        ((iter([(X, Y)]),), 0.5, "source of batches.*validation_data.*HL436"),
+    ],
+)
+def test_validation_split_is_refused_where_it_cannot_split(data, fraction, match):
+    with pytest.raises(DataError, match=match):
+        fit(regressor(), *data, validation_split=fraction)
 
 
-def test_a_split_that_leaves_nothing_is_refused():
-    with pytest.raises(DataError, match=r"validation_split=0\.05 leaves no examples on one side of 1"):
-        regressor().fit(X[:1], Y[:1], validation_split=0.05, verbose=0)
-
-
-def test_a_source_of_batches_cannot_be_split():
-    with pytest.raises(DataError, match=r"validation_split is for arrays; .* as validation_data"):
-        regressor().fit(iter([(X, Y)]), validation_split=0.5, verbose=0)
-
-
-# --------------------------------------------------------------------------- what averages are weighted by
+# --------------------------------------------------------------- sample weights
 
 
 @pytest.mark.parametrize("weight", [WEIGHT, WEIGHT[:, None]], ids=["vector", "column"])
-def test_sample_weights_weigh_the_averages_of_uneven_batches(eagerly, weight):
-    history = Mean().fit(X, Y, batch_size=4, sample_weight=weight, verbose=0).history
-    np.testing.assert_allclose(history["x"], [np.average(X[:, 0], weights=WEIGHT)], rtol=1e-6)
+@pytest.mark.parametrize("y", [Y, None], ids=["y", "no y"])
+def test_sample_weight_weighs_the_averages_of_uneven_batches(weight, y, eagerly):
+    expected = np.average(X[:, 0], weights=WEIGHT)
+    close(fit(Mean(), X, y, batch_size=4, sample_weight=weight)["x"], [expected])
+    close(Mean().train_on_batch(X, y, sample_weight=weight, return_dict=True)["x"], expected)
 
 
-def test_weights_of_steps_in_time_weigh_the_averages():
-    weight = np.stack([WEIGHT, 2 * WEIGHT], axis=1)
-
+def test_sample_weight_of_steps_in_time_weighs_the_averages():
     class PerStep(hl.Model):
         def train_step(self, data):
             _, y, weight = data
             return {"y": ops.sum(y[..., 0] * weight) / ops.sum(weight)}
 
+    weight = np.stack([WEIGHT, 2 * WEIGHT], axis=1)
     y = np.stack([X, X + 1], axis=1)  # (examples, steps, 1)
-    history = PerStep().fit(X, y, batch_size=4, sample_weight=weight, verbose=0).history
-    np.testing.assert_allclose(history["y"], [np.average(y[..., 0], weights=weight)], rtol=1e-6)
+    close(fit(PerStep(), X, y, batch_size=4, sample_weight=weight)["y"], [np.average(y[..., 0], weights=weight)])
 
 
 @pytest.mark.parametrize(
     "third", [X + np.zeros((1, 3), "float32"), {"a": WEIGHT}], ids=["triplets", "weights of several outputs"]
 )
-def test_a_third_part_that_is_no_weight_of_examples_leaves_averages_by_examples(third):
+def test_fit_averages_by_examples_where_the_third_part_is_not_a_weight_per_example(third):
     class First(hl.Model):
         def train_step(self, data):
             return {"x": ops.mean(data[0])}
 
-    data = iter([(X[:4], Y[:4], cut(third, slice(0, 4))), (X[4:], Y[4:], cut(third, slice(4, None)))])
-    np.testing.assert_allclose(First().fit(data, verbose=0).history["x"], [4.5], rtol=1e-6)
-
-
-def cut(part, where):
-    return keras.tree.map_structure(lambda array: array[where], part)
-
-
-def test_weighted_metrics_heed_sample_weights():
-    values = regressor().evaluate(X, 3 * X, batch_size=4, sample_weight=WEIGHT, return_dict=True, verbose=0)
-    np.testing.assert_allclose(values["mae"], np.average(2 * X[:, 0], weights=WEIGHT), rtol=1e-6)
+    batches = (
+        keras.tree.map_structure(lambda array, chosen=chosen: array[chosen], (X, Y, third))
+        for chosen in (slice(4), slice(4, None))
+    )
+    close(fit(First(), batches)["x"], [4.5])

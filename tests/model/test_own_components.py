@@ -14,7 +14,7 @@ import pytest
 from keras import layers
 
 import handloom as hl
-from handloom._run.callback_model import trained
+from handloom._run.callback_model import callback_model
 from handloom.errors import SavedModelError
 from handloom.optimizers import ClipByGlobalNorm, GradientAccumulation, GradientTransforms, WeightAveraging
 from tests.model import users_module as users
@@ -299,7 +299,7 @@ def test_the_same_file_would_run_its_code_if_it_were_trusted(harmless, tmp_path,
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_part_of_what_a_plain_step_trains_is_refused(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with trained({"net": functional(), "other": functional()}) as model:
+    with callback_model({"net": functional(), "other": functional()}) as model:
         config = keras.saving.serialize_keras_object(model)
     config["config"]["parts"]["net"] = HOSTILE[kind]
     with pytest.raises((TypeError, ValueError)):

@@ -1,4 +1,4 @@
-"""Pictures: that they are there, of the right size, and show what they should."""
+"""Pictures: that they exist, have the right size, and show what they should."""
 
 import sys
 
@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from handloom.report import save_curves, save_image_grid
+from tests.numbers import close, same
 
 pytestmark = pytest.mark.once
 
@@ -20,10 +21,7 @@ def shows(path, colour):
     return bool((np.abs(imread(path)[..., :3] - to_rgb(colour)) < 0.01).all(axis=-1).any())
 
 
-# ----------------------------------------------------------------------- curves
-
-
-def test_a_panel_is_drawn_for_each_name_with_its_validation_in_it(tmp_path):
+def test_save_curves_draws_a_panel_for_each_name_with_its_validation_in_it(tmp_path):
     history = {"loss": [2.0, 1.0, 0.5], "accuracy": [0.1, 0.5, 0.9], "val_loss": [2.1, 1.2, 0.9]}
     pixels = imread(save_curves(history, tmp_path / "curves.png"))
     one_panel = imread(save_curves({"loss": [2.0, 1.0]}, tmp_path / "loss.png"))
@@ -31,59 +29,53 @@ def test_a_panel_is_drawn_for_each_name_with_its_validation_in_it(tmp_path):
     assert pixels.shape[1] - one_panel.shape[1] == 4 * 120  # Four inches more: "val_loss" has no panel of its own.
 
 
-def test_training_is_drawn_in_one_colour_and_validation_in_another(tmp_path):
-    training = save_curves({"loss": [2.0, 1.0]}, tmp_path / "training.png")
-    both = save_curves({"loss": [2.0, 1.0], "val_loss": [2.0, 1.5]}, tmp_path / "both.png")
-    assert shows(training, "C0")
-    assert not shows(training, "C1")
-    assert shows(both, "C0")
-    assert shows(both, "C1")
+@pytest.mark.parametrize(
+    ("history", "colours"),
+    [
+        ({"loss": [2.0, 1.0]}, (True, False)),
+        ({"loss": [2.0, 1.0], "val_loss": [2.0, 1.5]}, (True, True)),
+        ({"val_loss": [2.0, 1.0]}, (True, False)),
+    ],
+    ids=["training", "both", "validation without training"],
+)
+def test_save_curves_draws_training_and_validation_in_two_colours(history, colours, tmp_path):
+    path = save_curves(history, tmp_path / "curves.png")
+    assert (shows(path, "C0"), shows(path, "C1")) == colours
 
 
-def test_a_validation_without_its_training_has_a_panel(tmp_path):
-    assert shows(save_curves({"val_loss": [2.0, 1.0]}, tmp_path / "curves.png"), "C0")
-
-
-def test_what_fit_returns_can_be_drawn_and_the_directory_is_made(tmp_path):
+def test_save_curves_takes_the_history_of_fit_and_creates_the_directory(tmp_path):
     history = keras.callbacks.History()
     history.history = {"loss": [1.0, 0.5]}
     path = save_curves(history, tmp_path / "new" / "folder" / "curves.png")
     assert path == tmp_path / "new" / "folder" / "curves.png"
-    np.testing.assert_array_equal(imread(path), imread(save_curves(history.history, str(tmp_path / "same.png"))))
+    same(imread(path), imread(save_curves(history.history, str(tmp_path / "same.png"))))
 
 
-# -------------------------------------------------------------------- image grid
-
-
-def test_images_stand_side_by_side_row_by_row_enlarged(tmp_path):
+def test_save_image_grid_draws_images_row_by_row_enlarged(tmp_path):
     images = np.zeros((3, 4, 5))
     images[1] = 1  # Second in the first of two rows.
     pixels = imread(save_image_grid(images, tmp_path / "grid.png", columns=2))
-    height, width = (4 + 2) * ENLARGED, (5 + 2) * ENLARGED  # Around each image runs a border of one pixel.
+    height, width = (4 + 2) * ENLARGED, (5 + 2) * ENLARGED  # Each image has a border of one pixel.
     assert pixels.shape[:2] == (2 * height, 2 * width)
-    dark = pixels[..., 0] < 0.5
-    inside = np.zeros_like(dark)
+    inside = np.zeros(pixels.shape[:2], bool)
     inside[ENLARGED : height - ENLARGED, width + ENLARGED : 2 * width - ENLARGED] = True
-    np.testing.assert_array_equal(dark, inside)
+    same(pixels[..., 0] < 0.5, inside)
 
 
-def test_the_smallest_value_is_white_and_the_largest_black(tmp_path):
+def test_save_image_grid_draws_the_smallest_value_white_and_the_largest_black(tmp_path):
     images = np.full((1, 2, 2), -1.0)
     images[0, 0, 0], images[0, 1, 1] = 1.0, 0.0
     pixels = imread(save_image_grid(images, tmp_path / "grid.png", columns=1))[ENLARGED // 2 :: ENLARGED]
     grey = pixels[:, ENLARGED // 2 :: ENLARGED, 0]
-    np.testing.assert_allclose(grey[1:3, 1:3], [[0, 1], [1, 0.5]], atol=0.02)
-    np.testing.assert_allclose(grey[0], 1)
+    close(grey[1:3, 1:3], [[0, 1], [1, 0.5]], atol=0.02)
+    close(grey[0], np.ones(4))
 
 
-def test_an_axis_of_one_channel_changes_nothing(tmp_path):
+def test_save_image_grid_takes_images_with_a_channel_axis(tmp_path):
     images = np.random.default_rng(0).uniform(size=(5, 3, 3))
     plain = imread(save_image_grid(images, tmp_path / "plain.png"))
-    np.testing.assert_array_equal(imread(save_image_grid(images[..., None], tmp_path / "channel.png")), plain)
+    same(imread(save_image_grid(images[..., None], tmp_path / "channel.png")), plain)
     assert plain.shape[:2] == (5 * ENLARGED, 8 * 5 * ENLARGED)  # Eight in a row, the last three of them empty.
-
-
-# ----------------------------------------------------------------------- missing
 
 
 @pytest.mark.parametrize(
@@ -93,8 +85,8 @@ def test_an_axis_of_one_channel_changes_nothing(tmp_path):
         ("matplotlib.image", lambda path: save_image_grid(np.zeros((1, 2, 2)), path)),
     ],
 )
-def test_without_matplotlib_the_error_says_what_to_install(module, draw, monkeypatch, tmp_path):
+def test_save_curves_and_save_image_grid_tell_what_to_install_without_matplotlib(module, draw, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r'needs matplotlib, .* pip install "handloom\[recipes\]"'):
-        draw(tmp_path / "picture.png")
+    with pytest.raises(ImportError, match=r'needs matplotlib, .* pip install "handloom\[recipes\]"\. \[HL904\]'):
+        draw(tmp_path / "new" / "picture.png")
     assert not list(tmp_path.iterdir())

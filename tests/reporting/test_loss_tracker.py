@@ -1,4 +1,4 @@
-"""Where a compiled model keeps the loss of an epoch."""
+"""The metric in which a compiled model keeps the loss of an epoch."""
 
 import keras
 import numpy as np
@@ -8,56 +8,41 @@ from keras import layers, ops
 import handloom as hl
 from handloom._reporting.loss_tracker import LossTracker, holding
 from handloom._trace.loss_weight import step_weight
+from tests.models import compiled, fit, functional
+from tests.numbers import close
 
 
-def number(tensor):
-    return float(ops.convert_to_numpy(tensor))
-
-
-def tracked(*updates):
+@pytest.mark.parametrize(
+    ("updates", "expected"),
+    [
+        ([(4, [1.0]), (2, [4.0])], (4 * 1 + 2 * 4) / 6),
+        ([(4, [1.0, 1]), (2, [4.0, 3])], (1 * 1 + 3 * 4) / 4),
+        ([(1, [1.0]), (1, [4.0])], 2.5),
+    ],
+    ids=["by the weight of the step", "by a given weight first", "a mean otherwise"],
+)
+def test_loss_tracker_weights_a_loss(updates, expected):
     tracker = LossTracker(name="loss")
     for weight, update in updates:
         with step_weight(weight):
             tracker.update_state(*update)
-    return number(tracker.result())
+    close(tracker.result(), expected)
 
 
-def test_a_loss_counts_by_the_weight_of_its_step():
-    assert tracked((4, [1.0]), (2, [4.0])) == pytest.approx((4 * 1 + 2 * 4) / 6)
-
-
-def test_a_weight_that_is_passed_goes_before_it():
-    assert tracked((4, [1.0, 1]), (2, [4.0, 3])) == pytest.approx((1 * 1 + 3 * 4) / 4)
-
-
-def test_by_itself_it_is_a_mean():
-    assert tracked((1, [1.0]), (1, [4.0])) == 2.5
-
-
-def model():
-    made = hl.Model([keras.Input((1,)), layers.Dense(1)])
-    made.compile("sgd", "mse", metrics=["mae"])
-    return made
-
-
-def test_while_it_holds_a_loss_it_gives_that_and_keeps_its_own():
-    made = model()
-    [tracker] = [metric for metric in made.metrics if isinstance(metric, LossTracker)]
+def test_holding_makes_the_loss_tracker_return_a_loss_and_keeps_its_state():
+    model = compiled(functional(), metrics=["mae"])
+    [tracker] = [metric for metric in model.metrics if isinstance(metric, LossTracker)]
     tracker.update_state(3.0)
     loss = ops.ones(())
-    with holding(made, loss):
+    with holding(model, loss):
         assert tracker.result() is loss
-    assert number(tracker.result()) == 3
-
-
-def test_it_gives_its_own_again_after_an_error():
-    made = model()
-    with pytest.raises(KeyError), holding(made, ops.ones(())):
+    close(tracker.result(), 3)
+    with pytest.raises(KeyError), holding(model, loss):
         raise KeyError
-    assert number(made.metrics[0].result()) == 0
+    close(tracker.result(), 3)
 
 
-class AsTheGuidesSay(hl.Model):
+class AsInTheGuides(hl.Model):
     """Its loss goes into the model's own tracker without a weight."""
 
     def train_step(self, data):
@@ -67,9 +52,8 @@ class AsTheGuidesSay(hl.Model):
         return {"loss": self._loss_tracker.result()}
 
 
-def test_in_a_step_after_keras_s_guides_a_smaller_last_batch_counts_less(eagerly):
+def test_loss_tracker_counts_a_smaller_last_batch_less_in_a_step_after_the_guides_of_keras(eagerly):
     x = np.arange(10, dtype="float32")[:, None]
-    made = AsTheGuidesSay([keras.Input((1,)), layers.Dense(1, kernel_initializer="zeros")])
-    made.compile(keras.optimizers.SGD(0.0), "mse")
-    found = made.fit(x, x, batch_size=4, shuffle=False, verbose=0).history["loss"]
-    np.testing.assert_allclose(found, [np.mean(x**2)], rtol=1e-6)
+    model = functional(layers.Dense(1, kernel_initializer="zeros"), inputs=1, cls=AsInTheGuides)
+    compiled(model, keras.optimizers.SGD(0.0))
+    close(fit(model, x, x, batch_size=4)["loss"], [np.mean(x**2)])

@@ -1,28 +1,29 @@
-"""The three ways in which a component is used: in a functional model, in a subclassed one, and in a loop by hand.
+"""Three ways to use a component: in a functional model, in a subclassed one, and in a loop by hand.
 
-Each takes layers that follow on each other, an example of their inputs, and what `compile` takes; and gives something
-that trains them, saves them, and loads them.
+Each takes a list of layers, example inputs and the arguments of `compile`; the result trains the layers, saves them
+and loads them.
 """
 
 import keras
-import numpy as np
 import pytest
-from keras import ops
+from keras import layers, ops
 
 import handloom as hl
+from tests.numbers import close, each_close, each_same
+from tests.rows import by_numpy
 
 registered = keras.saving.register_keras_serializable("rows")
 BATCH = 64
 
 
-class InARow:
-    """Calls what it is given one after the other."""
+class Chain:
+    """Calls its parts one after the other."""
 
     def __init__(self, parts, **options):
         super().__init__(**options)
         self.parts = list(parts)
 
-    def call(self, x, training=False):  # Keras tells what is inside whether it trains, if this wants to know.
+    def call(self, x, training=False):  # Keras passes `training` on to the parts only if this method takes it.
         for part in self.parts:
             x = part(x)
         return x
@@ -36,19 +37,19 @@ class InARow:
 
 
 @registered
-class ChainLayer(InARow, keras.Layer):
-    """As a layer."""
+class ChainLayer(Chain, keras.Layer):
+    """A chain that is a layer."""
 
 
 @registered
-class ChainModel(InARow, hl.Model):
-    """As a model."""
+class ChainModel(Chain, hl.Model):
+    """A chain that is a model."""
 
 
 class InModel:
     """A model, trained by its `fit`."""
 
-    def __init__(self, model, optimizer, loss="mse", metrics=()):
+    def __init__(self, model, optimizer="sgd", loss="mse", metrics=()):
         self.net = model
         model.compile(optimizer, loss, metrics=list(metrics))
 
@@ -57,11 +58,10 @@ class InModel:
         return self.net.optimizer
 
     def train(self, data, epochs=2):
-        """Returns what is reported, by epoch."""
+        """Returns the reported values by epoch."""
         x, y, *weight = data
-        weight = weight[0] if weight else None
         options = {"batch_size": BATCH, "epochs": epochs, "shuffle": False, "verbose": 0}
-        return self.net.fit(x, y, sample_weight=weight, **options).history
+        return self.net.fit(x, y, sample_weight=weight[0] if weight else None, **options).history
 
     def reloaded(self, path):
         """The same, saved and loaded."""
@@ -74,8 +74,8 @@ class InModel:
 class InLoop:
     """Any layer, trained by a compiled step and a loop by hand."""
 
-    def __init__(self, layer, optimizer, loss="mse", metrics=()):
-        self.net, self.optimizer, self.loss = layer, optimizer, loss
+    def __init__(self, layer, optimizer="sgd", loss="mse", metrics=()):
+        self.net, self.optimizer, self.loss = layer, keras.optimizers.get(optimizer), loss
         self.metrics = metrics = list(metrics)
         mean, loss = keras.metrics.Mean(name="loss"), keras.losses.get(loss)
         self._reported = [mean, *metrics, *layer.metrics]
@@ -89,7 +89,7 @@ class InLoop:
                 values = loss(y, y_pred)
                 return ops.mean(values if weight is None else values * weight), y_pred
 
-            value, y_pred = hl.minimize(loss_fn, layer, optimizer, has_aux=True)
+            value, y_pred = hl.minimize(loss_fn, layer, self.optimizer, has_aux=True)
             mean.update_state(value, sample_weight=len(y))
             for metric in metrics:
                 metric.update_state(y, y_pred)
@@ -98,7 +98,7 @@ class InLoop:
         self._step = step
 
     def train(self, data, epochs=2):
-        """Returns what is reported, by epoch."""
+        """Returns the reported values by epoch."""
         by_epoch = []
         for _ in range(epochs):
             for metric in self._reported:
@@ -109,8 +109,8 @@ class InLoop:
         return {name: [float(logs[name]) for logs in by_epoch] for name in logs}
 
     def reloaded(self, path):
-        """The same, made anew from its configs and restored from a checkpoint."""
-        loaded = InLoop(_made_anew(self.net), _made_anew(self.optimizer), self.loss, map(_made_anew, self.metrics))
+        """The same, created again from its configs and restored from a checkpoint."""
+        loaded = InLoop(_copied(self.net), _copied(self.optimizer), self.loss, map(_copied, self.metrics))
         loaded.optimizer.build(loaded.net.trainable_variables)
         with hl.Checkpointer(path, self._state()) as checkpointer:
             checkpointer.save(0)
@@ -121,28 +121,28 @@ class InLoop:
         return {"net": self.net, "optimizer": self.optimizer, "metrics": self.metrics}
 
 
-def _made_anew(thing):
+def _copied(thing):
     return keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(thing))
 
 
-def functional(parts, x, optimizer="sgd", loss="mse", metrics=()):
+def functional(parts, x, *compile_arguments, **options):
     inputs = keras.tree.map_structure(lambda array: keras.Input(array.shape[1:]), x)
     outputs = inputs
     for part in parts:
         outputs = part(outputs)
-    return InModel(hl.Model(inputs, outputs), optimizer, loss, metrics)
+    return InModel(hl.Model(inputs, outputs), *compile_arguments, **options)
 
 
-def subclassed(parts, x, optimizer="sgd", loss="mse", metrics=()):
-    return InModel(_called(ChainModel(parts), x), optimizer, loss, metrics)
+def subclassed(parts, x, *compile_arguments, cls=ChainModel, **options):
+    return InModel(_built(cls(parts), x), *compile_arguments, **options)
 
 
-def by_hand(parts, x, optimizer="sgd", loss="mse", metrics=()):
-    return InLoop(_called(ChainLayer(parts), x), keras.optimizers.get(optimizer), loss, metrics)
+def by_hand(parts, x, *compile_arguments, **options):
+    return InLoop(_built(ChainLayer(parts), x), *compile_arguments, **options)
 
 
-def _called(net, x):
-    """Once, so that all variables are there."""
+def _built(net, x):
+    """Called once, so that all variables exist."""
     net(keras.tree.map_structure(lambda array: array[:1], x))
     return net
 
@@ -152,21 +152,8 @@ IN_EACH_WAY = "in a functional model, a subclassed one and a loop by hand"
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
-# -------------------------------------------------------------- the same for metrics
-
-
-class AsItIs(hl.Model):
-    def call(self, x):
-        return ops.copy(x)
-
-
-def functional_as_it_is():
-    inputs = keras.Input((1,))
-    return hl.Model(inputs, keras.layers.Identity()(inputs))
-
-
 class Seen(keras.callbacks.Callback):
-    """The last of the reported values, after each batch."""
+    """Keeps the last of the reported values, batch by batch."""
 
     def __init__(self):
         super().__init__()
@@ -178,8 +165,7 @@ class Seen(keras.callbacks.Callback):
 
 def evaluated(build):
     def measure(metric, y, y_pred, batch_size, epochs):
-        model, seen = build(), Seen()
-        model.compile(loss="mse", metrics=[metric])
+        model, seen = build([layers.Identity()], y_pred, metrics=[metric]).net, Seen()
         for _ in range(epochs):
             model.evaluate(y_pred, y, batch_size=batch_size, callbacks=[seen], verbose=0)
         return seen.values
@@ -204,45 +190,24 @@ def measured_by_hand(metric, y, y_pred, batch_size, epochs):
 
 
 metric_ways = pytest.mark.parametrize(
-    "measure", [evaluated(functional_as_it_is), evaluated(AsItIs), measured_by_hand], ids=WAYS
+    "measure", [evaluated(functional), evaluated(subclassed), measured_by_hand], ids=WAYS
 )
-"""How a metric is measured: each gives its value after each batch, of a few epochs."""
+"""Three ways to measure a metric: each returns its value after each batch of a few epochs."""
 
 
-# -------------------------------------------------------------------------- compared
+def assert_trains_as_in_numpy(used, data, update, weights, epochs=2):
+    """Compares the losses of each epoch and the last weights with those of `by_numpy.train`; returns both."""
+    history = used.train(data, epochs)
+    losses, weights = by_numpy.train(update, data, weights, epochs, BATCH)
+    close(history["loss"], losses.mean(axis=1), rtol=1e-4)
+    each_close(used.net.get_weights(), weights, rtol=1e-3, atol=1e-5)
+    return history["loss"], weights
 
 
-def goes_on_as_if_it_had_never_been_saved(used, data, path):
-    """Saves and loads in the midst of training. Returns what was loaded: the same to the bit ever after."""
+def assert_trains_on_exactly(used, data, path):
+    """Saves and loads in the middle of training, and compares the rest bitwise. Returns what was loaded."""
     used.train(data)
     loaded = used.reloaded(path)
     assert loaded.train(data) == used.train(data)
-    pairs = [(used.net.weights, loaded.net.weights), (used.optimizer.variables, loaded.optimizer.variables)]
-    for ones, others in pairs:
-        for one, other in zip(ones, others, strict=True):
-            np.testing.assert_array_equal(ops.convert_to_numpy(one), ops.convert_to_numpy(other))
+    each_same([*loaded.net.weights, *loaded.optimizer.variables], [*used.net.weights, *used.optimizer.variables])
     return loaded
-
-
-def in_numpy(update, data, weights, epochs=2, batch_size=BATCH):
-    """Trains in NumPy.
-
-    Args:
-        update: Takes the weights and a batch, array by array; returns the next weights, and what is to be reported of
-            each example, such as its loss.
-        data: Arrays in any structure.
-        weights: To begin with.
-        epochs: How often.
-        batch_size: The last batch is what is left.
-
-    Returns:
-        The means of each epoch, and the last weights.
-    """
-    arrays, means = [array.astype("float64") for array in keras.tree.flatten(data)], []
-    for _ in range(epochs):
-        reported = []
-        for first in range(0, len(arrays[0]), batch_size):
-            weights, of_batch = update(weights, *(array[first : first + batch_size] for array in arrays))
-            reported.append(of_batch)
-        means.append(np.concatenate(reported).mean(axis=0))
-    return np.array(means), weights

@@ -1,6 +1,6 @@
-"""Runs exported models by their own runtime, where there is no Handloom and no Keras. Not a test: a program.
+"""Runs exported models in their own runtime, without Handloom and Keras. Not a test.
 
-python exported.py {tf_saved_model|onnx} FOLDER: calls every model there twice on its NAME.in.npy.
+python exported.py {tf_saved_model|onnx} FOLDER: calls each model there twice on its NAME.in.npy.
 """
 
 import sys
@@ -25,7 +25,7 @@ def onnx(exported):
 
 
 def main(kind, folder):
-    sys.modules |= {"handloom": None, "keras": None}  # As if neither were installed: importing them is an error.
+    sys.modules |= {"handloom": None, "keras": None}  # As if neither were installed.
     load = {"tf_saved_model": saved_model, "onnx": onnx}[kind]
     for inputs in list(Path(folder).glob("*.in.npy")):
         name = str(inputs).removesuffix(".in.npy")

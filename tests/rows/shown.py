@@ -1,4 +1,4 @@
-"""What the tests of the rows found out, a file for each backend: a plugin of pytest. `table.py` makes a table of it.
+"""A plugin of pytest that writes the results of the row tests, one file for each backend, for `table.py`.
 
 KERAS_BACKEND=jax python -m pytest tests/rows --rows build/rows/jax.json
 """
@@ -14,35 +14,35 @@ from tests.rows.figures import FIGURE, REFUSAL, blank
 
 
 def row_of(nodeid):
-    """The row that a test shows: `A11` of `tests/rows/test_a_best.py::test_a11_it_stops`; `None` if it shows none."""
+    """The row of a test: `A11` for `tests/rows/test_a_best.py::test_a11_fit_stops`; `None` for other tests."""
     found = re.search(r"^tests/rows/.*::test_([a-f]\d+)_", nodeid)
     return found and found[1].upper()
 
 
 @pytest.fixture
 def shown(request):
-    """Tells a figure that shows the row, as a text: `shown(f"test accuracy {accuracy:.2f}")`."""
+    """Records a figure for the row, as a text: `shown(f"test accuracy {accuracy:.2f}")`."""
     return lambda text: request.node.user_properties.append((FIGURE, text))
 
 
 @pytest.fixture
 def refused(request):
-    """Tells what this backend cannot do, when the test has seen the error that says what to do instead."""
-    return lambda what: request.node.user_properties.append((REFUSAL, what))
+    """Records what this backend refuses, after the test has seen the error that says what to do instead."""
+    return lambda text: request.node.user_properties.append((REFUSAL, text))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--rows", metavar="FILE", help="write what the tests of the rows found out, as JSON")
+    parser.addoption("--rows", metavar="FILE", help="write the results of the row tests as JSON")
 
 
 def pytest_configure(config):
-    works_for_another = hasattr(config, "workerinput")  # To which all reports go.
-    if config.getoption("--rows") and not works_for_another:
+    is_worker = hasattr(config, "workerinput")  # Its reports go to the controller.
+    if config.getoption("--rows") and not is_worker:
         config.pluginmanager.register(Rows(Path(config.getoption("--rows"))))
 
 
 class Rows:
-    """Gathers the reports of the tests of the rows."""
+    """Collects the reports of the row tests."""
 
     def __init__(self, path):
         self.path, self.reports = path, []
@@ -57,7 +57,7 @@ class Rows:
             row = rows.setdefault(row_of(report.nodeid), {"failed": [], FIGURE: [], REFUSAL: []})
             row["failed"] += [report.nodeid] if report.failed else []
             for kind, text in report.user_properties:
-                # Of a test with parameters, the first to tell it: the others give the same but for rounding.
+                # Of a parametrized test, the first text counts: the others differ only by rounding.
                 row[kind] += [text] if blank(text) not in map(blank, row[kind]) else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = {"backend": keras.backend.backend(), "rows": rows}

@@ -1,4 +1,4 @@
-"""Row A11: validated each epoch, the best kept besides the last three, stopped after three bad epochs."""
+"""Row A11: validation each epoch, the best checkpoint kept beside the last three, a stop after three bad epochs."""
 
 import keras
 import numpy as np
@@ -7,63 +7,43 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.checkpoint.retention import Slot
+from tests.models import sequential
+from tests.numbers import close, each_same
 from tests.rows.real_data import diabetes
 
 HELD_IN, BATCH, RATE, MOMENTUM, PATIENCE, EPOCHS = 64, 32, 0.01, 0.95, 3, 20
-
-
-def data():
-    """Few patients to train on, so that it soon gets worse for the others."""
-    x, y = diabetes()
-    return (x[:HELD_IN], y[:HELD_IN]), (x[HELD_IN:], y[HELD_IN:])
-
-
-def by_numpy():
-    """Linear regression by momentum: after each epoch the loss of those held out, the kernel, and the bias."""
-    (x, y), (x_out, y_out) = (tuple(array.astype("float64") for array in part) for part in data())
-    x, x_out = (np.append(array, np.ones((len(array), 1)), axis=1) for array in (x, x_out))
-    weights, velocity, losses, kept = np.zeros((11, 1)), np.zeros((11, 1)), [], []
-    for _ in range(EPOCHS):
-        for first in range(0, HELD_IN, BATCH):
-            batch = slice(first, first + BATCH)
-            velocity = MOMENTUM * velocity - RATE * 2 * x[batch].T @ (x[batch] @ weights - y[batch]) / BATCH
-            weights = weights + velocity
-        losses.append(np.mean((x_out @ weights - y_out) ** 2))
-        kept.append([weights[:-1], weights[-1]])
-    return np.array(losses), kept
+(X, X_OUT), (Y, Y_OUT) = (np.split(array, [HELD_IN]) for array in diabetes())  # Few to train on: it soon overfits.
 
 
 def stops_after(losses):
-    """The last epoch, and the best of those up to it: the first three in a row that are no better end it."""
+    """The last epoch and the best up to it: three epochs in a row without an improvement end training."""
     for last in range(PATIENCE, len(losses)):
         best = int(np.argmin(losses[: last + 1]))
         if last - best == PATIENCE:
             return last, best
-    raise AssertionError("it never gets worse")
+    raise AssertionError("the loss never gets worse")
 
 
 def linear():
-    return hl.Sequential([keras.Input((10,)), layers.Dense(1, kernel_initializer="zeros")])
+    model = sequential(layers.Dense(1, kernel_initializer="zeros"), inputs=10)
+    return model, keras.optimizers.SGD(RATE, momentum=MOMENTUM)
 
 
-def momentum():
-    return keras.optimizers.SGD(RATE, momentum=MOMENTUM)
+def run_options(run_dir):
+    stopping = hl.callbacks.EarlyStopping("val_loss", patience=PATIENCE, restore_best_weights=True)
+    saves = {"run_dir": run_dir, "keep": 3, "best": "min:val_loss"}
+    return {"epochs": EPOCHS, "callbacks": [stopping], "verbose": 0, **saves}
 
 
 def by_model(run_dir):
-    (x, y), held_out = data()
-    model = linear()
-    model.compile(momentum(), loss="mse")
-    stopping = hl.callbacks.EarlyStopping("val_loss", patience=PATIENCE, restore_best_weights=True)
-    options = {"shuffle": False, "verbose": 0, "validation_data": held_out, "callbacks": [stopping]}
-    saves = {"run_dir": run_dir, "keep": 3, "best": "min:val_loss"}
-    history = model.fit(x, y, batch_size=BATCH, epochs=EPOCHS, **options, **saves)
-    return history.history["val_loss"], model
+    model, optimizer = linear()
+    model.compile(optimizer, loss="mse")
+    options = {"batch_size": BATCH, "shuffle": False, "validation_data": (X_OUT, Y_OUT)} | run_options(run_dir)
+    return model.fit(X, Y, **options).history["val_loss"], model
 
 
 def by_step(run_dir):
-    held_in, held_out = data()
-    model, optimizer = linear(), momentum()
+    model, optimizer = linear()
 
     def train_step(x, y):
         return {"loss": hl.minimize(lambda: ops.mean((model(x) - y) ** 2), model, optimizer)}
@@ -71,25 +51,13 @@ def by_step(run_dir):
     def test_step(x, y):
         return {"loss": ops.mean((model(x) - y) ** 2)}
 
-    history = hl.fit(
-        train_step,
-        hl.Feed(held_in, batch_size=BATCH),
-        epochs=EPOCHS,
-        state={"model": model, "optimizer": optimizer},
-        validate=(test_step, held_out),
-        callbacks=[hl.callbacks.EarlyStopping("val_loss", patience=PATIENCE, restore_best_weights=True)],
-        run_dir=run_dir,
-        keep=3,
-        best="min:val_loss",
-        verbose=0,
-    )
-    return history.history["val_loss"], model
+    options = {"state": {"model": model, "optimizer": optimizer}, "validate": (test_step, (X_OUT, Y_OUT))}
+    history = hl.fit(train_step, hl.Feed((X, Y), batch_size=BATCH), **options, **run_options(run_dir)).history
+    return history["val_loss"], model
 
 
 def by_hand(run_dir):
-    held_in, held_out = data()
-    model, optimizer = linear(), momentum()
-    feed, mean = hl.Feed(held_in, batch_size=BATCH), keras.metrics.Mean()
+    (model, optimizer), feed, mean = linear(), hl.Feed((X, Y), batch_size=BATCH), keras.metrics.Mean()
 
     @hl.function
     def train_step(x, y):
@@ -108,7 +76,7 @@ def by_hand(run_dir):
                 train_step(*batch)
                 step += 1
             mean.reset_state()
-            for batch in hl.Feed(held_out):
+            for batch in hl.Feed((X_OUT, Y_OUT)):
                 loss = test_step(*batch)
             losses.append(float(loss))
             checkpointer.save(step, {"val_loss": losses[-1]})
@@ -119,22 +87,21 @@ def by_hand(run_dir):
 
 
 @pytest.mark.parametrize("loop", [by_model, by_step, by_hand])
-def test_a11_it_stops_after_three_bad_epochs_with_the_best_and_the_last_three_kept(loop, tmp_path, shown):
-    expected, weights = by_numpy()
-    last, best = stops_after(expected)
+def test_a11_early_stopping_and_checkpointer_restore_the_best_epoch_and_keep_it_beside_the_last_three(
+    loop, tmp_path, shown
+):
     losses, model = loop(tmp_path)
-    # The right epoch, though there was a bad one before the best; and not by a hair.
-    assert (np.diff(expected[: best + 1]) > 0).any()
-    assert np.partition(np.abs(expected[: last + 1] - expected[best]), 1)[1] > 1e-3
+    last, best = stops_after(losses)
+    # The best epoch is not the first that is followed by a worse one, and no other epoch is nearly as good.
+    assert (np.diff(losses[: best + 1]) > 0).any()
+    assert np.partition(np.abs(np.subtract(losses, losses[best])), 1)[1] > 1e-3
     assert len(losses) == last + 1
-    np.testing.assert_allclose(losses, expected[: last + 1], rtol=1e-4)
-    # The best weights: those of NumPy, and to the bit those of the checkpoint that was kept besides the last three.
-    for found, right in zip(model.get_weights(), weights[best], strict=True):
-        np.testing.assert_allclose(found, right, rtol=1e-3, atol=1e-5)
+    # The weights are those of the best epoch, and bitwise those of the checkpoint kept beside the last three.
+    kernel, bias = model.get_weights()
+    close(np.mean((X_OUT @ kernel + bias - Y_OUT) ** 2), losses[best], rtol=1e-4)
     steps = [(epoch + 1) * HELD_IN // BATCH for epoch in (best, *range(last - 2, last + 1))]
     assert hl.Checkpointer(tmp_path / "checkpoints", {}).steps == steps
     arrays = hl.load_checkpoint(tmp_path / "checkpoints" / Slot(steps[0]).name).arrays
     saved = [array for name in ("kernel", "bias") for key, array in arrays.items() if key.endswith(f".{name}")]
-    for found, right in zip(model.get_weights(), saved, strict=True):
-        np.testing.assert_array_equal(found, right)
-    shown(f"stopped after epoch {last + 1}, epoch {best + 1} restored: val_loss {losses[best]:.3f}, as in NumPy")
+    each_same([kernel, bias], saved)
+    shown(f"stopped after epoch {last + 1}, restored epoch {best + 1}: val_loss {losses[best]:.3f}, as in NumPy")

@@ -1,4 +1,4 @@
-"""Row A17: the architecture changes during training, and the run goes on, also when it is stopped."""
+"""Row A17: the architecture changes during training, and the run continues, also after a stop."""
 
 import keras
 import numpy as np
@@ -8,6 +8,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom.checkpoint.names import named
 from handloom.optimizers import add_variables
+from tests.numbers import close, each_close, numpy, same
 from tests.resume.runs import bits
 from tests.resume.stopped import StopAt, Stopped
 from tests.rows.real_data import diabetes
@@ -21,12 +22,22 @@ def dense(units, activation, seed):
 
 
 class Growing:
-    """A network made anew, of the layers there are, whenever it changes; and what trains it."""
+    """A network that is created again from its layers whenever they change; and its optimizer."""
 
     def __init__(self):
         self.first, self.head = dense(8, "tanh", seed=0), dense(1, None, seed=1)
-        self.blocks = [dense(8, "tanh", seed=2)]
-        self.optimizer = None
+        self.blocks, self.optimizer = [dense(8, "tanh", seed=2)], None
+
+    def freeze_and_start(self):
+        self.first.trainable = False
+        self.optimizer = keras.optimizers.SGD(0.02, momentum=0.9)
+
+    def unfreeze_and_deepen(self):
+        self.first.trainable = True
+        self.blocks.append(dense(8, "tanh", seed=3))
+
+    def swap_optimizer(self):
+        self.optimizer = keras.optimizers.Adam(0.01)
 
     def model(self):
         inputs = keras.Input((10,))
@@ -36,54 +47,33 @@ class Growing:
         return hl.Model(inputs, self.head(z))
 
 
-def with_its_first_layer_frozen(growing):
-    growing.first.trainable = False
-    growing.optimizer = keras.optimizers.SGD(0.02, momentum=0.9)
+STAGES = [Growing.freeze_and_start, Growing.unfreeze_and_deepen, Growing.swap_optimizer]
 
 
-def thawed_and_deeper(growing):
-    growing.first.trainable = True
-    growing.blocks.append(dense(8, "tanh", seed=3))
-
-
-def with_another_optimizer(growing):
-    growing.optimizer = keras.optimizers.Adam(0.01)
-
-
-STAGES = [with_its_first_layer_frozen, thawed_and_deeper, with_another_optimizer]
-
-
-def by_fit(run_dir, stop=0):
-    """One `fit` after the other; stopped in the second after some steps."""
+def run(train, run_dir, stop=0):
+    """Trains in three stages; stops in the second one after `stop` steps."""
     growing, losses = Growing(), []
     for change in STAGES:
         change(growing)
         model = growing.model()
-        model.compile(growing.optimizer, loss="mse")
-        options = {"batch_size": BATCH, "epochs": EPOCHS, "shuffle": False, "verbose": 0}
-        stopping = [StopAt(stop)] if change is thawed_and_deeper else []
-        saves = {"run_dir": run_dir / change.__name__, "save": hl.every(steps=3)}
-        losses += model.fit(X, Y, callbacks=stopping, **options, **saves).history["loss"]
+        last_step = stop if change is Growing.unfreeze_and_deepen else 0
+        losses += train(model, growing.optimizer, run_dir / change.__name__, last_step)
     return losses, model, growing.optimizer
 
 
-def by_hand(run_dir, stop=0):
-    """The same in loops by hand."""
-    growing, losses = Growing(), []
-    for change in STAGES:
-        change(growing)
-        model, optimizer = growing.model(), growing.optimizer
-        add_variables(optimizer, model)
-        optimizer.build(model.trainable_variables)
-        losses += train_by_hand(model, optimizer, run_dir / change.__name__, stop if change is thawed_and_deeper else 0)
-    return losses, model, optimizer
+def by_fit(model, optimizer, run_dir, stop):
+    model.compile(optimizer, loss="mse")
+    options = {"batch_size": BATCH, "epochs": EPOCHS, "shuffle": False, "verbose": 0, "callbacks": [StopAt(stop)]}
+    return model.fit(X, Y, run_dir=run_dir, save=hl.every(steps=3), **options).history["loss"]
 
 
 def loss_of(model, x, y):
     return ops.mean(ops.square(ops.subtract(model(x), y)))
 
 
-def train_by_hand(model, optimizer, folder, stop):
+def by_hand(model, optimizer, run_dir, stop):
+    add_variables(optimizer, model)
+    optimizer.build(model.trainable_variables)
     mean, feed = keras.metrics.Mean(), hl.Feed((X, Y), batch_size=BATCH)
 
     @hl.function
@@ -93,7 +83,7 @@ def train_by_hand(model, optimizer, folder, stop):
         return mean.result()
 
     state, losses = {"model": model, "optimizer": optimizer, "feed": feed, "mean": mean}, []
-    with hl.Checkpointer(folder, state) as checkpointer:
+    with hl.Checkpointer(run_dir, state) as checkpointer:
         taken = checkpointer.restore() or 0
         while taken < STEPS:
             for taken, batch in enumerate(feed, start=taken + 1):  # noqa: B020
@@ -107,68 +97,61 @@ def train_by_hand(model, optimizer, folder, stop):
     return losses
 
 
-ways = pytest.mark.parametrize("run", [by_fit, by_hand])
-
-
-# May take over 10 s: two runs of three stages, and each stage is compiled anew.
+# May take over 10 s: two runs of three stages, each of which is compiled again.
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Each run, never stopped."""
-    return {run: run(tmp_path_factory.mktemp(run.__name__)) for run in (by_fit, by_hand)}
+    """Each run without a stop."""
+    return {train: run(train, tmp_path_factory.mktemp(train.__name__)) for train in (by_fit, by_hand)}
 
 
-def test_a17_training_goes_on_by_fit_as_by_hand(whole, shown):
-    (losses, model, _), (by_hands, same, _) = whole[by_fit], whole[by_hand]
+def test_a17_fit_and_a_loop_by_hand_train_on_through_changes(whole, shown):
+    (losses, model, _), (losses_by_hand, other, _) = whole[by_fit], whole[by_hand]
     assert len(losses) == len(STAGES) * EPOCHS
-    np.testing.assert_allclose(losses, by_hands, rtol=1e-4)
+    close(losses, losses_by_hand, rtol=1e-4)
     assert (np.diff(np.reshape(losses, (len(STAGES), EPOCHS))) < 0).all()
-    for one, other in zip(model.get_weights(), same.get_weights(), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+    each_close(model.get_weights(), other.get_weights(), rtol=1e-3, atol=1e-5)
     shown(f"loss from {losses[0]:.3f} to {losses[-1]:.3f} over {len(STAGES)} stages, by fit as by hand")
 
 
-def taking_a_step(model, optimizer):
-    return hl.function(lambda x, y: hl.minimize(lambda: loss_of(model, x, y), model, optimizer))
-
-
 def slots(optimizer):
-    return {variable.path: ops.convert_to_numpy(variable.value) for variable in optimizer.variables}
+    return {variable.path: numpy(variable) for variable in optimizer.variables}
 
 
-def test_a17_old_slots_are_kept_and_new_ones_are_made(shown):
-    """As the NumPy of momentum has it: what was known goes on with its velocity, what is new begins at rest."""
+def test_a17_add_variables_keeps_old_slots_and_creates_new_ones(shown):
+    """Old weights keep their velocity and new ones start at rest, as in the NumPy of momentum."""
+
+    def take_step():
+        hl.function(lambda x, y: hl.minimize(lambda: loss_of(model, x, y), model, optimizer))(X, Y)
+
     growing = Growing()
-    with_its_first_layer_frozen(growing)
+    growing.freeze_and_start()
     model, optimizer = growing.model(), growing.optimizer
-    taking_a_step(model, optimizer)(X, Y)
+    take_step()
     before = slots(optimizer)
-    thawed_and_deeper(growing)
+    growing.unfreeze_and_deepen()
     model = growing.model()
     add_variables(optimizer, model)
     after = slots(optimizer)
     assert len(after) == len(before) + 4  # Kernel and bias of the first layer and of the new block.
     for path, value in after.items():
-        np.testing.assert_array_equal(value, before.get(path, np.zeros_like(value)), err_msg=path)
+        same(value, before.get(path, np.zeros_like(value)))
 
-    velocities = [ops.convert_to_numpy(velocity) for velocity in optimizer.momentums]
-    weights, gradients = model.get_weights(), hl.grad(lambda: loss_of(model, X, Y), wrt=model)()
-    taking_a_step(model, optimizer)(X, Y)
-    for found, weight, velocity, gradient in zip(model.get_weights(), weights, velocities, gradients, strict=True):
-        expected = weight + 0.9 * velocity - 0.02 * ops.convert_to_numpy(gradient)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-    shown(f"{len(before)} slots kept to the bit, {len(after) - len(before)} new ones")
+    velocities, weights = [numpy(velocity) for velocity in optimizer.momentums], model.get_weights()
+    gradients = hl.grad(lambda: loss_of(model, X, Y), wrt=model)()
+    take_step()
+    of_each = zip(weights, velocities, gradients, strict=True)
+    each_close(model.get_weights(), [w + 0.9 * v - 0.02 * numpy(gradient) for w, v, gradient in of_each], rtol=1e-4)
+    shown(f"{len(before)} slots bitwise unchanged, {len(after) - len(before)} new ones")
 
 
-@ways
+@pytest.mark.parametrize("train", [by_fit, by_hand])
 @pytest.mark.parametrize("stop", [2, 11], ids=["before its first save", "within its second epoch"])
-def test_a17_a_run_that_is_stopped_after_the_change_resumes_exactly(run, stop, whole, tmp_path, shown):
+def test_a17_fit_and_checkpointer_resume_exactly_after_a_change(train, stop, whole, tmp_path, shown):
+    def state_of(model, optimizer):
+        variables = named({"model": model, "optimizer": optimizer})[0]
+        return {name: bits(variable.value) for name, variable in variables.items()}
+
     with pytest.raises(Stopped):
-        run(tmp_path, stop)
-    _, model, optimizer = run(tmp_path)
-    _, *expected = whole[run]
-    found, right = (
-        {name: bits(variable.value) for name, variable in named({"model": net, "optimizer": of})[0].items()}
-        for net, of in ((model, optimizer), expected)
-    )
-    assert found == right
-    shown("resumed to the bit after the change")
+        run(train, tmp_path, stop)
+    assert state_of(*run(train, tmp_path)[1:]) == state_of(*whole[train][1:])
+    shown("bitwise identical when resumed after the change")

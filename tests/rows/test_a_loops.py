@@ -1,4 +1,4 @@
-"""Rows A: loops written by hand."""
+"""Rows A1 to A10, A12 and A13: loops written by hand."""
 
 import io
 
@@ -11,132 +11,75 @@ from sklearn.model_selection import train_test_split
 
 import handloom as hl
 from handloom.callbacks import ProgressBar
-from tests.rows import curves
+from tests.models import built, functional, sequential
+from tests.numbers import close, each_close, numpy, same
+from tests.rows import by_numpy, curves
+from tests.rows.by_numpy import sigmoid
 from tests.rows.figures import below
 from tests.rows.real_data import diabetes, digits, tumours, wines
 
-
-def softmax(logits):
-    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exp / exp.sum(axis=1, keepdims=True)
+CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def sigmoid(z):
-    return 1 / (1 + np.exp(-z))
+def test_a1_minimize_on_the_whole_batch_follows_the_curve_of_numpy(shown):
+    adam = by_numpy.Adam(0.01)
 
+    def update(weights, x, y):
+        gradients, losses = by_numpy.two_layer_regression(weights, x, y)
+        return adam.updated(weights, gradients), losses
 
-def whole_batch_regression_by_hand():
-    """The run `curves.a1` in NumPy: the loss before each of 100 updates by Adam (Kingma and Ba, 2015)."""
-    x, y = (array.astype("float64") for array in diabetes())
-    weights = [weight.astype("float64") for weight in curves.start((10, 16), 16, (16, 1), 1)]
-    means, squares = [0.0] * 4, [0.0] * 4
-    losses = []
-    for step in range(1, 101):
-        w1, b1, w2, b2 = weights
-        hidden = np.tanh(x @ w1 + b1)
-        off = hidden @ w2 + b2 - y
-        losses.append((off**2).mean())
-        slope = 2 * off / off.size
-        inner = slope @ w2.T * (1 - hidden**2)
-        gradients = [x.T @ inner, inner.sum(axis=0), hidden.T @ slope, slope.sum(axis=0)]
-        means = [0.9 * mean + 0.1 * gradient for mean, gradient in zip(means, gradients, strict=True)]
-        squares = [0.999 * square + 0.001 * gradient**2 for square, gradient in zip(squares, gradients, strict=True)]
-        rate = 0.01 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
-        moved = [rate * mean / (np.sqrt(square) + 1e-7) for mean, square in zip(means, squares, strict=True)]
-        weights = [weight - change for weight, change in zip(weights, moved, strict=True)]
-    return np.array(losses)
-
-
-def test_a1_whole_batch_regression_falls_along_the_curve_of_numpy(shown):
     losses = curves.a1()["loss"]
+    expected, _ = by_numpy.train(update, diabetes(), curves.start((10, 16), 16, (16, 1), 1), epochs=100)
+    close(losses, expected.mean(axis=1), rtol=1e-4)
     assert losses[-1] < 0.6 * losses[0]
-    np.testing.assert_allclose(losses, whole_batch_regression_by_hand(), rtol=1e-4)
     shown(f"loss from {losses[0]:.3f} to {losses[-1]:.3f}, along the curve of NumPy")
 
 
 @pytest.mark.once  # Starts three processes.
-def test_a1_whole_batch_regression_has_the_same_curve_on_three_backends(shown):
-    found = curves.on_three_backends()
-    for backend in found:
-        np.testing.assert_allclose(found[backend]["a1/loss"], found["jax"]["a1/loss"], rtol=1e-4, err_msg=backend)
-    apart = np.ptp([curve["a1/loss"] for curve in found.values()], axis=0)
-    shown(f"the curves of three backends apart by {below(apart.max())}")
+def test_a1_minimize_on_the_whole_batch_has_the_same_curve_on_three_backends(shown):
+    difference = curves.assert_same_on_three_backends("a1/loss")
+    shown(f"the curves of three backends differ by {below(difference)}")
 
 
-def two_headed():
-    inputs = keras.Input((64,))
-    hidden = layers.Dense(32, activation="tanh", name="hidden")(inputs)
-    return keras.Model(inputs, [layers.Dense(10, name="digit")(hidden), layers.Dense(1, name="ink")(hidden)])
-
-
-def two_losses_by_hand(weights, pixels, labels, ink):
-    """The losses of both heads, and the gradients of half their sum with respect to the heads' kernels."""
-    w, b, w_digit, b_digit, w_ink, b_ink = weights
-    hidden = np.tanh(pixels @ w + b)
-    chances, off = softmax(hidden @ w_digit + b_digit), hidden @ w_ink + b_ink - ink
-    losses = [-np.log(chances[range(len(labels)), labels]).mean(), (off**2).mean()]
-    slopes = [(chances - np.eye(10)[labels]) / len(labels), 2 * off / len(labels)]
-    return losses, [0.5 * hidden.T @ slope for slope in slopes]
-
-
-def test_a2_two_outputs_with_two_losses_weighted_a_half_each(shown):
+def test_a2_minimize_takes_two_losses_weighted_a_half_each(shown):
     pixels, labels = (array[:512] for array in digits())
     ink = pixels.mean(axis=1, keepdims=True)
     ink, pixels = (ink - ink.mean()) / ink.std(), pixels - pixels.mean(axis=0)
-    model, optimizer = two_headed(), keras.optimizers.SGD(0.1, momentum=0.9)
-    crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    inputs = keras.Input((64,))
+    hidden = layers.Dense(32, "tanh")(inputs)
+    model = keras.Model(inputs, [layers.Dense(10)(hidden), layers.Dense(1)(hidden)])
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
     squared = keras.losses.MeanSquaredError()
 
     @hl.function
     def train_step(pixels, labels, ink):
         def loss_fn():
-            digit_logits, ink_drawn = model(pixels, training=True)
-            losses = crossentropy(labels, digit_logits), squared(ink, ink_drawn)
+            logits, drawn = model(pixels, training=True)
+            losses = CROSSENTROPY(labels, logits), squared(ink, drawn)
             return 0.5 * losses[0] + 0.5 * losses[1], losses
 
         return hl.minimize(loss_fn, model, optimizer, has_aux=True)
 
-    before = model.get_weights()
-    expected, gradients = two_losses_by_hand(before, pixels, labels, ink)
-    total, losses = train_step(pixels, labels, ink)
-    np.testing.assert_allclose([float(loss) for loss in losses], expected, rtol=1e-4)
-    assert float(total) == pytest.approx(0.5 * expected[0] + 0.5 * expected[1], rel=1e-4)
-    for index, gradient in zip((2, 4), gradients, strict=True):
-        np.testing.assert_allclose(before[index] - model.get_weights()[index], 0.1 * gradient, rtol=1e-3, atol=1e-5)
+    history = []
     for _ in range(100):
-        _, losses = train_step(pixels, labels, ink)
-    assert float(losses[0]) < 0.5 * np.log(10)  # Of what knowing nothing costs: all digits alike, the mean ink.
-    assert float(losses[1]) < 0.5 * 1
-    shown(f"losses from {expected[0]:.2f} and {expected[1]:.2f} to {float(losses[0]):.3f} and {float(losses[1]):.3f}")
+        total, losses = train_step(pixels, labels, ink)
+        history.append([float(loss) for loss in losses])
+        close(total, np.dot([0.5, 0.5], history[-1]), rtol=1e-4)
+    (digit_first, ink_first), (digit, drawn) = history[0], history[-1]
+    assert digit < 0.5 * np.log(10)  # Half the loss of a guess: all digits are equally likely, the ink is the mean.
+    assert drawn < 0.5 * 1
+    shown(f"losses from {digit_first:.2f} and {ink_first:.2f} to {digit:.3f} and {drawn:.3f}, their sum weighted")
 
 
-def softmax_regression_by_hand(pixels, labels, batch_size, epochs=1, rate=0.5):
-    """SGD from zero in NumPy: for each epoch and example its loss, and whether it was told right, when it was seen."""
-    kernel, bias = np.zeros((64, 10)), np.zeros(10)
-    losses, right = np.empty((2, epochs, len(pixels)))
-    for epoch in range(epochs):
-        for first in range(0, len(pixels), batch_size):
-            batch = slice(first, first + batch_size)
-            x, y = pixels[batch], labels[batch]
-            chances = softmax(x @ kernel + bias)
-            losses[epoch, batch] = -np.log(chances[range(len(y)), y])
-            right[epoch, batch] = chances.argmax(axis=1) == y
-            slope = (chances - np.eye(10)[y]) / len(y)
-            kernel, bias = kernel - rate * x.T @ slope, bias - rate * slope.sum(axis=0)
-    return losses, right
-
-
-def softmax_regression(rate=0.5):
-    """A step by hand, and the metric that it updates."""
-    model = keras.Sequential([keras.Input((64,)), layers.Dense(10, kernel_initializer="zeros")])
-    optimizer = keras.optimizers.SGD(rate)
-    crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    accuracy = keras.metrics.SparseCategoricalAccuracy()
+def softmax_regression():
+    """A step by hand that also updates a metric."""
+    model = sequential(layers.Dense(10, use_bias=False, kernel_initializer="zeros"), inputs=64)
+    optimizer, accuracy = keras.optimizers.SGD(0.5), keras.metrics.SparseCategoricalAccuracy()
 
     def train_step(pixels, labels):
         def loss_fn():
             logits = model(pixels, training=True)
-            return crossentropy(labels, logits), logits
+            return CROSSENTROPY(labels, logits), logits
 
         loss, logits = hl.minimize(loss_fn, model, optimizer, has_aux=True)
         accuracy.update_state(labels, logits)
@@ -145,40 +88,61 @@ def softmax_regression(rate=0.5):
     return train_step, accuracy
 
 
-def test_a3_a_streaming_metric_is_that_of_its_epoch_when_it_is_reset(eagerly, shown):
-    pixels, labels = (array[:160] for array in digits())
-    step, accuracy = softmax_regression()
-    train_step, epochs = hl.function(step), []
-    for _ in range(3):
+def by_own_loop(feed, epochs):
+    """The loss and the accuracy by epoch."""
+    (step, accuracy), mean_loss, history = softmax_regression(), keras.metrics.Mean(), []
+    step = hl.function(step)
+    for _ in range(epochs):
         accuracy.reset_state()
-        for batch in hl.Feed((pixels, labels), batch_size=40):
-            logs = train_step(*batch)
+        mean_loss.reset_state()
+        for pixels, labels in feed:
+            logs = step(pixels, labels)
+            mean_loss.update_state(logs["loss"], sample_weight=len(pixels))
         assert float(logs["accuracy"]) == float(accuracy.result())
-        epochs.append(float(accuracy.result()))
-    _, right = softmax_regression_by_hand(pixels, labels, batch_size=40, epochs=3)
-    np.testing.assert_allclose(epochs, right.mean(axis=1), rtol=1e-6)
-    assert epochs[0] < epochs[1] < epochs[2]  # So that an epoch more or less would show.
-    shown(f"accuracy of each epoch: {', '.join(f'{value:.3f}' for value in epochs)}")
+        history.append([float(mean_loss.result()), float(accuracy.result())])
+    return np.transpose(history)
 
 
-def test_a3_a_streaming_metric_is_that_of_its_epoch_in_fit_without_a_word(eagerly):
-    pixels, labels = (array[:160] for array in digits())
+def by_fit(feed, epochs):
     step, _ = softmax_regression()
-    history = hl.fit(step, hl.Feed((pixels, labels), batch_size=40), epochs=3, verbose=0).history
-    _, right = softmax_regression_by_hand(pixels, labels, batch_size=40, epochs=3)
-    np.testing.assert_allclose(history["accuracy"], right.mean(axis=1), rtol=1e-6)
+    history = hl.fit(step, feed, epochs=epochs, verbose=0).history
+    return history["loss"], history["accuracy"]
 
 
-def test_a4_a_classifier_tells_digits_apart(capsys, shown):
+loops = pytest.mark.parametrize("loop", [by_own_loop, by_fit])
+
+
+@loops
+def test_a3_a_metric_in_a_step_has_the_value_of_its_epoch(loop, eagerly, shown):
+    data = [array[:160] for array in digits()]
+    _, accuracy = loop(hl.Feed(tuple(data), batch_size=40), epochs=3)
+    _, right = by_numpy.softmax_regression(data, epochs=3, batch_size=40)
+    close(accuracy, right.mean(axis=1))
+    assert accuracy[0] < accuracy[1] < accuracy[2]  # One epoch more or less would show.
+    shown(f"accuracy by epoch: {', '.join(f'{value:.3f}' for value in accuracy)}")
+
+
+@loops
+def test_a5_fit_and_a_loop_by_hand_weight_the_smaller_last_batch_right(loop, eagerly, shown):
+    pixels, labels = (array[:70] for array in digits())
+    order = np.argsort(labels)  # The last batch has digits that no other batch has, and so a loss of its own.
+    data = pixels[order], labels[order]
+    [losses], [right] = by_numpy.softmax_regression(data)
+    mean_of_batch_means = np.mean([batch.mean() for batch in np.split(losses, [32, 64])])
+    assert mean_of_batch_means > 1.01 * losses.mean()  # The wrong mean would show.
+    [loss], [accuracy] = loop(hl.Feed(data, batch_size=32), epochs=1)
+    close([loss, accuracy], [losses.mean(), right.mean()], rtol=1e-4)
+    shown(f"mean loss {loss:.3f}; the mean of batch means would be {mean_of_batch_means:.3f}")
+
+
+def test_a4_minimize_trains_a_classifier_of_digits(capsys, shown):
     train, test, y_train, y_test = train_test_split(*digits(), test_size=0.2, random_state=0)
-    model = keras.Sequential([keras.Input((64,)), layers.Dense(128, activation="relu"), layers.Dense(10)])
-    optimizer = keras.optimizers.Adam(5e-3)
-    crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    accuracy = keras.metrics.SparseCategoricalAccuracy()
+    model = sequential(layers.Dense(128, "relu"), layers.Dense(10), inputs=64)
+    optimizer, accuracy = keras.optimizers.Adam(5e-3), keras.metrics.SparseCategoricalAccuracy()
 
     @hl.function
     def train_step(pixels, labels):
-        return hl.minimize(lambda: crossentropy(labels, model(pixels, training=True)), model, optimizer)
+        return hl.minimize(lambda: CROSSENTROPY(labels, model(pixels, training=True)), model, optimizer)
 
     @hl.function
     def test_step(pixels, labels):
@@ -196,38 +160,11 @@ def test_a4_a_classifier_tells_digits_apart(capsys, shown):
     assert step == 5 * len(feed) == 5 * 45
     assert capsys.readouterr().out.startswith("step 200: loss 0.")
     assert float(accuracy.result()) > 0.95
-    shown(f"accuracy on digits held out: {float(accuracy.result()):.3f}")
+    shown(f"accuracy on held-out digits: {float(accuracy.result()):.3f}")
 
 
-def by_own_loop(step, feed):
-    step, mean_loss = hl.function(step), keras.metrics.Mean()
-    for pixels, labels in feed:
-        logs = step(pixels, labels)
-        mean_loss.update_state(logs["loss"], sample_weight=len(pixels))
-    return float(mean_loss.result()), float(logs["accuracy"])
-
-
-def by_fit(step, feed):
-    history = hl.fit(step, feed, verbose=0).history
-    return history["loss"][0], history["accuracy"][0]
-
-
-@pytest.mark.parametrize("loop", [by_own_loop, by_fit])
-def test_a5_the_epoch_means_weigh_the_smaller_last_batch_right(loop, eagerly, shown):
-    pixels, labels = (array[:70] for array in digits())
-    order = np.argsort(labels)  # The last batch has digits that no other has, and so a loss of its own.
-    pixels, labels = pixels[order], labels[order]
-    [losses], [right] = softmax_regression_by_hand(pixels, labels, batch_size=32)
-    mean_of_batch_means = np.mean([batch.mean() for batch in np.split(losses, [32, 64])])
-    assert mean_of_batch_means > 1.01 * losses.mean()  # What would be wrong shows.
-    step, _ = softmax_regression()
-    found = loop(step, hl.Feed((pixels, labels), batch_size=32))
-    assert found == pytest.approx((losses.mean(), right.mean()), rel=1e-4)
-    shown(f"mean loss {found[0]:.3f}; the mean of batch means would be {mean_of_batch_means:.3f}")
-
-
-def test_a6_linear_regression_follows_the_closed_form_for_1000_epochs(shown):
-    """Off the least squares solution, full-batch gradient descent multiplies by (1 - 2 r A'A / n) each time."""
+def test_a6_minimize_follows_the_closed_form_for_1000_epochs(shown):
+    """Each update of full-batch gradient descent multiplies the distance to the least squares by 1 - 2 r A'A / n."""
     random = np.random.default_rng(0)
     x = random.uniform(-1, 1, 100)
     y = 2 * x + 1 + random.normal(scale=0.1, size=100)
@@ -238,7 +175,7 @@ def test_a6_linear_regression_follows_the_closed_form_for_1000_epochs(shown):
         hl.minimize(lambda: ops.mean((slope * x + intercept - y) ** 2), [slope, intercept], optimizer)
         return slope.value, intercept.value
 
-    found = [[float(value) for value in train_step(x, y)] for _ in range(1000)]
+    found = np.array([[float(value) for value in train_step(x, y)] for _ in range(1000)])
     a = np.stack([x, np.ones(100)], axis=1)
     solution = np.linalg.lstsq(a, y)[0]
     shrink = np.eye(2) - 2 * 0.01 * a.T @ a / 100
@@ -247,17 +184,17 @@ def test_a6_linear_regression_follows_the_closed_form_for_1000_epochs(shown):
         off = shrink @ off
         expected.append(solution + off)
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    np.testing.assert_allclose(found[-1], [2, 1], atol=0.1)
-    shown(f"1000 updates off the closed form by {below(np.abs(np.subtract(found, expected)).max())}")
+    close(found[-1], [2, 1], atol=0.1)
+    shown(f"1000 updates differ from the closed form by {below(np.abs(found - expected).max())}")
 
 
 def mean_absolute_error(y, y_pred):
     return ops.mean(ops.abs(y - y_pred), axis=-1)
 
 
-def test_a7_a_plain_function_as_a_metric_in_a_step_equals_numpy(eagerly):
+def test_a7_a_plain_function_is_a_metric_in_a_step(eagerly, shown):
     x, y = wines()
-    model, optimizer = keras.Sequential([keras.Input((12,)), layers.Dense(1)]), keras.optimizers.SGD(0.1)
+    model, optimizer = sequential(inputs=12), keras.optimizers.SGD(0.1)
 
     @hl.function
     def train_step(x, y):
@@ -270,21 +207,11 @@ def test_a7_a_plain_function_as_a_metric_in_a_step_equals_numpy(eagerly):
     for batch in zip(np.split(x, 2), np.split(y, 2), strict=True):
         kernel, bias = model.get_weights()
         _, mae = train_step(*batch)
-        assert float(mae) == pytest.approx(np.abs(batch[0] @ kernel + bias - batch[1]).mean(), rel=1e-5)
+        close(mae, np.abs(batch[0] @ kernel + bias - batch[1]).mean())
+    shown(f"mean absolute error {float(mae):.3f}, as in NumPy")
 
 
-def test_a7_a_plain_function_as_a_compiled_metric_equals_numpy(eagerly, shown):
-    x, y = wines()
-    model = hl.Model([layers.Dense(1)])
-    model.compile(loss="mse", metrics=[mean_absolute_error])
-    found = model.evaluate(x, y, verbose=0, return_dict=True)["mean_absolute_error"]
-    kernel, bias = model.get_weights()
-    expected = np.abs(x @ kernel + bias - y).mean()
-    assert found == pytest.approx(expected, rel=1e-5)
-    shown(f"mean absolute error {found:.3f}, as in NumPy")
-
-
-def test_a8_a_learning_rate_changed_in_the_loop_counts_at_once_without_a_retrace(shown):
+def test_a8_minimize_uses_a_changed_learning_rate_at_once_without_a_retrace(shown):
     w, optimizer = keras.Variable(4.0), keras.optimizers.SGD(0.1)
 
     @hl.function
@@ -293,12 +220,11 @@ def test_a8_a_learning_rate_changed_in_the_loop_counts_at_once_without_a_retrace
 
     expected, rate, found = 4.0, 0.1, []
     for _ in range(30):
-        loss = float(train_step())
-        assert loss == pytest.approx(expected**2, rel=1e-4)
+        found.append(float(train_step()))
+        close(found[-1], expected**2, rtol=1e-4)
         expected -= rate * 2 * expected
-        assert float(ops.convert_to_numpy(w)) == pytest.approx(expected, rel=1e-4)
-        found.append(loss)
-        if loss < 1 and rate == 0.1:
+        close(w, expected, rtol=1e-4)
+        if found[-1] < 1 and rate == 0.1:
             rate = 0.1 * 0.1
             optimizer.learning_rate = float(optimizer.learning_rate) * 0.1
     assert found[-1] < 1 < found[0]
@@ -308,143 +234,62 @@ def test_a8_a_learning_rate_changed_in_the_loop_counts_at_once_without_a_retrace
 
 
 def imbalanced_tumours():
-    """Tumours to train on of which hardly any is malignant, and others to test on."""
+    """Training data with very few malignant tumours; and the other tumours, to test on."""
     x, malignant = tumours()
-    places = [np.flatnonzero(malignant == kind) for kind in (0, 1)]
-    chosen = np.concatenate([places[0][:200], places[1][:6]])
+    chosen = np.concatenate([np.flatnonzero(malignant == 0)[:200], np.flatnonzero(malignant == 1)[:6]])
     chosen = np.random.default_rng(0).permutation(chosen)
     rest = np.setdiff1d(np.arange(len(x)), chosen)
     return (x[chosen], malignant[chosen]), (x[rest], malignant[rest])
 
 
 class TumourDetector:
-    """A body that stays as it is, a head that is trained, and how much each class counts."""
+    """A fixed body, a trained head, and class weights that follow the classes seen so far."""
 
-    def __init__(self):
+    def __init__(self, weighted=True):
         keras.utils.set_random_seed(0)
         self.body, self.head = layers.Dense(16, "tanh"), layers.Dense(1)
-        self.model = keras.Sequential([keras.Input((30,)), self.body, self.head])
-        self.optimizer = keras.optimizers.SGD(0.2)
+        self.model = sequential(self.body, self.head, inputs=30)
+        self.optimizer, self.weighted = keras.optimizers.SGD(0.2), weighted
         self.seen = keras.Variable([0.0, 0.0], trainable=False)
-        self.class_weights = keras.Variable([1.0, 1.0], trainable=False)
 
     def train_step(self, x, malignant):
+        # As `class_weight="balanced"` of scikit-learn.
+        class_weights = ops.sum(self.seen) / (2 * ops.maximum(self.seen, 1.0)) if self.weighted else ops.ones(2)
+
         def loss_fn():
             logits = self.model(x, training=True)[:, 0]
             losses = ops.softplus(logits) - logits * ops.cast(malignant, "float32")
-            return ops.mean(losses * ops.take(self.class_weights, malignant))
+            return ops.mean(losses * ops.take(class_weights, malignant))
 
         loss, gradients = hl.value_and_grad(loss_fn, wrt=self.model)()
         self.optimizer.apply(gradients[2:], self.head.trainable_variables)
         self.seen.assign_add(ops.sum(ops.one_hot(malignant, 2), axis=0))
         return {"loss": loss}
 
-    def weigh(self):
-        """As in `class_weight="balanced"` of scikit-learn, by what was seen so far."""
-        self.class_weights.assign(ops.sum(self.seen) / (2 * ops.maximum(self.seen, 1.0)))
-
-    def recall(self, x, malignant):
-        found = ops.convert_to_numpy(self.model(x))[:, 0] > 0
-        return found[malignant == 1].mean()
+    def recall_after_training(self):
+        train, (x, malignant) = imbalanced_tumours()
+        hl.fit(self.train_step, hl.Feed(train, batch_size=32), epochs=10, verbose=0)
+        same(self.seen, 10 * np.bincount(train[1]))
+        return (numpy(self.model(x))[malignant == 1, 0] > 0).mean()
 
 
-def never(detector):
-    return detector.train_step, ()
-
-
-def in_the_step(detector):
-    def step(x, malignant):
-        detector.weigh()
-        return detector.train_step(x, malignant)
-
-    return step, ()
-
-
-def in_a_callback(detector):
-    weigh = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: detector.weigh())
-    return detector.train_step, (weigh,)
-
-
-def detector_trained(recompute):
-    train, _ = imbalanced_tumours()
-    detector = TumourDetector()
-    step, callbacks = recompute(detector)
-    hl.fit(step, hl.Feed(train, batch_size=32), epochs=10, callbacks=callbacks, verbose=0)
-    return detector
-
-
-@pytest.mark.parametrize("recompute", [in_the_step, in_a_callback])
-def test_a9_class_weights_recomputed_from_what_was_seen_raise_the_rare_classs_recall(recompute, shown):
-    (_, malignant), test = imbalanced_tumours()
-    detector = detector_trained(recompute)
-    np.testing.assert_array_equal(detector.seen, 10 * np.bincount(malignant))
-    balanced = len(malignant) / (2 * np.bincount(malignant))
-    # In the step they are one batch behind.
-    np.testing.assert_allclose(detector.class_weights, balanced, rtol=0.05 if recompute is in_the_step else 1e-6)
-    recall, unweighted = detector.recall(*test), detector_trained(never).recall(*test)
+def test_a9_value_and_grad_with_class_weights_of_what_was_seen_raises_the_recall_of_the_rare_class(shown):
+    untrained, detector = TumourDetector(), TumourDetector()
+    recall, unweighted = detector.recall_after_training(), TumourDetector(weighted=False).recall_after_training()
     assert recall > unweighted + 0.1
     shown(f"recall of the rare class {recall:.2f}; unweighted {unweighted:.2f}")
-
-
-def test_a9_the_update_by_the_class_weights_of_the_moment_is_that_of_numpy():
-    (x, malignant), _ = imbalanced_tumours()
-    detector = TumourDetector()
-    step, _ = in_the_step(detector)
-    step, seen = hl.function(step), np.zeros(2)
-    for batch in (slice(0, 40), slice(40, 90), slice(90, 206)):
-        w1, b1, w2, b2 = detector.model.get_weights()
-        hidden, rare = np.tanh(x[batch] @ w1 + b1), malignant[batch]
-        weights = seen.sum() / (2 * np.maximum(seen, 1))
-        slope = weights[rare] * (sigmoid((hidden @ w2 + b2)[:, 0]) - rare) / len(rare)
-        step(x[batch], rare)
-        found = detector.model.get_weights()
-        np.testing.assert_allclose(found[2], w2 - 0.2 * hidden.T @ slope[:, None], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(found[3], b2 - 0.2 * slope.sum(), rtol=1e-4, atol=1e-6)
-        seen += np.bincount(rare, minlength=2)
-
-
-def test_a9_the_rest_of_the_weights_stays_to_the_bit(shown):
-    untrained, trained = TumourDetector(), detector_trained(in_the_step)
-    for index, (one, other) in enumerate(zip(untrained.model.get_weights(), trained.model.get_weights(), strict=True)):
-        assert np.array_equal(one, other) == (index < 2)
-    shown("what is not trained stays to the bit")
-
-
-def nadam_by_hand(x, y, kernel, steps, rate, penalty):
-    """Linear regression with an l2 penalty and no negative weights, by Nadam (Dozat, 2016): losses, then kernels."""
-    kernel, mean, square, product = kernel.astype("float64"), 0.0, 0.0, 1.0
-    losses, kernels = [], []
-    for step in range(1, steps + 1):
-        off = x @ kernel - y
-        losses.append((off**2).mean() + penalty * (kernel**2).sum())
-        gradient = 2 * x.T @ off / len(x) + 2 * penalty * kernel
-        momentum, next_momentum = (0.9 * (1 - 0.5 * 0.96**when) for when in (step, step + 1))
-        product *= momentum
-        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
-        ahead = next_momentum * mean / (1 - product * next_momentum) + (1 - momentum) * gradient / (1 - product)
-        kernel = np.maximum(kernel - rate * ahead / (np.sqrt(square / (1 - 0.999**step)) + 1e-7), 0)
-        kernels.append(kernel)
-    return losses, kernels
-
-
-class Kernels(keras.callbacks.Callback):
-    """Looks at the weights after every batch."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer, self.seen = layer, []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.seen.append(ops.convert_to_numpy(self.layer.kernel).copy())
+    pairs = zip(untrained.model.get_weights(), detector.model.get_weights(), strict=True)
+    assert [np.array_equal(*pair) for pair in pairs] == [True, True, False, False]
+    shown("the weights that are not trained stay bitwise identical")
 
 
 @pytest.mark.parametrize("adds_them", [True, False], ids=["adds model.losses itself", "leaves them to minimize"])
-def test_a10_an_l2_regularized_net_with_constraints_follows_nadam(adds_them, eagerly, shown):
+def test_a10_minimize_by_nadam_adds_l2_once_and_keeps_a_constraint(adds_them, eagerly, shown):
     x, y = diabetes()
     layer = layers.Dense(1, use_bias=False, kernel_regularizer=keras.regularizers.L2(0.1), kernel_constraint="non_neg")
-    model, optimizer = keras.Sequential([keras.Input((10,)), layer]), keras.optimizers.Nadam(0.05)
+    model, optimizer = sequential(layer, inputs=10), keras.optimizers.Nadam(0.05)
     layer.kernel.assign(np.linspace(0, 1, 10)[:, None])
-    losses, kernels = nadam_by_hand(x, y, np.linspace(0, 1, 10)[:, None], steps=20, rate=0.05, penalty=0.1)
+    kernels = [numpy(layer.kernel)]
 
     def train_step(x, y):
         def loss_fn():
@@ -453,97 +298,57 @@ def test_a10_an_l2_regularized_net_with_constraints_follows_nadam(adds_them, eag
 
         return {"loss": hl.minimize(loss_fn, model, optimizer)}
 
-    looking = Kernels(layer)
-    history = hl.fit(train_step, hl.Feed((x, y), batch_size=442), epochs=20, callbacks=[looking], verbose=0).history
-    np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
-    np.testing.assert_allclose(looking.seen, kernels, rtol=1e-3, atol=1e-5)
-    assert all((kernel >= 0).all() for kernel in looking.seen)
-    assert any((kernel == 0).any() for kernel in kernels[1:])  # The constraint had something to do.
-    shown(f"20 steps off Nadam in NumPy by {below(np.abs(np.subtract(looking.seen, kernels)).max())}")
-
-
-def test_a10_a_constraint_holds_after_every_step(eagerly, shown):
-    layer = layers.Dense(16, activation="relu", kernel_constraint=keras.constraints.MaxNorm(0.5))
-    model, optimizer = keras.Sequential([keras.Input((10,)), layer, layers.Dense(1)]), keras.optimizers.Nadam(0.01)
-
-    def train_step(x, y):
-        return {"loss": hl.minimize(lambda: ops.mean((model(x, training=True) - y) ** 2), model, optimizer)}
-
-    looking = Kernels(layer)
-    hl.fit(train_step, hl.Feed(diabetes(), batch_size=64), epochs=2, callbacks=[looking], verbose=0)
-    norms = [np.linalg.norm(kernel, axis=0) for kernel in looking.seen]
-    assert len(norms) == 14
-    assert np.max(norms) == pytest.approx(0.5, rel=1e-4)
-    shown(f"largest norm {np.max(norms):.3f} of 0.5 allowed, in {len(norms)} steps")
-
-
-def test_a10_the_training_flag_reaches_dropout_and_batch_normalization(eagerly):
-    normalize, drop = layers.BatchNormalization(momentum=0.9), layers.Dropout(0.5, seed=0)
-    model = keras.Sequential([keras.Input((10,)), normalize, drop])
-    x = diabetes()[0][:200] + 3
-
-    @hl.function
-    def forward(x, training):
-        return model(x, training=training)
-
-    out = ops.convert_to_numpy(forward(x, training=True))
-    mean, variance = x.mean(axis=0), x.var(axis=0)
-    np.testing.assert_allclose(normalize.moving_mean, 0.1 * mean, rtol=1e-4)
-    np.testing.assert_allclose(normalize.moving_variance, 0.9 + 0.1 * variance, rtol=1e-3)
-    kept = out != 0
-    assert kept.mean() == pytest.approx(0.5, abs=0.05)
-    np.testing.assert_allclose(out[kept], (2 * (x - mean) / np.sqrt(variance + 1e-3))[kept], rtol=1e-3, atol=1e-4)
-
-    moved = [ops.convert_to_numpy(statistic) for statistic in (normalize.moving_mean, normalize.moving_variance)]
-    out = ops.convert_to_numpy(forward(x, training=False))
-    np.testing.assert_allclose(out, (x - moved[0]) / np.sqrt(moved[1] + 1e-3), rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(normalize.moving_mean, moved[0])
-
-
-def test_a10_the_status_bar_shows_epochs_steps_speed_and_the_loss():
-    model, optimizer = keras.Sequential([keras.Input((10,)), layers.Dense(1)]), keras.optimizers.Nadam(0.01)
-
-    def train_step(x, y):
-        return {"loss": hl.minimize(lambda: ops.mean((model(x, training=True) - y) ** 2), model, optimizer)}
-
+    looking = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: kernels.append(numpy(layer.kernel)))
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
-    bar = ProgressBar(terminal)
-    history = hl.fit(train_step, hl.Feed(diabetes(), batch_size=64), epochs=2, callbacks=[bar], verbose=0).history
-    shown = terminal.file.getvalue()
-    for words in ("Epoch 1/2", "Epoch 2/2", "7/7", "steps/s", "left", f"loss {history['loss'][1]:.4f}"):
-        assert words in shown
+    feed, callbacks = hl.Feed((x, y), batch_size=442), [looking, ProgressBar(terminal)]
+    history = hl.fit(train_step, feed, epochs=20, callbacks=callbacks, verbose=0).history
+    losses = [np.mean((x @ kernel - y) ** 2) + 0.1 * np.sum(kernel**2) for kernel in kernels]
+    close(history["loss"], losses[:-1], rtol=1e-4)
+    assert losses[-1] < losses[0]
+    assert min(kernel.min() for kernel in kernels[1:]) == 0  # The constraint had something to do, and holds.
+    shown(f"loss from {losses[0]:.3f} to {losses[-1]:.3f}, l2 included, as in NumPy")
+    shown(f"smallest weight {np.min(kernels):.1f} of 0.0 allowed, in 20 steps")
+    for words in ("Epoch 1/20", "Epoch 20/20", "1/1", "steps/s", "left", f"loss {history['loss'][-1]:.4f}"):
+        assert words in terminal.file.getvalue()
+
+
+def test_a10_function_passes_the_training_flag_to_batch_normalization(eagerly):
+    normalize, x = layers.BatchNormalization(momentum=0.9), diabetes()[0][:200] + 3
+    model = functional(normalize, inputs=10)
+    forward = hl.function(lambda x, training: model(x, training=training))
+    mean, variance = x.mean(axis=0), x.var(axis=0)
+    close(forward(x, training=True), (x - mean) / np.sqrt(variance + 1e-3), rtol=1e-3, atol=1e-4)
+    moved = [0.1 * mean, 0.9 + 0.1 * variance]
+    close(forward(x, training=False), (x - moved[0]) / np.sqrt(moved[1] + 1e-3), rtol=1e-3, atol=1e-4)
+    close([normalize.moving_mean, normalize.moving_variance], moved, rtol=1e-3)
 
 
 RATE = 0.5
 
 
-def clipped(gradient):
-    """At most 1 long."""
-    return gradient / max(np.linalg.norm(gradient), 1)
+def linear_gan_step_in_numpy(weights, real, noise):
+    """One step of a GAN of two linear layers, each gradient clipped by norm; and the four norms before clipping."""
 
+    def clipped(gradients):
+        return [gradient / max(np.linalg.norm(gradient), 1) for gradient in gradients]
 
-def linear_gan_step_by_hand(weights, real, noise):
-    """Both gradients of a GAN of two linear layers, each clipped by norm, and how long the four were."""
     a, c, w, b = weights
     drawn = noise @ a + c
     on_real, on_drawn = -sigmoid(-(real @ w + b)) / len(real), sigmoid(drawn @ w + b) / len(real)
     of_critic = [real.T @ on_real + drawn.T @ on_drawn, (on_real + on_drawn).sum(axis=0)]
-    w, b = (weight - RATE * clipped(gradient) for weight, gradient in zip((w, b), of_critic, strict=True))
+    w, b = by_numpy.descended([w, b], clipped(of_critic), RATE)
     on_drawn = -sigmoid(-(drawn @ w + b)) / len(real) @ w.T
     of_artist = [noise.T @ on_drawn, on_drawn.sum(axis=0)]
-    a, c = (weight - RATE * clipped(gradient) for weight, gradient in zip((a, c), of_artist, strict=True))
+    a, c = by_numpy.descended([a, c], clipped(of_artist), RATE)
     return [a, c, w, b], [np.linalg.norm(gradient) for gradient in (*of_artist, *of_critic)]
 
 
 class LinearGAN:
-    """A GAN whose generator and discriminator are one linear layer each, with a step by hand."""
+    """A GAN with one linear layer as its generator and one as its discriminator, and a step by hand."""
 
     def __init__(self):
-        self.generator, self.discriminator = layers.Dense(2), layers.Dense(1)
-        self.generator.build((None, 3))
-        self.discriminator.build((None, 2))
-        self.g_optimizer = keras.optimizers.SGD(RATE, clipnorm=1.0)
-        self.d_optimizer = keras.optimizers.SGD(RATE, clipnorm=1.0)
+        self.generator, self.discriminator = built(layers.Dense(2), 3), built(layers.Dense(1), 2)
+        self.g_optimizer, self.d_optimizer = (keras.optimizers.SGD(RATE, clipnorm=1.0) for _ in range(2))
 
     def get_weights(self):
         return [*self.generator.get_weights(), *self.discriminator.get_weights()]
@@ -551,17 +356,14 @@ class LinearGAN:
     @hl.function
     def train_step(self, real, noise):
         def d_loss():
-            drawn = self.generator(noise)
-            judged_real, judged_drawn = self.discriminator(real), self.discriminator(drawn)
+            judged_real, judged_drawn = self.discriminator(real), self.discriminator(self.generator(noise))
             return ops.mean(ops.softplus(-judged_real)) + ops.mean(ops.softplus(judged_drawn))
 
         def g_loss():
             return ops.mean(ops.softplus(-self.discriminator(self.generator(noise))))
 
-        return (
-            hl.minimize(d_loss, self.discriminator, self.d_optimizer),
-            hl.minimize(g_loss, self.generator, self.g_optimizer),
-        )
+        hl.minimize(d_loss, self.discriminator, self.d_optimizer)
+        hl.minimize(g_loss, self.generator, self.g_optimizer)
 
 
 def points_and_noise():
@@ -570,52 +372,38 @@ def points_and_noise():
     return real.astype("float32"), random.normal(loc=2, scale=4, size=(64, 3)).astype("float32")
 
 
-def test_a12_a_gan_with_two_gradients_a_step_each_clipped_by_norm(eagerly, shown):
-    gan, (real, noise) = LinearGAN(), points_and_noise()
-    expected, lengths = gan.get_weights(), []
+def test_a12_minimize_takes_two_gradients_a_step_each_clipped_by_norm(eagerly, shown):
+    gan, data = LinearGAN(), points_and_noise()
+    expected, norms = gan.get_weights(), []
     for _ in range(10):
-        expected, of_this_step = linear_gan_step_by_hand(expected, real, noise)
-        lengths.append(of_this_step)
-        gan.train_step(real, noise)
-        for found, right in zip(gan.get_weights(), expected, strict=True):
-            np.testing.assert_allclose(found, right, rtol=1e-3, atol=1e-4)
-    long, short = np.max(lengths, axis=0) > 1, np.min(lengths, axis=0) < 1
-    assert long[[0, 2]].all()  # Both kernels had something to clip,
-    assert short[[1, 3]].all()  # both biases had not, at times.
-    shown(f"gradients up to {np.max(lengths):.1f} long, clipped to 1.0 as in NumPy")
-
-
-@pytest.mark.parametrize("still", ["generator", "discriminator"])
-def test_a12_each_optimizer_moves_only_its_own_network(still, eagerly, shown):
-    gan, (real, noise) = LinearGAN(), points_and_noise()
-    getattr(gan, f"{still[0]}_optimizer").learning_rate = 0.0
-    before = {name: getattr(gan, name).get_weights() for name in ("generator", "discriminator")}
-    for _ in range(3):
-        gan.train_step(real, noise)
-    for name, weights in before.items():
-        for weight, now in zip(weights, getattr(gan, name).get_weights(), strict=True):
-            assert np.array_equal(weight, now) == (name == still)
-    shown("the other network stays to the bit")
+        expected, of_this_step = linear_gan_step_in_numpy(expected, *data)
+        norms.append(of_this_step)
+        gan.train_step(*data)
+        each_close(gan.get_weights(), expected, rtol=1e-3, atol=1e-4)
+    largest, smallest = np.max(norms, axis=0), np.min(norms, axis=0)
+    assert (largest > 1)[[0, 2]].all()  # The gradients of both kernels were clipped,
+    assert (smallest < 1)[[1, 3]].all()  # those of both biases were not, at times.
+    shown(
+        f"gradient norms up to {largest.max():.1f}, clipped to 1.0; each optimizer moves its own network, as in NumPy"
+    )
 
 
 BINS = 4
 
 
 def crossed_tumours():
-    """Measurements; and as sparse features the bins of the first six, crossed in pairs and hashed. And labels."""
+    """The measurements; the bins of the first six, crossed in pairs and hashed, as sparse features; and the labels."""
     x, malignant = tumours()
     edges = np.quantile(x[:, :6], [0.25, 0.5, 0.75], axis=0)
     bins = (x[:, None, :6] > edges).sum(axis=1)
     cross = layers.HashedCrossing(num_bins=BINS**2, output_mode="one_hot")
-    pairs = [(bins[:, [left]], bins[:, [right]]) for left, right in zip(*np.triu_indices(6, k=1), strict=True)]
-    crossings = [ops.convert_to_numpy(cross(pair)) for pair in pairs]
-    return {"deep": x, "wide": np.concatenate(crossings, axis=1).astype("float32")}, malignant[:, None]
-
-
-def test_a13_of_each_crossing_of_bins_one_feature_holds():
-    inputs, _ = crossed_tumours()
-    assert inputs["wide"].shape == (569, 15 * BINS**2)
-    np.testing.assert_array_equal(inputs["wide"].sum(axis=1), 15)
+    crossings = [
+        numpy(cross((bins[:, [left]], bins[:, [right]]))) for left, right in zip(*np.triu_indices(6, k=1), strict=True)
+    ]
+    wide = np.concatenate(crossings, axis=1).astype("float32")
+    assert wide.shape == (569, 15 * BINS**2)
+    same(wide.sum(axis=1), np.full(569, 15))  # One feature of each crossing holds.
+    return {"deep": x, "wide": wide}, malignant[:, None]
 
 
 class WideAndDeep(hl.Model):
@@ -631,11 +419,9 @@ class WideAndDeep(hl.Model):
 def wide_and_deep():
     inputs, malignant = crossed_tumours()
     model = WideAndDeep()
+    ftrl = keras.optimizers.Ftrl(0.1, l1_regularization_strength=0.05)
     model.compile(
-        optimizer={
-            "wide": keras.optimizers.Ftrl(0.1, l1_regularization_strength=0.05),
-            "deep": keras.optimizers.Adam(0.01),
-        },
+        optimizer={"wide": ftrl, "deep": keras.optimizers.Adam(0.01)},
         loss=keras.losses.BinaryCrossentropy(from_logits=True),
         metrics=[keras.metrics.BinaryAccuracy(threshold=0.0, name="accuracy")],
     )
@@ -643,54 +429,31 @@ def wide_and_deep():
     return model, inputs, malignant
 
 
-def ftrl_by_hand(weight, gradient, total, linear, rate=0.1, l1=0.05):
+def ftrl_in_numpy(weight, gradient, total, linear, rate=0.1, l1=0.05):
     """One update of follow the regularized leader (McMahan et al., 2013): weight, total and linear after it."""
     news = total + gradient**2
     linear = linear + gradient - (np.sqrt(news) - np.sqrt(total)) / rate * weight
     return (np.clip(linear, -l1, l1) - linear) / (np.sqrt(news) / rate), news, linear
 
 
-def adam_by_hand(weight, gradient, mean, square, step, rate=0.01):
-    mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
-    rate *= np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
-    return weight - rate * mean / (np.sqrt(square) + 1e-7), mean, square
-
-
-def test_a13_the_wide_path_moves_by_ftrl_and_the_deep_one_by_adam(shown):
+def test_a13_compile_with_two_optimizers_moves_the_wide_path_by_ftrl_and_the_deep_one_by_adam(shown):
     model, inputs, malignant = wide_and_deep()
     wide, *deep = (weight.astype("float64") for weight in model.get_weights())
-    slots, total, linear = [(0.0, 0.0)] * 4, np.full_like(wide, 0.1), np.zeros_like(wide)
-    for step in range(1, 6):
+    adam, total, linear = by_numpy.Adam(0.01), np.full_like(wide, 0.1), np.zeros_like(wide)
+    for _ in range(5):
         w1, b1, w2, b2 = deep
         hidden = np.tanh(inputs["deep"] @ w1 + b1)
         slope = (sigmoid(inputs["wide"] @ wide + hidden @ w2 + b2) - malignant) / len(malignant)
-        inner = slope @ w2.T * (1 - hidden**2)
-        gradients = [inputs["deep"].T @ inner, inner.sum(axis=0), hidden.T @ slope, slope.sum(axis=0)]
-        wide, total, linear = ftrl_by_hand(wide, inputs["wide"].T @ slope, total, linear)
-        moved = [adam_by_hand(*part, step) for part in zip(deep, gradients, *zip(*slots, strict=True), strict=True)]
-        deep, slots = [part[0] for part in moved], [part[1:] for part in moved]
+        deep = adam.updated(deep, by_numpy.two_layer_gradients(inputs["deep"], hidden, w2, slope))
+        wide, total, linear = ftrl_in_numpy(wide, inputs["wide"].T @ slope, total, linear)
         model.train_on_batch(inputs, malignant)
-        for found, expected in zip(model.get_weights(), [wide, *deep], strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+        each_close(model.get_weights(), [wide, *deep], rtol=1e-3, atol=1e-5)
     unused = (wide == 0).mean()
-    assert 0.1 < unused < 0.9  # The penalty of Ftrl keeps some of the wide weights at nothing, and only those.
-    shown(f"5 steps along those of NumPy; Ftrl keeps {unused:.2f} of the wide weights at zero")
+    assert 0.1 < unused < 0.9  # The penalty of Ftrl keeps some of the wide weights at zero, and only those.
+    shown(f"5 steps as in NumPy; Ftrl keeps {unused:.2f} of the wide weights at zero")
 
 
-@pytest.mark.parametrize("still", ["wide", "deep"])
-def test_a13_each_path_moves_under_its_own_optimizer(still):
-    model, inputs, malignant = wide_and_deep()
-    model.optimizer[still].learning_rate = 1e-30  # Ftrl takes no 0.
-    before = {name: getattr(model, name).get_weights() for name in ("wide", "deep")}
-    model.train_on_batch(inputs, malignant)
-    for name, weights in before.items():
-        after = getattr(model, name).get_weights()
-        moved = [not np.allclose(*pair, atol=1e-20) for pair in zip(weights, after, strict=True)]
-        assert moved == len(weights) * [name != still]
-    assert [int(optimizer.iterations) for optimizer in model.optimizer.values()] == [1, 1]
-
-
-def test_a13_wide_and_deep_together_learn(shown):
+def test_a13_fit_with_two_optimizers_learns(shown):
     model, inputs, malignant = wide_and_deep()
     accuracy = model.fit(inputs, malignant, epochs=5, verbose=0).history["accuracy"][-1]
     assert accuracy > 0.95

@@ -1,4 +1,4 @@
-"""Rows B: own steps inside `fit`."""
+"""Rows B: custom steps inside `fit`."""
 
 import csv
 
@@ -12,35 +12,20 @@ from handloom.callbacks import JSONLogger
 from handloom.errors import OptimizerError
 from handloom.optimizers import GradientAccumulation
 from handloom.report import frechet_distance, read_events
+from tests.models import KINDS, compiled, fit, functional, sequential
+from tests.numbers import close, each_close
+from tests.rows.by_numpy import linear_regression
 from tests.rows.real_data import diabetes, digits
 
 RATE = 0.1
-
-
-def regression_by_hand(x, y, weight=None, epochs=1, batch_size=32):
-    """Linear regression from zero by SGD, in NumPy.
-
-    Returns the errors of all examples when they were seen, by epoch, and kernel and bias in the end.
-    """
-    kernel, bias = np.zeros((x.shape[1], 1)), np.zeros(1)
-    weight = np.ones(len(x)) if weight is None else weight
-    errors = np.empty((epochs, len(x)))
-    for epoch in range(epochs):
-        for first in range(0, len(x), batch_size):
-            batch = slice(first, first + batch_size)
-            off = x[batch] @ kernel + bias - y[batch]
-            errors[epoch, batch] = off[:, 0]
-            slope = 2 * weight[batch, None] * off / len(off)
-            kernel, bias = kernel - RATE * x[batch].T @ slope, bias - RATE * slope.sum(axis=0)
-    return errors, [kernel, bias]
 
 
 def linear():
     return layers.Dense(1, kernel_initializer="zeros")
 
 
-class OwnStep(hl.Model):
-    """The training step of Keras's guide, by `compute_loss` and the compiled metrics."""
+class CustomStep(hl.Model):
+    """The training step of Keras's guide, with `compute_loss` and the compiled metrics."""
 
     def train_step(self, data):
         x, y = data
@@ -66,45 +51,25 @@ class OwnStep(hl.Model):
         return {metric.name: metric.result() for metric in self.metrics}
 
 
-class Subclassed(OwnStep):
-    def __init__(self):
-        super().__init__()
-        self.linear = linear()
-
-    def call(self, x):
-        return self.linear(x)
-
-
-def functional():
-    inputs = keras.Input((32,))
-    return OwnStep(inputs, linear()(inputs))
-
-
-def sequential():
-    return OwnStep([linear()])
-
-
-@pytest.mark.parametrize("build", [functional, sequential, Subclassed])
-def test_b1_a_train_step_with_compute_loss_and_the_compiled_metrics(build, shown):
+@pytest.mark.parametrize("kind", KINDS)
+def test_b1_fit_with_compute_loss_and_the_compiled_metrics_trains_as_numpy_does(kind, shown):
     random = np.random.default_rng(0)
     x = random.uniform(-1, 1, size=(1000, 32)).astype("float32")
     y = (x @ random.normal(size=(32, 1)) + random.normal(size=(1000, 1))).astype("float32")
-    steps, model = [], build()
-    model.compile(optimizer=keras.optimizers.SGD(RATE), loss="mse", metrics=["mae"])
+    steps, model = [], compiled(KINDS[kind](linear(), inputs=32, cls=CustomStep), metrics=["mae"])
     counting = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(batch))
-    history = model.fit(x, y, epochs=2, shuffle=False, callbacks=[counting], verbose=0).history
-    errors, weights = regression_by_hand(x, y, epochs=2)
+    history = fit(model, x, y, epochs=2, callbacks=[counting])
+    errors, weights = linear_regression((x, y), epochs=2)
     assert steps == [*range(32), *range(32)]
     assert int(model.optimizer.iterations) == 2 * 32
-    np.testing.assert_allclose(history["loss"], (errors**2).mean(axis=1), rtol=1e-4)
-    np.testing.assert_allclose(history["mae"], np.abs(errors).mean(axis=1), rtol=1e-4)
-    for found, expected in zip(model.get_weights(), weights, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    close(history["loss"], (errors**2).mean(axis=1), rtol=1e-4)
+    close(history["mae"], np.abs(errors).mean(axis=1), rtol=1e-4)
+    each_close(model.get_weights(), weights, rtol=1e-3, atol=1e-5)
     shown(f"{len(steps) // 2} steps an epoch; loss {history['loss'][-1]:.3f}, mae {history['mae'][-1]:.3f} as in NumPy")
 
 
-class OwnTrackers(hl.Model):
-    """An own loss, and own metrics in `metrics`."""
+class CustomTrackers(hl.Model):
+    """A custom loss, and custom metrics in `metrics`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -128,18 +93,16 @@ class OwnTrackers(hl.Model):
         return {"loss": self.loss_tracker.result(), "mae": self.mae_metric.result()}
 
 
-def test_b2_own_trackers_are_reset_each_epoch(eagerly, shown):
-    x, y = diabetes()
-    inputs = keras.Input((10,))
-    model = OwnTrackers(inputs, linear()(inputs))
+def test_b2_fit_resets_custom_trackers_each_epoch(eagerly, shown):
+    model = functional(linear(), inputs=10, cls=CustomTrackers)
     model.compile(optimizer=keras.optimizers.SGD(RATE))
-    history = model.fit(x, y, batch_size=128, epochs=3, shuffle=False, verbose=0).history
-    errors, _ = regression_by_hand(x, y, epochs=3, batch_size=128)
-    np.testing.assert_allclose(history["loss"], (errors**2).mean(axis=1), rtol=1e-4)
-    np.testing.assert_allclose(history["mae"], np.abs(errors).mean(axis=1), rtol=1e-4)
-    over_all_epochs = (errors**2).mean(axis=1).cumsum() / [1, 2, 3]
-    assert history["loss"][-1] < 0.95 * over_all_epochs[-1]  # What would be wrong shows.
-    shown(f"loss {history['loss'][-1]:.3f}; never reset it would be {over_all_epochs[-1]:.3f}")
+    history = fit(model, *diabetes(), batch_size=128, epochs=3)
+    errors, _ = linear_regression(diabetes(), epochs=3, batch_size=128)
+    close(history["loss"], (errors**2).mean(axis=1), rtol=1e-4)
+    close(history["mae"], np.abs(errors).mean(axis=1), rtol=1e-4)
+    never_reset = (errors**2).mean()
+    assert history["loss"][-1] < 0.95 * never_reset  # The wrong mean would show.
+    shown(f"loss {history['loss'][-1]:.3f}; without a reset it would be {never_reset:.3f}")
 
 
 class WeightedStep(hl.Model):
@@ -155,44 +118,38 @@ class WeightedStep(hl.Model):
 
 
 @pytest.mark.parametrize("kind", ["sample_weight", "class_weight"])
-def test_b3_weights_in_an_own_step_equal_weighting_by_hand(kind, eagerly, shown):
+def test_b3_fit_with_weights_in_a_custom_step_trains_as_numpy_does(kind, eagerly, shown):
     pixels, labels = (array[:200] for array in digits())
-    y = (labels == 8).astype("float32")[:, None]
-    of_class = {0: 0.5, 1: 4.0}
+    y, of_class = (labels == 8).astype("float32")[:, None], {0: 0.5, 1: 4.0}
     weight = np.where(y[:, 0] == 1, of_class[1], of_class[0])
-    model = WeightedStep([linear()])
-    model.compile(optimizer=keras.optimizers.SGD(RATE), loss="mse", metrics=["mae"], weighted_metrics=["mse"])
-    given = {"sample_weight": weight} if kind == "sample_weight" else {"class_weight": of_class}
-    history = model.fit(pixels, y, shuffle=False, verbose=0, **given).history
-
-    [errors], weights = regression_by_hand(pixels, y, weight)
-    for found, expected in zip(model.get_weights(), weights, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(history["loss"], np.mean(weight * errors**2), rtol=1e-4)
-    np.testing.assert_allclose(history["mse"], np.average(errors**2, weights=weight), rtol=1e-4)
-    np.testing.assert_allclose(history["mae"], np.abs(errors).mean(), rtol=1e-4)  # Not a weighted metric.
+    model = compiled(sequential(linear(), inputs=64, cls=WeightedStep), metrics=["mae"], weighted_metrics=["mse"])
+    history = fit(model, pixels, y, **{kind: weight if kind == "sample_weight" else of_class})
+    [errors], weights = linear_regression((pixels, y, weight))
+    each_close(model.get_weights(), weights, rtol=1e-3, atol=1e-5)
+    close(history["loss"], [np.mean(weight * errors**2)], rtol=1e-4)
+    close(history["mse"], [np.average(errors**2, weights=weight)], rtol=1e-4)
+    close(history["mae"], [np.abs(errors).mean()], rtol=1e-4)  # Not a weighted metric.
     shown(f"{kind}: loss {history['loss'][0]:.3f} as in NumPy")
 
 
-@pytest.mark.parametrize("optimizer", [{}, {"optimizer": None}], ids=["unsaid", "none"])
-def test_b4_a_model_without_an_optimizer_evaluates_by_its_own_test_step_as_keras_does(optimizer, eagerly, shown):
-    x, y = diabetes()
-    random = np.random.default_rng(0)
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": None}], ids=["not given", "None"])
+def test_b4_evaluate_runs_a_custom_test_step_without_an_optimizer_as_keras_does(optimizer, eagerly, shown):
+    (x, y), random = diabetes(), np.random.default_rng(0)
     weights = [random.normal(size=(10, 1)), random.normal(size=1)]
     results = []
-    for base in (OwnStep, keras.Sequential):
-        model = base([keras.Input((10,)), layers.Dense(1)])
+    for cls in (CustomStep, keras.Sequential):
+        model = sequential(inputs=10, cls=cls)
         model.set_weights(weights)
         model.compile(**optimizer, loss="mse", metrics=["mae"])
         results.append(model.evaluate(x, y, verbose=0))
         results.append(list(model.evaluate(x, y, verbose=0, return_dict=True).values()))
     off = x @ weights[0] + weights[1] - y
-    np.testing.assert_allclose(results, 4 * [[(off**2).mean(), np.abs(off).mean()]], rtol=1e-4)
+    close(results, 4 * [[(off**2).mean(), np.abs(off).mean()]], rtol=1e-4)
     shown(f"loss {results[0][0]:.3f}, mae {results[0][1]:.3f}, as Keras")
 
 
-def test_b4_a_model_compiled_with_no_optimizer_says_so_when_it_is_trained():
-    model = OwnStep([layers.Dense(1)])
+def test_b4_fit_without_an_optimizer_is_an_error():
+    model = CustomStep([layers.Dense(1)])
     model.compile(optimizer=None, loss="mse")
     with pytest.raises(OptimizerError, match=r"has no optimizer\. Compile it with one"):
         model.fit(*diabetes(), verbose=0)
@@ -202,7 +159,7 @@ LATENT = 16
 
 
 class GAN(hl.Model):
-    """The GAN of Keras's guide, its labels noisy."""
+    """The GAN of Keras's guide, with noisy labels."""
 
     def __init__(self, discriminator, generator):
         super().__init__()
@@ -241,31 +198,27 @@ class GAN(hl.Model):
 
 
 def digits_gan():
-    discriminator = keras.Sequential(
-        [
-            keras.Input((8, 8, 1)),
-            layers.Conv2D(16, 3, strides=2, padding="same"),
-            layers.LeakyReLU(negative_slope=0.2),
-            layers.Flatten(),
-            layers.Dense(1),
-        ]
-    )
-    generator = keras.Sequential(
-        [
-            keras.Input((LATENT,)),
-            layers.Dense(4 * 4 * 16, use_bias=False),
-            layers.BatchNormalization(momentum=0.9),
-            layers.LeakyReLU(negative_slope=0.2),
-            layers.Reshape((4, 4, 16)),
-            layers.Conv2DTranspose(16, 4, strides=2, padding="same"),
-            layers.LeakyReLU(negative_slope=0.2),
-            layers.Conv2D(1, 3, padding="same", activation="sigmoid"),
-        ]
-    )
-    return GAN(discriminator, generator)
+    discriminator = [
+        keras.Input((8, 8, 1)),
+        layers.Conv2D(16, 3, strides=2, padding="same"),
+        layers.LeakyReLU(negative_slope=0.2),
+        layers.Flatten(),
+        layers.Dense(1),
+    ]
+    generator = [
+        keras.Input((LATENT,)),
+        layers.Dense(4 * 4 * 16, use_bias=False),
+        layers.BatchNormalization(momentum=0.9),
+        layers.LeakyReLU(negative_slope=0.2),
+        layers.Reshape((4, 4, 16)),
+        layers.Conv2DTranspose(16, 4, strides=2, padding="same"),
+        layers.LeakyReLU(negative_slope=0.2),
+        layers.Conv2D(1, 3, padding="same", activation="sigmoid"),
+    ]
+    return GAN(keras.Sequential(discriminator), keras.Sequential(generator))
 
 
-def test_b5_a_gan_with_its_own_compile_draws_more_and_more_like_the_data(shown):
+def test_b5_fit_trains_a_gan_with_a_custom_compile_to_draw_more_like_the_data(shown):
     import tensorflow as tf  # noqa: PLC0415  For its datasets, which every backend reads.
 
     images = digits()[0].reshape(-1, 8, 8, 1)
@@ -289,13 +242,13 @@ def test_b5_a_gan_with_its_own_compile_draws_more_and_more_like_the_data(shown):
     assert int(gan.d_optimizer.iterations) == int(gan.g_optimizer.iterations) == 100
     assert list(history) == ["d_loss", "g_loss"]
     assert all(np.isfinite(value) and value > 0 for [value] in history.values())
-    after = distance()
-    assert after < 0.7 * before
-    shown(f"{len(steps)} steps; Fréchet distance from {before:.1f} to less than 0.7 of it")  # How much is chance.
+    assert distance() < 0.7 * before
+    # The exact distance after training is a matter of chance.
+    shown(f"{len(steps)} steps; Fréchet distance from {before:.1f} to less than 0.7 of it")
 
 
 class EveryHook(keras.callbacks.Callback):
-    """Writes down every call of a hook, with its number and its logs."""
+    """Records every call of a hook, with its number and its logs."""
 
     def __init__(self):
         super().__init__()
@@ -307,7 +260,7 @@ class EveryHook(keras.callbacks.Callback):
 
         def hook(*args, **kwargs):
             *number, logs = [*args, *kwargs.values()]
-            # What callbacks add themselves Keras has forgotten by the end of training.
+            # Keras forgets by the end of training what the callbacks themselves have added.
             logs = {name: value for name, value in (logs or {}).items() if name != "learning_rate"}
             self.calls.append((name, *number, logs))
 
@@ -315,28 +268,14 @@ class EveryHook(keras.callbacks.Callback):
 
 
 class DefaultStep(hl.Model):
-    """The default step, of Handloom."""
+    """The default step of Handloom."""
 
 
-class BareLoss(hl.Model):
-    """A step that returns its loss as it is."""
-
-    def train_step(self, data):
-        x, y = data
-
-        def loss_fn():
-            y_pred = self(x, training=True)
-            return ops.mean((y_pred - y) ** 2), y_pred
-
-        loss, y_pred = self.minimize(loss_fn, has_aux=True)
-        return self.compute_metrics(x, y, y_pred) | {"loss": loss}
-
-
-def watched_run(base, folder, **options):
-    """A run with all kinds of callbacks; returns all that is left of it."""
+def watched_run(cls, folder, **options):
+    """A run with all kinds of callbacks; returns all that it leaves behind."""
     x, y = diabetes()
-    model = base([keras.Input((10,)), linear()])
-    model.compile(keras.optimizers.SGD(RATE, momentum=0.9), loss="mse", metrics=["mae"], **options)
+    optimizer = keras.optimizers.SGD(RATE, momentum=0.9)
+    model = compiled(sequential(linear(), inputs=10, cls=cls), optimizer, metrics=["mae"], **options)
     hooks = EveryHook()
     folder.mkdir()
     callbacks = [
@@ -348,45 +287,34 @@ def watched_run(base, folder, **options):
         keras.callbacks.CSVLogger(folder / "log.csv"),
         hooks,
     ]
-    if isinstance(model, hl.Model):  # Keras's own fit has no events.
+    if isinstance(model, hl.Model):  # The `fit` of Keras has no events.
         callbacks.append(JSONLogger(folder / "events.jsonl"))
     data = {"x": x[:300], "y": y[:300], "validation_data": (x[300:], y[300:])}
-    history = model.fit(**data, batch_size=64, epochs=20, shuffle=False, callbacks=callbacks, verbose=0)
+    history = fit(model, **data, batch_size=64, epochs=20, callbacks=callbacks)
     final = model.get_weights()
     model.load_weights(folder / "best.weights.h5")
-    return {
-        "history": history.history,
-        "epochs": history.epoch,
-        "hooks": hooks.calls,
-        "weights": final,
-        "best weights": model.get_weights(),
-        "csv": [{name: float(value) for name, value in row.items()} for row in rows_of(folder / "log.csv")],
-        "events": values_in(folder) if isinstance(model, hl.Model) else None,
-    }
+    found = {"history": history, "hooks": hooks.calls, "weights": final, "best weights": model.get_weights()}
+    with (folder / "log.csv").open() as file:
+        found["csv"] = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    if isinstance(model, hl.Model):
+        events = read_events(folder)
+        found["events"] = [dict(event.values) for event in events if event.kind in ("validation", "epoch")]
+    return found
 
 
-def values_in(folder):
-    return [dict(event.values) for event in read_events(folder) if event.kind in ("validation", "epoch")]
-
-
-def rows_of(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def assert_the_same(found, expected):
-    """The same names, numbers, and values but for rounding."""
+def assert_same(found, expected):
+    """Compares names in their order, and values up to rounding."""
     if isinstance(expected, dict):
         assert list(found) == list(expected)
-        assert_the_same(list(found.values()), list(expected.values()))
+        assert_same(list(found.values()), list(expected.values()))
     elif isinstance(expected, (list, tuple)):
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
-            assert_the_same(one, other)
+            assert_same(one, other)
     elif isinstance(expected, str):
         assert found == expected
     else:
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        close(found, expected, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -394,69 +322,46 @@ def default_run(tmp_path_factory):
     return watched_run(DefaultStep, tmp_path_factory.mktemp("default") / "run")
 
 
-@pytest.mark.parametrize("base", [keras.Sequential, OwnStep, BareLoss], ids=["Keras", "own", "bare loss"])
-def test_b6_callbacks_lose_nothing_with_an_own_step(base, default_run, tmp_path, shown):
-    found = watched_run(base, tmp_path / "run")
-    assert 3 < len(found["epochs"]) < 20  # Stopped early.
-    for name, expected in default_run.items():
-        if found[name] is not None:
-            assert_the_same(found[name], expected)
-    shown(f"{len(default_run['hooks'])} calls of callbacks, files, weights: the same as by the default step")
+@pytest.mark.parametrize("cls", [keras.Sequential, CustomStep, WeightedStep])
+def test_b6_fit_with_a_custom_step_gives_callbacks_all_that_the_default_step_gives(cls, default_run, tmp_path, shown):
+    found = watched_run(cls, tmp_path / "run")
+    assert 3 < len(found["history"]["loss"]) < 20  # Stopped early.
+    assert_same(found, {name: default_run[name] for name in found})
+    shown(f"{len(default_run['hooks'])} calls of callbacks, files, weights: the same as with the default step")
 
 
-def test_b6_steps_asked_to_be_fused_lose_nothing(default_run, tmp_path, shown):
-    assert_the_same(watched_run(OwnStep, tmp_path / "run", steps_per_execution=3), default_run)
-    shown("the same with three steps in a dispatch asked for")
+def test_b6_fit_with_steps_per_execution_and_a_custom_step_loses_nothing(default_run, tmp_path, shown):
+    assert_same(watched_run(CustomStep, tmp_path / "run", steps_per_execution=3), default_run)
+    shown("the same with steps_per_execution=3")
 
 
 # 442 patients in batches of 16: windows of 5, then one of 3, the last batch of it smaller.
 BATCH, WINDOW = 16, 5
 
 
-def plain_step(model, optimizer, data, batch_size):
-    """Trains by `hl.fit`, with a plain function as the step; returns what is reported."""
+def plain_step(model, optimizer):
+    """Trains with `hl.fit` and a plain function as the step; returns the history."""
 
     def step(x, y):
         return {"loss": hl.minimize(lambda: ops.mean((model(x, training=True) - y) ** 2), model, optimizer)}
 
-    return hl.fit(step, hl.Feed(data, batch_size=batch_size), epochs=2, verbose=0).history
+    return hl.fit(step, hl.Feed(diabetes(), batch_size=BATCH), epochs=2, verbose=0).history
 
 
-def models_step(model, optimizer, data, batch_size):
-    model.compile(optimizer, loss="mse")
-    return model.fit(*data, batch_size=batch_size, epochs=2, shuffle=False, verbose=0).history
+def step_of_model(model, optimizer):
+    return fit(compiled(model, optimizer), *diabetes(), batch_size=BATCH, epochs=2)
 
 
-@pytest.mark.parametrize("train", [plain_step, models_step])
-def test_b7_accumulation_in_an_own_step_equals_the_big_batch_in_numpy(train, eagerly, shown):
-    data = diabetes()
-    model, optimizer = (
-        BareLoss([keras.Input((10,)), linear()]),
-        GradientAccumulation(keras.optimizers.SGD(RATE), WINDOW),
-    )
-    history = train(model, optimizer, data, BATCH)
-    errors, weights = regression_by_hand(*data, epochs=2, batch_size=WINDOW * BATCH)
-    for found, expected in zip(model.get_weights(), weights, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(history["loss"], (errors**2).mean(axis=1), rtol=1e-4)
+@pytest.mark.parametrize("train", [plain_step, step_of_model])
+def test_b7_gradient_accumulation_in_a_custom_step_equals_the_big_batch_in_numpy(train, eagerly, shown):
+    model = sequential(linear(), inputs=10, cls=WeightedStep)
+    optimizer = GradientAccumulation(keras.optimizers.SGD(RATE), WINDOW)
+    history = train(model, optimizer)
+    errors, weights = linear_regression(diabetes(), epochs=2, batch_size=WINDOW * BATCH)
+    each_close(model.get_weights(), weights, rtol=1e-4)
+    close(history["loss"], (errors**2).mean(axis=1), rtol=1e-4)
     assert int(optimizer.iterations) == 2 * 6
     shown(f"{int(optimizer.iterations) // 2} updates an epoch, the last of a shorter window, as in NumPy")
-
-
-@pytest.mark.parametrize(
-    "inner",
-    [lambda: keras.optimizers.SGD(0.02, momentum=0.9), lambda: keras.optimizers.Adam(0.01)],
-    ids=["momentum", "Adam"],
-)
-@pytest.mark.parametrize("train", [plain_step, models_step])
-def test_b7_accumulation_in_an_own_step_equals_an_own_step_on_big_batches(train, inner):
-    models = []
-    for optimizer, batch_size in ((inner(), WINDOW * BATCH), (GradientAccumulation(inner(), WINDOW), BATCH)):
-        keras.utils.set_random_seed(0)
-        models.append(BareLoss([keras.Input((10,)), layers.Dense(8, "tanh"), layers.Dense(1)]))
-        train(models[-1], optimizer, diabetes(), batch_size)
-    for one, other in zip(*(model.get_weights() for model in models), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 class Pair(hl.Model):
@@ -474,13 +379,10 @@ class Pair(hl.Model):
         }
 
 
-def test_b7_two_optimizers_of_one_step_gather_over_windows_of_their_own(eagerly):
-    x, y = diabetes()
-    model = Pair()
-    sgd = keras.optimizers.SGD
-    model.compile({"left": GradientAccumulation(sgd(RATE), 2), "right": GradientAccumulation(sgd(RATE), WINDOW)})
-    model.fit(x, y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
-    for layer, window in ((model.left, 2), (model.right, WINDOW)):
-        _, weights = regression_by_hand(x, y, epochs=2, batch_size=window * BATCH)
-        for found, expected in zip(layer.get_weights(), weights, strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+def test_b7_gradient_accumulation_of_two_optimizers_has_two_windows(eagerly):
+    model, windows = Pair(), {"left": 2, "right": WINDOW}
+    model.compile({name: GradientAccumulation(keras.optimizers.SGD(RATE), steps) for name, steps in windows.items()})
+    fit(model, *diabetes(), batch_size=BATCH, epochs=2)
+    for name, window in windows.items():
+        _, weights = linear_regression(diabetes(), epochs=2, batch_size=window * BATCH)
+        each_close(getattr(model, name).get_weights(), weights, rtol=1e-4)

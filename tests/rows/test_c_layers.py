@@ -1,4 +1,4 @@
-"""Rows C5 and C6: own layers, and models made of own blocks."""
+"""Rows C5 and C6: custom layers, and models of custom blocks."""
 
 import keras
 import numpy as np
@@ -7,13 +7,13 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom._keras import layers_of
+from tests.numbers import close, each_close, numpy, same
 from tests.rows.components import (
     IN_EACH_WAY,
     InLoop,
     InModel,
+    assert_trains_on_exactly,
     by_hand,
-    goes_on_as_if_it_had_never_been_saved,
-    in_numpy,
     registered,
     ways,
 )
@@ -25,12 +25,12 @@ X, Y = diabetes()
 HALVES = (X[:, :5], X[:, 5:])
 
 
-# ------------------------------------------------------------------- C5, own layers
+# ------------------------------------------------------------------- C5, custom layers
 
 
 @registered
 class Exponential(keras.Layer):
-    """Nothing to build."""
+    """Has nothing to build."""
 
     def call(self, z):
         return ops.exp(z)
@@ -40,8 +40,8 @@ class Exponential(keras.Layer):
 
 
 @registered
-class OwnDense(keras.Layer):
-    """Weights to build, and a config."""
+class CustomDense(keras.Layer):
+    """Has weights to build, and a config."""
 
     def __init__(self, units, activation=None, **options):
         super().__init__(**options)
@@ -64,7 +64,7 @@ class OwnDense(keras.Layer):
 
 @registered
 class SumDifferenceProduct(keras.Layer):
-    """Two inputs, three outputs."""
+    """Has two inputs and three outputs."""
 
     def call(self, inputs):
         one, other = inputs
@@ -76,7 +76,7 @@ class SumDifferenceProduct(keras.Layer):
 
 @registered
 class Noisy(keras.Layer):
-    """Another thing in training than at other times."""
+    """Adds noise in training only."""
 
     def __init__(self, stddev, **options):
         super().__init__(**options)
@@ -93,73 +93,32 @@ class Noisy(keras.Layer):
         return super().get_config() | {"stddev": self.stddev}
 
 
+def sum_difference_product(one, other):
+    return one + other, one - other, one * other
+
+
 KERNEL, BIAS = start((10, 3), 3)
-# How each is made, its inputs, its weights, and what NumPy makes of them.
+# By name: how to create the layer, its inputs, its weights, and its outputs in NumPy.
 ALONE = {
     "exponential": (Exponential, X, [], np.exp(X)),
-    "dense": (lambda: OwnDense(3, "tanh"), X, [KERNEL, BIAS], np.tanh(X @ KERNEL + BIAS)),
-    "two to three": (
-        SumDifferenceProduct,
-        HALVES,
-        [],
-        (HALVES[0] + HALVES[1], HALVES[0] - HALVES[1], HALVES[0] * HALVES[1]),
-    ),
+    "dense": (lambda: CustomDense(3, "tanh"), X, [KERNEL, BIAS], np.tanh(X @ KERNEL + BIAS)),
+    "two to three": (SumDifferenceProduct, HALVES, [], sum_difference_product(*HALVES)),
     "noisy": (lambda: Noisy(0.5), X, [], X),
 }
-alone = pytest.mark.parametrize(("make", "x", "weights", "expected"), ALONE.values(), ids=ALONE)
 
 
-def shapes_of(arrays):
-    return keras.tree.map_structure(lambda array: tuple(array.shape), arrays)
-
-
-def assert_close(found, expected):
-    for one, other in zip(keras.tree.flatten(found), keras.tree.flatten(expected), strict=True):
-        np.testing.assert_allclose(ops.convert_to_numpy(one), other, rtol=1e-5, atol=1e-6)
-
-
-@alone
-def test_c5_a_layer_alone_computes_as_numpy_does_and_knows_its_shapes(make, x, weights, expected, eagerly):
-    layer = make()
-    layer(x)
-    layer.set_weights(weights)
-    found = hl.function(layer)(x)
-    assert_close(found, expected)
-    batches = keras.tree.map_structure(lambda array: keras.KerasTensor((None, *array.shape[1:])), x)
-    symbolic = [tensor.shape for tensor in keras.tree.flatten(layer(batches))]
-    assert symbolic == [(None, *tensor.shape[1:]) for tensor in keras.tree.flatten(found)]
-
-
-@alone
-def test_c5_a_config_makes_the_same_layer(make, x, weights, expected):
-    again = type(make()).from_config(make().get_config())
-    again(x)
-    again.set_weights(weights)
-    assert_close(again(x), expected)
-
-
-def of_exponential(weights, x, y):
-    """Poisson regression: the exponential keeps the mean of counts above zero."""
-    [kernel] = weights
-    z = x @ kernel
-    return [kernel - RATE * x.T @ (np.exp(z) - y) / len(x)], (np.exp(z) - y * z)[:, 0]
-
-
-def of_dense(weights, x, y):
-    w1, b1, w2, b2 = weights
-    hidden = np.tanh(x @ w1 + b1)
-    off = hidden @ w2 + b2 - y
-    slope = 2 * off / len(x)
-    of_hidden = slope @ w2.T * (1 - hidden**2)
-    gradients = x.T @ of_hidden, of_hidden.sum(axis=0), hidden.T @ slope, slope.sum(axis=0)
-    return [weight - RATE * gradient for weight, gradient in zip(weights, gradients, strict=True)], off[:, 0] ** 2
-
-
-def of_two_to_three(weights, one, other, y):
-    [kernel] = weights
-    features = np.concatenate([one + other, one - other, one * other], axis=1)
-    off = features @ kernel - y
-    return [kernel - 0.01 * features.T @ (2 * off / len(off))], off[:, 0] ** 2
+@pytest.mark.parametrize(("make", "x", "weights", "expected"), ALONE.values(), ids=ALONE)
+def test_c5_a_layer_alone_in_a_function_computes_as_numpy_does_also_from_its_config(
+    make, x, weights, expected, eagerly
+):
+    for layer in (make(), type(make()).from_config(make().get_config())):
+        layer(x)
+        layer.set_weights(weights)
+        found = keras.tree.flatten(hl.function(layer)(x))
+        each_close(found, keras.tree.flatten(expected))
+        batches = keras.tree.map_structure(lambda array: keras.KerasTensor((None, *array.shape[1:])), x)
+        symbolic = [tensor.shape for tensor in keras.tree.flatten(layer(batches))]
+        assert symbolic == [(None, *tensor.shape[1:]) for tensor in found]
 
 
 def linear():
@@ -167,55 +126,26 @@ def linear():
 
 
 COUNTS = np.round(4 * (Y - Y.min()))
-# How each is put among others, its data, loss and rate, and the same in NumPy: one update, and the start.
+# By name: the layers, their data, and their loss.
 INSIDE = {
-    "exponential": (
-        lambda: [linear(), Exponential()],
-        (X, COUNTS),
-        ("poisson", RATE),
-        (of_exponential, [np.zeros((10, 1))]),
-    ),
-    "dense": (
-        lambda: [OwnDense(6, "tanh"), OwnDense(1)],
-        (X, Y),
-        ("mse", RATE),
-        (of_dense, start((10, 6), 6, (6, 1), 1)),
-    ),
-    "two to three": (
-        lambda: [SumDifferenceProduct(), layers.Concatenate(), linear()],
-        (HALVES, Y),
-        ("mse", 0.01),
-        (of_two_to_three, [np.zeros((15, 1))]),
-    ),
+    "exponential": (lambda: [linear(), Exponential()], (X, COUNTS), "poisson"),
+    "dense": (lambda: [CustomDense(6, "tanh"), CustomDense(1)], (X, Y), "mse"),
+    "two to three": (lambda: [SumDifferenceProduct(), layers.Concatenate(), linear()], (HALVES, Y), "mse"),
 }
 
 
 @ways
-@pytest.mark.parametrize(("make", "data", "options", "by_numpy"), INSIDE.values(), ids=INSIDE)
-def test_c5_a_layer_inside_others_trains_as_in_numpy(make, data, options, by_numpy, way, shown):
-    (loss, rate), (update, weights) = options, by_numpy
-    used = way(make(), data[0], keras.optimizers.SGD(rate), loss)
-    used.net.set_weights(weights)
-    history = used.train(data)
-    losses, weights = in_numpy(update, data, weights)
-    np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
-    for found, expected in zip(used.net.get_weights(), weights, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
-    shown(f"trains as in NumPy, {IN_EACH_WAY}")
-
-
-def test_c5_noise_alone_is_normal_and_new_at_each_call_of_a_compiled_step(eagerly):
-    layer = Noisy(0.5)
-    step = hl.function(lambda x: layer(x, training=True))
-    one, other = (ops.convert_to_numpy(step(np.zeros((200, 500), "float32"))) for _ in range(2))
-    for drawn in (one, other):
-        assert abs(drawn.mean()) < 4 * 0.5 / np.sqrt(drawn.size)
-        assert abs(drawn.std() - 0.5) < 4 * 0.5 / np.sqrt(2 * drawn.size)
-    assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 4 / np.sqrt(one.size)
+@pytest.mark.parametrize(("make", "data", "loss"), INSIDE.values(), ids=INSIDE)
+def test_c5_a_layer_inside_a_model_trains_and_trains_on_exactly_when_loaded(make, data, loss, way, tmp_path, shown):
+    used = way(make(), data[0], keras.optimizers.Adam(0.01), loss)
+    losses = used.train(data)["loss"]
+    assert losses[1] < losses[0]
+    assert_trains_on_exactly(used, data, tmp_path)
+    shown(f"trains on after loading, bitwise identical, {IN_EACH_WAY}")
 
 
 @ways
-def test_c5_noise_is_in_the_loss_of_training_and_in_nothing_else(way, shown):
+def test_c5_a_layer_with_noise_in_training_adds_it_to_the_loss_of_training_only(way, shown):
     """Noise on the inputs of a linear model adds its variance times the square of the weights to the squared error."""
     [kernel] = start((10, 1))
     used = way([Noisy(1.0), linear()], X, keras.optimizers.SGD(0.0))
@@ -225,29 +155,22 @@ def test_c5_noise_is_in_the_loss_of_training_and_in_nothing_else(way, shown):
     deviation = np.sqrt(np.mean(4 * off**2 * added + 2 * added**2) / (10 * len(X)))
     assert abs(np.mean(history) - np.mean(off**2) - added) < 4 * deviation < added / 2
     assert len(set(history)) == 10
-    np.testing.assert_allclose(ops.convert_to_numpy(used.net(X)), X @ kernel, rtol=1e-5, atol=1e-6)
-    shown(f"noise in training adds {np.mean(history) - np.mean(off**2):.2f} to the loss, of {added:.2f} to be expected")
+    close(used.net(X), X @ kernel)
+    shown(f"noise in training adds {np.mean(history) - np.mean(off**2):.2f} to the loss, {added:.2f} expected")
 
 
 @ways
-@pytest.mark.parametrize(("make", "data"), [row[:2] for row in INSIDE.values()], ids=INSIDE)
-def test_c5_what_is_saved_with_an_own_layer_in_it_goes_on_exactly(make, data, way, tmp_path, shown):
-    goes_on_as_if_it_had_never_been_saved(way(make(), data[0], keras.optimizers.Adam(0.01)), data, tmp_path)
-    shown("trains on to the bit after loading")
-
-
-@ways
-def test_c5_noise_is_as_strong_as_it_was_and_nowhere_else_when_it_is_loaded(way, tmp_path):
-    used = way([Noisy(0.5), OwnDense(1)], X)
+def test_c5_a_layer_with_noise_in_training_keeps_its_strength_when_loaded(way, tmp_path):
+    used = way([Noisy(0.5), CustomDense(1)], X)
     loaded = used.reloaded(tmp_path)
     assert [layer.stddev for layer in layers_of(loaded.net) if isinstance(layer, Noisy)] == [0.5]
-    np.testing.assert_array_equal(ops.convert_to_numpy(loaded.net(X)), ops.convert_to_numpy(used.net(X)))
+    same(loaded.net(X), used.net(X))
 
 
-def test_c5_noise_goes_on_exactly_from_a_checkpoint(tmp_path):
-    """A `.keras` file does not hold where the random numbers of layers stand; a checkpoint does."""
-    used = by_hand([Noisy(0.5), OwnDense(4, "tanh"), linear()], X, keras.optimizers.Adam(0.01))
-    goes_on_as_if_it_had_never_been_saved(used, (X, Y), tmp_path)
+def test_c5_checkpointer_restores_the_noise_of_a_layer_exactly(tmp_path):
+    """A checkpoint holds the state of the random numbers of layers; a `.keras` file does not."""
+    used = by_hand([Noisy(0.5), CustomDense(4, "tanh"), linear()], X, keras.optimizers.Adam(0.01))
+    assert_trains_on_exactly(used, (X, Y), tmp_path)
 
 
 # ------------------------------------------------------------ C6, blocks in a model
@@ -255,7 +178,7 @@ def test_c5_noise_goes_on_exactly_from_a_checkpoint(tmp_path):
 
 @registered
 class ResidualBlock(keras.Layer):
-    """What dense layers make of an input is added to it."""
+    """Adds the output of dense layers to their input."""
 
     def __init__(self, depth, units, **options):
         super().__init__(**options)
@@ -278,7 +201,7 @@ class ResidualBlock(keras.Layer):
 
 @registered
 class ResidualRegressor(hl.Model):
-    """Goes through its first block three times, and through the second once."""
+    """Calls its first block three times, and the second once."""
 
     def __init__(self, units, **options):
         super().__init__(**options)
@@ -296,129 +219,70 @@ class ResidualRegressor(hl.Model):
         return super().get_config() | {"units": self.units}
 
 
-UNITS = 4
-BLOCK = ((UNITS, UNITS), UNITS) * 2
-WEIGHTS = start((10, UNITS), UNITS, *BLOCK, *BLOCK, (UNITS, 1), 1)
+UNITS, WEIGHTS, PARAMETERS = 4, 12, 10 * 4 + 4 + 4 * (4 * 4 + 4) + 4 + 1
 
 
-def residual_parts():
-    return layers.Dense(UNITS, "tanh"), ResidualBlock(2, UNITS), ResidualBlock(2, UNITS), layers.Dense(1)
-
-
-def functional_regressor(optimizer):
-    first, again, once, out = residual_parts()
+def functional_regressor():
+    first, again, once = layers.Dense(UNITS, "tanh"), ResidualBlock(2, UNITS), ResidualBlock(2, UNITS)
     inputs = keras.Input((10,))
     z = first(inputs)
     for _ in range(3):
         z = again(z)
-    return InModel(hl.Model(inputs, out(once(z))), optimizer)
+    return hl.Model(inputs, layers.Dense(1)(once(z)))
 
 
-def subclassed_regressor(optimizer):
+def subclassed_regressor():
     model = ResidualRegressor(UNITS)
     model(X[:1])
-    return InModel(model, optimizer)
+    return model
 
 
-def regressor_in_a_loop(optimizer):
-    model = ResidualRegressor(UNITS)
-    model(X[:1])
-    return InLoop(model, optimizer)
-
-
-REGRESSORS = {"functional": functional_regressor, "subclassed": subclassed_regressor, "own loop": regressor_in_a_loop}
+REGRESSORS = {
+    "functional": lambda optimizer: InModel(functional_regressor(), optimizer),
+    "subclassed": lambda optimizer: InModel(subclassed_regressor(), optimizer),
+    "own loop": lambda optimizer: InLoop(subclassed_regressor(), optimizer),
+}
 regressors = pytest.mark.parametrize("make", REGRESSORS.values(), ids=REGRESSORS)
 
 
-def in_order(net):
-    """Its variables in the order of `WEIGHTS`, whatever its own is."""
-    blocks = [layer for layer in layers_of(net) if isinstance(layer, ResidualBlock)]
-    dense = [layer for layer in net.layers if isinstance(layer, layers.Dense)]
-    parts = [dense[0], *blocks, dense[1]]
-    return [variable for part in parts for variable in part.trainable_variables]
-
-
-def set_start(net):
-    for variable, value in zip(in_order(net), WEIGHTS, strict=True):
-        variable.assign(value)
-
-
-def of_residual_regressor(weights, x):
-    w_first, b_first, *blocks, w_out, b_out = weights
-    z = np.tanh(x @ w_first + b_first)
-    for w1, b1, w2, b2 in (blocks[:4], blocks[:4], blocks[:4], blocks[4:]):
-        z = z + np.tanh(np.tanh(z @ w1 + b1) @ w2 + b2)
-    return z @ w_out + b_out
-
-
-def by_finite_differences(weights, x, y):
-    """One update by gradients that know nothing of how they are derived."""
-
-    def losses():
-        return (of_residual_regressor(weights, x) - y)[:, 0] ** 2
-
-    weights, gradients = [np.array(weight, "float64") for weight in weights], []
-    before = losses()
-    for weight in weights:
-        gradient = np.empty_like(weight)
-        for place in np.ndindex(weight.shape):
-            value, sides = weight[place], []
-            for step in (1e-5, -1e-5):
-                weight[place] = value + step
-                sides.append(losses().mean())
-            weight[place] = value
-            gradient[place] = (sides[0] - sides[1]) / 2e-5
-        gradients.append(gradient)
-    return [weight - RATE * gradient for weight, gradient in zip(weights, gradients, strict=True)], before
+def blocks_of(net):
+    return [layer for layer in layers_of(net) if isinstance(layer, ResidualBlock)]
 
 
 @regressors
-def test_c6_a_block_that_is_used_again_and_again_trains_as_finite_differences_say(make, shown):
-    used = make(keras.optimizers.SGD(RATE))
-    set_start(used.net)
-    history = used.train((X, Y))
-    losses, weights = in_numpy(by_finite_differences, (X, Y), WEIGHTS)
-    np.testing.assert_allclose(history["loss"], losses, rtol=1e-4)
-    for found, expected in zip(in_order(used.net), weights, strict=True):
-        np.testing.assert_allclose(ops.convert_to_numpy(found), expected, rtol=1e-3, atol=1e-4)
-    shown(f"loss {history['loss'][-1]:.3f} as by finite differences, {IN_EACH_WAY}")
-
-
-@regressors
-def test_c6_nested_layers_are_found_each_once(make, shown):
+def test_c6_weights_of_nested_blocks_are_found_each_once(make, shown):
     net = make(keras.optimizers.SGD(RATE)).net
-    assert len(net.weights) == len(net.trainable_variables) == len(WEIGHTS)
-    assert net.count_params() == sum(weight.size for weight in WEIGHTS)
-    blocks = [layer for layer in layers_of(net) if isinstance(layer, ResidualBlock)]
-    assert len(blocks) == 2
-    blocks[0].hidden[1].trainable = False
-    assert len(net.trainable_variables) == len(WEIGHTS) - 2
+    assert len(net.weights) == len(net.trainable_variables) == WEIGHTS
+    assert net.count_params() == PARAMETERS
+    one, _ = blocks_of(net)
+    one.hidden[1].trainable = False
+    assert len(net.trainable_variables) == WEIGHTS - 2
     shown(f"{len(net.weights)} weights found, each once")
 
 
-def test_c6_an_optimizer_by_name_trains_a_layer_deep_inside():
-    used = subclassed_regressor({"again.hidden": keras.optimizers.SGD(RATE), "*": keras.optimizers.SGD(0.0)})
-    set_start(used.net)
-    used.train((X, Y), epochs=1)
-    moved = [
-        (ops.convert_to_numpy(now) != before).any() for now, before in zip(in_order(used.net), WEIGHTS, strict=True)
-    ]
-    assert moved == [False] * 2 + [True] * 4 + [False] * 6
+def test_c6_compile_with_a_dotted_path_trains_a_layer_of_a_block():
+    model = subclassed_regressor()
+    before = model.get_weights()
+    optimizers = {"again.hidden": keras.optimizers.SGD(RATE), "*": keras.optimizers.SGD(0.0)}
+    InModel(model, optimizers).train((X, Y), epochs=1)
+    moved = [not np.array_equal(*pair) for pair in zip(model.get_weights(), before, strict=True)]
+    of_block = {id(variable) for variable in model.again.trainable_variables}
+    assert moved == [id(variable) in of_block for variable in model.weights]
 
 
 @regressors
-def test_c6_a_whole_model_goes_on_exactly_after_it_was_saved(make, tmp_path, shown):
-    loaded = goes_on_as_if_it_had_never_been_saved(make(keras.optimizers.Adam(0.01)), (X, Y), tmp_path)
-    assert loaded.net.count_params() == sum(weight.size for weight in WEIGHTS)
-    shown("trains on to the bit after loading")
+def test_c6_a_saved_model_of_blocks_trains_on_exactly_when_loaded(make, tmp_path, shown):
+    loaded = assert_trains_on_exactly(make(keras.optimizers.Adam(0.01)), (X, Y), tmp_path)
+    assert loaded.net.count_params() == PARAMETERS
+    shown("trains on after loading, bitwise identical")
 
 
 @regressors
-def test_c6_weights_alone_make_a_new_model_the_same(make, tmp_path, shown):
+def test_c6_load_weights_makes_a_new_model_equal(make, tmp_path, shown):
     used, fresh = make(keras.optimizers.SGD(RATE)), make(keras.optimizers.SGD(RATE))
     used.train((X, Y), epochs=1)
     used.net.save_weights(tmp_path / "net.weights.h5")
-    assert not np.array_equal(ops.convert_to_numpy(fresh.net(X)), ops.convert_to_numpy(used.net(X)))
+    assert not np.array_equal(numpy(fresh.net(X)), numpy(used.net(X)))
     fresh.net.load_weights(tmp_path / "net.weights.h5")
-    np.testing.assert_array_equal(ops.convert_to_numpy(fresh.net(X)), ops.convert_to_numpy(used.net(X)))
-    shown("weights alone make a new model the same")
+    same(fresh.net(X), used.net(X))
+    shown("the weights alone make a new model equal")

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from keras import layers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,16 +11,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import handloom as hl
 from handloom.callbacks import TensorBoard
 from tests.callbacks.traces import products
+from tests.numbers import close
 from tests.rows.real_data import digits
 
 
-def trained(logs, **options):
+def trained(logs):
     """A classifier of digits, five epochs of ten steps; returns its history."""
     x, y = digits()
     model = hl.Sequential([layers.Dense(32, activation="relu"), layers.Dense(10, activation="softmax")])
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    options = {"batch_size": 32, "epochs": 5, "validation_data": (x[320:640], y[320:640]), "verbose": 0} | options
-    return model.fit(x[:320], y[:320], callbacks=[TensorBoard(logs, profile_batch=(12, 14))], **options).history
+    options = {"validation_data": (x[320:640], y[320:640]), "callbacks": [TensorBoard(logs, profile_batch=(12, 14))]}
+    return model.fit(x[:320], y[:320], batch_size=32, epochs=5, verbose=0, **options).history
 
 
 def curves(run):
@@ -29,8 +29,7 @@ def curves(run):
     read = EventAccumulator(str(run))
     read.Reload()
     events = {tag: read.Scalars(tag) for tag in read.Tags()["scalars"] if tag.startswith("epoch_")}
-    for found in events.values():
-        assert [event.step for event in found] == list(range(5))
+    assert all([event.step for event in found] == list(range(5)) for found in events.values())
     return {tag.removeprefix("epoch_"): [event.value for event in found] for tag, found in events.items()}
 
 
@@ -40,16 +39,16 @@ def test_f5_tensorboard_reads_the_curves_and_the_profile(tmp_path, shown):
     assert history["loss"][-1] < history["loss"][0]
     assert set(training) == {"loss", "accuracy", "learning_rate"}
     for name in ("loss", "accuracy"):
-        np.testing.assert_allclose(training[name], history[name], rtol=1e-6)
-        np.testing.assert_allclose(validation[name], history[f"val_{name}"], rtol=1e-6)
+        close(training[name], history[name], rtol=1e-6)
+        close(validation[name], history[f"val_{name}"], rtol=1e-6)
     found = products(tmp_path / "train")
     assert found > 0
-    assert found % 3 == 0  # Of three steps.
+    assert found % 3 == 0  # The same number in each of three steps.
     shown("curves as in the history (rtol 1e-6), a profile with the operations of 3 steps")
 
 
-@pytest.mark.backend("jax", "torch")  # Slow: Keras and the backend are loaded once more.
-def test_f5_tensorflow_is_not_needed(tmp_path):
+@pytest.mark.backend("jax", "torch")  # Slow: loads Keras and the backend once more.
+def test_f5_tensorboard_does_not_need_tensorflow(tmp_path):
     code = f"""
 import sys
 sys.modules["tensorflow"] = None  # As if it were not installed.

@@ -1,4 +1,4 @@
-"""Row F2: variables assigned within a step, wholly, in part and here and there: as in NumPy."""
+"""Row F2: variables assigned in a step, wholly, in part and by index, as in NumPy."""
 
 import keras
 import numpy as np
@@ -7,6 +7,7 @@ from keras import ops
 
 import handloom as hl
 from handloom.errors import FallbackWarning
+from tests.numbers import same
 
 START = np.arange(12, dtype="float32").reshape(4, 3)
 
@@ -16,58 +17,48 @@ def table():
     return keras.Variable(START)
 
 
-def same(variable, expected):
-    np.testing.assert_array_equal(ops.convert_to_numpy(variable), expected)
-
-
 def batches(*shape, count=3):
     """Whole numbers, whose sums are exact in any order."""
     return np.random.default_rng(0).integers(-9, 9, (count, *shape)).astype("float32")
 
 
-def test_f2_assign(table, eagerly, shown):
+def add_and_subtract(table, x):
+    table.assign_add(x)
+    table.assign_sub(2 * table)
+
+
+# By name: the shape of a batch, the step, and the values after it in NumPy.
+ASSIGN = {
+    "assign": ((4, 3), lambda table, x: table.assign(2 * table + x), lambda values, x: 2 * values + x),
+    "assign_add and assign_sub": ((4, 3), add_and_subtract, lambda values, x: -(values + x)),
+    "slice_update": (
+        (2, 3),
+        lambda table, x: table.assign(ops.slice_update(table.value, (1, 0), x)),
+        lambda values, x: np.concatenate([values[:1], x, values[3:]]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("shape", "assign", "in_numpy"), ASSIGN.values(), ids=ASSIGN)
+def test_f2_assign_in_a_function_is_as_in_numpy(shape, assign, in_numpy, table, eagerly, shown):
     @hl.function
     def step(x):
         before = ops.copy(table.value)
-        table.assign(2 * table + x)
+        assign(table, x)
         return before, ops.copy(table.value)
 
     expected = START
-    for x in batches(4, 3):
+    for x in batches(*shape):
         before, after = step(x)
         same(before, expected)
-        expected = 2 * expected + x
+        expected = in_numpy(expected, x)
         same(after, expected)
         same(table, expected)
     shown("assigned, sliced and scattered: equal to NumPy")
 
 
-def test_f2_assign_add_and_assign_sub(table, eagerly):
-    @hl.function
-    def step(x):
-        table.assign_add(x)
-        table.assign_sub(2 * table)
-
-    expected = START
-    for x in batches(4, 3):
-        step(x)
-        expected = expected + x
-        expected = expected - 2 * expected
-        same(table, expected)
-
-
-def test_f2_a_part_is_assigned_at_a_place_that_is_known(table, eagerly):
-    @hl.function
-    def step(x):
-        table.assign(ops.slice_update(table.value, (1, 0), x))
-
-    for x in batches(2, 3):
-        step(x)
-    same(table, np.concatenate([START[:1], x, START[3:]]))
-
-
-def test_f2_a_part_is_assigned_at_a_place_that_the_data_gives(table, eagerly):
-    """A ring of rows, as of the last examples seen; it is compiled once, wherever it writes."""
+def test_f2_assign_of_a_slice_at_a_position_from_a_variable_is_compiled_once(table, eagerly):
+    """A ring of the last rows."""
     count = keras.Variable(0, dtype="int32", trainable=False)
 
     @hl.function
@@ -84,87 +75,68 @@ def test_f2_a_part_is_assigned_at_a_place_that_the_data_gives(table, eagerly):
     assert len(step.traces) == (0 if eagerly else 1)
 
 
-def test_f2_scattered_updates(table, eagerly):
+def test_f2_assign_of_a_scatter_update(table, eagerly):
     @hl.function
     def step(indices, x):
         table.assign(ops.scatter_update(table.value, indices, x))
 
     expected = START.copy()
-    for indices, x in zip([[[0, 1], [3, 2]], [[2, 0], [0, 1]]], batches(2), strict=False):
+    for indices, x in zip([[[0, 1], [3, 2]], [[2, 0], [0, 1]]], batches(2, count=2), strict=True):
         step(np.array(indices, "int32"), x)
         expected[tuple(np.transpose(indices))] = x
         same(table, expected)
 
 
 def sums_by_class(table, added):
-    """Runs a step that adds rows of data to those of a table by their class, and checks it; returns the step."""
+    """Runs a step that adds rows of data to the rows of a table by class, and checks the sums; returns the traces."""
 
     @hl.function
     def step(labels, x):
         table.assign(added(table.value, labels[:, None], x))
 
     expected = START.copy()
-    for labels, x in zip([[1, 1, 3, 1, 0], [2, 2, 2, 2, 2]], batches(5, 3), strict=False):
+    for labels, x in zip([[1, 1, 3, 1, 0], [2, 2, 2, 2, 2]], batches(5, 3, count=2), strict=True):
         step(np.array(labels, "int32"), x)
         np.add.at(expected, labels, x)
         same(table, expected)
-    return step
+    return [trace.compiled for trace in step.traces]
 
 
-def in_place(values, indices, x):
+def scatter_into(values, indices, x):
     return ops.scatter_update(values, indices, x, reduction="add")
 
 
-def beside(values, indices, x):
+def scatter_beside(values, indices, x):
     return values + ops.scatter(indices, x, (4, 3))
 
 
-def test_f2_scattered_sums_count_what_comes_twice_twice(table, eagerly):
-    step = sums_by_class(table, in_place)
-    assert [trace.compiled for trace in step.traces] == ([] if eagerly else [True])
+def test_f2_assign_of_scattered_sums_counts_repeated_indices(table, eagerly):
+    assert sums_by_class(table, scatter_into) == ([] if eagerly else [True])
 
 
-def test_f2_scatter_op_by_op(table):
+def test_f2_run_eagerly_scatters(table):
     with hl.run_eagerly(True):
-        sums_by_class(table, beside)
+        sums_by_class(table, scatter_beside)
 
 
 @pytest.mark.backend("jax", "tensorflow")
-def test_f2_scatter_compiled(table):
-    assert [trace.compiled for trace in sums_by_class(table, beside).traces] == [True]
+def test_f2_function_compiles_scatter(table):
+    assert sums_by_class(table, scatter_beside) == [True]
 
 
 @pytest.mark.backend("torch")
-def test_f2_scatter_falls_back_on_torch_and_says_so(table):
-    """Keras's is a Python loop over the indices there; `scatter_update` with a reduction is none."""
+def test_f2_function_falls_back_at_scatter_on_torch_with_a_warning(table):
+    """There `scatter` of Keras is a Python loop over the indices; `scatter_update` with a reduction is not."""
     with pytest.warns(FallbackWarning, match="falls back to eager execution"):
-        sums_by_class(table, beside)
+        sums_by_class(table, scatter_beside)
 
 
-def test_f2_a_variable_of_whole_numbers(eagerly):
-    counts = keras.Variable(np.zeros(10, "int32"), dtype="int32", trainable=False)
-
-    @hl.function
-    def step(labels):
-        counts.assign_add(ops.sum(ops.one_hot(labels, 10, dtype="int32"), axis=0))
-
-    seen = np.random.default_rng(0).integers(0, 10, (4, 32)).astype("int32")
-    for labels in seen:
-        step(labels)
-    same(counts, np.bincount(seen.ravel(), minlength=10))
-    assert keras.backend.standardize_dtype(counts.dtype) == "int32"
-
-
-def test_f2_assigned_parts_within_a_training_step(table, eagerly):
-    """Gradients arrive at the parts that were not replaced."""
+def test_f2_minimize_gives_gradients_to_the_parts_that_a_scatter_update_kept(table, eagerly):
     optimizer = keras.optimizers.SGD(0.5)
 
     @hl.function
     def step(x):
-        def loss_fn():
-            return ops.sum(ops.square(ops.scatter_update(table.value, [[1]], x)))
-
-        return hl.minimize(loss_fn, table, optimizer)
+        return hl.minimize(lambda: ops.sum(ops.square(ops.scatter_update(table.value, [[1]], x))), table, optimizer)
 
     expected = START.copy()
     for x in batches(1, 3):

@@ -2,11 +2,11 @@
 
 import os
 import signal
-import threading
 
 import pytest
 
 from handloom._run.interrupt import Interrupts
+from tests.threads import in_a_thread
 
 pytestmark = pytest.mark.once
 
@@ -22,12 +22,17 @@ def _usual_handler():
     signal.signal(signal.SIGINT, before)
 
 
-def test_an_interrupt_between_steps_comes_at_once():
-    with Interrupts(), pytest.raises(KeyboardInterrupt):
-        press_ctrl_c()
+def test_interrupts_between_steps_are_raised_at_once():
+    with Interrupts() as interrupts:
+        with pytest.raises(KeyboardInterrupt):
+            press_ctrl_c()
+        interrupts.held = True
+        interrupts.release()  # Nothing has waited.
+        with pytest.raises(KeyboardInterrupt):
+            press_ctrl_c()
 
 
-def test_an_interrupt_within_a_step_waits_for_its_end():
+def test_interrupts_within_a_step_are_raised_once_at_its_end():
     done = []
     with Interrupts() as interrupts:
         interrupts.held = True
@@ -35,20 +40,12 @@ def test_an_interrupt_within_a_step_waits_for_its_end():
         done.append("the rest of the step")
         with pytest.raises(KeyboardInterrupt):
             interrupts.release()
+        interrupts.held = True
+        interrupts.release()
     assert done
 
 
-def test_it_comes_once():
-    with Interrupts() as interrupts:
-        interrupts.held = True
-        press_ctrl_c()
-        with pytest.raises(KeyboardInterrupt):
-            interrupts.release()
-        interrupts.held = True
-        interrupts.release()
-
-
-def test_a_second_one_within_a_step_is_not_held_back():
+def test_interrupts_raise_a_second_one_within_a_step_at_once():
     with Interrupts() as interrupts:
         interrupts.held = True
         press_ctrl_c()
@@ -56,67 +53,45 @@ def test_a_second_one_within_a_step_is_not_held_back():
             press_ctrl_c()
 
 
-def test_without_an_interrupt_release_does_nothing():
-    with Interrupts() as interrupts:
-        interrupts.held = True
-        interrupts.release()
-        assert not interrupts.held
-
-
-def test_after_release_an_interrupt_comes_at_once():
-    with Interrupts() as interrupts:
-        interrupts.held = True
-        interrupts.release()
-        with pytest.raises(KeyboardInterrupt):
-            press_ctrl_c()
-
-
-def test_an_own_handler_is_called_in_its_turn_and_put_back():
-    heard = []
-    signal.signal(signal.SIGINT, lambda signum, frame: heard.append(signum))
+def test_interrupts_call_the_handler_of_the_user_at_the_end_of_a_step_and_restore_it():
+    received = []
+    signal.signal(signal.SIGINT, lambda signum, frame: received.append(signum))
     own = signal.getsignal(signal.SIGINT)
     with Interrupts() as interrupts:
         interrupts.held = True
         press_ctrl_c()
-        assert heard == []
+        assert received == []
         interrupts.release()
-        assert heard == [signal.SIGINT]
+        assert received == [signal.SIGINT]
     assert signal.getsignal(signal.SIGINT) is own
 
 
-def test_the_handler_is_put_back_after_an_error_too():
+def test_interrupts_restore_the_handler_after_an_error():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError), Interrupts():
         raise RuntimeError
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
-def test_a_process_that_python_does_not_interrupt_is_left_alone(handler):
-    signal.signal(signal.SIGINT, handler)
+def handler_inside():
     with Interrupts() as interrupts:
-        assert signal.getsignal(signal.SIGINT) is handler
         interrupts.held = True
         interrupts.release()
+        return signal.getsignal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_interrupts_leave_a_handler_outside_of_python_as_it_is(handler):
+    signal.signal(signal.SIGINT, handler)
+    assert handler_inside() is handler
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_in_another_thread_it_leaves_everything_as_it_is():
-    before, seen = signal.getsignal(signal.SIGINT), []
-
-    def run():
-        with Interrupts() as interrupts:
-            interrupts.held = True
-            interrupts.release()
-            seen.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert seen == [before]
+def test_interrupts_do_nothing_in_another_thread():
+    assert in_a_thread(handler_inside) is signal.getsignal(signal.SIGINT)
 
 
-def test_two_may_be_nested():
+def test_interrupts_can_be_nested():
     with Interrupts() as outer:
         outer.held = True
         with Interrupts() as inner:

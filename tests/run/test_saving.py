@@ -1,4 +1,4 @@
-"""A run is saved now and then, and goes on where it was stopped; that this is to the bit is in `tests/resume`."""
+"""When a run is saved and how it resumes. That the results are bitwise identical is tested in `tests/resume`, too."""
 
 import contextlib
 import errno
@@ -20,34 +20,22 @@ import handloom as hl
 from handloom.checkpoint.names import named
 from handloom.errors import CheckpointError, HandloomWarning, StepError
 from tests.checkpoint.common import Nth, install
+from tests.models import compiled
+from tests.numbers import normal, same_values
+from tests.resume import runs
+from tests.resume.runs import Net
 from tests.resume.stopped import StopAt, Stopped
 from tests.run.run_log import epochs_in, saves_in
 
-numbers = np.random.default_rng(0)
-X = numbers.normal(size=(26, 3)).astype("float32")
+X = normal(26, 3)
 Y = X[:, :1] ** 2
 EVERY_STEP = hl.every(steps=1)
-BATCH, STEPS = 6, 5  # The last batch of an epoch is a smaller one.
-
-
-class Net(hl.Model):
-    """Unbuilt at first; with everything that has a state."""
-
-    def __init__(self):
-        super().__init__()
-        self.low, self.norm, self.drop, self.head = (
-            layers.Dense(4, "relu"),
-            layers.BatchNormalization(),
-            layers.Dropout(0.5),
-            layers.Dense(1),
-        )
-
-    def call(self, x, training=False):
-        return self.head(self.drop(self.norm(self.low(x), training=training), training=training))
+BATCH, STEPS = 6, 5  # The last batch of an epoch is smaller.
+hook = keras.callbacks.LambdaCallback
 
 
 class Noisy(Net):
-    """Draws random numbers in validation too, of its own and of Keras's; counts what it has validated."""
+    """Draws random numbers in validation, from a generator of its own and from Keras's, and counts its test steps."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +49,7 @@ class Noisy(Net):
 
 
 class BestInTheSecondEpoch(Net):
-    """By what it says in validation."""
+    """Reports a loss in validation that is least in the second epoch."""
 
     def __init__(self):
         super().__init__()
@@ -85,192 +73,142 @@ def momentum():
     return keras.optimizers.SGD(0.01, momentum=0.9)
 
 
-class SignalInValidation(keras.callbacks.Callback):
-    """Asks the run to stop, in its `count`-th validation."""
-
-    def __init__(self, count):
-        super().__init__()
-        self.count = count
-
-    def on_test_begin(self, logs=None):
-        self.count -= 1
-
-    def on_test_batch_end(self, batch, logs=None):
-        if self.count == 0 and batch == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+def terminate(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(run_dir, stop=0, *, cls=Net, epochs=3, together=1, **options):
-    model = cls()
-    model.compile(momentum(), loss="mse", metrics=["mae"], steps_per_execution=together)
-    options = {"save": hl.every(steps=2), "validation_data": (X, Y)} | options
-    callbacks = [StopAt(stop), *options.pop("callbacks", [])]
-    try:
-        model.fit(
-            X, Y, batch_size=BATCH, epochs=epochs, seed=1, run_dir=run_dir, verbose=0, callbacks=callbacks, **options
-        )
-    except Stopped:
-        return model
+def train(run_dir, *callbacks, stop=0, cls=Net, data=(X, Y), together=1, **options):
+    """Trains a new model, to the end or until it is stopped."""
+    model = compiled(cls(), momentum(), metrics=["mae"], steps_per_execution=together)
+    options = {"epochs": 3, "save": hl.every(steps=2), "seed": 1, "verbose": 0} | options
+    options["callbacks"] = [StopAt(stop), *callbacks]
+    if callable(data):
+        data = [data]
+    else:
+        options = {"batch_size": BATCH, "validation_data": (X, Y)} | options
+    with contextlib.suppress(Stopped):
+        model.fit(*data, run_dir=run_dir, **options)
     return model
 
 
-def bits(model):
-    variables = named({"model": model})[0]
-    return {name: ops.convert_to_numpy(variable.value) for name, variable in variables.items()}
+def saved_steps(run_dir, **options):
+    return hl.Checkpointer(run_dir / "checkpoints", {}, **options).steps
 
 
-def assert_same_bits(model, other):
-    assert model.history.history == other.history.history
-    assert model.history.epoch == other.history.epoch
-    one, two = bits(model), bits(other)
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        np.testing.assert_array_equal(value, two[name], err_msg=name)
+def assert_same(model, other):
+    assert (model.history.epoch, model.history.history) == (other.history.epoch, other.history.history)
+    same_values([model, model.optimizer], [other, other.optimizer])
 
 
-def stopped_and_gone_on(tmp_path, *stops, **options):
-    for stop in stops:
-        train(tmp_path / "run", stop, **options)
-    return train(tmp_path / "run", **options)
+# ------------------------------------------------------------------------ resuming
 
 
-# -------------------------------------------------------------------- to the bit
-
-
-def test_steps_in_one_dispatch_are_grouped_alike_after_a_stop(tmp_path):
+def test_fit_with_steps_per_execution_resumes_with_the_same_groups(tmp_path):
     options = {"together": 2, "save": hl.every(steps=4), "epochs": 2}
     whole = train(tmp_path / "whole", **options)  # In groups of 2, 2, 1 an epoch.
-    for stop in (1, 2, 3, 5):
-        train(tmp_path / str(stop), stop, **options)
-        assert_same_bits(train(tmp_path / str(stop), **options), whole)
+    for stop in (1, 3, 5):
+        train(tmp_path / str(stop), stop=stop, **options)
+        assert_same(train(tmp_path / str(stop), **options), whole)
+
+
+def test_fit_resumes_right_after_the_last_of_steps_per_epoch(tmp_path):
+    def stop(epoch, logs):
+        raise Stopped
+
+    options = {"steps_per_epoch": 3, "save": EVERY_STEP}
+    train(tmp_path / "run", hook(on_epoch_end=stop), **options)
+    assert saved_steps(tmp_path / "run") == [1, 2, 3]
+    assert_same(train(tmp_path / "run", **options), train(tmp_path / "whole", **options))
 
 
 @pytest.mark.parametrize("validation", [1, 2], ids=["the first", "the second"])
-def test_a_signal_in_a_validation_at_the_end_of_an_epoch_breaks_it_off_and_it_is_done_again(validation, tmp_path):
+def test_fit_validates_again_after_a_signal_in_the_validation_of_an_epoch(validation, tmp_path):
+    begun = []
+
+    def stop(batch, logs):
+        begun.extend([batch] if batch == 0 else [])
+        if len(begun) == validation and batch == 1:
+            terminate()
+
     options = {"cls": Noisy, "epochs": 2, "validation_batch_size": 6, "save": hl.every(epochs=5)}
     whole = train(tmp_path / "whole", **options)
     with pytest.raises(SystemExit) as ended:
-        train(tmp_path / "run", callbacks=[SignalInValidation(validation)], **options)
+        train(tmp_path / "run", hook(on_test_batch_end=stop), **options)
     assert ended.value.code == 128 + signal.SIGTERM
-    assert hl.Checkpointer(tmp_path / "run" / "checkpoints", {}).steps == [validation * STEPS]
-    assert_same_bits(train(tmp_path / "run", **options), whole)
+    assert saved_steps(tmp_path / "run") == [validation * STEPS]
+    assert_same(train(tmp_path / "run", **options), whole)
     assert [line["epoch"] for line in epochs_in(tmp_path / "run")] == [1, 2]
 
 
-def test_a_signal_in_a_validation_within_an_epoch_too(tmp_path):
-    def run(run_dir, *callbacks):
-        keras.utils.set_random_seed(0)
-        model, optimizer = keras.Sequential([layers.Dense(1)]), keras.optimizers.Adam(0.05)
-        seed, error = keras.random.SeedGenerator(1), keras.metrics.MeanSquaredError()
+def test_fit_validates_again_after_a_signal_in_a_validation_within_an_epoch(tmp_path):
+    words = []
 
-        def step(x, y):
-            error.update_state(y, model(x))
-            loss = hl.minimize(lambda: ops.mean((model(x) - y) ** 2), model, optimizer)
-            return {"loss": loss, "error": error}
+    def stop(word):
+        words.append(word)
+        if words.count("validate") == 2 and word == "validate":
+            terminate()
 
-        def test_step(x, y):
-            noise = keras.random.normal(ops.shape(x), seed=seed) + keras.random.normal(ops.shape(x))
-            error.update_state(y, model(x + noise))  # What training has gathered in it stays.
-            return {"error": error}
-
-        return hl.fit(
-            step,
-            hl.Feed((X, Y), batch_size=BATCH, shuffle=True),
-            state={"model": model, "optimizer": optimizer, "seed": seed, "error": error},
-            epochs=2,
-            run_dir=run_dir,
-            validate=(test_step, hl.Feed((X, Y), batch_size=BATCH, shuffle=True)),
-            validate_every=hl.every(steps=3),
-            callbacks=callbacks,
-            verbose=0,
-        ).history
-
-    whole = run(tmp_path / "whole")
+    whole = runs.outcome("step", tmp_path / "whole")
     with pytest.raises(SystemExit):
-        run(tmp_path / "run", SignalInValidation(2))  # After six steps of ten.
-    assert hl.Checkpointer(tmp_path / "run" / "checkpoints", {}).steps == [5, 6]
-    assert run(tmp_path / "run") == whole
+        runs.outcome("step", tmp_path / "run", stop)  # After eight steps, validated after each fourth one.
+    assert saved_steps(tmp_path / "run")[-1] == 8
+    assert runs.outcome("step", tmp_path / "run") == whole
 
 
-# ----------------------------------------------------------- the end, and after it
-
-
-def test_a_run_that_a_callback_ended_is_over_unless_more_is_asked_for(tmp_path):
+def test_fit_leaves_a_run_ended_that_a_callback_has_ended_unless_it_is_asked_for_more_epochs(tmp_path):
     class Ends(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             self.model.stop_training = epoch == 1
 
-    assert train(tmp_path, epochs=4, callbacks=[Ends()]).history.epoch == [0, 1]
-    again = train(tmp_path, epochs=4, callbacks=[Ends()])
-    assert again.history.epoch == [0, 1]
-    assert again.optimizer.iterations == 2 * STEPS
-    assert train(tmp_path, epochs=5, callbacks=[Ends()]).history.epoch == [0, 1, 2, 3, 4]
+    assert train(tmp_path, Ends(), epochs=4).history.epoch == [0, 1]
+    again = train(tmp_path, Ends(), epochs=4)
+    assert (again.history.epoch, int(again.optimizer.iterations)) == ([0, 1], 2 * STEPS)
+    assert train(tmp_path, Ends(), epochs=5).history.epoch == [0, 1, 2, 3, 4]
 
 
-def test_it_says_where_it_goes_on(tmp_path, capsys):
-    train(tmp_path, 8)
-    model = Net()
-    model.compile(momentum(), loss="mse", metrics=["mae"])
-    model.fit(X, Y, batch_size=BATCH, epochs=2, validation_data=(X, Y), run_dir=tmp_path, verbose=2)
-    first, second, *rest = capsys.readouterr().out.splitlines()
-    assert first == f"Resuming from {tmp_path / 'checkpoints'} at step 6 (epoch 2, batch 1)."
-    count = len(bits(model))
-    assert second.startswith(f"  Restored {count} variables and the state of the data, random numbers, History")
-    assert rest[0] == "  Only in the checkpoint; ignored: callbacks.StopAt."
-    assert rest[1].startswith("Epoch 2/2")
-
-
-def test_it_says_what_is_other_than_when_it_was_saved(tmp_path, capsys, monkeypatch):
-    train(tmp_path, epochs=1)
+def test_fit_tells_where_it_resumes_and_what_has_changed(tmp_path, capsys, monkeypatch):
+    train(tmp_path, stop=8)
     monkeypatch.setattr(platform, "python_version", lambda: "3.99")
     model = Net()
     model.drop.rate = 0.4
-    model.compile(keras.optimizers.SGD(0.2, momentum=0.8), loss="mse", metrics=["mae"], steps_per_execution=2)
-    new = keras.callbacks.LambdaCallback()
-    model.fit(X, Y, batch_size=BATCH, epochs=1, validation_data=(X, Y), run_dir=tmp_path, verbose=2, callbacks=[new])
-    told = capsys.readouterr().out
-    assert "Not in the checkpoint; initialized from scratch: callbacks.LambdaCallback." in told
-    assert re.search(
-        r"Changed since the checkpoint; results will not be bitwise identical: python 3\.\S+ -> 3\.99; "
-        r"steps_per_execution 1 -> 2; the configuration of state\.model\.drop, state\.model\.optimizer\.",
-        told,
+    compiled(model, keras.optimizers.SGD(0.2, momentum=0.8), metrics=["mae"], steps_per_execution=2)
+    options = {"batch_size": BATCH, "epochs": 2, "validation_data": (X, Y), "run_dir": tmp_path, "verbose": 2}
+    model.fit(X, Y, callbacks=[hook()], **options)
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first == f"Resuming from {tmp_path / 'checkpoints'} at step 6 (epoch 2, batch 1)."
+    count = len(named({"model": model})[0])
+    assert second.startswith(f"  Restored {count} variables and the state of the data, random numbers, History")
+    assert rest[0] == "  Not in the checkpoint; initialized from scratch: callbacks.LambdaCallback."
+    assert rest[1] == "  Only in the checkpoint; ignored: callbacks.StopAt."
+    assert re.match(
+        r"  Changed since the checkpoint; results will not be bitwise identical: python 3\.\S+ -> 3\.99; "
+        r"steps_per_execution 1 -> 2; the configuration of state\.model\.drop, state\.model\.optimizer\.$",
+        rest[2],
     )
+    assert rest[3].startswith("Epoch 2/2")
 
 
-def test_what_may_differ_is_named_and_begins_anew(tmp_path):
+def test_fit_resumes_another_model_only_if_allow_names_what_differs(tmp_path):
     train(tmp_path, epochs=1)
+    with pytest.raises(CheckpointError, match=r"not in the checkpoint: .*state.model.extra.bias"):
+        train(tmp_path, cls=Larger)
     added = ["state.model.extra.*", "*[state.model.extra.*", "*state.model.low.kernel*"]
     model = train(tmp_path, cls=Larger, epochs=2, allow=added)
-    assert model.optimizer.iterations == 2 * STEPS
-    assert model.history.epoch == [0, 1]
+    assert (model.history.epoch, int(model.optimizer.iterations)) == ([0, 1], 2 * STEPS)
 
 
-def test_the_log_has_each_epoch_once(tmp_path):
-    train(tmp_path, 8, epochs=3)
-    train(tmp_path, epochs=3)
-    assert [line["epoch"] for line in epochs_in(tmp_path)] == [1, 2, 3]
-
-
-def test_the_log_of_a_run_that_begins_anew_does_so_too(tmp_path):
-    options = {"save": hl.every(steps=100), "epochs": 2}
-    train(tmp_path, STEPS + 1, **options)
-    assert [line["epoch"] for line in epochs_in(tmp_path)] == [1]
-    train(tmp_path, **options)
-    assert [line["epoch"] for line in epochs_in(tmp_path)] == [1, 2]
-
-
-def test_a_metric_that_only_some_steps_use_goes_on_past_a_process_whose_steps_do_not(tmp_path):
+def test_fit_reports_a_metric_that_only_steps_of_an_earlier_process_updated(tmp_path):
     batches = [X[:4], X[4:6], X[6:10]]
 
     def run(directory, stop=0):
-        seen = keras.metrics.Mean(name="seen")
+        seen = keras.metrics.Mean()
 
         def step(x):
             if len(x) == 4:
                 seen.update_state(x)
             return {"seen": seen, "mean": ops.mean(x)}
 
-        options = {"state": {"seen": seen}, "save": EVERY_STEP, "run_dir": directory, "verbose": 0}
+        options = {"state": {"seen": seen}, "save": EVERY_STEP, "run_dir": str(directory), "verbose": 0}
         return hl.fit(step, lambda: iter(batches), callbacks=[StopAt(stop)], **options).history
 
     whole = run(tmp_path / "whole")
@@ -280,7 +218,10 @@ def test_a_metric_that_only_some_steps_use_goes_on_past_a_process_whose_steps_do
     assert run(tmp_path / "run") == whole
 
 
-def test_the_log_tells_what_each_save_took(tmp_path):
+# -------------------------------------------------------------------------- saving
+
+
+def test_fit_logs_the_size_and_duration_of_each_save(tmp_path):
     train(tmp_path, epochs=1)
     saves = saves_in(tmp_path)
     assert [save.data["saved_step"] for save in saves] == [2, 4, 5]
@@ -291,127 +232,98 @@ def test_the_log_tells_what_each_save_took(tmp_path):
         assert 0 < save["waited"] < 60
 
 
-def test_the_last_ones_and_the_best_are_kept(tmp_path):
-    options = {"epochs": 6, "save": hl.every(epochs=1), "keep": 2, "best": "max:val_loss"}
-    model = train(tmp_path, **options)
-    best = (1 + int(np.argmax(model.history.history["val_loss"]))) * STEPS
-    steps = hl.Checkpointer(tmp_path / "checkpoints", {}).steps
-    assert steps == sorted({best, 5 * STEPS, 6 * STEPS})
-
-
 @pytest.mark.parametrize("save", [hl.every(steps=3), hl.every(epochs=4), hl.every(seconds=1000)])
-def test_the_best_is_saved_when_it_is_reported_whenever_else_is_saved(save, tmp_path):
-    model = train(tmp_path, cls=BestInTheSecondEpoch, epochs=6, save=save, keep=1, best="min:val_loss")
+def test_fit_saves_the_best_when_it_is_reported_whenever_else_it_saves(save, tmp_path):
+    best = "min:val_loss"
+    model = train(tmp_path, cls=BestInTheSecondEpoch, epochs=6, save=save, keep=1, best=best)
     assert np.argmin(model.history.history["val_loss"]) == 1
-    checkpointer = hl.Checkpointer(tmp_path / "checkpoints", {}, best="min:val_loss")
-    assert checkpointer.best_step == 2 * STEPS
-    assert checkpointer.steps == [2 * STEPS, 6 * STEPS]
+    assert saved_steps(tmp_path, best=best) == [2 * STEPS, 6 * STEPS]
+    assert hl.Checkpointer(tmp_path / "checkpoints", {}, best=best).best_step == 2 * STEPS
 
 
-def test_without_save_there_is_only_the_log(tmp_path):
+def test_fit_with_save_none_writes_only_the_log(tmp_path):
     train(tmp_path, save=None)
     assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
 
 
-# -------------------------------------------------------------------------- bad input
+def test_fit_raises_an_error_of_the_background_at_the_next_step(tmp_path):
+    def full(name, arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def wait(batch, logs):
+        steps.append(batch)
+        if len(steps) == 3:
+            time.sleep(1)  # Long enough for a write that fails at once.
+
+    steps = []
+    install(Nth(1, full, {"mkdir"}))  # Of the second save.
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint of step 2 failed\. .*No space left"):
+            train(tmp_path, hook(on_train_batch_end=wait), save=EVERY_STEP, epochs=1)
+    finally:
+        install(None)
+    assert len(steps) == 3
+    assert saved_steps(tmp_path) == [1]
 
 
-def test_a_variable_that_state_does_not_reach_is_an_error(tmp_path):
+# -------------------------------------------------------------------------- errors
+
+
+def test_fit_refuses_to_save_a_step_with_a_variable_outside_of_state(tmp_path):
     variable, lost = keras.Variable(1.0), keras.Variable(2.0, name="lost")
 
     def step(x):
         variable.assign_add(lost * ops.sum(x))
         return {}
 
-    with pytest.raises(StepError, match=r"step uses variables that would not be saved: .*lost.*Name in state"):
+    with pytest.raises(StepError, match=r"step uses variables that are not in state and .*: lost\..*state=.*HL250"):
         hl.fit(step, X, state={"variable": variable}, run_dir=tmp_path, verbose=0)
-    hl.fit(step, X, state={"variable": variable}, verbose=0)  # Not saved, it may.
+    hl.fit(step, X, state={"variable": variable}, verbose=0)  # A run that is not saved may use it.
 
 
-def test_another_model_is_an_error_that_names_what_differs(tmp_path):
+def test_fit_with_resume_never_refuses_a_directory_with_checkpoints(tmp_path):
     train(tmp_path)
-    with pytest.raises(CheckpointError, match=r"not in the checkpoint: .*state.model.extra.bias"):
-        train(tmp_path, cls=Larger)
-
-
-def test_a_directory_with_a_run_is_not_begun_anew(tmp_path):
-    train(tmp_path)
-    with pytest.raises(CheckpointError, match="up to step 15, and resume='never'"):
+    with pytest.raises(CheckpointError, match=r"up to step 15, and resume='never' .*Use another run_dir.*HL752"):
         train(tmp_path, resume="never")
 
 
-def test_data_without_a_position_goes_on_by_reading_or_not_at_all(tmp_path):
+def test_fit_resumes_data_without_a_position_by_reading_it_again_and_with_resume_exact_not_at_all(tmp_path):
     def batches():
         return iter([(X[:6], Y[:6]), (X[6:12], Y[6:12]), (X[12:18], Y[12:18])])
 
-    def run(run_dir, stop=0, **options):
-        model = Net()
-        model.compile(momentum(), loss="mse")
-        callbacks = [StopAt(stop)]
-        with contextlib.suppress(Stopped):
-            model.fit(
-                batches, epochs=3, seed=1, run_dir=run_dir, save=EVERY_STEP, verbose=0, callbacks=callbacks, **options
-            )
-        return model
-
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "run", 5)
-    with pytest.raises(CheckpointError, match="the function of data has no position to go on from"):
-        run(tmp_path / "run", resume="exact")
-    assert_same_bits(run(tmp_path / "run"), whole)
+    options = {"data": batches, "save": EVERY_STEP}
+    whole = train(tmp_path / "whole", **options)
+    train(tmp_path / "run", stop=5, **options)
+    with pytest.raises(CheckpointError, match=r"needs data with a position; the function of data has none.*HL753"):
+        train(tmp_path / "run", resume="exact", **options)
+    assert_same(train(tmp_path / "run", **options), whole)
 
 
-def test_what_failed_in_the_background_is_raised_by_the_next_step(tmp_path):
-    def full(name, arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    class Wait(keras.callbacks.Callback):
-        steps = 0
-
-        def on_train_batch_end(self, batch, logs=None):
-            Wait.steps += 1
-            if Wait.steps == 3:
-                time.sleep(1)  # Long enough for a write that fails at once.
-
-    install(Nth(1, full, {"mkdir"}))  # Of the second save.
-    try:
-        with pytest.raises(CheckpointError, match=r"checkpoint of step 2 failed\. .*No space left.*make room"):
-            train(tmp_path, save=hl.every(steps=1), epochs=1, callbacks=[Wait()])
-    finally:
-        install(None)
-    assert Wait.steps == 3
-    assert hl.Checkpointer(tmp_path / "checkpoints", {}).steps == [1]
-
-
-def test_other_data_are_told_of_or_refused(tmp_path):
-    def run(x, **options):
-        model = Net()
-        model.compile(momentum(), loss="mse")
-        return model.fit(x, Y, batch_size=BATCH, epochs=2, seed=1, run_dir=tmp_path, verbose=0, **options)
-
-    run(X)
-    with pytest.raises(CheckpointError, match=r"not what it was when the run was saved: the values of x are others\. "):
-        run(X + 1, resume="exact")
-    run(X, resume="exact")
-    with pytest.warns(HandloomWarning, match=r"the values of x are others\. It goes on after 0 batches of epoch 2"):
-        run(X + 1)
+def test_fit_warns_of_other_data_and_with_resume_exact_refuses_it(tmp_path):
+    train(tmp_path, epochs=2)
+    with pytest.raises(CheckpointError, match=r"has changed since the run was saved: .* of x .*same data.*HL754"):
+        train(tmp_path, data=(X + 1, Y), epochs=2, resume="exact")
+    train(tmp_path, epochs=2, resume="exact")
+    with pytest.warns(HandloomWarning, match=r"values of x"):
+        train(tmp_path, data=(X + 1, Y), epochs=2)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"resume": "yes"}, "resume takes one of 'auto'"),
+        ({"resume": "yes"}, r"resume takes 'auto', 'exact' or 'never'; received 'yes'.*HL006"),
         ({"save": 3}, r"save takes hl\.every"),
-        ({"allow": "state.*"}, r"allow takes a list of patterns, such as \['state\.\*'\]"),
+        ({"allow": "state.*"}, r"allow takes a list of patterns; .* Pass \['state\.\*'\].*HL007"),
         ({"together": 0}, r"steps_per_execution=\.\.\.\) takes a whole number, at least 1; received 0"),
     ],
 )
-def test_options_that_are_none(options, words, tmp_path):
+def test_fit_refuses_an_option_of_the_run(options, words, tmp_path):
     with pytest.raises((TypeError, ValueError), match=words):
         train(tmp_path, **options)
 
 
-# ---------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------- signals
+# Each process imports a backend, which takes seconds.
 
 SCRIPT = """
     import os, signal, sys
@@ -428,40 +340,10 @@ SCRIPT = """
 
     model = hl.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile("adam", loss="mse")
-    x = np.ones((12, 3), "float32")
-    history = model.fit(x, x[:, :1], batch_size=2, epochs=2, run_dir=sys.argv[1], verbose=2, callbacks=[Send()])
+    x, save = np.ones((12, 3), "float32"), hl.every(steps=2)
+    model.fit(x, x[:, :1], batch_size=2, epochs=2, run_dir=sys.argv[1], save=save, verbose=2, callbacks=[Send()])
     print("steps", Send.steps, int(model.optimizer.iterations))
 """
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize(
-    ("signum", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, -signal.SIGINT, marks=pytest.mark.once)],
-)
-def test_a_signal_saves_after_the_step_and_ends_as_the_signal_does(signum, code, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
-
-    def run(number):
-        command = [sys.executable, str(script), str(tmp_path / "run"), str(number)]
-        return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ)
-
-    assert run(int(signum)).returncode == code
-    again = run(0)
-    assert again.returncode == 0, again.stderr
-    assert "at step 4 (epoch 1, batch 4)." in again.stdout
-    assert "steps 8 12" in again.stdout  # Twelve in all, eight of them now.
-
-
-def test_a_signal_when_all_is_done_is_not_lost(tmp_path):
-    def term(logs):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(SystemExit):
-        train(tmp_path, epochs=1, callbacks=[keras.callbacks.LambdaCallback(on_train_end=term)])
-    assert train(tmp_path, epochs=1).optimizer.iterations == STEPS
-
 
 SLOW_DISK = """
     import os, signal, threading, time
@@ -481,20 +363,41 @@ SLOW_DISK = """
 """
 
 
+def in_a_process(tmp_path, signum=0, before=""):
+    """Runs the script, which sends itself a signal before its fourth step; its exit code and output."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(before) + textwrap.dedent(SCRIPT), encoding="utf-8")
+    command = [sys.executable, str(script), str(tmp_path / "run"), str(int(signum))]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, -signal.SIGINT, marks=pytest.mark.once)],
+)
+def test_fit_saves_after_the_step_at_a_signal_and_exits_as_the_signal_does(signum, code, tmp_path):
+    assert in_a_process(tmp_path, signum)[0] == code
+    again, output = in_a_process(tmp_path)
+    assert again == 0, output
+    assert "at step 4 (epoch 1, batch 4)." in output
+    assert "steps 8 12" in output  # Twelve in all, eight of them now.
+
+
 @pytest.mark.once
-def test_a_second_signal_ends_the_process_at_once_and_the_last_checkpoint_is_whole(tmp_path):
-    script, run_dir = tmp_path / "script.py", tmp_path / "run"
-    code = textwrap.dedent(SCRIPT)
-    script.write_text(code.replace("epochs=2", "epochs=2, save=hl.every(steps=2)"), encoding="utf-8")
-    slow = tmp_path / "slow.py"
-    slow.write_text(textwrap.dedent(SLOW_DISK) + script.read_text(encoding="utf-8"), encoding="utf-8")
+def test_fit_exits_at_once_at_a_second_signal_and_leaves_the_last_checkpoint_whole(tmp_path):
     begun = time.monotonic()
-    ended = subprocess.run([sys.executable, str(slow), str(run_dir), str(int(signal.SIGTERM))], check=False)
-    assert ended.returncode == -signal.SIGTERM  # By the second, which came while the first had the run saved.
+    code, output = in_a_process(tmp_path, signal.SIGTERM, before=SLOW_DISK)
+    assert code == -signal.SIGTERM, output  # By the second signal, which came while the run was saved.
     assert time.monotonic() - begun < 50
-    assert hl.Checkpointer(run_dir / "checkpoints", {}).steps == [2]
-    again = subprocess.run(
-        [sys.executable, str(script), str(run_dir), "0"], check=False, capture_output=True, text=True
-    )
-    assert "at step 2 (epoch 1, batch 2)." in again.stdout, again.stderr
-    assert "steps 10 12" in again.stdout
+    assert saved_steps(tmp_path / "run") == [2]
+    _, output = in_a_process(tmp_path)
+    assert "at step 2 (epoch 1, batch 2)." in output
+    assert "steps 10 12" in output
+
+
+def test_fit_does_not_lose_a_signal_that_comes_after_the_last_save(tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, hook(on_train_end=terminate), epochs=1)
+    assert int(train(tmp_path, epochs=1).optimizer.iterations) == STEPS

@@ -11,10 +11,10 @@ from keras import layers, ops
 import handloom as hl
 from handloom._keras import seed_generators_of
 from handloom.errors import HandloomWarning
+from tests.numbers import normal, numpy, same, same_values
 
-numbers = np.random.default_rng(0)
-X = numbers.normal(size=(24, 3)).astype("float32")
-Y = numbers.normal(size=(24, 1)).astype("float32")
+X, Y = normal(24, 3), normal(24, 1, seed=1)
+hook = keras.callbacks.LambdaCallback
 
 
 class Noisy(hl.Model):
@@ -26,8 +26,7 @@ class Noisy(hl.Model):
         self.seeds = keras.random.SeedGenerator()
 
     def call(self, x, training=False):
-        x = self.drop(self.hidden(x), training=training)
-        return self.out(x)
+        return self.out(self.drop(self.hidden(x), training=training))
 
     def train_step(self, data):
         x, y = data
@@ -35,7 +34,7 @@ class Noisy(hl.Model):
         return {"loss": self.minimize(lambda: ops.mean((self(x, training=True) - y) ** 2))}
 
 
-def made():
+def noisy():
     model = Noisy()
     model.compile("sgd")
     return model
@@ -45,23 +44,16 @@ def losses(model, **options):
     return model.fit(X, Y, batch_size=5, epochs=2, verbose=0, **options).history["loss"]
 
 
-def weights(model):
-    return np.concatenate([np.ravel(weight) for weight in model.get_weights()])
-
-
-def test_one_seed_gives_the_same_run_to_the_bit(eagerly):
-    first, second = made(), made()
+def test_fit_with_one_seed_gives_bitwise_identical_runs_and_without_a_seed_different_ones(eagerly):
+    first, second = noisy(), noisy()
     assert losses(first, seed=7) == losses(second, seed=7)
-    np.testing.assert_array_equal(weights(first), weights(second))
+    same_values(first, second)
+    assert losses(noisy(), seed=7) != losses(noisy(), seed=8)
+    assert losses(noisy()) != losses(noisy())
 
 
-def test_another_seed_or_none_gives_another_run():
-    assert losses(made(), seed=7) != losses(made(), seed=8)
-    assert losses(made()) != losses(made())
-
-
-def test_a_compiled_model_is_seeded_anew():
-    model = made()
+def test_fit_seeds_a_model_again_that_is_already_compiled():
+    model = noisy()
     losses(model, seed=1)
     start = model.get_weights()
     first = losses(model, seed=7)
@@ -80,10 +72,10 @@ def test_a_compiled_model_is_seeded_anew():
         pytest.param("tensorflow", marks=pytest.mark.backend("tensorflow"), id="TensorFlow's own generator"),
     ],
 )
-def test_each_part_follows_the_seed_by_itself(part):
+def test_fit_seeds_each_source_of_random_numbers_by_itself(part):
     def drawn(seed):
         keras.utils.set_random_seed(random.SystemRandom().randrange(2**31))
-        model, seen = made(), []
+        model, seen = noisy(), []
 
         class Keep(hl.Model):
             def train_step(self, data):
@@ -96,41 +88,32 @@ def test_each_part_follows_the_seed_by_itself(part):
                     "order": lambda: x,
                     "tensorflow": lambda: sys.modules[part].random.get_global_generator().normal((3,)),
                 }[part]
-                seen_by.assign(ops.sum(source()[:2]))
+                value.assign(ops.sum(source()[:2]))
                 return {}
 
-        class Read(keras.callbacks.Callback):
-            def on_train_batch_end(self, batch, logs=None):
-                seen.append(float(ops.convert_to_numpy(seen_by.value)))
-
-        seen_by = keras.Variable(0.0)
-        keep = Keep()
+        value, keep = keras.Variable(0.0), Keep()
         keep.inner = model
         keep.compile()
-        keep.fit(X, Y, batch_size=6, verbose=0, seed=seed, callbacks=[Read()])
+        read = hook(on_train_batch_end=lambda batch, logs: seen.append(float(numpy(value))))
+        keep.fit(X, Y, batch_size=6, verbose=0, seed=seed, callbacks=[read])
         return seen
 
     assert drawn(3) == drawn(3)
     assert drawn(3) != drawn(4)
 
 
-def test_what_has_a_seed_of_its_own_keeps_it():
-    def mask(seed):
+def test_fit_seeds_no_object_that_has_a_seed_of_its_own():
+    def run(seed):
         drop = layers.Dropout(0.5, seed=5)
-        kernel = keras.initializers.GlorotUniform(seed=6)
-        dense = layers.Dense(2, kernel_initializer=kernel)
-        out = {}
+        dense = layers.Dense(2, kernel_initializer=keras.initializers.GlorotUniform(seed=6))
+        step = lambda x: {"sum": ops.sum(drop(dense(x), training=True))}  # noqa: E731
+        history = hl.fit(step, X, state=[drop, dense], seed=seed, verbose=0).history
+        return history["sum"], numpy(dense.kernel).tolist()
 
-        def step(x):
-            return {"sum": ops.sum(drop(dense(x), training=True))}
-
-        out = hl.fit(step, X, state=[drop, dense], seed=seed, verbose=0).history["sum"]
-        return out, ops.convert_to_numpy(dense.kernel.value).tolist()
-
-    assert mask(1) == mask(2)
+    assert run(1) == run(2)
 
 
-def test_hl_fit_seeds_what_its_state_names(eagerly):
+def test_fit_seeds_the_state_of_a_plain_step(eagerly):
     def run(seed):
         drop, dense, seeds = layers.Dropout(0.5), layers.Dense(2), keras.random.SeedGenerator()
 
@@ -145,21 +128,14 @@ def test_hl_fit_seeds_what_its_state_names(eagerly):
     assert run(1) != run(2)
 
 
-def test_a_data_loader_follows_the_seed_on_every_backend():
+def test_fit_seeds_a_data_loader_on_every_backend():
     torch = pytest.importorskip("torch")
     loader = torch.utils.data.DataLoader(X, batch_size=6, shuffle=True)
 
     def run(seed):
         order = []
-        hl.fit(
-            lambda x: {"first": ops.sum(x[0])},
-            loader,
-            seed=seed,
-            verbose=0,
-            callbacks=[
-                keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: order.append(logs["first"]))
-            ],
-        )
+        note = hook(on_train_batch_end=lambda batch, logs: order.append(logs["first"]))
+        hl.fit(lambda x: {"first": ops.sum(x[0])}, loader, seed=seed, verbose=0, callbacks=[note])
         return order
 
     assert run(1) == run(1)
@@ -167,42 +143,38 @@ def test_a_data_loader_follows_the_seed_on_every_backend():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**31, 1.5, True, "1"])
-def test_a_seed_is_a_whole_number(seed):
-    with pytest.raises(ValueError, match="seed takes a whole number from 0 to 2147483647; received"):
-        made().fit(X, Y, seed=seed, verbose=0)
-    with pytest.raises(ValueError, match="seed takes a whole number"):
+def test_fit_refuses_a_seed_that_is_not_a_whole_number_in_range(seed):
+    words = rf"fit\(seed=...\) takes a .*; received {seed!r}\."
+    with pytest.raises(ValueError, match=words):
+        noisy().fit(X, Y, seed=seed, verbose=0)
+    with pytest.raises(ValueError, match=words):
         hl.fit(lambda x: {}, X, seed=seed, verbose=0)
 
 
-def test_without_a_seed_nothing_global_is_set():
+def test_fit_without_a_seed_leaves_the_random_state_of_numpy_as_it_is():
     before = np.random.get_state()[1].tolist()
     hl.fit(lambda x: {"x": ops.sum(x)}, X, verbose=0)
     assert np.random.get_state()[1].tolist() == before
 
 
-def test_keras_keeps_seed_generators_where_we_look():
-    assert seed_generators_of(layers.Dropout(0.5))[0].get_config()["seed"] is None
-    assert seed_generators_of(layers.Dropout(0.5, seed=3))[0].get_config()["seed"] == 3
+def test_seed_generators_of_finds_those_of_keras_layers():
+    for seed in (None, 3):
+        assert seed_generators_of(layers.Dropout(0.5, seed=seed))[0].get_config()["seed"] == seed
 
 
-# -------------------------------------------------------- nothing random is frozen
+# ----------------------------------------------------- random numbers in a compiled step
 
 
-def test_an_unseeded_random_operation_draws_anew_in_each_step(eagerly):
+def test_function_draws_new_numbers_in_each_step_from_an_unseeded_operation(eagerly):
     draw = hl.function(lambda: keras.random.normal((4,)))
-    first, second = draw(), draw()
-    assert not np.array_equal(ops.convert_to_numpy(first), ops.convert_to_numpy(second))
+    assert not np.array_equal(numpy(draw()), numpy(draw()))
 
 
-def test_numbers_of_numpy_that_a_compiled_step_freezes_are_told_of():
-    frozen = hl.function(lambda x: x + np.random.normal())
-    with pytest.warns(HandloomWarning, match=r"drew from np.random while it was compiled.*keras.random") as told:
-        first, second = frozen(X), frozen(X)
-    assert len(told) == 1
-    np.testing.assert_array_equal(ops.convert_to_numpy(first), ops.convert_to_numpy(second))
-
-
-def test_op_by_op_numbers_of_numpy_are_drawn_anew_and_nothing_is_said():
-    with hl.run_eagerly(True):
-        live = hl.function(lambda x: x + np.random.normal())
-        assert not np.array_equal(ops.convert_to_numpy(live(X)), ops.convert_to_numpy(live(X)))
+def test_function_warns_of_numbers_of_numpy_that_it_makes_constant():
+    constant = hl.function(lambda x: x + np.random.normal())
+    with pytest.warns(HandloomWarning, match=r"np.random while it was compiled.*keras.random") as warned:
+        first, second = constant(X), constant(X)
+    assert len(warned) == 1
+    same(first, second)
+    with hl.run_eagerly(True):  # Without a warning.
+        assert not np.array_equal(numpy(constant(X)), numpy(constant(X)))

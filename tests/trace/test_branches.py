@@ -1,4 +1,4 @@
-"""Branches of `keras.ops.cond` that assign variables: the chosen one takes effect, the other leaves no trace."""
+"""Branches of `keras.ops.cond` that assign variables: only the chosen branch takes effect."""
 
 import keras
 import numpy as np
@@ -6,68 +6,50 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
+from tests.models import built
+from tests.numbers import close, numpy
 
-
-def number(value):
-    return float(ops.convert_to_numpy(value))
+UP, DOWN = np.float32(1), np.float32(-1)
+# The fixtures `v` and `w` are variables at 2 and at 5.
 
 
 def put(variable, value):
-    """Assigns, and gives nothing: both branches must give the same structure."""
+    """Assigns and returns nothing, as both branches must return the same structure."""
     variable.assign(value)
 
 
-def put_into(metric, value):
-    metric.update_state(value)
+def after(step, *arguments, of):
+    """The values of some variables after each call of a step."""
+    found = []
+    for argument in arguments:
+        step(np.float32(argument))
+        found.append([numpy(variable).tolist() for variable in of])
+    return found
 
 
-@pytest.fixture
-def v():
-    return keras.Variable(2.0, name="v")
+def test_cond_assigns_in_the_chosen_branch(v, w, eagerly):
+    step = hl.function(lambda x: ops.cond(x > 0, lambda: put(v, v + x), lambda: put(w, w * 2)))
+    assert after(step, 1, -1, 1, of=[v, w]) == [[3, 5], [3, 10], [4, 10]]
 
 
-@pytest.fixture
-def w():
-    return keras.Variable(5.0, name="w")
-
-
-UP, DOWN = np.float32(1), np.float32(-1)
-
-
-def test_the_branch_that_is_chosen_assigns(v, w, eagerly):
-    @hl.function
-    def step(x):
-        ops.cond(x > 0, lambda: put(v, v + x), lambda: put(w, w * 2))
-        return v + w
-
-    found = [(number(step(x)), number(v), number(w)) for x in (UP, DOWN, UP)]
-    assert found == [(8, 3, 5), (13, 3, 10), (14, 4, 10)]
-
-
-def test_a_branch_may_give_a_value_and_assign(v, eagerly):
+def test_cond_returns_a_structure_and_assigns(v, eagerly):
     def add():
         v.assign_add(1.0)
         return {"doubled": v * 2, "kept": [v + 0.0]}
 
     step = hl.function(lambda x: ops.cond(x > 0, add, lambda: {"doubled": -v.value, "kept": [v * 0]}))
-    found = [[number(leaf) for leaf in keras.tree.flatten(step(x))] + [number(v)] for x in (UP, DOWN)]
-    assert found == [[6, 3, 3], [-3, 0, 3]]
+    close([[*keras.tree.flatten(step(x)), v] for x in (UP, DOWN)], [[6, 3, 3], [-3, 0, 3]])
 
 
-def test_a_variable_assigned_twice_in_a_branch_has_the_last_value(v, eagerly):
+def test_cond_keeps_the_last_of_two_values_assigned_in_a_branch(v, eagerly):
     def twice():
         v.assign(v * 10)
         v.assign(v + 1)
 
-    step = hl.function(lambda x: ops.cond(x > 0, twice, lambda: None))
-    found = []
-    for x in (DOWN, UP):
-        step(x)
-        found.append(number(v))
-    assert found == [2, 21]
+    assert after(hl.function(lambda x: ops.cond(x > 0, twice, lambda: None)), -1, 1, of=[v]) == [[2], [21]]
 
 
-def test_a_branch_sees_what_was_assigned_before_it_and_what_follows_sees_the_branch(v, eagerly):
+def test_cond_sees_assignments_before_it_and_the_step_sees_those_of_the_branch(v, eagerly):
     @hl.function
     def step(x):
         v.assign(v + 1)
@@ -75,59 +57,49 @@ def test_a_branch_sees_what_was_assigned_before_it_and_what_follows_sees_the_bra
         v.assign(v + 0.5)
         return v.value
 
-    assert [number(step(x)) for x in (UP, DOWN)] == [30.5, 32]
+    close([step(UP), step(DOWN)], [30.5, 32])
 
 
-def test_a_branch_in_a_branch_assigns(v, w, eagerly):
+def test_cond_in_a_branch_assigns(v, w, eagerly):
     def inner(x):
         v.assign(v + 1)
         ops.cond(x > 5, lambda: put(w, v * 100), lambda: put(v, v + 10))
 
     step = hl.function(lambda x: ops.cond(x > 0, lambda: inner(x), lambda: put(w, w - 1)))
-    found = []
-    for x in (10, 1, -1):
-        step(np.float32(x))
-        found.append((number(v), number(w)))
-    assert found == [(3, 300), (14, 300), (14, 299)]
+    assert after(step, 10, 1, -1, of=[v, w]) == [[3, 300], [14, 300], [14, 299]]
 
 
-def test_a_metric_in_a_branch_counts_what_went_through_it(eagerly):
+def test_cond_updates_a_metric_in_the_chosen_branch(eagerly):
     mean = keras.metrics.Mean()
-    step = hl.function(lambda x: ops.cond(x > 0, lambda: put_into(mean, x), lambda: None))
-    for x in (4, -1, 8):
-        step(np.float32(x))
-    assert number(mean.result()) == 6
+
+    def update(x):
+        mean.update_state(x)
+
+    after(hl.function(lambda x: ops.cond(x > 0, lambda: update(x), lambda: None)), 4, -1, 8, of=[])
+    close(mean.result(), 6)
 
 
-def test_an_optimizer_in_a_branch_updates_when_it_is_chosen(w, eagerly):
+def test_cond_updates_by_an_optimizer_in_the_chosen_branch(w, eagerly):
     optimizer = keras.optimizers.Adam(0.5)
     optimizer.build([w])
-
-    @hl.function
-    def step(x):
-        ops.cond(x > 0, lambda: optimizer.apply([ops.ones(())], [w]), lambda: None)
-
+    step = hl.function(lambda x: ops.cond(x > 0, lambda: optimizer.apply([ops.ones(())], [w]), lambda: None))
     step(DOWN)
-    assert [number(w), int(number(optimizer.iterations))] == [5, 0]
+    close([w, optimizer.iterations], [5, 0])
     step(UP)
-    assert [pytest.approx(4.5, rel=1e-5), 1] == [number(w), int(number(optimizer.iterations))]
-    assert [number(slot) for slot in optimizer.variables[2:]] == pytest.approx([0.1, 0.001], rel=1e-4)
+    close([w, optimizer.iterations, *optimizer.variables[2:]], [4.5, 1, 0.1, 0.001], rtol=1e-4)
 
 
-def test_a_branch_may_differentiate_and_assign(w, eagerly):
+def test_cond_differentiates_and_assigns_in_a_branch(w, eagerly):
     def descend():
         loss, gradient = hl.value_and_grad(lambda: w**2, wrt=w)()
         w.assign(w - 0.1 * gradient)
         return loss
 
     step = hl.function(lambda x: ops.cond(x > 0, descend, lambda: ops.zeros(())))
-    assert [number(step(x)) for x in (UP, DOWN, UP)] == pytest.approx([25, 0, 16])
-    assert number(w) == pytest.approx(3.2)
+    close([step(UP), step(DOWN), step(UP), w], [25, 0, 16, 3.2])
 
 
-def test_a_branch_that_assigns_may_be_differentiated_through(v, w, eagerly):
-    """What it assigns is assigned once, and what it gives has its gradient."""
-
+def test_value_and_grad_through_a_branch_assigns_once(v, w, eagerly):
     def count(value):
         v.assign_add(1.0)
         return value
@@ -136,13 +108,12 @@ def test_a_branch_that_assigns_may_be_differentiated_through(v, w, eagerly):
     def step(x):
         return hl.value_and_grad(lambda: ops.cond(x > 0, lambda: count(w**2), lambda: 7 * w), wrt=w)()
 
-    found = [[number(part) for part in step(x)] + [number(v)] for x in (UP, DOWN, UP)]
-    assert found == [[25, 10, 3], [35, 7, 3], [25, 10, 4]]
+    close([[*step(x), v] for x in (UP, DOWN, UP)], [[25, 10, 3], [35, 7, 3], [25, 10, 4]])
 
 
-def test_a_branch_in_a_loss_is_minimized_and_counts_once(v, eagerly):
-    layer, optimizer = layers.Dense(1, use_bias=False, kernel_initializer="ones"), keras.optimizers.SGD(0.5)
-    layer.build((None, 1))
+def test_minimize_with_a_branch_in_the_loss_assigns_once(v, eagerly):
+    layer = built(layers.Dense(1, use_bias=False, kernel_initializer="ones"), 1)
+    optimizer = keras.optimizers.SGD(0.5)
 
     def loss(x):
         def far():
@@ -151,16 +122,12 @@ def test_a_branch_in_a_loss_is_minimized_and_counts_once(v, eagerly):
 
         return ops.cond(ops.sum(x) > 0, far, lambda: ops.sum(layer(x) ** 2))
 
-    step = hl.function(lambda x: hl.minimize(lambda: loss(x), layer, optimizer))
-    kernels = []
-    for x in (2, -1):
-        step(np.full((1, 1), x, "float32"))
-        kernels.append(number(layer.kernel[0, 0]))
-    assert kernels == [0.0, 0.0]  # 1 - 0.5 * 2, then 0 - 0.5 * 2 * 0.
-    assert number(v) == 3
+    step = hl.function(lambda x: hl.minimize(lambda: loss(ops.reshape(x, (1, 1))), layer, optimizer))
+    # 1 - 0.5 * 2, then 0 - 0.5 * 2 * 0.
+    assert after(step, 2, -1, of=[layer.kernel, v]) == [[[[0]], 3], [[[0]], 3]]
 
 
-def test_a_choice_known_to_python_is_made_by_python(v, eagerly):
-    step = hl.function(lambda: ops.cond(True, lambda: put(v, v + 1), lambda: put(v, v - 1)))
-    step()
-    assert number(v) == 3
+@pytest.mark.parametrize(("choice", "expected"), [(True, 3), (False, 1)])
+def test_cond_on_a_python_bool_runs_one_branch(choice, expected, v, eagerly):
+    hl.function(lambda: ops.cond(choice, lambda: put(v, v + 1), lambda: put(v, v - 1)))()
+    close(v, expected)

@@ -1,34 +1,18 @@
-"""How much a step's batch counts, and who is asked."""
-
-import threading
+"""The weight of a step, which accumulated gradients are weighted by."""
 
 import pytest
 
 from handloom._trace.loss_weight import step_weight, weight_of_step
+from tests.threads import in_a_thread
 
 
-def test_where_nobody_said_a_gradient_counts_one():
+def test_step_weight_holds_in_its_block_in_its_thread_also_after_an_error():
     assert weight_of_step() == 1
-
-
-def test_within_it_counts_what_was_said_and_after_as_before():
     with step_weight(32):
         with step_weight(7.5):
             assert weight_of_step() == 7.5
+        with pytest.raises(KeyError), step_weight(8):
+            raise KeyError
         assert weight_of_step() == 32
+        assert in_a_thread(weight_of_step) == 1
     assert weight_of_step() == 1
-
-
-def test_it_counts_as_before_after_an_error():
-    with pytest.raises(KeyError), step_weight(32):
-        raise KeyError
-    assert weight_of_step() == 1
-
-
-def test_another_thread_has_its_own():
-    found = []
-    with step_weight(32):
-        thread = threading.Thread(target=lambda: found.append(weight_of_step()))
-        thread.start()
-        thread.join()
-    assert found == [1]

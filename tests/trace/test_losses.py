@@ -1,4 +1,4 @@
-"""Losses of a step: what they were divided by, and which nobody counted."""
+"""Losses of a step: their denominators, and the losses that nobody counted."""
 
 import contextlib
 
@@ -9,112 +9,93 @@ from keras import layers, ops
 
 from handloom._trace.losses import Denominators, OwnLosses, UncountedLosses, note_loss
 from handloom._trace.observe import observing
+from tests.models import built
 from tests.numbers import close, ones
 from tests.threads import in_a_thread
 
 X = np.array([[1.0, 2.0], [3.0, 4.0]], "float32")
+L1, L2 = keras.regularizers.L1(0.5), keras.regularizers.L2(0.5)
+PENALTY, ACTIVITY = 0.5 * 2, 0.5 * (3 + 7) / 2  # Of L2 on a kernel of two ones, and of L1 on its outputs for X.
 
 
 def dense(**options):
-    layer = layers.Dense(1, kernel_initializer="ones", **options)
-    layer.build((None, 2))
-    return layer
-
-
-def total(penalties):
-    return sum(penalties)
+    return built(layers.Dense(1, kernel_initializer="ones", **options), 2)
 
 
 @contextlib.contextmanager
 def own_losses(*parts):
-    """Watches the losses of some layers."""
-    losses = OwnLosses([variable for layer in parts for variable in layer.trainable_variables], list(parts))
+    """Watches the losses of some layers; the sum of those left out follows the block."""
+    losses, left_out = OwnLosses([v for layer in parts for v in layer.trainable_variables], list(parts)), []
     with observing(losses):
-        yield losses
+        yield left_out
+    left_out += losses.left_out()
 
 
-def test_a_regularizer_is_left_out_unless_it_was_read():
-    layer = dense(kernel_regularizer=keras.regularizers.L2(0.5))
-    with own_losses(layer) as losses:
+def test_own_losses_leave_out_a_regularizer_unless_it_was_read():
+    layer = dense(kernel_regularizer=L2)
+    with own_losses(layer) as left_out:
         pass
-    close(total(losses.left_out()), 0.5 * 2)
-    with own_losses(layer) as losses:
+    close(sum(left_out), PENALTY)
+    with own_losses(layer) as left_out:
         _ = layer.losses
-    assert losses.left_out() == []
+    assert left_out == []
 
 
-def test_an_added_loss_is_left_out_unless_it_was_read():
-    layer = dense(activity_regularizer=keras.regularizers.L1(0.5))
-    with own_losses(layer) as losses:
+def test_own_losses_leave_out_an_added_loss_unless_it_was_read_afterwards():
+    layer = dense(activity_regularizer=L1, kernel_regularizer=L2)
+    with own_losses(layer) as left_out:
         layer(X)
-    close(total(losses.left_out()), 0.5 * (3 + 7) / 2)
-    with own_losses(layer) as losses:
+    close(sum(left_out), ACTIVITY + PENALTY)
+    with own_losses(layer) as left_out:
         layer(X)
         _ = layer.losses
-    assert losses.left_out() == []
-
-
-def test_a_loss_added_after_they_were_read_is_left_out():
-    layer = dense(activity_regularizer=keras.regularizers.L1(0.5), kernel_regularizer=keras.regularizers.L2(0.5))
-    with own_losses(layer) as losses:
+    assert left_out == []
+    with own_losses(layer) as left_out:
         _ = layer.losses
         layer(X)
-    close(total(losses.left_out()), 0.5 * (3 + 7) / 2)
+    close(sum(left_out), ACTIVITY)
 
 
-def test_reading_the_losses_of_a_model_reads_those_of_its_layers():
-    model = keras.Sequential([keras.Input((2,)), dense(kernel_regularizer="l2", activity_regularizer="l2")])
-    with own_losses(model) as losses:
+def test_own_losses_of_a_model_are_those_of_its_layers_also_of_layers_without_variables():
+    inner = dense(kernel_regularizer=L2)
+    model = keras.Sequential([keras.Input((2,)), inner, layers.ActivityRegularization(l1=0.5)])
+    with own_losses(model) as left_out:
+        model(X)
+    close(sum(left_out), PENALTY + ACTIVITY)
+    with own_losses(model) as left_out:
         model(X)
         _ = model.losses
-    assert losses.left_out() == []
+    assert left_out == []
 
 
-def test_reading_the_losses_of_one_layer_leaves_those_of_the_other():
-    one, other = (dense(kernel_regularizer=keras.regularizers.L2(factor)) for factor in (0.5, 0.25))
-    with own_losses(one, other) as losses:
+def test_own_losses_are_left_out_layer_by_layer():
+    one, other, stranger = dense(kernel_regularizer="l2"), dense(kernel_regularizer=L2), dense(activity_regularizer=L1)
+    with own_losses(one, other) as left_out:
         _ = one.losses
-    close(total(losses.left_out()), 0.25 * 2)
+        stranger(X)
+    close(sum(left_out), PENALTY)
 
 
-def test_losses_of_a_layer_that_is_not_among_them_do_not_count():
-    layer, other = dense(), dense(activity_regularizer="l2", kernel_regularizer="l2")
-    with own_losses(layer) as losses:
-        other(X)
-    assert losses.left_out() == []
-
-
-def test_a_layer_without_variables_inside_another_counts():
-    model = keras.Sequential([keras.Input((2,)), dense(), layers.ActivityRegularization(l1=0.5)])
-    with own_losses(model) as losses:
-        model(X)
-    close(total(losses.left_out()), 0.5 * (3 + 7) / 2)
-
-
-def test_several_losses_added_at_once_all_count():
+def test_own_losses_count_each_of_several_losses_added_at_once():
     layer = dense()
-    with own_losses(layer) as losses:
+    with own_losses(layer) as left_out:
         layer.add_loss([ops.ones(()), 2 * ops.ones(())])
-    close(total(losses.left_out()), 3)
+    close(sum(left_out), 3)
 
 
-def test_losses_of_another_thread_are_neither_added_nor_read():
-    layer = dense(kernel_regularizer=keras.regularizers.L2(0.5), activity_regularizer="l2")
-    with own_losses(layer) as losses:
+def test_own_losses_of_another_thread_are_neither_added_nor_read():
+    layer = dense(kernel_regularizer=L2, activity_regularizer=L1)
+    with own_losses(layer) as left_out:
         in_a_thread(lambda: (layer(X), layer.losses))
-    close(total(losses.left_out()), 0.5 * 2)
+    close(sum(left_out), PENALTY)
 
 
-def test_the_losses_themselves_are_those_of_keras():
-    layer = dense(kernel_regularizer=keras.regularizers.L2(0.5), activity_regularizer=keras.regularizers.L1(0.5))
+def test_own_losses_leave_the_losses_of_keras_as_they_are():
+    layer = dense(kernel_regularizer=L2, activity_regularizer=L1)
     with own_losses(layer):
         layer(X)
-        close(total(layer.losses), 0.5 * 2 + 0.5 * (3 + 7) / 2)
-    close(total(layer.losses), 0.5 * 2 + 0.5 * (3 + 7) / 2)
-
-
-def masked(value):
-    return layers.Masking()(np.array([[[1.0], [2.0], [0.0]], [[3.0], [0.0], [0.0]]], "float32")) * value
+        close(sum(layer.losses), PENALTY + ACTIVITY)
+    close(sum(layer.losses), PENALTY + ACTIVITY)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +108,7 @@ def masked(value):
         ("sum", None, "nothing", "sum"),
     ],
 )
-def test_denominators_are_what_a_keras_loss_divides_by(reduction, weight, by, value):
+def test_denominators_note_the_divisor_of_a_keras_loss(reduction, weight, by, value):
     denominators, loss = Denominators(), keras.losses.MeanSquaredError(reduction=reduction)
     with observing(denominators):
         found = loss(ones(2, 1), 3 * ones(2, 1), None if weight is None else np.array(weight, "float32"))
@@ -138,7 +119,7 @@ def test_denominators_are_what_a_keras_loss_divides_by(reduction, weight, by, va
     assert denominators.distinct() == [denominator]
 
 
-def test_losses_under_one_mask_have_one_denominator():
+def test_denominators_note_one_mask_once():
     denominators, outputs = Denominators(), layers.Masking()(np.array([[[1.0], [2.0], [0.0]]], "float32"))
     with observing(denominators):
         losses = [loss(ones(1, 3, 1), outputs) for loss in (keras.losses.MeanSquaredError(), keras.losses.Huber())]
@@ -148,15 +129,15 @@ def test_losses_under_one_mask_have_one_denominator():
     assert all(denominators.of(loss) is not None for loss in losses)
 
 
-def test_note_loss_is_for_the_innermost_denominators():
+def test_note_loss_reaches_the_innermost_denominators():
     outer, inner, loss = Denominators(), Denominators(), ops.ones(())
-    note_loss(loss, [])  # Nobody is there.
+    note_loss(loss, [])  # No observer.
     with observing(outer), observing(inner):
         note_loss(loss, [])
     assert (inner.is_loss(loss), outer.is_loss(loss)) == (True, False)
 
 
-def test_uncounted_losses_are_those_of_no_loss_of_a_step_that_trains():
+def test_uncounted_losses_are_those_that_no_loss_of_a_training_step_contains():
     layer = dense(kernel_regularizer="l2", activity_regularizer="l2")
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(layer.trainable_variables)
@@ -175,9 +156,8 @@ def test_uncounted_losses_are_those_of_no_loss_of_a_step_that_trains():
         optimizer.apply([ops.ones((2, 1)), ops.ones((1,))], layer.trainable_variables)
 
     def minimized():
-        with own_losses(layer) as own:
+        with own_losses(layer):
             layer(X)
-        own.left_out()
 
     names = [f"the losses added by {layer.name!r}", f"the regularizer of {layer.kernel.path!r}"]
     assert uncounted(call, update) == names

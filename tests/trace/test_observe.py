@@ -1,4 +1,4 @@
-"""What observers are told of Keras, and that Keras is as it was afterwards."""
+"""The events that observers receive, and that Keras is the same afterwards."""
 
 import keras
 import numpy as np
@@ -14,58 +14,39 @@ from handloom._trace.observe import (
     innermost,
     observing,
 )
+from tests.models import built
 from tests.numbers import close, ones, same
 from tests.threads import alternating, in_a_thread
 
 X = np.array([[1.0, 2.0], [3.0, 4.0]], "float32")
+EVENTS = (
+    *("created", "read", "assigned", "metric_updated", "metric_result"),
+    *("loss_called", "loss_added", "losses_read", "layer_called", "applied"),
+)
 
 
-class Recorder(Observer):
-    """Writes down what it is told."""
+def recording(event):
+    def record(self, subject, *others):
+        self.events.append((event, subject, *others))
+        return others[0] if event == "metric_result" else None
+
+    return record
+
+
+class Recorder(type("AllEvents", (Observer,), {event: recording(event) for event in EVENTS})):
+    """Records all events."""
 
     def __init__(self):
-        self.told = []
-
-    def created(self, variable):
-        self.told.append(("created", variable))
-
-    def read(self, variable):
-        self.told.append(("read", variable))
-
-    def assigned(self, variable):
-        self.told.append(("assigned", variable))
-
-    def metric_updated(self, metric):
-        self.told.append(("metric_updated", metric))
-
-    def metric_result(self, metric, result):
-        self.told.append(("metric_result", metric))
-        return result
-
-    def loss_called(self, loss, value, y_pred, sample_weight):
-        self.told.append(("loss_called", loss))
-
-    def loss_added(self, layer, loss):
-        self.told.append(("loss_added", layer))
-
-    def losses_read(self, layer):
-        self.told.append(("losses_read", layer))
-
-    def layer_called(self, layer, outputs):
-        self.told.append(("layer_called", layer))
-
-    def applied(self, optimizer, variables):
-        self.told.append(("applied", optimizer, *variables))
+        self.events = []
 
     def about(self, event):
-        """What an event was about, each once."""
-        return list({id(told[1]): told[1] for told in self.told if told[0] == event}.values())
+        """The objects of an event, each once."""
+        return list({id(each[1]): each[1] for each in self.events if each[0] == event}.values())
 
 
 def everything():
-    """Does all that observers are told of; returns what it does it with."""
-    layer = layers.Dense(1, kernel_regularizer="l2", activity_regularizer="l2")
-    layer.build((None, 2))
+    """Causes every event; returns the objects of the events."""
+    layer = built(layers.Dense(1, kernel_regularizer="l2", activity_regularizer="l2"), 2)
     metric, optimizer, loss = keras.metrics.Mean(), keras.optimizers.SGD(0.1), keras.losses.MeanSquaredError()
     optimizer.build([layer.kernel])
     outputs = layer(X)
@@ -78,7 +59,7 @@ def everything():
 
 
 def patched():
-    """What is replaced in Keras, as it stands in the classes themselves."""
+    """The attributes of the classes of Keras that are replaced."""
     places = [(keras.Variable, "__init__ value assign"), (keras.Metric, "__getattribute__"), (keras.Loss, "__call__")]
     places += [(keras.Layer, "add_loss losses __call__"), (keras.optimizers.Optimizer, "apply")]
     return [vars(owner).get(name) for owner, names in places for name in names.split()]
@@ -88,7 +69,7 @@ def unchanged(before):
     return all(now is then for now, then in zip(patched(), before, strict=True))
 
 
-def test_an_observer_is_told_of_each_event_with_its_object():
+def test_observing_reports_each_event_with_its_object():
     recorder = Recorder()
     with observing(recorder):
         layer, metric, optimizer, loss = everything()
@@ -99,20 +80,12 @@ def test_an_observer_is_told_of_each_event_with_its_object():
     assert recorder.about("metric_updated") == recorder.about("metric_result") == [metric]
     assert recorder.about("loss_called") == [loss]
     assert recorder.about("loss_added") == recorder.about("losses_read") == recorder.about("layer_called") == [layer]
-    [(_, applied, *variables)] = [told for told in recorder.told if told[0] == "applied"]
+    [(_, applied, variables)] = [each for each in recorder.events if each[0] == "applied"]
     assert applied is optimizer
     assert [id(variable) for variable in variables] == [id(kernel)]
 
 
-def test_what_is_observed_is_as_without_observers():
-    plain = everything()
-    with observing(Recorder()):
-        observed = everything()
-    close(plain[1].result(), plain[1].result())
-    assert [variable.shape for variable in observed[0].variables] == [variable.shape for variable in plain[0].variables]
-
-
-def test_keras_is_the_very_same_after_observing_after_an_error_and_after_nesting():
+def test_observing_leaves_keras_the_same_after_an_error_and_after_nesting():
     before = patched()
     with pytest.raises(KeyboardInterrupt), observing(Recorder()):
         raise KeyboardInterrupt
@@ -124,7 +97,7 @@ def test_keras_is_the_very_same_after_observing_after_an_error_and_after_nesting
     assert unchanged(before)
 
 
-def test_outer_and_inner_observers_are_told_of_what_happens_in_the_inner_block():
+def test_observing_reports_an_inner_block_to_outer_and_inner_observers():
     outer, inner = Recorder(), Recorder()
     with observing(outer):
         first = keras.Variable(1.0)
@@ -135,7 +108,7 @@ def test_outer_and_inner_observers_are_told_of_what_happens_in_the_inner_block()
     assert list(map(id, inner.about("created"))) == [id(second)]
 
 
-def test_observers_that_overlap_in_two_threads_are_told_of_their_own_and_keras_is_the_same_after():
+def test_observing_in_two_overlapping_threads_reports_to_each_its_own_and_leaves_keras_the_same():
     before, recorders = patched(), [Recorder(), Recorder()]
     made = [[], []]
 
@@ -159,23 +132,18 @@ def test_observers_that_overlap_in_two_threads_are_told_of_their_own_and_keras_i
     assert unchanged(before)
 
 
-def test_an_observer_is_not_told_of_other_threads():
-    recorder = Recorder()
+def test_observing_reports_neither_other_threads_nor_except_on_request_the_building_of_layers():
+    recorder, use = Recorder(), VariableUse()
     with observing(recorder):
         in_a_thread(everything)
-    assert recorder.told == []
-
-
-def test_while_layers_are_built_only_those_are_told_that_want_to_know():
-    recorder, use = Recorder(), VariableUse()
     with observing(recorder, use), building():
         variable = keras.Variable(1.0)
         assert innermost(Recorder) is None
-    assert recorder.told == []
+    assert recorder.events == []
     assert [id(made) for made in use.made] == [id(variable)]
 
 
-def test_the_innermost_observer_of_a_kind_is_the_last_that_began():
+def test_innermost_gives_the_observer_of_a_kind_that_began_last():
     one, other = Recorder(), Recorder()
     assert innermost(Recorder) is None
     with observing(one):
@@ -184,7 +152,7 @@ def test_the_innermost_observer_of_a_kind_is_the_last_that_began():
         assert innermost(Recorder) is one
 
 
-def test_layer_called_is_for_layers_that_no_other_layer_calls():
+def test_observing_reports_only_layers_that_no_other_layer_calls():
     recorder = Recorder()
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
     with observing(recorder):
@@ -192,7 +160,7 @@ def test_layer_called_is_for_layers_that_no_other_layer_calls():
     assert recorder.about("layer_called") == [model]
 
 
-def test_metric_result_may_give_another_result():
+def test_observing_lets_metric_result_replace_the_result():
     class Doubling(Observer):
         def metric_result(self, metric, result):
             return 2 * result
@@ -204,7 +172,7 @@ def test_metric_result_may_give_another_result():
     close(metric.result(), 3)
 
 
-def test_variable_use_lists_what_is_made_read_and_written_and_not_handlooms_own():
+def test_variable_use_lists_variables_created_read_and_written_but_not_those_of_handloom():
     read, written, own = keras.Variable(1.0), keras.Variable(2.0), OwnVariable(3.0)
     use = VariableUse()
     with observing(use):
@@ -230,7 +198,7 @@ def test_variable_use_lists_what_is_made_read_and_written_and_not_handlooms_own(
     ],
     ids=["array", "list", "initializer", "by position", "integers", "by name", "number"],
 )
-def test_a_variable_created_while_observed_is_the_one_it_would_have_been(args, options):
+def test_observing_leaves_a_created_variable_the_same(args, options):
     expected = keras.Variable(*args, **options)
     with observing(VariableUse()):
         observed = keras.Variable(*args, **options)
@@ -239,7 +207,7 @@ def test_a_variable_created_while_observed_is_the_one_it_would_have_been(args, o
     assert observed.trainable == expected.trainable
 
 
-def test_assignments_are_undone():
+def test_assignments_undone_restores_variables():
     kept, other = keras.Variable(1.0), keras.Variable(5.0)
     with assignments_undone():
         kept.assign(2.0)
@@ -248,7 +216,7 @@ def test_assignments_are_undone():
     close([kept, other], [1, 5])
 
 
-def test_observers_see_a_metric_of_the_users_own_whatever_its_result():
+def test_observing_reports_a_custom_metric_with_any_result():
     class Count(keras.metrics.Metric):
         def __init__(self):
             super().__init__()

@@ -265,7 +265,7 @@ def test_a_run_over_it_that_was_stopped_ends_with_the_same_bits(kind, tmp_path):
 @pytest.mark.parametrize("kind", REPLAYED)
 def test_a_run_over_what_is_read_again_is_refused_where_it_must_be_exact(kind, tmp_path):
     assert trained(kind, tmp_path, stop=2) is None
-    with pytest.raises(CheckpointError, match="has no position to go on from"):
+    with pytest.raises(CheckpointError, match="resume='exact' needs data with a position"):
         trained(kind, tmp_path)
 
 

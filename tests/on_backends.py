@@ -1,0 +1,33 @@
+"""Programs that run on every backend, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from handloom._keras import BACKENDS
+
+ROOT = Path(__file__).parents[1]
+
+
+def arrays_by_backend(module: str, folder: Path, *arguments: Any) -> dict[str, dict[str, np.ndarray]]:
+    """Runs `python -m MODULE FILE ARGUMENTS` on all backends at once; returns the arrays in each backend's FILE.npz."""
+    files = {backend: folder / f"{backend}.npz" for backend in BACKENDS}
+    processes = {
+        backend: subprocess.Popen(
+            [sys.executable, "-m", module, file, *arguments],
+            cwd=ROOT,
+            env=os.environ | {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"},  # They share the cores.
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for backend, file in files.items()
+    }
+    for backend, process in processes.items():
+        output, _ = process.communicate()
+        assert process.returncode == 0, f"on {backend}:\n{output}"
+    return {backend: dict(np.load(file)) for backend, file in files.items()}
