@@ -316,7 +316,7 @@ def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
 
 
 class _Rest:
-    """The auxiliary results of a function: tensors and their masks go through the backend, everything else around it."""
+    """Auxiliary results of a function: tensors and their masks go through the backend, everything else around it."""
 
     def put(self, aux: Any) -> list[Tensor]:
         self._structure = Structure(aux)
@@ -395,8 +395,8 @@ def _source_tensor(leaf: Any, fn: Callable[..., Any]) -> Tensor:
         return keras.ops.convert_to_tensor(leaf, dtype=keras.config.floatx())
     if not backend.is_array(leaf):
         raise GradientError(
-            f"HL120: {_name(fn)} cannot be differentiated with respect to an argument that is not a tensor, array or "
-            f"float: {leaf!r} (of type {type(leaf).__name__}).",
+            f"HL120: {_name(fn)} cannot be differentiated with respect to an argument that is not a tensor, array "
+            f"or float: {leaf!r} (of type {type(leaf).__name__}).",
             fix=f"Pass {float(leaf)}." if isinstance(leaf, int) else "",
         )
     tensor = keras.ops.convert_to_tensor(backend.to_tensor(leaf))
