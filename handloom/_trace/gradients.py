@@ -294,8 +294,8 @@ def variables_of(wrt: Wrt) -> list[Variable]:
             variables[id(leaf)] = leaf
         else:
             raise GradientError(
-                "HL113: wrt takes positions of arguments (an int or a tuple of ints), or Keras variables: a variable, a "
-                "layer or model, or a list, tuple or dict of these; "
+                "HL113: wrt takes positions of arguments (an int or a tuple of ints), or Keras variables: a variable, "
+                "a layer or model, or a list, tuple or dict of these; "
                 f"received {leaf!r} (of type {type(leaf).__name__}) in it.",
             )
     if not variables:
@@ -351,8 +351,8 @@ def vector(value: Any) -> Tensor:
     value = _floating(value)
     if len(value.shape) != 1:
         raise GradientError(
-            "HL116: An optimizer of several losses (PCGrad) needs them as one vector; the function returned a tensor of "
-            f"shape {tuple(value.shape)}.",
+            "HL116: An optimizer of several losses (PCGrad) needs them as one vector; the function returned a tensor "
+            f"of shape {tuple(value.shape)}.",
             fix="Return keras.ops.stack([a, b]).",
         )
     return value

@@ -256,7 +256,7 @@ def leaked(line: str) -> TraceError:
     """The error for a tensor of an inner trace that is used outside of it."""
     return TraceError(
         f"HL102: A tensor is used outside of the function that computed it ({line}).",
-        "The function was passed to an operation (keras.ops.cond, while_loop, scan, map, vectorized_map), and its tensors "
-        "have no values outside.",
+        "The function was passed to an operation (keras.ops.cond, while_loop, scan, map, vectorized_map), and its "
+        "tensors have no values outside.",
         "Return the tensor from the function.",
     )
