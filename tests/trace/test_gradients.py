@@ -501,7 +501,7 @@ def test_more_than_one_value_offers_aux():
 
 
 def test_a_python_int_is_offered_as_a_float():
-    with pytest.raises(GradientError, match=r"square is to be differentiated .* 3 \(of type int\)\. Pass 3\.0\."):
+    with pytest.raises(GradientError, match=r"square cannot be differentiated .* 3 \(of type int\)\. Pass 3\.0\."):
         hl.grad(_square)(3)
 
 
@@ -511,7 +511,7 @@ def test_an_integer_array_is_to_be_cast():
 
 
 def test_text_is_no_source():
-    with pytest.raises(GradientError, match=r"no tensor, array or float: 'text' \(of type str\)"):
+    with pytest.raises(GradientError, match=r"not a tensor, array or float: 'text' \(of type str\)"):
         hl.grad(_square)("text")
 
 
@@ -520,12 +520,12 @@ def _square(x):
 
 
 def test_a_position_beyond_the_arguments():
-    with pytest.raises(GradientError, match=r"wrt=1 asks for an argument that _square was not given.*0 to 0"):
+    with pytest.raises(GradientError, match=r"wrt=1, but _square was called with 1 .*0 to 0"):
         hl.grad(_square, wrt=1)(3.0)
 
 
 def test_a_position_of_an_argument_passed_by_name():
-    with pytest.raises(GradientError, match="Pass it by position"):
+    with pytest.raises(GradientError, match="Pass the argument by position"):
         hl.grad(_square)(x=3.0)
 
 
@@ -534,7 +534,7 @@ NO_WRT = [None, "kernel", 1.5, True, [0, 1], {"x": object()}]
 
 @pytest.mark.parametrize("wrt", NO_WRT, ids=lambda wrt: repr(wrt).split(" at ")[0])  # Without an address.
 def test_anything_else_as_wrt_says_what_it_takes(wrt):
-    with pytest.raises(GradientError, match=r"wrt takes positions of arguments .* or Keras variables.*Received"):
+    with pytest.raises(GradientError, match=r"wrt takes positions of arguments .* or Keras variables.*received"):
         hl.grad(_square, wrt=wrt)(3.0)
 
 
@@ -544,22 +544,22 @@ def test_an_empty_wrt_is_nothing_to_differentiate(wrt):
         hl.grad(_square, wrt=wrt)(3.0)
 
 
-def test_a_frozen_layer_says_how_to_thaw_it():
+def test_grad_of_a_frozen_layer_says_how_to_unfreeze_it():
     dense = built(layers.Dense(1, name="cold"), None, 2)
     dense.trainable = False
-    with pytest.raises(GradientError, match=r"name=cold.*frozen \(layer\.trainable = True"):
+    with pytest.raises(GradientError, match=r"name=cold.*frozen.*layer\.trainable = True"):
         hl.grad(lambda: ops.sum(dense(np.ones((1, 2)))), wrt=dense)()
 
 
 def test_a_layer_that_is_never_called_says_it_is_not_built():
     dense = layers.Dense(1, name="idle")
-    with pytest.raises(GradientError, match=r"name=idle.*before it is built \(call it once on data\)"):
+    with pytest.raises(GradientError, match=r"name=idle.*before it is built.*Call it once on data"):
         hl.grad(_square, wrt=dense)(3.0)
 
 
 def test_one_variable_as_two_arguments():
     w = keras.Variable(1.0, name="w")
-    with pytest.raises(GradientError, match="One variable was passed as two arguments"):
+    with pytest.raises(GradientError, match="two arguments that are the same variable"):
         hl.grad(f, wrt=(0, 1))(w, w)
 
 
