@@ -19,7 +19,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `Optimizer._learning_rate` | copies of an optimizer share it |
 | `global_seed_generator` | it must exist before a step is traced, as any variable must |
 | `global_state` | a variable whose initializer failed would fail again in each later scope |
-| `GLOBAL_SEED_GENERATOR` | the name of the generator there: `set_random_seed` replaces it, compiled steps hold the old one |
+| `GLOBAL_SEED_GENERATOR` | its name: `set_random_seed` replaces the generator, compiled steps keep the old one |
 | `Layer._seed_generators` | the generators of dropout and noise, to seed them for a run |
 | `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, and the result of a gradient lacks it |
 """

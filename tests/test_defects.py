@@ -206,7 +206,7 @@ def test_fit_takes_steps_that_cannot_be_fused_one_by_one_with_a_warning():
         return {"total": total.value * 1}
 
     batches = [tf.ragged.constant([[1.0], [2.0, 3.0]])] * 4
-    with pytest.warns(FallbackWarning, match="2 steps cannot be dispatched together.*no common shape") as warned:
+    with pytest.warns(FallbackWarning, match="2 steps of .* cannot run in one dispatch.*no common shape") as warned:
         hl.fit(step, lambda: iter(batches), steps_per_execution=2, verbose=0)
     assert len(warned) == 1
     close(total, 24)

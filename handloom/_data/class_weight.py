@@ -86,9 +86,9 @@ def _check_below(classes: int, labels: np.ndarray, loss: Any) -> None:
     if outside.any():
         where = tuple(int(index) for index in np.argwhere(outside)[0])
         raise DataError(
-            f"HL403: y has the label {labels[where]} (at {list(where)}, one of {int(outside.sum())} such), but the model has "
-            f"{classes} outputs, for classes 0 to {classes - 1}. Number the classes from 0, or give the last layer "
-            "as many units as there are classes.",
+            f"HL403: y has the label {labels[where]} (at {list(where)}, one of {int(outside.sum())} such), but the "
+            f"model has {classes} outputs, for classes 0 to {classes - 1}. Number the classes from 0, or give the last "
+            "layer as many units as there are classes.",
         )
 
 

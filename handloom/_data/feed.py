@@ -143,8 +143,8 @@ class Feed:
             self._source.seed = state["seed"]
         if state["seed"] != self._source.seed:
             raise DataError(
-                f"HL405: The state is of a feed with seed={state['seed']}, this one has seed={self._source.seed}: the order "
-                f"of its examples would be another. Make it with seed={state['seed']}.",
+                f"HL405: The state is of a feed with seed={state['seed']}, this one has seed={self._source.seed}: the "
+                f"order of its examples would be another. Make it with seed={state['seed']}.",
             )
         if self.length is not None and state["batch"] > self.length:
             raise DataError(
@@ -153,9 +153,9 @@ class Feed:
         differences = self.differences(state)
         if differences:
             warn(
-                f"HL407: The data is not what it was when its position was saved: {'; '.join(differences)}. It goes on after "
-                f"{state['batch']} batches of epoch {state['epoch']} all the same; what it gives may have been given "
-                "before.",
+                f"HL407: The data is not what it was when its position was saved: {'; '.join(differences)}. It goes on "
+                f"after {state['batch']} batches of epoch {state['epoch']} all the same; what it gives may have been "
+                "given before.",
             )
         position = state.get("source") if self._is_of_this_source(state) else None
         self._source.restore(position, state["epoch"], state["batch"])
@@ -205,8 +205,8 @@ class Feed:
             return
         if self._at.epoch and not self._source.repeatable:
             raise DataError(
-                f"HL408: {self._source.name} is exhausted: it gave its batches in the first epoch. Pass a function that "
-                "returns a new generator each time (without calling it), or set steps_per_epoch.",
+                f"HL408: {self._source.name} is exhausted: it gave its batches in the first epoch. Pass a function "
+                "that returns a new generator each time (without calling it), or set steps_per_epoch.",
             )
         raise DataError(f"HL409: The data is empty: {self._source.name} gave no batch.")
 

@@ -78,9 +78,10 @@ def check_weights(weights: Sequence[np.ndarray], *, training: bool) -> None:
             )
     if training and weights and not any(array.any() for array in weights):
         raise DataError(
-            f"HL411: The sample_weight of a batch of {len(weights[0])} examples sums to zero: there is nothing in it to learn "
-            "from, and an optimizer with momentum or decay would move the model all the same. Leave out examples "
-            "that do not count: keep = sample_weight > 0; fit(x[keep], y[keep], sample_weight=sample_weight[keep]).",
+            f"HL411: The sample_weight of a batch of {len(weights[0])} examples sums to zero: there is nothing in it "
+            "to learn from, and an optimizer with momentum or decay would move the model all the same. Leave out "
+            "examples that do not count: keep = sample_weight > 0; fit(x[keep], y[keep], "
+            "sample_weight=sample_weight[keep]).",
         )
 
 

@@ -9,8 +9,7 @@ from handloom._model.steps import layers_are_built
 from handloom.errors import OptimizerError
 from handloom.optimizers import GradientAccumulation, LossScaleOptimizer, NamedOptimizers
 from handloom.optimizers._named import as_optimizer
-from handloom.optimizers._options import check_options
-from handloom.optimizers._tree import named_inside
+from handloom.optimizers._tree import check_options, named_inside
 
 
 def prepared(optimizer: Any, policy: keras.DTypePolicy, *, auto_scale_loss: bool) -> keras.Optimizer | None:

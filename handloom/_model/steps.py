@@ -114,7 +114,7 @@ def _check_takes_data(step: Any, model: str) -> None:
     ]
     if len(required) > 1:
         raise StepError(
-            f"HL250: {model}.{step.__name__} takes {', '.join(required)}; a step takes one argument, data.",
+            f"HL254: {model}.{step.__name__} takes {', '.join(required)}; a step takes one argument, data.",
             "On JAX, Keras passes the state to a step and expects it back. Here a step is the same on every backend.",
             f"Write {step.__name__}(self, data), and read and write variables directly.",
         )

@@ -1,1 +1,1 @@
-"""Functions compiled and differentiated, and what happens inside Keras while they are."""
+"""Functions that are compiled and differentiated, and observers of Keras while they run."""

@@ -1,4 +1,4 @@
-"""What a function is called with and returns: the tensors, which may change, and the rest, which may not."""
+"""Arguments and results of compiled functions."""
 
 from __future__ import annotations
 
@@ -9,50 +9,36 @@ import optree
 
 from handloom._keras import Tensor, keras
 from handloom._trace.loss_weight import step_weight
+from handloom._trace.structure import Structure
 from handloom.backends import backend
 
 
 class Arguments:
-    """The arguments of one call, taken apart into tensors, which may change, and the rest, which may not."""
+    """The arguments of one call: tensors, which may change from call to call, and static values, which may not.
 
-    def __init__(self, leaves: Sequence[Any], structure: optree.PyTreeSpec) -> None:
-        self._structure = structure
-        self._through = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
-        self.tensors = [backend.to_tensor(leaves[index]) for index in self._through]
-        # Static values keep what they hold alive: an id is of use only so long.
-        self._static = [None if backend.is_array(leaf) else leaf for leaf in leaves]
-        self.key = (
-            structure,
-            *((backend.signature(tensor), backend.placement(tensor)) for tensor in self.tensors),
-            *(_static_key(leaf) for leaf in self._static),
-        )
+    Attributes:
+        tensors: The tensors, as the backend takes them.
+        key: Structure, shapes, dtypes, devices and static values.
+    """
+
+    def __init__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        # Keeps static values alive: their ids, which are part of the key, are theirs only as long as they live.
+        self._structure = Structure((tuple(args), kwargs))
+        self.tensors = list(map(backend.to_tensor, self._structure.tensors))
+        signatures = ((backend.signature(tensor), backend.placement(tensor)) for tensor in self.tensors)
+        self.key = (self._structure.spec, *signatures, *map(_static_key, self._structure.rest))
 
     def call(self, fn: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
-        """Calls a function with these arguments, and these tensors in them."""
-        leaves = list(self._static)
-        for index, tensor in zip(self._through, tensors, strict=True):
-            leaves[index] = keras.ops.convert_to_tensor(tensor)
-        args, kwargs = optree.tree_unflatten(self._structure, leaves)
+        """Calls a function with these arguments, and with these tensors in place of theirs."""
+        args, kwargs = self._structure.filled(map(keras.ops.convert_to_tensor, tensors))
         examples = next((tensor.shape[0] for tensor in tensors if len(tensor.shape)), 1)
         with step_weight(examples):
             return fn(*args, **kwargs)
 
 
-class Outputs:
-    """What a version returns, taken apart likewise; filled while it is traced."""
-
-    def put(self, result: Any) -> list[Tensor]:
-        leaves, self._structure = optree.tree_flatten(result)
-        leaves = [_as_tensor(leaf) for leaf in leaves]
-        self._through = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
-        self.rest = [None if backend.is_array(leaf) else leaf for leaf in leaves]
-        return [leaves[index] for index in self._through]
-
-    def get(self, tensors: Sequence[Tensor]) -> Any:
-        leaves = list(self.rest)
-        for index, tensor in zip(self._through, tensors, strict=True):
-            leaves[index] = tensor
-        return optree.tree_unflatten(self._structure, leaves)
+def results(result: Any) -> Structure:
+    """The results of a function; variables and numbers become tensors."""
+    return Structure(optree.tree_map(_as_tensor, result))
 
 
 def _as_tensor(leaf: Any) -> Any:
@@ -66,4 +52,4 @@ def _as_tensor(leaf: Any) -> Any:
 def _static_key(leaf: Any) -> Hashable:
     if isinstance(leaf, (keras.Variable, keras.Layer)):
         return type(leaf), id(leaf)
-    return type(leaf), leaf  # 2 and 2.0 and True are equal, but not the same to a function.
+    return type(leaf), leaf  # 2, 2.0 and True are equal, but a function may treat them differently.

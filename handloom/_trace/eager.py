@@ -1,4 +1,4 @@
-"""Whether steps run eagerly."""
+"""`hl.run_eagerly`."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from handloom.errors import ArgumentError
 _eager = Switch(False)
 
 runs_eagerly = _eager.get
-"""Whether steps that this thread runs are run eagerly."""
+"""Whether steps run eagerly in the caller's context."""
 
 eagerly = _eager.here
-"""Steps that this thread runs inside run eagerly, or are compiled."""
+"""Makes the steps of a block of this thread run eagerly, or compiled."""
 
 
 def run_eagerly(value: bool) -> contextlib.AbstractContextManager[None]:
     """Makes every step and compiled function run eagerly from now on, so that `print` and `pdb` work in it.
 
     Args:
-        value: `True` to run eagerly, `False` to compile again.
+        value: `True` to run eagerly, `False` to compile.
 
     Returns:
-        A context manager, for a block: inside, the same holds for this thread only; outside, what held before.
+        A context manager. If it is used, the setting holds only inside its block, and only for this thread.
 
     Raises:
-        ArgumentError: If it is neither.
+        ArgumentError: `value` is neither `True` nor `False`.
 
     Example:
-        `hl.run_eagerly(True)` until further notice, or `with hl.run_eagerly(True): ...` for a block.
+        `hl.run_eagerly(True)` for the whole process, or `with hl.run_eagerly(True): ...` for a block.
     """
     if not isinstance(value, bool):
         raise ArgumentError(f"HL002: hl.run_eagerly takes True or False; received {value!r}.")

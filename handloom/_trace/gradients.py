@@ -1,6 +1,6 @@
-"""Gradients: of any function, with respect to arguments or variables, nested at will.
+"""Gradients of any function with respect to arguments or variables, nested at will.
 
-This module knows arguments and structure; the arithmetic is the backend's.
+This module handles arguments and structure; the backend does the arithmetic.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import optree
 
 from handloom._keras import Tensor, Variable, get_keras_mask, keras, layers_of, set_keras_mask
 from handloom._trace.observe import building, tell
+from handloom._trace.structure import Structure
 from handloom.backends import backend
 from handloom.errors import GradientError
 
@@ -21,7 +22,7 @@ Wrt: TypeAlias = Any
 """A position, a tuple of positions, or Keras variables: a variable, a layer, or a list, tuple or dict of these."""
 
 
-# Not of its module too: AutoGraph would take what stands here for the user's code, and convert it.
+# Without `__module__`: AutoGraph would take the function for the user's code, and convert it.
 _named_as = functools.partial(functools.wraps, assigned=("__name__", "__qualname__", "__doc__"), updated=())
 
 
@@ -29,21 +30,21 @@ def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = Fals
     """Makes a function that computes the value of `fn` and its gradients.
 
     Args:
-        fn: Returns a scalar floating-point tensor, or with `has_aux` a pair of that and anything else. It may read
-            and write variables; what it writes is written exactly once.
-        wrt: What to differentiate with respect to. A position in `fn`'s arguments or a tuple of positions (the
-            arguments there are tensors, NumPy arrays, Python floats, Keras variables, or structures of these), or
-            Keras variables: one variable, a layer or model (for its trainable variables), or a list, tuple or dict
-            of these.
-        has_aux: Whether `fn` returns a pair, of which only the first is differentiated.
+        fn: Returns a scalar floating-point tensor, or, with `has_aux`, a pair of that and anything else. It may read
+            and write variables; each of its updates happens exactly once.
+        wrt: The sources to differentiate with respect to: a position in `fn`'s arguments or a tuple of positions (of
+            tensors, NumPy arrays, Python floats, Keras variables, or structures of these), or Keras variables: one
+            variable, a layer or model (its trainable variables), or a list, tuple or dict of these.
+        has_aux: Whether `fn` returns a pair, whose first part alone is differentiated.
 
     Returns:
         A function of `fn`'s arguments that returns `(value, gradients)`, or `((value, aux), gradients)`. Gradients
-        mirror `wrt`: each has the shape and dtype of its source, a layer's are a list in the order of
-        `layer.trainable_variables`, and what does not reach the value through differentiable operations has `None`.
+        mirror `wrt`: each has the shape and dtype of its source; those of a layer are a list in the order of
+        `layer.trainable_variables`; a source that does not reach the value through differentiable operations has the
+        gradient `None`.
 
     Raises:
-        GradientError: If the value is not a floating-point scalar, or a source cannot be differentiated.
+        GradientError: The value is not a floating-point scalar, or a source cannot be differentiated.
 
     Example:
         `loss, gradients = hl.value_and_grad(lambda: loss_fn(y, model(x)), wrt=model)()`
@@ -99,11 +100,11 @@ def jacobian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
         wrt: As for `hl.value_and_grad`.
 
     Returns:
-        A function of `fn`'s arguments. What it returns mirrors `wrt`; each derivative has the shape of the value
-        followed by that of its source, or is `None`.
+        A function of `fn`'s arguments whose result mirrors `wrt`. Each derivative has the shape of the value followed
+        by the shape of its source, or is `None`.
 
     Raises:
-        GradientError: If the value is not a floating-point tensor, or a source cannot be differentiated.
+        GradientError: The value is not a floating-point tensor, or a source cannot be differentiated.
     """
 
     @_named_as(fn)
@@ -127,9 +128,9 @@ def hessian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
         wrt: As for `hl.value_and_grad`.
 
     Returns:
-        A function of `fn`'s arguments. What it returns mirrors `wrt` twice, first for the gradient and inside for
-        its derivative: for two scalars `[[d2/dada, d2/dadb], [d2/dbda, d2/dbdb]]`. Each has the shape of the one
-        source followed by that of the other, or is `None` where the gradient does not depend on the source.
+        A function of `fn`'s arguments whose result mirrors `wrt` twice, outside for the gradient and inside for its
+        derivative: for two scalars `[[d2/dada, d2/dadb], [d2/dbda, d2/dbdb]]`. Each has the shape of one source
+        followed by the shape of the other, or is `None` if the gradient does not depend on the source.
 
     Raises:
         GradientError: As `hl.value_and_grad`.
@@ -163,10 +164,10 @@ def gradients_of(fn: Callable[[], tuple[Tensor, Any]], variables: list[Variable]
 
     Args:
         fn: Returns a scalar and anything else.
-        variables: What to differentiate with respect to.
+        variables: The variables to differentiate with respect to.
 
     Returns:
-        What else `fn` returned, and the gradients, in the forms that the backend gives them.
+        The second result of `fn`, and the gradients, in the backend's own forms.
     """
     rest = _Rest()
 
@@ -185,10 +186,10 @@ def gradients_of_each(
 
     Args:
         fn: Returns a list of scalars and anything else.
-        variables: What to differentiate with respect to.
+        variables: The variables to differentiate with respect to.
 
     Returns:
-        What else `fn` returned, and for each scalar a list of gradients.
+        The second result of `fn`, and for each scalar a list of gradients.
     """
     rest = _Rest()
 
@@ -207,8 +208,8 @@ class _Positions:
         for position in positions:
             if not -len(args) <= position < len(args):
                 raise GradientError(
-                    f"HL112: wrt={position} asks for an argument that {_name(fn)} was not given: it was called with "
-                    f"{len(args)} positional argument(s). Pass it by position, or choose one of 0 to {len(args) - 1}.",
+                    f"HL112: wrt={position}, but {_name(fn)} was called with {len(args)} positional argument(s).",
+                    fix=f"Pass the argument by position, or choose one of 0 to {len(args) - 1}.",
                 )
         self._positions = [position % len(args) for position in positions]
         self._single = single
@@ -222,7 +223,7 @@ class _Positions:
         _check_distinct(self.variables)
 
     def arguments(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """The function's arguments, with stand-ins for the tensors. A variable stays itself."""
+        """The arguments of the function, with these tensors as sources. Variables stay themselves."""
         args = list(self._args)
         replaced = self._filled(tensors, self.variables)
         for position, argument in zip(self._positions, replaced, strict=True):
@@ -280,10 +281,10 @@ def _is_position(wrt: Wrt) -> bool:
 
 
 def variables_of(wrt: Wrt) -> list[Variable]:
-    """The distinct variables in `wrt`, in order; for a layer its trainable ones.
+    """The distinct variables in `wrt`, in order; for a layer its trainable variables.
 
     Raises:
-        GradientError: If there is anything else in it, or nothing to train.
+        GradientError: `wrt` contains anything else, or nothing to train.
     """
     variables: dict[int, Variable] = {}
     for leaf in keras.tree.flatten(wrt):
@@ -293,20 +294,21 @@ def variables_of(wrt: Wrt) -> list[Variable]:
             variables[id(leaf)] = leaf
         else:
             raise GradientError(
-                f"HL113: wrt takes positions of arguments (an int or a tuple of ints), or Keras variables: a variable, a "
-                f"layer or model, or a list, tuple or dict of these. Received {leaf!r} (of type "
-                f"{type(leaf).__name__}) in it.",
+                "HL113: wrt takes positions of arguments (an int or a tuple of ints), or Keras variables: a variable, "
+                "a layer or model, or a list, tuple or dict of these; "
+                f"received {leaf!r} (of type {type(leaf).__name__}) in it.",
             )
     if not variables:
         raise GradientError(
-            f"HL114: There is nothing to differentiate with respect to: wrt={wrt!r} has no trainable variables. A layer has "
-            "none before it is built (call it once on data), nor where it is frozen (layer.trainable = True thaws it).",
+            f"HL114: There is nothing to differentiate with respect to: wrt={wrt!r} has no trainable variables.",
+            "A layer has none before it is built, or while it is frozen.",
+            "Call it once on data, or set layer.trainable = True.",
         )
     return list(variables.values())
 
 
 def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
-    """Has `fn()` build those of its layers that are in `wrt` and have no variables yet."""
+    """Runs `fn()` on shapes alone if layers in `wrt` are not built yet."""
     layers = [leaf for leaf in keras.tree.flatten(wrt) if isinstance(leaf, keras.Layer)]
     if any(not inner.built for layer in layers for inner in layers_of(layer)):
         with building():
@@ -314,61 +316,60 @@ def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
 
 
 class _Rest:
-    """What a function returns besides its value: tensors and their masks go through the backend, the rest around it."""
+    """Auxiliary results of a function: tensors and their masks go through the backend, everything else around it."""
 
     def put(self, aux: Any) -> list[Tensor]:
-        leaves, self._structure = optree.tree_flatten(aux)
-        self._leaves = [None if backend.is_array(leaf) else leaf for leaf in leaves]
-        self._through = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
-        masks = [get_keras_mask(leaves[index]) for index in self._through]
-        self._masked = [index for index, mask in zip(self._through, masks, strict=True) if mask is not None]
-        tensors = [keras.ops.convert_to_tensor(leaves[index]) for index in self._through]
+        self._structure = Structure(aux)
+        masks = [get_keras_mask(tensor) for tensor in self._structure.tensors]
+        self._has_mask = [mask is not None for mask in masks]
+        tensors = list(map(keras.ops.convert_to_tensor, self._structure.tensors))
         return tensors + [mask for mask in masks if mask is not None]
 
-    def get(self, tensors: Sequence[Tensor]) -> Any:
-        count = len(self._through)
-        for index, tensor in zip(self._through, tensors[:count], strict=True):
-            self._leaves[index] = tensor
-        for index, mask in zip(self._masked, tensors[count:], strict=True):
-            set_keras_mask(self._leaves[index], mask)
-        return optree.tree_unflatten(self._structure, self._leaves)
+    def get(self, found: Sequence[Tensor]) -> Any:
+        tensors, masks = found[: len(self._has_mask)], iter(found[len(self._has_mask) :])
+        for tensor, has_mask in zip(tensors, self._has_mask, strict=True):
+            if has_mask:
+                set_keras_mask(tensor, next(masks))
+        return self._structure.filled(tensors)
 
 
 def _split(result: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
         raise GradientError(
             "HL115: With has_aux=True the function must return a pair (value, aux); "
-            f"received {type(result).__name__}: {_described(result)}.",
+            f"it returned {_described(result)} (of type {type(result).__name__}).",
         )
     return result
 
 
 def vector(value: Any) -> Tensor:
-    """What a function with several losses returned, as a tensor of shape `(losses,)`.
+    """The result of a function with several losses, as a tensor of shape `(losses,)`.
 
     Raises:
-        GradientError: If it is no such floating-point tensor.
+        GradientError: It is not a floating-point tensor of that shape.
     """
     value = _floating(value)
     if len(value.shape) != 1:
         raise GradientError(
-            "HL116: An optimizer that looks at several losses (PCGrad) needs them as one vector, keras.ops.stack([a, b]); the "
-            f"function returned a tensor of shape {tuple(value.shape)}.",
+            "HL116: An optimizer of several losses (PCGrad) needs them as one vector; the function returned a tensor "
+            f"of shape {tuple(value.shape)}.",
+            fix="Return keras.ops.stack([a, b]).",
         )
     return value
 
 
 def scalar(value: Any) -> Tensor:
-    """What a function to differentiate returned, as a tensor.
+    """The result of a function to differentiate, as a tensor.
 
     Raises:
-        GradientError: If it is no floating-point scalar.
+        GradientError: It is not a floating-point scalar.
     """
     value = _floating(value)
     if len(value.shape):
         raise GradientError(
-            f"HL117: A gradient is taken of a scalar; the function returned a tensor of shape {tuple(value.shape)}. Reduce "
-            "it, for example with keras.ops.sum or keras.ops.mean; for all derivatives of a tensor use hl.jacobian.",
+            f"HL117: A gradient is taken of a scalar; the function returned a tensor of shape {tuple(value.shape)}.",
+            fix="Reduce it, for example with keras.ops.sum or keras.ops.mean; for all derivatives of a tensor, use "
+            "hl.jacobian.",
         )
     return value
 
@@ -377,14 +378,14 @@ def _floating(value: Any) -> Tensor:
     if not (backend.is_array(value) or isinstance(value, (int, float, keras.Variable))):
         raise GradientError(
             "HL118: The function to differentiate must return a floating-point tensor; it returned "
-            f"{_described(value)} (of type {type(value).__name__})."
-            + (" To return more than the value, use has_aux=True." if isinstance(value, (tuple, dict)) else ""),
+            f"{_described(value)} (of type {type(value).__name__}).",
+            fix="To return more than the value, use has_aux=True." if isinstance(value, (tuple, dict)) else "",
         )
     value = keras.ops.convert_to_tensor(value, dtype=keras.config.floatx() if isinstance(value, int) else None)
     if not keras.backend.is_float_dtype(value.dtype):
         raise GradientError(
             "HL119: The function to differentiate must return a floating-point tensor; it returned one of dtype "
-            f"{keras.backend.standardize_dtype(value.dtype)}, through which no gradient flows.",
+            f"{keras.backend.standardize_dtype(value.dtype)}, which has no gradient.",
         )
     return value
 
@@ -394,21 +395,23 @@ def _source_tensor(leaf: Any, fn: Callable[..., Any]) -> Tensor:
         return keras.ops.convert_to_tensor(leaf, dtype=keras.config.floatx())
     if not backend.is_array(leaf):
         raise GradientError(
-            f"HL120: {_name(fn)} is to be differentiated with respect to an argument that is no tensor, array or float: "
-            f"{leaf!r} (of type {type(leaf).__name__})." + (f" Pass {float(leaf)}." if isinstance(leaf, int) else ""),
+            f"HL120: {_name(fn)} cannot be differentiated with respect to an argument that is not a tensor, array "
+            f"or float: {leaf!r} (of type {type(leaf).__name__}).",
+            fix=f"Pass {float(leaf)}." if isinstance(leaf, int) else "",
         )
     tensor = keras.ops.convert_to_tensor(backend.to_tensor(leaf))
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     if not keras.backend.is_float_dtype(dtype):
         raise GradientError(
-            f"HL121: {_name(fn)} is to be differentiated with respect to an argument of dtype {dtype}; only floating-point "
-            f"arguments have gradients. Convert it first: keras.ops.cast(x, {keras.config.floatx()!r}).",
+            f"HL121: {_name(fn)} cannot be differentiated with respect to an argument of dtype {dtype}.",
+            "Only floating-point arguments have gradients.",
+            f"Convert it first: keras.ops.cast(x, {keras.config.floatx()!r}).",
         )
     return tensor
 
 
 def _with_tensors(argument: Any) -> Any:
-    """An argument that is not differentiated, its arrays as tensors: then it goes with what is."""
+    """An argument that is not differentiated, with tensors for arrays, as differentiated arguments have."""
 
     def converted(leaf: Any) -> Any:
         return keras.ops.convert_to_tensor(backend.to_tensor(leaf)) if isinstance(leaf, np.ndarray) else leaf
@@ -419,9 +422,7 @@ def _with_tensors(argument: Any) -> Any:
 def _check_distinct(variables: Sequence[Variable]) -> None:
     if len({id(variable) for variable in variables}) < len(variables):
         names = [variable.path for variable in variables]
-        raise GradientError(
-            f"HL122: One variable was passed as two arguments to differentiate with respect to: {names}."
-        )
+        raise GradientError(f"HL122: wrt names two arguments that are the same variable: {names}.")
 
 
 def _name(fn: Callable[..., Any]) -> str:

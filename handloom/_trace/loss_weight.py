@@ -1,4 +1,4 @@
-"""How much a step's batch counts: what accumulated gradients are weighted by."""
+"""The weight of a step's batch, by which gradient accumulation weights its gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from handloom._keras import Tensor
 
 Weight: TypeAlias = "Tensor | float"
-"""A number, or a scalar tensor; `SUM` for a loss that is divided by nothing."""
+"""A number, or a scalar tensor; `SUM` for a loss that is a sum."""
 
 SUM = "sum"
 
@@ -24,7 +24,7 @@ _here = _Here()
 
 @contextlib.contextmanager
 def step_weight(weight: Weight) -> Iterator[None]:
-    """Within, a gradient counts this much: the examples in the batch, or the denominator of its loss."""
+    """Sets the weight of gradients for a block: the examples in the batch, or the denominator of the loss."""
     before, _here.weight = _here.weight, weight
     try:
         yield
@@ -33,5 +33,5 @@ def step_weight(weight: Weight) -> Iterator[None]:
 
 
 def weight_of_step() -> Weight:
-    """How much a gradient counts here; 1 where nobody said."""
+    """The weight of gradients in the caller's block; 1 if none was set."""
     return _here.weight

@@ -1,4 +1,4 @@
-"""The losses of a step: what they were divided by, and which of them nobody counted."""
+"""The losses of a step: their denominators, and the added losses and regularizers that none of them includes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ops = keras.ops
 
 
 class Denominator(NamedTuple):
-    """What a loss was divided by.
+    """The number that a loss was divided by.
 
     Attributes:
         by: `"examples"`, `"mask"`, `"weights"`, or `"nothing"` for a sum.
@@ -25,15 +25,15 @@ class Denominator(NamedTuple):
 
 
 class Denominators(Observer):
-    """What the Keras losses that were computed were divided by.
+    """Observes the denominators of the Keras losses of a step.
 
     Attributes:
-        losses: The losses that were minimized, or computed by a model's `compute_loss`.
+        losses: The losses that the step minimized, or computed by a model's `compute_loss`.
     """
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
-        # By id, with the tensor: an id is its own only as long as it lives.
+        # By id, with the tensor: an id belongs to it only as long as it lives.
         self._known: dict[int, tuple[Tensor, Denominator]] = {}
         self._sums_of_masks: dict[int, tuple[Any, Tensor]] = {}
 
@@ -43,7 +43,7 @@ class Denominators(Observer):
             self._known[id(value)] = value, denominator
 
     def add(self, loss: Tensor, divided_by: Sequence[Denominator]) -> None:
-        """Takes note of a loss of the step, and of the different numbers that its parts were divided by."""
+        """Records a loss of the step with the denominators of its parts."""
         self.losses.append(loss)
         if len(divided_by) == 1:
             self._known[id(loss)] = loss, divided_by[0]
@@ -53,7 +53,7 @@ class Denominators(Observer):
         return any(value is loss for loss in self.losses)
 
     def of(self, loss: Any) -> Denominator | None:
-        """What this loss was divided by, if that is known."""
+        """The denominator of a loss, if it is known."""
         return self._known[id(loss)][1] if id(loss) in self._known else None
 
     def distinct(self) -> list[Denominator]:
@@ -72,7 +72,7 @@ class Denominators(Observer):
         if mask is None:
             shape = tuple(getattr(keras.tree.flatten(y_pred)[0], "shape", ()))
             return Denominator("examples", shape[0]) if shape else None
-        if id(mask) not in self._sums_of_masks:  # One number for all the losses under one mask.
+        if id(mask) not in self._sums_of_masks:  # All losses under one mask share this tensor.
             self._sums_of_masks[id(mask)] = mask, ops.sum(ops.cast(mask, keras.config.floatx()))
         return Denominator("mask", self._sums_of_masks[id(mask)][1])
 
@@ -82,14 +82,14 @@ def _identity(value: Weight) -> Any:
 
 
 def note_loss(loss: Tensor, divided_by: Sequence[Denominator]) -> None:
-    """Tells the loss, or the step, that runs here of a loss of its own; see `Denominators.add`."""
+    """Records a loss of the step that runs here; see `Denominators.add`."""
     denominators = innermost(Denominators)
     if denominators is not None:
         denominators.add(loss, divided_by)
 
 
 class UncountedLosses(Observer):
-    """Which added losses and regularizers are in no loss of a step that trains."""
+    """Observes which added losses and regularizers a step trains without."""
 
     def __init__(self) -> None:
         self._added: dict[int, Layer] = {}
@@ -106,11 +106,11 @@ class UncountedLosses(Observer):
         self._updated.update((id(variable), variable) for variable in variables)
 
     def count(self, *items: Layer | Variable) -> None:
-        """The losses of these are in a loss."""
+        """Records that a loss includes the added losses and regularizers of these."""
         self._counted.update(map(id, items))
 
     def descriptions(self) -> list[str]:
-        """What is in no loss, in words; nothing, unless an optimizer was applied."""
+        """Descriptions of what no loss includes; empty if the step applied no optimizer."""
         if not self._updated:
             return []
         layers = [layer for key, layer in self._added.items() if key not in self._counted]
@@ -122,14 +122,13 @@ class UncountedLosses(Observer):
 
 
 class OwnLosses(Observer):
-    """What a loss function leaves out of the losses that belong to its variables and layers.
+    """Observes which added losses and regularizers of trained variables a loss function does not include itself.
 
-    Reading `layer.losses`, as `Model.compute_loss` and many a loss written by hand do, means that the function takes
-    care of that layer's losses itself.
+    A function that reads `layer.losses`, as `Model.compute_loss` does, includes the losses of that layer itself.
 
     Args:
-        variables: What is trained.
-        layers: The layers among it.
+        variables: The trained variables.
+        layers: The trained layers.
     """
 
     def __init__(self, variables: list[Variable], layers: list[Layer]) -> None:
@@ -148,7 +147,7 @@ class OwnLosses(Observer):
         self._regularized.update(id(variable) for inner in read for variable in inner.trainable_variables)
 
     def left_out(self) -> list[Tensor]:
-        """The regularization and added losses that the function did not read itself; they now count."""
+        """The regularization and added losses that the function did not include; the caller adds them."""
         step = innermost(UncountedLosses)
         if step is not None:
             step.count(*self._variables, *(layer for layer, _ in self._added))

@@ -1,7 +1,7 @@
-"""What happens inside Keras while a function is traced, or a step runs: the one place that watches.
+"""Observers of Keras while a function is traced or a step runs.
 
-Nobody registers variables, metrics or losses with Handloom, so it looks on. Inside `with observing(observer)` the
-methods below are called, for what happens in this thread only.
+Users register no variables, metrics or losses with Handloom, so it observes Keras. Inside `with observing(observer)`,
+Keras calls the methods below for everything that happens in this thread. No other module watches Keras.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ T = TypeVar("T")
 
 
 class Observer:
-    """Is told what happens inside Keras; by default it does nothing.
+    """Methods that are called when something happens inside Keras; by default they do nothing.
 
     Attributes:
-        sees_building: Whether it is also told of what happens while a function runs only to build its layers.
+        sees_building: Whether they are called, too, while a function runs only to build its layers.
     """
 
     sees_building = False
 
     def created(self, variable: Variable) -> None:
-        """A variable is about to be made."""
+        """A variable is about to be created."""
 
     def read(self, variable: Variable) -> None:
         """The value of a variable is about to be read."""
@@ -41,20 +41,20 @@ class Observer:
         """The state of a metric is about to be updated."""
 
     def metric_result(self, metric: keras.Metric, result: Any) -> Any:
-        """A metric has given its result; returns what the caller is to have in its place."""
+        """A metric has returned its result; returns the result for the caller."""
         return result
 
     def loss_called(self, loss: keras.Loss, value: Tensor, y_pred: Any, sample_weight: Any) -> None:
         """A Keras loss has been computed."""
 
     def loss_added(self, layer: Layer, loss: Any) -> None:
-        """A layer has added a loss, or several."""
+        """A layer has added one loss or several."""
 
     def losses_read(self, layer: Layer) -> None:
         """The losses of a layer, and of those inside it, are about to be read."""
 
     def layer_called(self, layer: Layer, outputs: Any) -> None:
-        """A layer that no other layer called has given its outputs."""
+        """A layer that no other layer called has returned its outputs."""
 
     def differentiated(self, value: Tensor) -> None:
         """A value has been differentiated."""
@@ -63,7 +63,7 @@ class Observer:
         """An optimizer is about to update variables."""
 
     def accumulated(self, optimizer: keras.Optimizer) -> None:
-        """An optimizer has added gradients to those of the steps before."""
+        """An optimizer has added gradients to those of earlier steps."""
 
 
 _observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
@@ -72,14 +72,14 @@ _calls: ContextVar[int] = ContextVar("calls", default=0)
 
 @contextlib.contextmanager
 def observing(*observers: Observer) -> Iterator[None]:
-    """Tells observers what happens inside; those of an enclosing block too."""
+    """Calls observers for a block, along with those of enclosing blocks."""
     with _PATCH, _observed_by((*_observers.get(), *observers)):
         yield
 
 
 @contextlib.contextmanager
 def building() -> Iterator[None]:
-    """Where a function runs only to build its layers: most observers are told nothing."""
+    """A block in which a function runs only to build its layers: most observers are not called."""
     with _observed_by(tuple(observer for observer in _observers.get() if observer.sees_building)):
         yield
 
@@ -94,7 +94,7 @@ def _observed_by(observers: tuple[Observer, ...]) -> Iterator[None]:
 
 
 def innermost(kind: type[T]) -> T | None:
-    """The observer of a kind that began last, if there is one."""
+    """The observer of a class that was added last; `None` if there is none."""
     return next((observer for observer in reversed(_observers.get()) if isinstance(observer, kind)), None)
 
 
@@ -105,17 +105,17 @@ def tell(event: str, *about: Any) -> None:
 
 
 class OwnVariable(keras.Variable):
-    """A variable that Handloom keeps for itself. It may be made at any time, by whoever."""
+    """A variable that belongs to Handloom. It may be created at any time."""
 
 
 class VariableUse(Observer):
-    """The Keras variables that are made, read and assigned; of Handloom's own only that they are known.
+    """Observes which Keras variables are created, read and assigned.
 
     Attributes:
-        made: Those created, in order.
-        known: Those read or assigned, by id, Handloom's own among them.
-        touched: The others among these.
-        written: Those assigned; not what an optimizer updates in place, which on some backends it does.
+        made: The variables created, in order, without Handloom's own.
+        known: The variables read or assigned, by id, with Handloom's own.
+        touched: The same without Handloom's own.
+        written: The variables assigned, without Handloom's own and without those that an optimizer updates in place.
     """
 
     sees_building = True
@@ -154,7 +154,7 @@ class _FirstValues(Observer):
 
 @contextlib.contextmanager
 def assignments_undone() -> Iterator[None]:
-    """Variables that are assigned inside have their values back after."""
+    """Restores the variables that are assigned inside the block."""
     first = _FirstValues()
     with observing(first):
         yield
@@ -162,7 +162,7 @@ def assignments_undone() -> Iterator[None]:
         variable.assign(value)
 
 
-# ------------------------------------------------------------------ what is replaced in Keras
+# ------------------------------------------------------------------ replacements of methods of Keras
 
 
 def _creation(original: Callable[..., None]) -> Callable[..., None]:
@@ -178,19 +178,19 @@ def _creation(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _is_known(value: Any) -> bool:
-    """Whether the first value of a variable is made of numbers and NumPy arrays."""
+    """Whether the first value of a variable consists of numbers and NumPy arrays."""
     kinds = (np.ndarray, np.generic, bool, int, float, complex)
     return all(isinstance(leaf, kinds) for leaf in keras.tree.flatten(value))
 
 
 def _as_initializer(value: Any, dtype: Any) -> tuple[tuple[int, ...], Any, Callable[..., Tensor]]:
-    """Shape, dtype and initializer for a known value: Keras makes variables in a trace from initializers only."""
+    """Shape, dtype and initializer for a known value: in a trace, Keras creates variables from initializers only."""
     convert = keras.ops.convert_to_tensor
     return np.shape(value), dtype or convert(value).dtype, lambda _, dtype: convert(value, dtype=dtype)
 
 
 def _telling_before(event: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Replaces a method, or the getter of a property, by one that tells of its object before it runs."""
+    """Replaces a method, or the getter of a property, by one that first calls the observers with its object."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -264,7 +264,7 @@ _PATCH = Patch(
     (keras.Variable, "__init__", _creation),
     (keras.Variable, "value", _telling_before("read")),
     (keras.Variable, "assign", _telling_before("assigned")),
-    # Subclasses define update_state and result themselves; the look-up of attributes they all share.
+    # Subclasses override update_state and result, but all share the look-up of attributes.
     (keras.Metric, "__getattribute__", _metric_attribute),
     (keras.Loss, "__call__", _loss_call),
     (keras.Layer, "add_loss", _adding_loss),

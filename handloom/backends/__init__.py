@@ -1,4 +1,4 @@
-"""The one place that looks at which backend Keras runs on."""
+"""The backend that Keras runs on; no other module looks it up."""
 
 import importlib
 

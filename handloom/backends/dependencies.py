@@ -1,4 +1,4 @@
-"""What depends on what in a traced program, whatever its nodes are: see `Backend.marked`."""
+"""Dependencies between marked tensors of a traced program; see `Backend.marked`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import TypeVar
 
 Node = TypeVar("Node", bound=Hashable)
 
-_INPUT, _END = "", "\0"  # No marks have these names.
+_INPUT, _END = "", "\0"  # Names that no mark has.
 
 
 class Dependencies:
-    """Which marked tensors of a program reach which others.
+    """Which marked tensors of a program depend on which others.
 
     Args:
-        marks: Pairs of a name and a node. One name may be given to several nodes.
-        inputs: The nodes of the program's arguments, its variables left out.
-        following: Gives the nodes that use what a node computes.
-        is_end: Whether what a node computes is returned by the program, or left behind somewhere.
+        marks: Pairs of a name and a node. Several nodes may have the same name.
+        inputs: The nodes of the program's arguments, without its variables.
+        following: Returns the nodes that use the result of a node.
+        is_end: Whether the program returns the result of a node, or writes it somewhere.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class Dependencies:
 
     @property
     def unused(self) -> list[str]:
-        """The marks on which nothing depends that the program returns or leaves behind."""
+        """The marks on which no result and no write of the program depends."""
         return [name for name in self._next if name != _INPUT and _END not in self._reached_from(name)]
 
     def depend_on(self, earlier: Iterable[str]) -> set[str]:
-        """The marks that depend on one of some others."""
+        """The marks that depend on one of these."""
         return set().union(*(self._reached_from(name) for name in earlier if name in self._next))
 
     def depend_on_arguments(self, *, not_through: Iterable[str]) -> set[str]:
-        """The marks that depend on the program's arguments in another way than through some others."""
+        """The marks that depend on the program's arguments on a path without any of these."""
         return self._reached_from(_INPUT, set(not_through))
 
     def _reached_from(self, name: str, without: Iterable[str] = ()) -> set[str]:
@@ -60,7 +60,7 @@ class Dependencies:
 def _first_marks(
     node: Node, names: dict[Node, str], following: Callable[[Node], Iterable[Node]], is_end: Callable[[Node], bool]
 ) -> set[str]:
-    """The marks that a way from a node meets first, and whether one leads to an end before it meets any."""
+    """The first marks on each path from a node, and the end for a path that has no mark."""
     found: set[str] = set()
     seen, waiting = {node}, [node]
     while waiting:

@@ -1,4 +1,4 @@
-"""One compiled version of a step, its state in the open."""
+"""Programs: compiled versions of a step, whose variables are known."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Step: TypeAlias = Callable[..., Sequence[Tensor]]
 """Takes tensors and returns tensors; reads and writes any variables."""
 
 Fused: TypeAlias = Callable[[Sequence[Sequence[Tensor]]], Sequence[Tensor]]
-"""Runs a program once on each of several sets of tensors; returns the results of the last."""
+"""Runs a program once on each of several sets of tensors; returns the results of the last run."""
 
 
 class Untraceable(Exception):
-    """Raised where something cannot be compiled on this backend but may run eagerly; its text is the reason."""
+    """Something cannot be compiled on this backend but can run eagerly; the text says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one run takes, as far as the compiler tells; else `None`.
+    """The cost of one run; `None` for what the compiler does not tell.
 
     Attributes:
         flops: Floating-point operations.
         bytes: Bytes read from and written to memory.
-        peak_bytes: The most memory used at a time: arguments, results and what is in between.
+        peak_bytes: Peak memory: arguments, results and intermediate values.
     """
 
     flops: float | None = None
@@ -42,7 +42,7 @@ class Program(abc.ABC):
     Attributes:
         written: The variables that it assigns.
         read: The variables that it only reads.
-        dependencies: What depends on what in it.
+        dependencies: The dependencies between its marked tensors.
     """
 
     written: tuple[Variable, ...]
@@ -51,16 +51,16 @@ class Program(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Runs it once: reads the variables' present values, writes the new ones, returns the results.
+        """Runs once: reads the values of the variables, writes their new values, returns the results.
 
-        An exception, an interrupt included, leaves every variable with either its old or its new value.
+        After an exception or an interrupt, each variable has either its old or its new value.
         """
 
     @abc.abstractmethod
     def pure(
         self, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Runs it once on other values than its variables have; no variable and no argument changes.
+        """Runs once on given values in place of the variables'; no variable and no argument changes.
 
         Args:
             written: A value for each variable in `written`.
@@ -72,21 +72,21 @@ class Program(abc.ABC):
         """
 
     def fused(self, steps: int, how: str = "auto") -> Fused | None:
-        """Several runs in one dispatch, with the numbers of as many single ones.
+        """Compiles several runs into one dispatch, with the same results.
 
         Args:
-            steps: How many.
-            how: `"rolled"`, as a loop; `"unrolled"`, written out; `"auto"` for what is usually faster.
+            steps: The number of runs.
+            how: `"rolled"` for a loop; `"unrolled"` for its body repeated; `"auto"` for the one that is usually faster.
 
         Returns:
-            What runs it on so many sets of tensors, alike in shapes and dtypes; `None` where nothing is gained.
+            A function of so many sets of tensors of the same shapes and dtypes; `None` if the backend has none.
 
         Raises:
-            Untraceable: If such tensors can be taken only one set after the other.
+            Untraceable: The tensors cannot be stacked.
         """
-        del steps, how  # By default nothing is gained.
+        del steps, how
         return None
 
     def cost(self) -> Cost:
-        """What one run takes."""
+        """The cost of one run."""
         return Cost()

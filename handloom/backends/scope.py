@@ -1,7 +1,7 @@
-"""Variable values during one trace.
+"""Values of variables during a trace.
 
-Internals used: of Keras's `StatelessScope`, which it exports, how variables ask it (`get_current_value`) and tell it
-(`add_update`), its `state_mapping` and its `original_scope`, the scope around it.
+Internals used: the methods of Keras's public `StatelessScope` by which variables read and write their values
+(`get_current_value`, `add_update`), its `state_mapping`, and `original_scope`, the scope around it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ Reader = Callable[[Variable], Tensor]
 
 
 class Scope(keras.StatelessScope):
-    """Keeps what a traced function reads and writes of variables apart from the variables themselves.
+    """Holds the values of variables that a traced function reads and writes, in place of the variables.
 
-    Keras asks only the innermost scope, and takes `None` for "not mine". This one never answers `None`:
-    what it does not hold, it asks of the scope around it. Hence scopes nest, and a regularizer finds the weight
-    that is being differentiated.
+    Keras asks only the innermost scope for a value, and takes `None` for "unknown". This scope never returns `None`: it
+    asks the scope around it. So scopes nest, and a regularizer finds the weight that is being differentiated.
 
     Args:
-        bindings: Pairs (variable, value) that the scope holds from the start.
-        outer: Called for a variable that the scope does not hold; by default the scope that encloses this one
-            is asked, and outside of all scopes the variable itself.
-        creates: Whether variables created inside are initialized when the scope closes, if it is the
-            outermost. Only a scope that closes outside of any trace may do so.
+        bindings: Initial pairs (variable, value).
+        outer: Called for a variable that the scope does not hold. By default it reads the enclosing scope, or,
+            outside of all scopes, the variable.
+        creates: Whether the outermost scope initializes the variables created inside when it closes. Only a scope that
+            closes outside of any trace may do so.
 
     Attributes:
         incomplete: Whether a variable was read, in the outermost scope, that was created inside and has no value
-            before the scope closes. What was computed then has the right shapes but not the right values.
+            until the scope closes. The results then have the right shapes but not the right values.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Scope(keras.StatelessScope):
 
     @property
     def written(self) -> list[Variable]:
-        """The variables assigned inside, in the order of their first assignment."""
+        """The variables assigned inside, in the order of first assignment."""
         return list(self._written.values())
 
     def _enclosing(self, variable: Variable) -> Tensor:
@@ -74,10 +73,10 @@ class Scope(keras.StatelessScope):
 
 
 class Recorder:
-    """The outermost reader of a discovery: gives each variable's value, and remembers who asked for what.
+    """The outermost reader of a search for variables: records each variable that is read.
 
     Args:
-        read: Gives the value of a variable the first time it is asked for.
+        read: Returns the value of a variable when it is read for the first time.
     """
 
     def __init__(self, read: Reader) -> None:
@@ -94,13 +93,14 @@ class Recorder:
 
     @property
     def variables(self) -> list[Variable]:
-        """The variables asked for, in order."""
+        """The variables read, in order."""
         return list(self._variables.values())
 
 
 def refuse(variable: Variable) -> Tensor:
-    """The outermost reader of a program's own trace, when all its variables are known."""
+    """The outermost reader of a trace whose variables are all known."""
     raise VariableError(
-        f"HL103: The variable {variable.path!r} appeared only when the step was traced a second time. A step must use the "
-        "same variables each time it runs: create them, and the layers and optimizers that hold them, outside of it.",
+        f"HL103: The variable {variable.path!r} appeared only when the step was traced a second time.",
+        "A step must use the same variables each time it runs.",
+        "Create variables, and the layers and optimizers that own them, outside of the step.",
     )

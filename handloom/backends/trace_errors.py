@@ -1,4 +1,4 @@
-"""The errors of a trace, with the line of the user's that made it fail."""
+"""Errors of a trace, with the line of the user's code that failed."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ _TENSORFLOW = f"{os.sep}site-packages{os.sep}tensorflow{os.sep}"
 
 def needs_a_value(frames: Frames) -> TraceError:
     """The error for Python control flow over a tensor, or a tensor turned into a number, inside a trace."""
+    place = place_in(frames)
     return TraceError(
-        "HL104: A compiled step needs the value of a tensor while it is being compiled, when it has none yet:\n"
-        f"    {shown(place_in(frames))}\n"
-        "Use operations instead of Python here: keras.ops.cond or keras.ops.where for a branch, "
-        "keras.ops.while_loop or keras.ops.fori_loop for a loop, keras.ops.cast for a conversion. "
-        "To debug, run the step op by op: hl.run_eagerly(True).",
+        f"HL104: A compiled step uses the value of a tensor in Python ({shown(place)}).",
+        "Tensors have no values while a step is compiled.",
+        "Use operations instead: keras.ops.cond or keras.ops.where for a branch, keras.ops.while_loop or "
+        "keras.ops.fori_loop for a loop, keras.ops.cast for a conversion. To debug, run the step eagerly: "
+        "hl.run_eagerly(True).",
+        at=place,
     )
 
 
 def tensorflow_called(frames: Frames, backend: str) -> TraceError | None:
-    """The error for an operation of TensorFlow inside a trace of another backend, if that is what failed.
+    """The error for an operation of TensorFlow inside a trace of another backend; `None` if something else failed.
 
-    It takes tensors of others for data, and turns them into arrays.
+    Such an operation takes the tensors of other backends for data and converts them to arrays.
     """
     if not any(_TENSORFLOW in file for file, _ in frames):
         return None
+    place = place_in(frames)
     return TraceError(
-        f"HL105: A compiled step on {backend} calls TensorFlow, whose operations, TensorArray, sets and "
-        f"queues take tensors of TensorFlow alone:\n    {shown(place_in(frames))}\n"
-        "Use keras.ops in the step (a TensorArray is what keras.ops.scan gathers), do it in the data's own pipeline "
-        "(tf.data), or choose the backend: KERAS_BACKEND=tensorflow. To run the step op by op: hl.run_eagerly(True).",
+        f"HL105: A compiled step on {backend} calls TensorFlow ({shown(place)}).",
+        "Operations, TensorArrays, sets and queues of TensorFlow take tensors of TensorFlow only.",
+        "Use keras.ops in the step (keras.ops.scan in place of a TensorArray), move the call into the data pipeline "
+        "(tf.data), or choose the backend: KERAS_BACKEND=tensorflow. To run the step eagerly: hl.run_eagerly(True).",
+        at=place,
     )
 
 
@@ -48,7 +52,7 @@ _HAS_NO_DERIVATIVE = re.compile(
 
 @contextlib.contextmanager
 def naming_what_has_no_derivative(backend: str) -> Iterator[None]:
-    """Says of an operation that a framework cannot differentiate what to do about it."""
+    """Raises a clear error if the framework cannot differentiate an operation."""
     try:
         yield
     except (LookupError, RuntimeError) as error:  # NotImplementedError is one of the latter.
@@ -57,7 +61,7 @@ def naming_what_has_no_derivative(backend: str) -> Iterator[None]:
             raise
         [operation] = filter(None, found.groups())
         raise GradientError(
-            f"HL106: {backend} has no derivative of the operation {operation}. If no gradient is to flow "
-            "through it, put its inputs in keras.ops.stop_gradient; else give it one by keras.ops.custom_gradient, or "
-            "compute the value by other operations.",
+            f"HL106: {backend} has no derivative of the operation {operation}.",
+            fix="If no gradient should flow through it, wrap its inputs in keras.ops.stop_gradient; otherwise define "
+            "its gradient with keras.ops.custom_gradient, or use other operations.",
         ) from error

@@ -50,7 +50,7 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
         super().__init__(schedule, verbose)
         if not isinstance(every, Every) or every.seconds is not None:
             raise ArgumentError(
-                "HL751: LearningRateScheduler(every=...) takes hl.every(epochs=...) or hl.every(steps=...); "
+                "HL756: LearningRateScheduler(every=...) takes hl.every(epochs=...) or hl.every(steps=...); "
                 f"received {every!r}."
             )
         self.every, self.optimizer = every, optimizer
@@ -93,5 +93,5 @@ def _number(answer: Any) -> float:
         return float(keras.ops.convert_to_numpy(answer))
     except (TypeError, ValueError) as error:
         raise ArgumentError(
-            f"HL752: A schedule must return the learning rate as a number; it returned {answer!r}."
+            f"HL757: A schedule must return the learning rate as a number; it returned {answer!r}."
         ) from error

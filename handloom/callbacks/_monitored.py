@@ -57,7 +57,7 @@ class Monitored(Stateful, keras.callbacks.Callback):
 
     def _warn_of_missing(self, when: str, logs: Mapping[str, Any]) -> None:
         warn(
-            f"HL753: {type(self).__name__} watches {self.monitor!r}, which was reported {when}, so it does nothing.",
+            f"HL758: {type(self).__name__} watches {self.monitor!r}, which was reported {when}, so it does nothing.",
             fix=f"Choose a reported value with monitor=: {', '.join(map(repr, logs)) or 'there is none'}.",
         )
 

@@ -69,7 +69,7 @@ class LossFunction:
             result = backend.with_control_flow(self.function)()
             if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
                 raise GradientError(
-                    f"HL123: With has_aux=True the loss function returned {type(result).__name__}, not a pair.",
+                    f"HL125: With has_aux=True the loss function returned {type(result).__name__}, not a pair.",
                     fix="Return a pair: return loss, aux.",
                 )
             loss, aux = result if self.has_aux else (result, None)

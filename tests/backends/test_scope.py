@@ -145,7 +145,7 @@ def test_a_recorder_reads_each_variable_once_and_remembers_the_order():
 def test_a_variable_that_was_not_there_before_is_refused_by_name():
     variable = keras.Variable(1.0, name="late")
     with (
-        pytest.raises(VariableError, match=r"'late' appeared only when.*second time.*outside of it"),
+        pytest.raises(VariableError, match=r"'late' appeared only when.*second time.*outside of the step"),
         Scope(outer=refuse),
     ):
         variable.value  # noqa: B018

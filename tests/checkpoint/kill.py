@@ -14,7 +14,7 @@ from tests.checkpoint.common import Nth, install, is_of, save
 
 
 def killed_at(number, directory, step, keep, part=0.0):
-    """Saves in a process that is killed at its n-th call, or in the middle of it if it is a write; whether it survived."""
+    """Saves in a process that is killed at its n-th call, or in the middle of a write; returns whether it survived."""
     child = os.fork()
     if child == 0:
         install(Nth(number, lambda name, arguments: die(name, arguments, part)))

@@ -247,7 +247,7 @@ def test_a_step_with_the_signature_of_keras_on_jax_is_refused(name):
     step[name].__name__ = name
     model = type("Stateless", (hl.Model,), step)()
     run = {"train_step": model.fit, "test_step": model.evaluate}[name]
-    with pytest.raises(StepError, match=rf"Stateless\.{name} takes state, data; .* {name}\(self, data\).*HL250"):
+    with pytest.raises(StepError, match=rf"Stateless\.{name} takes state, data; .* {name}\(self, data\).*HL254"):
         run(X, Y, verbose=0)
 
 

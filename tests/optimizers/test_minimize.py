@@ -169,7 +169,7 @@ def test_minimize_with_has_aux_returns_the_loss_and_anything_else(eagerly):
 
 def test_minimize_with_has_aux_requires_a_pair():
     w = keras.Variable(3.0)
-    with pytest.raises(GradientError, match=r"has_aux=True the loss function returned .*not a pair.*HL123"):
+    with pytest.raises(GradientError, match=r"has_aux=True the loss function returned .*not a pair.*HL125"):
         hl.minimize(lambda: w**2, w, SGD(0.1), has_aux=True)
 
 

@@ -354,9 +354,9 @@ def test_grad_of_two_values_offers_has_aux():
 # ---------------------------------------------------------------------- wrong sources
 
 REFUSED_ARGUMENTS = {
-    "int": (3, r"square is to be differentiated .* 3 \(of type int\)\. Pass 3\.0\."),
+    "int": (3, r"square cannot be differentiated .* 3 \(of type int\)\. Pass 3\.0\."),
     "integer array": (np.array([1, 2], "int32"), r"square .* dtype int32.*keras\.ops\.cast\(x, 'float32'\)"),
-    "text": ("text", r"no tensor, array or float: 'text' \(of type str\)"),
+    "text": ("text", r"not a tensor, array or float: 'text' \(of type str\)"),
 }
 
 
@@ -367,9 +367,9 @@ def test_grad_refuses_an_argument_that_is_not_a_float(argument, words):
 
 
 def test_grad_refuses_a_position_without_an_argument():
-    with pytest.raises(GradientError, match=r"wrt=1 asks for an argument that square was not given.*0 to 0"):
+    with pytest.raises(GradientError, match=r"wrt=1, but square was called with 1 .*0 to 0"):
         hl.grad(square, wrt=1)(3.0)
-    with pytest.raises(GradientError, match="Pass it by position"):
+    with pytest.raises(GradientError, match="Pass the argument by position"):
         hl.grad(square)(x=3.0)
 
 
@@ -378,7 +378,7 @@ NO_WRT = [None, "kernel", 1.5, True, [0, 1], {"x": object()}]
 
 @pytest.mark.parametrize("wrt", NO_WRT, ids=lambda wrt: repr(wrt).split(" at ")[0])  # Without an address.
 def test_grad_refuses_another_wrt_and_says_what_it_takes(wrt):
-    with pytest.raises(GradientError, match=r"wrt takes positions of arguments .* or Keras variables.*Received"):
+    with pytest.raises(GradientError, match=r"wrt takes positions of arguments .* or Keras variables.*received"):
         hl.grad(square, wrt=wrt)(3.0)
 
 
@@ -391,15 +391,15 @@ def test_grad_refuses_an_empty_wrt(wrt):
 def test_grad_says_how_to_unfreeze_or_build_a_layer_without_trainable_variables():
     cold, idle = built(layers.Dense(1, name="cold"), 2), layers.Dense(1, name="idle")
     cold.trainable = False
-    with pytest.raises(GradientError, match=r"name=cold.*frozen \(layer\.trainable = True"):
+    with pytest.raises(GradientError, match=r"name=cold.*frozen.*layer\.trainable = True"):
         hl.grad(lambda: ops.sum(cold(np.ones((1, 2)))), wrt=cold)()
-    with pytest.raises(GradientError, match=r"name=idle.*before it is built \(call it once on data\)"):
+    with pytest.raises(GradientError, match=r"name=idle.*before it is built.*Call it once on data"):
         hl.grad(square, wrt=idle)(3.0)
 
 
 def test_grad_refuses_one_variable_as_two_arguments():
     w = keras.Variable(1.0, name="w")
-    with pytest.raises(GradientError, match="One variable was passed as two arguments"):
+    with pytest.raises(GradientError, match="two arguments that are the same variable"):
         hl.grad(f, wrt=(0, 1))(w, w)
 
 

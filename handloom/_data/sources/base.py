@@ -108,8 +108,8 @@ class Cut:
         length = self.count // self.batch_size if self.drop_remainder else -(-self.count // self.batch_size)
         if not length:
             raise DataError(
-                f"HL415: The data has {self.count} example(s), which makes no full batch of {self.batch_size}. Use a smaller "
-                "batch_size, or drop_remainder=False.",
+                f"HL415: The data has {self.count} example(s), which makes no full batch of {self.batch_size}. Use a "
+                "smaller batch_size, or drop_remainder=False.",
             )
         return length
 

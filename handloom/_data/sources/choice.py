@@ -58,10 +58,10 @@ def _batched_source(data: Any, shuffle: bool) -> Source:
     if callable(data) and not isinstance(data, keras.Layer):
         return Stream("the function of data", data, ByIterator(data), None)
     raise DataError(
-        f"HL418: No batches can be made of data of type {type(data).__name__}: {short(data)}. Pass arrays (NumPy, pandas, or "
-        "tensors) in a tuple or dict, a tf.data.Dataset, a torch DataLoader, a keras.utils.PyDataset, a Grain or "
-        "Hugging Face data set, an iterable of batches, or a function that returns one. Lists of numbers become arrays "
-        "by np.array(...).",
+        f"HL418: No batches can be made of data of type {type(data).__name__}: {short(data)}. Pass arrays (NumPy, "
+        "pandas, or tensors) in a tuple or dict, a tf.data.Dataset, a torch DataLoader, a keras.utils.PyDataset, a "
+        "Grain or Hugging Face data set, an iterable of batches, or a function that returns one. Lists of numbers "
+        "become arrays by np.array(...).",
     )
 
 

@@ -106,13 +106,13 @@ def _check_kind(array: np.ndarray, path: Path) -> None:
             return
     if kind == "O":
         raise DataError(
-            f"HL421: {place(path)} holds Python objects (dtype object), for example {short(array.flat[0])}. Convert it to "
-            "numbers first, for example with .astype('float32'); pad rows of different lengths.",
+            f"HL421: {place(path)} holds Python objects (dtype object), for example {short(array.flat[0])}. Convert it "
+            "to numbers first, for example with .astype('float32'); pad rows of different lengths.",
         )
     if kind not in _NUMBERS or array.dtype.names or array.dtype == np.longdouble:
         raise DataError(
-            f"HL422: {place(path)} has the dtype {array.dtype}, which no backend has. Convert it first, for example with "
-            ".astype('float32').",
+            f"HL422: {place(path)} has the dtype {array.dtype}, which no backend has. Convert it first, for example "
+            "with .astype('float32').",
         )
 
 
@@ -128,8 +128,8 @@ def check_range(array: np.ndarray, path: Path) -> None:
     least, largest = np.iinfo(kept).min, np.iinfo(kept).max
     if kept.itemsize < array.dtype.itemsize and (array.min() < least or array.max() > largest):
         raise DataError(
-            f"HL423: {place(path)} has whole numbers from {array.min()} to {array.max()}, which do not fit into {kept.name}, "
-            "the most that this backend has. Number them from 0, or hash them to fewer values.",
+            f"HL423: {place(path)} has whole numbers from {array.min()} to {array.max()}, which do not fit into "
+            f"{kept.name}, the most that this backend has. Number them from 0, or hash them to fewer values.",
         )
 
 

@@ -94,8 +94,8 @@ class Stream(Source):
             return self._reader.go_on(position, start if state["under_way"] else None)
         except Exception as error:  # Whatever a library says of what it cannot use.
             raise DataError(
-                f"HL427: {self.name} cannot go back to the position in the state: {error} Make it as the one was that the "
-                "state is of.",
+                f"HL427: {self.name} cannot go back to the position in the state: {error} Make it as the one was that "
+                "the state is of.",
             ) from error
 
     def _begin(self, epoch: int) -> Iterator[Any]:

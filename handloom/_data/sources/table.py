@@ -76,8 +76,8 @@ def _columns(batch: Any) -> dict[str, Any]:
     single = [name for name, column in columns.items() if not len(getattr(column, "shape", ()))]
     if single:
         raise DataError(
-            f"HL429: The IterableDataset gives single examples ({single[0]!r} is no column but one value). Have it give "
-            "batches: dataset.batch(32).",
+            f"HL429: The IterableDataset gives single examples ({single[0]!r} is no column but one value). Have it "
+            "give batches: dataset.batch(32).",
         )
     return columns
 

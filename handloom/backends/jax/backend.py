@@ -1,8 +1,7 @@
 """JAX: steps become pure functions (see `program.py`), gradients pullbacks (see `gradients.py`).
 
-Internals used: while tracing, the check by which `keras.random` refuses to draw unseeded numbers under a trace (it
-guards against a seed frozen into the program; here the global seed generator's state is captured like any other
-variable, so nothing freezes).
+Internals used: the check by which `keras.random` refuses to draw unseeded numbers during a trace. It prevents a seed
+that is a constant of the program; here the state of the global seed generator is captured like any other variable.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from handloom.backends.trace_errors import naming_what_has_no_derivative, needs_
 _unseeded_random_ops = Patch(
     (seed_generator, "jax_utils", lambda _: SimpleNamespace(is_in_jax_tracing_scope=lambda *_: False))
 )
-"""Inside, `keras.random.normal(shape)` may draw from the global seed generator while a step is traced."""
+"""Inside, `keras.random.normal(shape)` can draw from the global seed generator while a step is traced."""
 
 
 class JaxBackend(Backend):
@@ -158,7 +157,7 @@ def _default_device() -> Any:
 
 
 def _is_on_another_device(array: Any) -> bool:
-    """Whether an array is on one device, and that is not the one on which variables are made."""
+    """Whether an array is on one device that is not the default, on which variables are created."""
     if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
         return False
     devices = array.sharding.device_set
@@ -166,10 +165,10 @@ def _is_on_another_device(array: Any) -> bool:
 
 
 def _padded(sparse: BCOO) -> BCOO:
-    """The same tensor, with room for a power of two of values, so that batches do not each need a program of their own.
+    """The same tensor, padded to a power of two of values, so that few programs serve all batches.
 
-    Where nothing is stored, the index is outside of the tensor, as JAX has it. Always a new object: by type, shape and
-    dtype alone, two such tensors cannot be told apart.
+    Unused indices are outside of the tensor, as is usual on JAX. The result is always a new object: type, shape and
+    dtype do not distinguish two such tensors.
     """
     data, indices = sparse.data, sparse.indices
     data = data.astype(keras.config.floatx()) if data.dtype == np.float64 else data

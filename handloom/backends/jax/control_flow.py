@@ -1,9 +1,9 @@
-"""`keras.ops.cond` on JAX, with variables assigned in its branches.
+"""`keras.ops.cond` on JAX, with assignments of variables in its branches.
 
-Keras hands the branches to `jax.lax.cond` as they are, out of which an assigned value finds no way. Here what a branch
-assigns becomes a result of it, and is assigned again outside.
+Keras passes the branches to `jax.lax.cond`, which loses the values that they assign. Here the assigned values become
+results of the branch, and are assigned again outside.
 
-Internals used: `keras.src.backend.jax.core.cond` (replaced for a user's function that runs).
+Internals used: `keras.src.backend.jax.core.cond` (replaced while a user's function runs).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from handloom.backends.scope import Scope
 
 
 def cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
-    """As `keras.ops.cond`; either function may assign variables."""
+    """`keras.ops.cond`, whose functions may assign variables."""
     pred = pred.value if isinstance(pred, keras.Variable) else pred
     if not isinstance(pred, jax.core.Tracer):
         return true_fn() if pred else false_fn()
@@ -33,16 +33,16 @@ def cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> 
 
 
 class _Branch:
-    """A function, and what it assigns."""
+    """A function, and the variables that it assigns."""
 
     def __init__(self, fn: Callable[[], Any]) -> None:
         self._fn = fn
         with Scope() as scope:
-            jax.eval_shape(lambda: [fn()])  # A new function each time: one that it knows JAX does not run again.
+            jax.eval_shape(lambda: [fn()])  # A new function each time: JAX does not run a known one again.
         self.written = scope.written
 
     def giving(self, variables: Sequence[Variable]) -> Callable[[], tuple[Any, list[Tensor]]]:
-        """The same function, which returns also what the variables are at its end."""
+        """The same function, which also returns the final values of these variables."""
 
         def run() -> tuple[Any, list[Tensor]]:
             with Scope() as scope:
@@ -53,4 +53,4 @@ class _Branch:
 
 
 assignments_in_branches = Patch((core, "cond", lambda _: cond))
-"""Inside, the branches of `keras.ops.cond` may assign variables."""
+"""Inside, the branches of `keras.ops.cond` can assign variables."""

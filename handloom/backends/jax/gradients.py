@@ -1,6 +1,6 @@
-"""JAX: what a function is differentiated with respect to, and which of it reaches the value.
+"""JAX: the sources of gradients, and which of them reach the value.
 
-Internals used: `jaxpr_as_fun` of `jax.extend.core`, to take several derivatives of one run.
+Internals used: `jaxpr_as_fun` of `jax.extend.core`, which runs a traced function for several derivatives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from handloom.backends.jax.program import OneTrace
 
 
 class Sources:
-    """What a function is differentiated with respect to: tensors, then variables, as one flat list."""
+    """The sources of a gradient as one flat list: tensors, then variables."""
 
     def __init__(self, tensors: Sequence[Tensor], variables: Sequence[Variable]) -> None:
         self._count = len(tensors)
@@ -27,14 +27,14 @@ class Sources:
         self.values = [*tensors, *map(current_value, variables)]
 
     def call(self, fn: Callable[..., Any], flat: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-        """Calls `fn` with the variables at the given values; also returns the new values of what it wrote."""
+        """Calls `fn` with these values of the variables; also returns the new values of those that it assigns."""
         with OneTrace(zip(self._variables, flat[self._count :], strict=True)) as scope:
             result = fn(*flat[: self._count])
         self._written = scope.written
         return result, [scope.get_current_value(variable) for variable in self._written]
 
     def write(self, news: Sequence[Tensor]) -> None:
-        """Carries what the function wrote outward, once."""
+        """Assigns the new values, once."""
         for variable, new in zip(self._written, news, strict=True):
             variable.assign(new)
 
@@ -44,27 +44,27 @@ class Sources:
 
 
 class Reached:
-    """Tells a zero gradient from none: notes through which sources differentiation passed.
+    """Distinguishes a zero gradient from none: records the sources that reach the value.
 
-    Each source goes through an identity whose backward rule takes a note when it is called. JAX calls it only
-    if something differentiable leads from the source to the value.
+    Each source goes through an identity whose backward rule records that it was called. JAX calls it only if a path of
+    differentiable operations leads from the source to the value.
     """
 
     def __init__(self) -> None:
         self._indices: set[int] = set()
 
     def watch(self, flat: Sequence[Tensor]) -> list[Tensor]:
-        """The same values, watched."""
+        """The same values, observed."""
         return [_noted(functools.partial(self._indices.add, index), value) for index, value in enumerate(flat)]
 
     def only(self, gradients: Sequence[Tensor]) -> Gradients:
-        """The gradients, `None` for what was not reached."""
+        """The gradients, with `None` for sources that do not reach the value."""
         return [gradient if index in self._indices else None for index, gradient in enumerate(gradients)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _noted(note: Callable[[], None], value: Tensor) -> Tensor:
-    del note  # Called by the backward rule alone.
+    del note  # Only the backward rule calls it.
     return value
 
 
@@ -84,7 +84,7 @@ _noted.defvjp(_noted_forward, _noted_backward)
 def rows_of_each(
     fn: Callable[..., Any], sources: Sources
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Gradients]]:
-    """Runs `fn` once: its outputs, further tensors, new values of what it wrote, and derivatives of each output."""
+    """Runs `fn` once; returns outputs, further tensors, new values of assigned variables, and derivatives by output."""
     trace = jax.make_jaxpr(functools.partial(sources.call, fn), return_shape=True)
     closed, shapes = trace(sources.values)
     flat_fn = jax.extend.core.jaxpr_as_fun(closed)

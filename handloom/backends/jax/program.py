@@ -1,8 +1,8 @@
-"""JAX: a step as one pure function of its variables' values, jitted, its written state donated.
+"""JAX: a step as one jitted pure function of its variables' values, which donates those that it writes.
 
-Internals used: `Variable._value` (see `handloom/_keras.py`); of `jax.extend.core`, `subjaxprs` and
-`get_opaque_trace_state`, which tells one trace from another; `Compiled._call`, the executable without its Python
-wrapper; CPython's reference counts, which tell an array that others hold too.
+Internals used: `Variable._value` (see `handloom/_keras.py`); `subjaxprs` and `get_opaque_trace_state` of
+`jax.extend.core`, the latter to distinguish traces; `Compiled._call`, the executable without its Python wrapper;
+CPython's reference counts, which show that others hold an array too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from handloom.errors import TraceError, VariableError
 MARK = "handloom: "
 
 Pure: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
-"""A step without side effects: (written state, read state, tensors) -> [*new written state, *results]."""
+"""A step without side effects: (written values, read values, tensors) -> [*new written values, *results]."""
 
 
 class JaxProgram(Program):
@@ -38,7 +38,7 @@ class JaxProgram(Program):
     Args:
         fn: The step.
         tensors: One set of arguments.
-        tracing: To be entered where it is traced.
+        tracing: Makes the context in which the step is traced.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class JaxProgram(Program):
 
 
 class _Executable:
-    """A pure function, compiled for the variables that it takes the values of."""
+    """A pure function, compiled for the values of its variables."""
 
     def __init__(
         self, pure: Pure, tensors: Sequence[Any], written: tuple[Variable, ...], read: tuple[Variable, ...]
@@ -95,7 +95,7 @@ class _Executable:
         self.compiled = traced.lower().compile()
 
     def bound(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-        """What runs it on the variables themselves; see `Program.__call__`."""
+        """A function that runs it on the variables themselves; see `Program.__call__`."""
         written, read, compiled = self._written, self._read, self.compiled
         native: Callable[..., list[Tensor]] | None = None
 
@@ -103,14 +103,14 @@ class _Executable:
             nonlocal native
             values = [variable._value for variable in written]
             if native is None:
-                # The first call leads through Python, where an interrupt can come at any point: copies are donated. And
-                # after an interrupt all calls would lead there, if the next one did not begin anew.
+                # The first call goes through Python code, which an interrupt can stop anywhere, so copies are donated.
+                # After an interrupt, all later calls would go there too, if `_call` were not reset.
                 values, compiled._call = jax.device_put(values, may_alias=False), None
             elif values and max(map(sys.getrefcount, values)) > _HELD_BY_VARIABLE:
                 values = _unshared(values)
             arguments = (values,), ([variable._value for variable in read],), (tuple(tensors),)
-            # The donated values are gone once the executable has run. In one call, with no Python in between that an
-            # interrupt could stop, it runs and what it returns goes into the variables.
+            # The executable deletes the donated values. One call runs it and stores its results in the variables,
+            # without Python code in between that an interrupt could stop.
             returned = chain.from_iterable(map(native or compiled, *arguments))
             deque(map(setattr, written, repeat("_value"), returned), maxlen=0)
             results = list(returned)
@@ -125,9 +125,9 @@ _NATIVE = type(jax.jit(lambda: None))
 
 
 def _unshared(values: list[Tensor]) -> list[Tensor]:
-    """The same values, copied where another variable (after `a.assign(b)`) or the user holds the array too.
+    """The same values, copied if another variable (after `a.assign(b)`) or the user holds the array too.
 
-    A donated array is gone for everybody; nobody but the program may feel that.
+    A donated array is deleted for all holders.
     """
     return [jnp.copy(value) if sys.getrefcount(value) > _HELD_BY_VARIABLE + 1 else value for value in values]
 
@@ -160,7 +160,7 @@ def _rolled(
     read_values: Sequence[Tensor],
     stacked: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Steps one after the other on slices of tensors along their first axis; the results are those of the last."""
+    """Runs steps on slices of tensors along their first axis; returns the results of the last."""
     count = len(written_values)
 
     def step(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -170,7 +170,7 @@ def _rolled(
 
     unroll = how == "unrolled"
     if how == "auto" and jax.default_backend() == "cpu":
-        # XLA's convolutions are several times slower on a CPU within a loop than without.
+        # On a CPU, XLA's convolutions are several times slower inside a loop.
         one = jax.make_jaxpr(pure)(written_values, read_values, tuple(tensor[0] for tensor in stacked))
         unroll = "conv_general_dilated" in _primitives(one.jaxpr)
     news, results = jax.lax.scan(step, list(written_values), tuple(stacked), steps, unroll=unroll)
@@ -178,7 +178,7 @@ def _rolled(
 
 
 def _primitives(jaxpr: Any) -> set[str]:
-    """The names of all operations, those in branches, loops and functions among them."""
+    """The names of all operations, with those in branches, loops and functions."""
     names = {equation.primitive.name for equation in jaxpr.eqns}
     return names.union(*map(_primitives, jax.extend.core.subjaxprs(jaxpr)))
 
@@ -188,7 +188,7 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _dependencies(jaxpr: Any, variables: int) -> Dependencies:
-    """Its nodes are the equations, by their place, and the program's arguments, by negative numbers."""
+    """The nodes are equations, by index, and the program's arguments, by negative numbers."""
     users: dict[int, list[int]] = {}
     for place, equation in enumerate(jaxpr.eqns):
         for value in equation.invars:
@@ -217,7 +217,7 @@ def _marks(jaxpr: Any) -> Iterator[tuple[str, int]]:
 
 
 def find_variables(fn: Step, tensors: Sequence[Tensor]) -> tuple[list[Variable], list[Variable]]:
-    """Runs a step on shapes alone: the variables it writes, and those it only reads."""
+    """Runs a step on shapes alone; returns the variables that it writes, and those that it only reads."""
     recorder, written = Recorder(stored_value), list[Variable]()
 
     def run(*tensors: Tensor) -> list[Tensor]:
@@ -233,7 +233,7 @@ def find_variables(fn: Step, tensors: Sequence[Tensor]) -> tuple[list[Variable],
 
 
 class OneTrace(Scope):
-    """Refuses what is assigned inside a trace of its own, as that of a loop is: it cannot get out of there."""
+    """Refuses assignments inside an inner trace, such as that of a loop, which loses them."""
 
     def __enter__(self) -> OneTrace:
         super().__enter__()
@@ -243,9 +243,10 @@ class OneTrace(Scope):
     def add_update(self, update: tuple[Variable, Tensor]) -> None:
         if jax.extend.core.get_opaque_trace_state() != self._trace:
             raise VariableError(
-                f"HL101: The variable {update[0].path!r} is assigned inside a function given to an operation (keras.ops."
-                "while_loop, fori_loop, scan, map, vectorized_map), from where its new value cannot get out on JAX. "
-                "Return the new value from that function, and assign it outside. For example: "
+                f"HL101: The variable {update[0].path!r} is assigned inside a function that was passed to an operation "
+                "(keras.ops.while_loop, fori_loop, scan, map, vectorized_map).",
+                "On JAX, the new value cannot leave that function.",
+                "Return the new value from it, and assign it outside. For example: "
                 "v.assign(ops.fori_loop(0, 3, lambda index, value: value + index, v.value)).",
             )
         super().add_update(update)
@@ -254,7 +255,8 @@ class OneTrace(Scope):
 def leaked(line: str) -> TraceError:
     """The error for a tensor of an inner trace that is used outside of it."""
     return TraceError(
-        "HL102: A tensor of a function that was given to an operation (keras.ops.cond, while_loop, scan, map, vectorized_map) "
-        f"is used outside of that function, where it has no meaning:\n    {line}\n"
-        "Return it from the function instead.",
+        f"HL102: A tensor is used outside of the function that computed it ({line}).",
+        "The function was passed to an operation (keras.ops.cond, while_loop, scan, map, vectorized_map), and its "
+        "tensors have no values outside.",
+        "Return the tensor from the function.",
     )

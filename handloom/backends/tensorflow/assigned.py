@@ -1,16 +1,16 @@
-"""TensorFlow: what a differentiated function reads of a variable after assigning it is what it assigned.
+"""TensorFlow: gradients through variables that a differentiated function assigns.
 
-A tape knows a variable by its handle, and does not see that an assignment ties what is read later to what was
-assigned. Here it is told: op by op the variable has a new handle from then on, in a graph (where a new handle would
-lose the order of reads and writes) each later read is recorded as one of the assigned tensor. Values are always read
-from the variable. An assignment in the graph of a branch or loop counts in that graph only.
+A tape knows a variable by its handle. It does not see that a later read depends on an assigned tensor. This module
+tells it: in eager execution an assignment gives the variable a new handle; in a graph, where a new handle would lose
+the order of reads and writes, each later read is recorded as a read of the assigned tensor. Values always come from
+the variable. An assignment in the graph of a branch or loop counts in that graph only.
 
-Internals used: `BaseResourceVariable` and `_UnreadVariable` (what an assignment returns), their `_read_variable_op`,
+Internals used: `BaseResourceVariable` and `_UnreadVariable` (the result of an assignment), their `_read_variable_op`,
 `sparse_read`, `gather_nd`, `assign`, `assign_add` and `assign_sub`, through which all reads in graphs and all
-assignments go, and that `ResourceVariable` wraps the last three; `_handle`, which operations run op by op look at
-without asking anyone; `_should_act_as_resource_variable`, by which a tape takes something for a variable; `record`, to
-tell tapes; `ControlFlowFuncGraph`, to know the graph of a branch or loop from that of a `tf.function`, which may be
-called again elsewhere.
+assignments go, and that `ResourceVariable` wraps the last three; `_handle`, which eager operations read directly;
+`_should_act_as_resource_variable`, which makes a tape treat an object as a variable; `record`, to tell tapes;
+`ControlFlowFuncGraph`, to distinguish the graph of a branch or loop from that of a `tf.function`, which may be called
+again elsewhere.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ _BaseVariable, _UnreadVariable = resource_variable_ops.BaseResourceVariable, res
 
 
 class _Assigned:
-    """What one differentiated function, with all those inside it, assigned."""
+    """The tensors that a differentiated function, with all functions inside it, has assigned."""
 
     def __init__(self) -> None:
-        self._op_by_op = tf.executing_eagerly()
+        self._is_eager = tf.executing_eagerly()
         self._values: dict[tuple[Any, Any], Tensor] = {}
         self._handles: dict[int, tuple[Any, Tensor]] = {}
 
     def note(self, variable: Any, value: Tensor) -> None:
         if not tf.executing_eagerly():
             self._values[_graph(), variable.handle.ref()] = value
-        elif self._op_by_op:  # Not what a trace does outside of its graph: there handles must stay.
+        elif self._is_eager:  # Not for a trace that assigns outside of its graph: there handles must stay.
             self._handles.setdefault(id(variable), (variable, variable.handle))
             variable._handle = _new_handle(variable.handle, value)
 
     def value(self, variable: Any) -> Tensor | None:
-        """What was last assigned, as far as the graph that reads knows it."""
+        """The tensor that was assigned last, if the graph that reads knows it."""
         if not self._values or tf.executing_eagerly():
             return None
         graph, handle = _graph(), variable.handle.ref()
@@ -70,7 +70,7 @@ _present = _Present()
 
 @contextlib.contextmanager
 def assignments_noted() -> Iterator[None]:
-    """Within, gradients flow through assigned variables. Nested ones share what they note."""
+    """A block in which gradients flow through assigned variables; nested blocks share their records."""
     if _present.assigned is not None:
         yield
         return
@@ -85,7 +85,7 @@ def assignments_noted() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Handle:
-    """A variable by the handle that it has now, in a form that a tape takes for a variable."""
+    """A variable by its present handle, in a form that a tape treats as a variable."""
 
     handle: Tensor
     shape: tf.TensorShape
@@ -93,7 +93,7 @@ class _Handle:
 
 
 def watch(tape: tf.GradientTape, variable: Any) -> Any:
-    """Has a tape watch a variable from now on; returns what to ask for the gradient with respect to it."""
+    """Makes a tape watch a variable; returns the source to differentiate with respect to."""
     source = variable
     if isinstance(variable, _BaseVariable) and _value_assigned_to(variable) is not None:
         source = tf.identity(variable)
@@ -112,7 +112,7 @@ def _value_assigned_to(variable: Any) -> Tensor | None:
 
 
 def _is_noted(variable: Any) -> bool:
-    """Whether gradients may flow through what a variable is assigned."""
+    """Whether gradients can flow through assignments of a variable."""
     return _present.assigned is not None and (variable.dtype.is_floating or variable.dtype.is_complex)
 
 
@@ -125,7 +125,7 @@ def _pass_on(gradient: Any) -> list[Any]:
 
 
 def _new_handle(handle: Tensor, value: Tensor) -> Tensor:
-    """Another handle of the same variable, which to tapes is computed from a value."""
+    """Another handle of the same variable; for tapes, it is computed from a value."""
     with record.stop_recording():
         new = tf.identity(handle)
     record.record_operation(_READ, [new], [value], _pass_on)
@@ -136,7 +136,7 @@ _READ = "HandloomReadOfAssigned"
 
 
 def _gradient_in_a_branch(operation: tf.Operation, gradient: Any, _: Any) -> list[Any]:
-    """The same for the gradient of a branch or loop, which asks operations instead of tapes."""
+    """The gradient of `_read_as` inside a branch or loop, whose gradient goes through operations, not tapes."""
     del operation
     return [None, *_pass_on(gradient)]
 
@@ -145,7 +145,7 @@ tf.RegisterGradient(_READ)(_gradient_in_a_branch)
 
 
 def _read_as(value: Tensor, read: Callable[[], Tensor]) -> Tensor:
-    """What is read, and to tapes a value."""
+    """The result of a read; for tapes, it is a value."""
     with record.stop_recording(), _graph().gradient_override_map({"IdentityN": _READ}):
         result, _ = tf.identity_n([read(), value])
     record.record_operation(_READ, [result], [value], _pass_on)
@@ -181,7 +181,7 @@ def _assigns(original: Callable[..., Any]) -> Callable[..., Any]:
         value = tf.convert_to_tensor(value, dtype=self.dtype)
         result = original(self, value, *args, **kwargs)
         _note(self, value)
-        # Op by op TensorFlow returns the variable under its handle of before.
+        # In eager execution TensorFlow returns the variable with its old handle.
         return self if isinstance(result, _UnreadVariable) and tf.executing_eagerly() else result
 
     return assign

@@ -1,10 +1,9 @@
-"""TensorFlow: a step becomes one concrete function; variables are captured and changed in place by the graph.
+"""TensorFlow: a step becomes one concrete function, whose graph captures variables and changes them in place.
 
-Internals used: AutoGraph's `convert`, because `tf.function` would convert Handloom's own code along with the
-user's, its rules of what to convert, its own error, and what it notes of the user's lines on an error that passes
-through; `tf.__internal__.FuncGraph`, a graph to try a function in; `Variable._value` (see `handloom/_keras.py`) and
-`Variable._initialize`, where TensorFlow's variable is made; `_self_...`, where TensorFlow keeps what it tracks of an
-object.
+Internals used: AutoGraph's `convert`, because `tf.function` would convert Handloom's own code along with the user's;
+its conversion rules, its error, and the user's lines that it attaches to errors; `tf.__internal__.FuncGraph`, a graph
+to run a function on shapes; `Variable._value` (see `handloom/_keras.py`) and `Variable._initialize`, which creates
+TensorFlow's variable; `_self_...`, the attributes under which TensorFlow tracks an object.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from handloom.backends.tensorflow.assigned import assignments_noted, watch
 from handloom.backends.tensorflow.program import MARK, TensorFlowProgram
 from handloom.backends.trace_errors import naming_what_has_no_derivative, needs_a_value
 
-# Called from a user's converted code, Handloom's own runs as it is written.
+# Handloom's own code, when called from converted code of the user, runs unconverted.
 autograph_config.CONVERSION_RULES = (
     autograph_config.Convert("handloom.recipes"),
     autograph_config.DoNotConvert("handloom"),
@@ -72,7 +71,7 @@ class TensorFlowBackend(Backend):
         return tuple(tensor.shape), kind + tensor.dtype.name
 
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
-        return np.asarray(tensor)  # On a CPU the very memory, which `tensor.numpy()` would copy.
+        return np.asarray(tensor)  # On a CPU this shares memory, which `tensor.numpy()` would copy.
 
     def detach(self, tensor: Tensor) -> Tensor:
         return _read(tensor)
@@ -118,7 +117,7 @@ class TensorFlowBackend(Backend):
             self._by_xla.reset(token)
 
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
-        if jit_compile == "auto":  # As Keras does: XLA where there is an accelerator.
+        if jit_compile == "auto":  # As in Keras: XLA if there is an accelerator.
             return any(device.device_type != "CPU" for device in tf.config.list_physical_devices())
         return bool(jit_compile)
 
@@ -147,7 +146,7 @@ class TensorFlowBackend(Backend):
             value, aux = fn(*sources.watched_by(tape))
             value, aux = _read(value), [_read(tensor) for tensor in aux]
         gradients = tape.gradient(value, sources.watched)
-        # What the function around differentiates in turn is a tensor; and XLA knows no shapes that depend on values.
+        # An enclosing differentiated function needs tensors, and XLA needs shapes that do not depend on values.
         change = _dense if self._nesting.gradient or self._by_xla.get() else _each_row_once
         return value, aux, *sources.split(list(map(change, gradients)))
 
@@ -174,24 +173,24 @@ class TensorFlowBackend(Backend):
 
 
 def _read(tensor: Tensor) -> Tensor:
-    """The present value of what may be a `tf.Variable`: here, unlike elsewhere, `keras.Variable.value` is one."""
+    """The present value of a tensor or variable: on this backend, `keras.Variable.value` is a `tf.Variable`."""
     return tf.identity(tensor) if isinstance(tensor, (tf.Variable, keras.Variable)) else tensor
 
 
 class _Sources:
-    """What a function is differentiated with respect to: tensors, then variables."""
+    """The sources of a gradient: tensors, then variables."""
 
     def __init__(self, tensors: Sequence[Tensor], variables: Sequence[Variable]) -> None:
         self._tensors, self._variables = tensors, variables
         self.watched: list[Tensor] = []
 
     def watched_by(self, tape: tf.GradientTape) -> list[Tensor]:
-        """Has a tape watch every source; returns the stand-ins for the tensors."""
-        # The function's argument is differentiated, not the same tensor used elsewhere in it.
-        stand_ins = [tf.identity(tensor) for tensor in self._tensors]
-        tape.watch(stand_ins)
-        self.watched = [*stand_ins, *(watch(tape, stored_value(variable)) for variable in self._variables)]
-        return stand_ins
+        """Makes a tape watch every source; returns the tensors to call the function with."""
+        # Only uses as the argument are differentiated, not other uses of the same tensor in the function.
+        copies = [tf.identity(tensor) for tensor in self._tensors]
+        tape.watch(copies)
+        self.watched = [*copies, *(watch(tape, stored_value(variable)) for variable in self._variables)]
+        return copies
 
     def split(self, gradients: Sequence[Any]) -> tuple[Gradients, Gradients]:
         count = len(self._tensors)
@@ -203,7 +202,7 @@ def _dense(gradient: Any) -> Tensor | None:
 
 
 def _each_row_once(gradient: Any) -> Any:
-    """A gradient in which no row is twice: Keras's optimizers square the rows, and of a sum that is not the square."""
+    """A gradient in which no row is repeated: Keras's optimizers square rows, which is wrong for parts of a sum."""
     if not isinstance(gradient, tf.IndexedSlices):
         return gradient
     indices, places = tf.unique(gradient.indices)
@@ -215,7 +214,7 @@ def _row(tape: tf.GradientTape, output: Tensor, sources: list[Tensor]) -> Gradie
     """The derivatives of one output with respect to each source."""
     try:
         row: Gradients = tape.jacobian(output, sources)
-    except ValueError:  # An operation that the vectorized form does not know.
+    except ValueError:  # An operation that has no vectorized form.
         row = tape.jacobian(output, sources, experimental_use_pfor=False)
     return row
 
@@ -229,11 +228,11 @@ def _initialize(original: Callable[[Variable, Any], None]) -> Callable[[Variable
 
 
 _variables_made_outside_of_graphs = Patch((keras.Variable, "_initialize", _initialize))
-"""Variables made inside have their first value at once, and keep it if the trace fails."""
+"""Variables created inside are initialized at once, and keep their values if the trace fails."""
 
 
 def _users_frames(error: BaseException) -> Frames:
-    """The lines that led to an error in converted code, as the user wrote them."""
+    """The user's lines that led to an error in converted code."""
     converted = getattr(error.__context__, "ag_error_metadata", None)
     if converted is None:
         return frames_of(error)
@@ -241,11 +240,11 @@ def _users_frames(error: BaseException) -> Frames:
 
 
 def _as_raised(error: StagingError) -> BaseException:
-    """The exception of the user's, or of ours, in place of which AutoGraph raised one of its own."""
+    """The original exception, which AutoGraph replaced by one of its own."""
     original: BaseException = error
-    while isinstance(original, StagingError) and original.__context__ is not None:  # One for each function.
+    while isinstance(original, StagingError) and original.__context__ is not None:  # One for each converted function.
         original = original.__context__
-    original.add_note(str(error))  # Where it was raised: the traceback leads through generated code.
+    original.add_note(str(error))  # The traceback shows generated code only; the note shows the line.
     return original
 
 

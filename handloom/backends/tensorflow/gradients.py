@@ -1,4 +1,4 @@
-"""TensorFlow: gradients of the operations that Keras uses and TensorFlow has none for.
+"""TensorFlow: gradients of operations that Keras uses and TensorFlow cannot differentiate.
 
 Internals used: `dynamic_update_slice`, XLA's operation behind `ops.slice_update`.
 """
@@ -16,7 +16,7 @@ from handloom._keras import Tensor
 def _slice_update(operation: tf.Operation, gradient: Tensor) -> list[Tensor | None]:
     inputs, updates, indices = operation.inputs
     shape = tf.shape(updates, out_type=indices.dtype)
-    # XLA moves a slice that would reach beyond the end back to where it fits.
+    # XLA shifts a slice that would reach beyond the end back into the tensor.
     start = tf.clip_by_value(indices, 0, tf.shape(inputs, out_type=indices.dtype) - shape)
     return [dynamic_update_slice(gradient, tf.zeros_like(updates), start), tf.slice(gradient, start, shape), None]
 
@@ -32,7 +32,7 @@ def _bincount(operation: tf.Operation, gradient: Tensor) -> list[Tensor | None]:
 
 def _view(operation: tf.Operation, gradient: Tensor) -> Tensor | None:
     same = operation.get_attr("T") == operation.get_attr("type")
-    return gradient if same else None  # The bits of a number, taken for another, are no function of it to derive.
+    return gradient if same else None  # The reinterpreted bits of a number are not a differentiable function of it.
 
 
 for _operation, _gradient in {
@@ -40,5 +40,5 @@ for _operation, _gradient in {
     "DenseBincount": _bincount,
     "Bitcast": _view,
 }.items():
-    with contextlib.suppress(KeyError):  # It has one: TensorFlow's own, perhaps, which then counts.
+    with contextlib.suppress(KeyError):  # The operation has a gradient, which may be TensorFlow's own: it stays.
         tf.RegisterGradient(_operation)(_gradient)

@@ -1,7 +1,7 @@
 """TensorFlow: a step as one concrete function, which reads and changes variables in place.
 
-Internals used: `get_read_only_resource_input_indices_graph`, which tells the variables that a graph only reads, in
-branches, loops and functions too.
+Internals used: `get_read_only_resource_input_indices_graph`, which finds the variables that a graph only reads, also in
+branches, loops and functions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TensorFlowProgram(Program):
         tensors: One set of arguments.
         seen: The Keras variables that the step uses, by id; filled while it is traced.
         kernels: Whether XLA compiles it.
-        tracing: To be entered where it is traced.
+        tracing: Makes the context in which the step is traced.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TensorFlowProgram(Program):
         self, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         variables = [*self.written, *self.read]
-        # Other variables in the place of those that the function has captured.
+        # Other variables replace those that the function has captured.
         copies = {
             id(stored_value(variable)): tf.Variable(value, dtype=stored_value(variable).dtype, trainable=False)
             for variable, value in zip(variables, [*written, *read], strict=True)
@@ -107,7 +107,7 @@ class TensorFlowProgram(Program):
 
 
 def _captured(graph: Any) -> Iterator[tuple[tf.Variable, Tensor]]:
-    """The variables that a graph has captured, each with its handle in the graph."""
+    """The captured variables of a graph, each with its handle in the graph."""
     held = {id(variable.handle): variable for variable in graph.variables}
     for outer, inner in graph.captures:
         if id(outer) in held:
@@ -129,5 +129,5 @@ def _marks(graph: Any) -> Iterator[tuple[str, tf.Operation]]:
     for operation in graph.get_operations():
         code = operation.name.rpartition("/")[2]
         if operation.type == "Identity" and code.startswith(MARK):
-            # TensorFlow numbers names that it has seen before.
+            # TensorFlow appends numbers to repeated names.
             yield bytes.fromhex(code.removeprefix(MARK).partition("_")[0]).decode(), operation

@@ -1,8 +1,8 @@
-"""PyTorch: steps are traced whole (see `program.py`); gradients are autograd's. What cannot be traced runs eagerly.
+"""PyTorch: whole steps are traced (see `program.py`); autograd computes gradients. Steps without a trace run eagerly.
 
-Internals used: `keras.src.backend.torch.core.get_device`; `disable_proxy_modes_tracing`, which has a recording trace
-look away; `FakeTensorMode`, under which layers are built without values; the nodes of autograd with their names, which
-tell what reaches a value; `Module._modules`, where torch puts the layers that are set as attributes of a layer.
+Internals used: `keras.src.backend.torch.core.get_device`; `disable_proxy_modes_tracing`, which pauses a trace;
+`FakeTensorMode`, in which layers are built without values; the nodes of autograd and their names, which show what
+reaches a value; `Module._modules`, where torch keeps the layers that are attributes of a layer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TorchBackend(Backend):
             array = tensor_of("torch", array, copy=False)
         dtype = getattr(torch, keras.config.floatx()) if array.dtype == torch.float64 else array.dtype
         device = core.get_device()
-        # From pinned memory CUDA copies by itself, and nobody waits; else the copy would wait for the step under way.
+        # CUDA copies from pinned memory asynchronously; other copies would wait for the running step.
         waits = not device.startswith("cuda") or array.device.type != "cpu" or self.nested
         array = array.to(dtype=dtype)
         return array.to(device=device) if waits else array.pin_memory().to(device=device, non_blocking=True)
@@ -90,10 +90,11 @@ class TorchBackend(Backend):
     def exporting(self, format: str) -> Iterator[None]:  # noqa: A002
         if format == "tf_saved_model":
             raise ExportError(
-                "HL601: On PyTorch a model cannot be exported as a TensorFlow SavedModel: Keras does it by torch_xla, of "
-                'which there is no version for this PyTorch. Use export(..., format="onnx"), or let TensorFlow do it: '
-                'model.save("model.keras"), then KERAS_BACKEND=tensorflow python -c "from handloom import Model; '
-                "from keras.saving import load_model; load_model('model.keras', compile=False).export('exported')\".",
+                "HL601: On PyTorch, a model cannot be exported as a TensorFlow SavedModel.",
+                "Keras uses torch_xla for it, which does not exist for this version of PyTorch.",
+                'Use export(..., format="onnx"), or export with TensorFlow: model.save("model.keras"), then '
+                'KERAS_BACKEND=tensorflow python -c "from handloom import Model; from keras.saving import load_model; '
+                "load_model('model.keras', compile=False).export('exported')\".",
             )
         with exportable():
             yield
@@ -126,7 +127,7 @@ class TorchBackend(Backend):
         return jit_compile is True
 
     def _trace_with_gradients_recorded(self, fn: Step, tensors: Sequence[Tensor], first: Exception) -> TorchProgram:
-        """For a step in torch's own manner, `loss.backward()`: every variable records what is done with it."""
+        """Traces a step in torch's own style, `loss.backward()`: autograd records every use of a variable."""
         try:
             with self._inside("trace"), torch.enable_grad():
                 return TorchProgram(fn, tensors)
@@ -179,28 +180,28 @@ class TorchBackend(Backend):
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line."""
+    """An error in one line."""
     text = first_line(error)
     return text if isinstance(error, Untraceable) else f"{type(error).__name__}: {text}"
 
 
 class _Sources:
-    """What a function is differentiated with respect to: tensors, then variables.
+    """The sources of a gradient: tensors, then variables.
 
     Args:
         tensors: As for `Backend.value_and_grad`.
         variables: As for `Backend.value_and_grad`.
-        keep: Whether an enclosing function is differentiated too, through these sources.
+        keep: Whether an enclosing function is differentiated through these sources too.
     """
 
     def __init__(self, tensors: Sequence[Tensor], variables: Sequence[Variable], keep: bool) -> None:
         self._count = len(tensors)
         self._variables = variables
         self._updates: list[tuple[Variable, Tensor]] = []
-        self.values = [_stand_in(tensor, keep) for tensor in [*tensors, *map(current_value, variables)]]
+        self.values = [_copy(tensor, keep) for tensor in [*tensors, *map(current_value, variables)]]
 
     def call(self, fn: Callable[..., Any]) -> Any:
-        """Calls `fn` with stand-ins for all sources; keeps aside what it writes."""
+        """Calls `fn` on copies of all sources; collects the values that it assigns."""
         bindings = zip(self._variables, self.values[self._count :], strict=True)
         with parameters_made(), Scope(bindings, creates=True) as scope, modules_read_variables:
             result = fn(*self.values[: self._count])
@@ -210,7 +211,7 @@ class _Sources:
         return result
 
     def write(self) -> None:
-        """Carries what the function wrote outward, once."""
+        """Assigns the new values, once."""
         for variable, new in self._updates:
             variable.assign(new)
 
@@ -218,8 +219,8 @@ class _Sources:
         return gradients[: self._count], gradients[self._count :]
 
 
-def _stand_in(tensor: Tensor, keep: bool) -> Tensor:
-    """The same values under an identity of their own, so that only uses through it are differentiated."""
+def _copy(tensor: Tensor, keep: bool) -> Tensor:
+    """The same values as a tensor of its own: only uses of that are differentiated."""
     return tensor.view_as(tensor) if keep and tensor.requires_grad else tensor.detach().requires_grad_()
 
 
@@ -237,19 +238,19 @@ def _jacobian(output: Tensor, sources: list[Tensor], *, keep: bool) -> Gradients
 def _reached(
     value: Tensor, sources: list[Tensor], derivative: Callable[[Tensor, list[Tensor]], Gradients]
 ) -> Gradients:
-    """Derivatives with respect to the sources that reach the value, `None` for the others."""
+    """Derivatives with respect to the sources that reach the value; `None` for the others."""
     ends = _ends(value)
     reached = [source for source in sources if (source.grad_fn or id(source)) in ends]
     found = dict(zip(map(id, reached), derivative(value, reached), strict=True)) if reached else {}
     return [found.get(id(source)) for source in sources]
 
 
-# Torch gives these the derivative zero, where the other backends give none.
+# Their derivative is zero on torch and `None` on the other backends.
 _WITHOUT_GRADIENT = {f"{name}Backward" for name in ("Ceil", "Floor", "Round", "Sign", "Trunc")}
 
 
 def _ends(value: Tensor) -> set[Any]:
-    """Where differentiation of a value arrives: every node on the way, and the ids of the leaves."""
+    """All nodes of autograd below a value, and the ids of its leaves."""
     ends: set[Any] = {id(value)}
     waiting = [value.grad_fn]
     while waiting:

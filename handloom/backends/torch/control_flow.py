@@ -1,13 +1,13 @@
-"""`keras.ops.cond`, `while_loop` and `fori_loop` on torch, compiled.
+"""Compiled `keras.ops.cond`, `while_loop` and `fori_loop` on torch.
 
-On torch Keras runs these as Python `if` and `while`, which a trace cannot follow. While a step is traced, they
-become torch's own control-flow operations. Those want everything that a branch uses as an argument, whereas Keras
-code closes over it, variables included; so a branch is run once on the side to see what it uses, and then again
-with that replaced by arguments. Variables assigned in a branch become results of it.
+On torch, Keras runs these as Python `if` and `while`, which a trace cannot record. While a step is traced, they become
+torch's own control-flow operations. Those take everything that a branch uses as arguments, while Keras code closes over
+tensors and variables. So a branch runs once outside of the trace to see what it uses, and then again with arguments in
+place of that. Variables that a branch assigns become results of it.
 
 Internals used: `keras.src.backend.torch.core.cond`, `while_loop`, `fori_loop` (replaced while tracing) and torch's
-`cond_op` and `while_loop_op` (`torch.cond` and `torch.while_loop` would first compile the branch by other means);
-`FakeTensor`, which tells a tensor of the trace from any other; `disable_proxy_modes_tracing`, for the run on the side.
+`cond_op` and `while_loop_op` (`torch.cond` and `torch.while_loop` would first compile the branch in another way);
+`FakeTensor`, to recognize tensors of the trace; `disable_proxy_modes_tracing`, for the run outside of the trace.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from handloom._keras import Variable, get_stateless_scope, keras, value_in
 from handloom._util.patch import Patch
 from handloom.backends.program import Untraceable
 from handloom.backends.scope import Reader, Scope
-from handloom.backends.torch.stand_ins import is_traced
+from handloom.backends.torch.fake import is_traced
 
 
 class _Closure(TorchFunctionMode):
-    """Notes which tensors a function uses that it did not make itself, or replaces those by others.
+    """Records the tensors that a function uses and did not compute itself, or replaces them by others.
 
-    Keras's torch optimizers write into variables' values. A value that is written into becomes a copy, which from then
-    on stands for it, and which the variable is assigned.
+    Keras's torch optimizers write into the values of variables. Such a value is copied; the copy replaces it from then
+    on, and is assigned to the variable.
     """
 
     def __init__(self, known: Sequence[torch.Tensor], replacements: dict[int, torch.Tensor] | None = None) -> None:
@@ -83,7 +83,7 @@ class _Closure(TorchFunctionMode):
         return self._copies.get(id(leaf), leaf)
 
     def _copy_of(self, func: Callable[..., Any], leaf: Any) -> Any:
-        """What may be written into in place of this."""
+        """The tensor to write into in place of this one."""
         if not isinstance(leaf, torch.Tensor) or (id(leaf) in self._made and id(leaf) not in self.values):
             return leaf
         if id(leaf) not in self.values:
@@ -98,7 +98,7 @@ _open: ContextVar[tuple[_Closure, ...]] = ContextVar("open", default=())
 
 
 def _as_seen_here(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors as the function around sees them, if it is a branch itself: control-flow operations it does not see."""
+    """Tensors as the enclosing branch sees them, if there is one: it does not see control-flow operations."""
     around = _open.get()
     return [around[-1].replace(tensor) for tensor in tensors] if around else list(tensors)
 
@@ -109,7 +109,7 @@ def _show_made(results: Sequence[torch.Tensor]) -> None:
 
 
 def _in_place(func: Callable[..., Any]) -> bool:
-    """Whether a function of torch's changes its first argument: `add_`, `__iadd__` or `__setitem__`."""
+    """Whether a function of torch changes its first argument: `add_`, `__iadd__` or `__setitem__`."""
     name = getattr(func, "__name__", "")
     if name.endswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}"))
@@ -117,7 +117,7 @@ def _in_place(func: Callable[..., Any]) -> bool:
 
 
 class _Values(Scope):
-    """Tells a closure which of the tensors that it sees are the values of variables."""
+    """Tells a closure which tensors are the values of variables."""
 
     def __init__(self, closure: _Closure, outer: Reader) -> None:
         super().__init__(outer=outer)
@@ -140,19 +140,19 @@ class _Values(Scope):
 
 
 class _Branch:
-    """A function for a control-flow operation: what it closes over, what it assigns, and its explicit form.
+    """A function for a control-flow operation: the tensors that it closes over and assigns, and its explicit form.
 
     Args:
-        fn: Takes the carried tensors.
+        fn: A function of the carried tensors.
         carried: Examples of them.
     """
 
     def __init__(self, fn: Callable[..., Any], carried: Sequence[torch.Tensor]) -> None:
         self._fn = fn
-        # A branch is run again when it is differentiated, then outside of the scope it was written in.
+        # A branch runs again when it is differentiated, then outside of its original scope.
         self.outer = functools.partial(value_in, get_stateless_scope())
         with _aside():
-            carried = [tensor.view_as(tensor) for tensor in carried]  # One may be closed over too.
+            carried = [tensor.view_as(tensor) for tensor in carried]  # The branch may close over one, too.
         with _aside(), _Closure(carried) as closure, _Values(closure, self.outer) as scope:
             self.results, self.structure = optree.tree_flatten(fn(*carried))
             self.results = [closure.replace(core.convert_to_tensor(result)) for result in self.results]
@@ -162,14 +162,14 @@ class _Branch:
         self.used = list(closure.used.values())
 
     def explicit(self, used: Sequence[torch.Tensor], written: Sequence[Variable], carried: int) -> Callable[..., Any]:
-        """The same function of the carried tensors and of `used`; returns its results, then `written`'s values."""
+        """The same function of the carried tensors and `used`; returns its results, then the values of `written`."""
 
         def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
             replacements = dict(zip(map(id, used), operands[carried:], strict=True))
             with _Closure(operands, replacements) as closure, _Values(closure, self.outer) as scope:
                 results = optree.tree_leaves(self._fn(*operands[:carried]))
                 results += [scope.get_current_value(variable) for variable in written]
-                # The operations refuse a result that is one of their arguments.
+                # The operations do not accept an argument as a result.
                 return tuple(core.convert_to_tensor(closure.replace(result)).clone() for result in results)
 
         return run
@@ -187,7 +187,7 @@ def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) ->
             f"{branches[0].structure} and {branches[1].structure}"
         )
     written = _distinct(branches[0].written + branches[1].written)
-    # A variable that one branch assigns, the other hands through.
+    # A variable that one branch assigns is passed through by the other.
     used = _distinct([*branches[0].used, *branches[1].used, *map(branches[0].outer, written)])
     runs = [branch.explicit(used, written, carried=0) for branch in branches]
     results = _either(pred.reshape(()).to(torch.bool), runs, _as_seen_here(used))
@@ -199,14 +199,14 @@ def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) ->
 
 
 def _either(pred: torch.Tensor, runs: Sequence[Callable[..., Any]], used: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The results of one function or the other, both of the tensors in `used`."""
+    """The results of one of two functions of the tensors in `used`."""
     graphs = [_traced(run, used) for run in runs]
     examples = _results_of(graphs[0])
     _show_made(examples)
     kinds = [example.is_floating_point() for example in examples]
     if not torch.is_grad_enabled() or all(kinds):
         return list(cond_op(pred, *graphs, tuple(used))) if kinds else []
-    # The derivative of the operation trips over whole numbers among its results: they come apart.
+    # The derivative of the operation fails for whole numbers among its results: they are computed separately.
     results: dict[int, torch.Tensor] = {}
     for floating in (True, False):
         indices = [index for index, kind in enumerate(kinds) if kind is floating]
@@ -218,9 +218,9 @@ def _either(pred: torch.Tensor, runs: Sequence[Callable[..., Any]], used: Sequen
 
 @contextlib.contextmanager
 def _aside() -> Iterator[None]:
-    """Within, a branch runs without leaving a trace in the step's graph.
+    """A block in which a branch runs without being recorded in the graph of the step.
 
-    Numbers that it takes out of tensors (a learning rate, for one) are its own affair, too.
+    Numbers that it takes out of tensors, such as a learning rate, are not recorded either.
     """
     mode = detect_fake_mode()
     shapes = None if mode is None else mode.shape_env
@@ -229,7 +229,7 @@ def _aside() -> Iterator[None]:
 
 
 def _traced(fn: Callable[..., Any], operands: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
-    """A function as a graph of its own, in which what it differentiates is spelled out."""
+    """A function as a graph of its own, with the operations of its gradients."""
     with _aside():
         module = make_fx(fn)(*operands)
     module.graph.eliminate_dead_code()
@@ -256,9 +256,9 @@ def _while_loop(
     single = not isinstance(loop_vars, (tuple, list))
     leaves, structure = optree.tree_flatten((loop_vars,) if single else tuple(loop_vars))
     carried = [core.convert_to_tensor(leaf) for leaf in leaves]
-    carried.append(torch.zeros((), dtype=torch.int64))  # Counts iterations.
+    carried.append(torch.zeros((), dtype=torch.int64))  # The number of iterations.
 
-    def go_on(*carried: torch.Tensor) -> torch.Tensor:
+    def condition(*carried: torch.Tensor) -> torch.Tensor:
         more = core.convert_to_tensor(cond(*optree.tree_unflatten(structure, carried[:-1]))).reshape(())
         return more if maximum_iterations is None else more & (carried[-1] < maximum_iterations)
 
@@ -267,7 +267,7 @@ def _while_loop(
         news = optree.tree_leaves(tuple(news) if isinstance(news, (tuple, list)) else (news,))
         return [_as_carried(new, old) for new, old in zip(news, carried, strict=False)] + [carried[-1] + 1]
 
-    results = optree.tree_unflatten(structure, _loop(go_on, advance, carried)[:-1])
+    results = optree.tree_unflatten(structure, _loop(condition, advance, carried)[:-1])
     return results[0] if single else results
 
 
@@ -281,18 +281,18 @@ def _as_carried(new: Any, old: torch.Tensor) -> torch.Tensor:
 
 
 def _loop(
-    go_on: Callable[..., Any], advance: Callable[..., Any], carried: Sequence[torch.Tensor]
+    condition: Callable[..., Any], advance: Callable[..., Any], carried: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor]:
-    branches = [_Branch(go_on, carried), _Branch(advance, carried)]
+    branches = [_Branch(condition, carried), _Branch(advance, carried)]
     used = _distinct(branches[0].used + branches[1].used)
     if branches[1].written:
         names = ", ".join(variable.path for variable in branches[1].written)
         raise Untraceable(f"variables ({names}) are assigned in the body of a loop; carry their values instead")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [*carried, *used]):
-        raise Untraceable("a loop over a number of steps known only at run time is differentiated")
-    condition, body = (branch.explicit(used, (), len(carried)) for branch in branches)
+        raise Untraceable("the gradient of a loop needs a number of iterations that is known before the step runs")
+    continues, body = (branch.explicit(used, (), len(carried)) for branch in branches)
     results: Sequence[torch.Tensor] = while_loop_op(
-        lambda *operands: condition(*operands)[0], body, tuple(_as_seen_here(carried)), tuple(_as_seen_here(used))
+        lambda *operands: continues(*operands)[0], body, tuple(_as_seen_here(carried)), tuple(_as_seen_here(used))
     )
     _show_made(results)
     return results

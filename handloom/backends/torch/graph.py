@@ -1,11 +1,10 @@
-"""A traced torch graph, tidied and turned into straight-line Python.
+"""Simplifies a traced torch graph and generates straight-line Python code for it.
 
-A traced Keras step holds much that depends on nothing (the number of elements of a batch, tensors made from
-Python numbers) and, run through `torch.fx`, spends a good part of its time in the interpreter's attribute look-ups.
-Both go away here, without changing one bit of the results.
+A traced Keras step contains many constants (the number of elements of a batch, tensors made from Python numbers), and
+`torch.fx` spends much of its time in attribute look-ups. This module removes both; the results are bitwise identical.
 
-Internals used: `OpOverload`, what a graph's operations are, with its `_schema`, which tells what is written in place
-and what is a view, and `_op`, the operator without its Python wrapper.
+Internals used: `OpOverload`, the operations of a graph, with its `_schema`, which shows in-place writes and views, and
+`_op`, the operator without its Python wrapper.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from handloom.backends.dependencies import Dependencies
 
 aten = torch.ops.aten
 
-# Larger constants are computed anew in each step, as they were: memory is not spent on saving an operation.
+# Larger constants are computed in each step: saving an operation is not worth the memory.
 _LARGEST_CONSTANT = 1 << 16
 
 _FILLED = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
@@ -36,7 +35,7 @@ _NEUTRAL = {
 
 
 def tidy(module: fx.GraphModule) -> None:
-    """Removes, in place, what a traced graph computes for nothing: constants, neutral operations, dead ends."""
+    """Simplifies a traced graph in place: folds constants, removes neutral operations and unused results."""
     graph = module.graph
     shared = written_in_place(graph)
     constants: dict[fx.Node, torch.Tensor] = {}
@@ -65,7 +64,7 @@ mark = torch.ops.handloom_marks.mark.default
 
 
 def dependencies(graph: fx.Graph, arguments: Sequence[fx.Node]) -> Dependencies:
-    """What depends on what in a traced graph with marks in it."""
+    """The dependencies between the marks of a traced graph."""
     return Dependencies(
         [(str(node.args[1]), node) for node in graph.nodes if node.target is mark],
         arguments,
@@ -83,7 +82,7 @@ def remove_marks(module: fx.GraphModule) -> None:
 
 
 def written_in_place(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose memory some operation writes into, themselves or through a view of theirs."""
+    """Nodes whose memory an operation writes into, directly or through a view."""
     written: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
@@ -104,7 +103,7 @@ def _nodes_in(value: Any) -> Iterator[fx.Node]:
 
 
 def _same_as(node: fx.Node, constants: dict[fx.Node, torch.Tensor], shared: set[fx.Node]) -> fx.Node | None:
-    """The node that holds the same values already, if this one only repeats it."""
+    """An earlier node with the same values, if there is one."""
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node):
         return None
@@ -138,7 +137,7 @@ def _alike(node: fx.Node, other: fx.Node) -> bool:
 
 
 def _constant_value(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> torch.Tensor | None:
-    """What a node computes in every step alike, if it does."""
+    """The value of a node that is the same in every step; else `None`."""
     like = node.meta.get("val")
     if not isinstance(like, torch.Tensor) or like.numel() > _LARGEST_CONSTANT:
         return None
@@ -154,7 +153,7 @@ def _constant_value(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> to
 
 
 def _opens_memory(node: fx.Node) -> bool:
-    """Whether a node gives uninitialized memory, as `torch.empty` does: each step must have its own."""
+    """Whether a node returns uninitialized memory, as `torch.empty` does: each step needs its own."""
     return "empty" in node.target._schema.name
 
 
@@ -170,7 +169,7 @@ def _as_attribute(module: fx.GraphModule, node: fx.Node, value: torch.Tensor) ->
 
 
 def _keep_results_apart(graph: fx.Graph) -> None:
-    """Copies results that are views of variables, arguments or constants, which change or must not be changed."""
+    """Copies results that are views of variables, arguments or constants."""
     output = next(node for node in graph.nodes if node.op == "output")
     with graph.inserting_before(output):
         output.args = ([_apart(graph, result) for result in output.args[0]],)
@@ -185,7 +184,7 @@ def _apart(graph: fx.Graph, result: Any) -> Any:
 
 
 def _origin(node: fx.Node) -> fx.Node:
-    """The node whose memory a view shows."""
+    """The node whose memory a view shares."""
     while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
         schema = node.target._schema
         if not any(returned.alias_info is not None for returned in schema.returns):
@@ -195,7 +194,7 @@ def _origin(node: fx.Node) -> fx.Node:
 
 
 def generate(module: fx.GraphModule) -> Callable[..., list[torch.Tensor]]:
-    """Straight-line Python for a graph: one call an operation, each value dropped after its last use."""
+    """Straight-line Python code for a graph: one call for each operation; values are deleted after their last use."""
     names: dict[fx.Node, str] = {}
     scope: dict[str, Any] = {}
     lines: list[str] = []
@@ -213,13 +212,13 @@ def generate(module: fx.GraphModule) -> Callable[..., list[torch.Tensor]]:
             lines.append("del " + ", ".join(dropped))
     parameters = [names[node] for node in module.graph.nodes if node.op == "placeholder"]
     source = f"def step({', '.join(parameters)}):\n    " + "\n    ".join(lines)
-    exec(compile(source, "<handloom step>", "exec"), scope)  # Written above, from the graph alone.
+    exec(compile(source, "<handloom step>", "exec"), scope)  # Generated above, from the graph alone.
     step: Callable[..., list[torch.Tensor]] = scope["step"]
     return step
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the values that nothing needs after it."""
+    """For each node, the values whose last use it is."""
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         last[node] = node
@@ -254,7 +253,7 @@ def _written(value: Any, names: dict[fx.Node, str], scope: dict[str, Any]) -> st
 
 
 def _named(value: Any, scope: dict[str, Any]) -> str:
-    """A name under which the generated code finds an object; the same one each time."""
+    """A name for an object in the generated code, always the same."""
     name = f"o{id(value)}"
     scope[name] = value
     return name

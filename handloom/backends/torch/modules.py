@@ -1,6 +1,6 @@
-"""PyTorch: layers of Keras are modules of torch, and modules of torch layers, also where a step is traced.
+"""PyTorch: layers of Keras are modules of torch, and vice versa, also while a step is traced.
 
-Internals used: `TorchLayer._post_build`, where Keras makes torch's parameters of what a layer built, and leaves it out
+Internals used: `TorchLayer._post_build`, which registers the variables of a layer as torch parameters, and does nothing
 in a scope, where variables have no values yet; `get_stateless_scope`, to know whose scope that is.
 """
 
@@ -22,7 +22,7 @@ from handloom.backends.scope import Scope
 
 @contextlib.contextmanager
 def parameters_made() -> Iterator[None]:
-    """Layers built inside have their parameters afterwards: in `state_dict`, and wherever else torch looks for them."""
+    """Registers the parameters of layers that are built inside the block, after it."""
     built: list[TorchLayer] = []
     token = _built.set(built)
     try:
@@ -31,12 +31,12 @@ def parameters_made() -> Iterator[None]:
     finally:
         _built.reset(token)
         for layer in built:
-            layer._post_build()  # Inside another of these, it is for that one to do.
+            layer._post_build()  # Inside another such block, that one does it.
 
 
 def _note_built(_: Any) -> Any:
     def note(layer: TorchLayer) -> None:
-        # In a scope of Keras's own, in which it builds the parts of a layer, they are left to that layer.
+        # In a scope of Keras's own, the layer that builds its parts registers them.
         if isinstance(get_stateless_scope(), Scope):
             _built.get().append(layer)
 
@@ -58,4 +58,4 @@ def _call_on_values(_: Any) -> Any:
 
 
 modules_read_variables = Patch((keras.layers.TorchModuleWrapper, "call", _call_on_values))
-"""Inside, a `TorchModuleWrapper` runs its module on the values of its Keras variables in the open scope."""
+"""Inside, a `TorchModuleWrapper` runs its module on the values of its variables in the open scope."""

@@ -1,12 +1,12 @@
-"""PyTorch: a step as one flat graph of operations over its variables' memory, backward pass and optimizer included.
+"""PyTorch: a step as one flat graph of operations on its variables' memory, with backward pass and optimizer.
 
-Keras code runs once on stand-ins for tensors to find its variables, and once more under `make_fx`, which records
-every operation down to the in-place updates. The graph then runs with no Keras in between; see `graph.py`.
+Keras code runs once on fake tensors to find its variables, and once more under `make_fx`, which records every
+operation, in-place updates included. The graph then runs without Keras; see `graph.py`.
 
-Internals used: `Variable._value` (see `handloom/_keras.py`); while tracing, the `core` of `torch_nadam`, which takes
-numbers out of tensors; `make_fx`, which records; `FakeTensorMode` with `ShapeEnv`, the stand-ins, and the logger that
-shows a traceback where their shapes do not fit; `torch._C._AutoDispatchBelowAutograd`, which skips the look at each
-operation for something to differentiate, where the graph holds its own backward pass already.
+Internals used: `Variable._value` (see `handloom/_keras.py`); while tracing, the `core` of `torch_nadam`, which converts
+tensors to numbers; `make_fx`, which records; `FakeTensorMode` with `ShapeEnv`, and the logger that shows a traceback
+if shapes of fake tensors do not match; `torch._C._AutoDispatchBelowAutograd`, which skips autograd: the graph contains
+its own backward pass.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from handloom._util.patch import Patch
 from handloom.backends.program import Program, Step, Untraceable
 from handloom.backends.scope import Recorder, Scope, refuse
 from handloom.backends.torch.control_flow import traceable_control_flow
+from handloom.backends.torch.fake import is_traced
 from handloom.backends.torch.graph import dependencies, generate, remove_marks, tidy, written_in_place
 from handloom.backends.torch.modules import parameters_made
 from handloom.backends.torch.random import traceable_random_ops
-from handloom.backends.torch.stand_ins import is_traced
 from handloom.errors import FallbackWarning
 
-# So many values of a tensor stand for all of them where two ways to compute a step are compared.
+# The number of values of a tensor that are compared between two compilations of a step.
 _COMPARED = 1 << 16
 
 
@@ -89,34 +89,37 @@ class TorchProgram(Program):
         return news, list(results)
 
     def compile_kernels(self, tensors: Sequence[Tensor]) -> None:
-        """Has Inductor generate kernels for the graph, and keeps them if they give the same results."""
+        """Generates kernels for the graph with Inductor; uses them if they give the same results."""
         kernels = torch.compile(self._graph, fullgraph=True, dynamic=False)
-        with warnings.catch_warnings():  # Of torch's own making, and nobody's to mend here.
+        with warnings.catch_warnings():  # Torch's own, which no user can fix.
             warnings.simplefilter("ignore")
             try:
                 reason = "" if self._agrees(kernels, tensors) else "its results differ"
             except Exception as error:
                 reason = str(error).strip().splitlines()[0]
         if reason:
-            message = f"Inductor could not compile a step, which runs as a plain graph instead ({reason})."
-            warn("HL107", message, category=FallbackWarning)
+            warn(
+                f"HL107: Inductor could not compile a step ({reason}).",
+                "The step runs as a plain graph (slower).",
+                category=FallbackWarning,
+            )
         else:
             self._step, self._guard = kernels, torch.no_grad
 
     def _agrees(self, kernels: Step, tensors: Sequence[Tensor]) -> bool:
-        """Runs the step both ways, one after the other, on copies of what it changes: whether the same comes out."""
+        """Whether both compilations of the step give the same results, on copies of the variables."""
         plain, compiled = self._sample(self._step, tensors), self._sample(kernels, tensors)
         if any(
             torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in self._graph.graph.nodes
         ):
-            return True  # It draws its own random numbers.
+            return True  # Operations draw random numbers of their own.
         return all(
             torch.allclose(one, two, rtol=1e-2, atol=1e-4, equal_nan=True)
             for one, two in zip(plain, compiled, strict=True)
         )
 
     def _sample(self, step: Step, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Values of all that a run leaves, at equal distances: two whole copies of large variables may not fit."""
+        """Some values of each result and new variable: two full copies of large variables may not fit in memory."""
         written, read = ([variable._value for variable in variables] for variables in (self.written, self.read))
         news, results = self._pure(step, written, read, tensors)
         return [_thinned(tensor) for tensor in [*news, *results]]
@@ -131,20 +134,20 @@ def _thinned(tensor: Tensor) -> Tensor:
 
 
 def _check_closed(graph: torch.fx.GraphModule) -> None:
-    """Refuses a graph that holds a stand-in: a tensor without values, which some operation was given unseen."""
+    """Refuses a graph with a fake tensor in it, which an operation received without the trace seeing it."""
     for module in graph.modules():
         if any(isinstance(value, FakeTensor) for value in [*vars(module).values(), *module.buffers(recurse=False)]):
             raise Untraceable("a function given to an operation uses a tensor that the operation cannot pass to it")
 
 
 def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors laid out as a graph expects them: it has the strides of those it was traced with written into it."""
+    """Contiguous tensors: a graph contains the strides of the tensors that it was traced with."""
     return list(map(torch.Tensor.contiguous, tensors))
 
 
 def _find_variables(fn: Step, tensors: Sequence[Tensor]) -> list[Variable]:
-    """Runs a step on stand-ins: the variables it reads or writes."""
-    # Numbers taken out of tensors have no value here, and nothing waits to learn where they came from.
+    """Runs a step on fake tensors; returns the variables that it reads or writes."""
+    # Numbers taken out of fake tensors are unknown, which is no error here.
     shapes = ShapeEnv()
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
     stand_in = functools.partial(fake.from_tensor, static_shapes=True)
@@ -162,7 +165,7 @@ def _find_variables(fn: Step, tensors: Sequence[Tensor]) -> list[Variable]:
 
 
 def _run_on(fn: Step, variables: list[Variable], *values: Tensor) -> list[Tensor]:
-    """Runs a step with the variables at the given values, which it changes in place, as eagerly."""
+    """Runs a step on these values of its variables, and changes them in place, as in eager execution."""
     count = len(variables)
     bindings = [(variable, _as_leaf(value, variable)) for variable, value in zip(variables, values, strict=False)]
     with _InPlace(bindings, outer=refuse):
@@ -170,7 +173,7 @@ def _run_on(fn: Step, variables: list[Variable], *values: Tensor) -> list[Tensor
 
 
 class _InPlace(Scope):
-    """Assigns as Keras's torch variables do, into the memory of the value; so do Keras's torch optimizers."""
+    """Assigns into the memory of the value, as Keras's torch variables and optimizers do."""
 
     def add_update(self, update: tuple[Variable, Tensor]) -> None:
         variable, value = update
@@ -179,17 +182,17 @@ class _InPlace(Scope):
 
 
 def _as_leaf(value: Tensor, variable: Variable) -> Tensor:
-    """A value whose gradient `loss.backward()` can leave in `.grad`, where the step is traced in that manner."""
+    """A value in whose `.grad` `loss.backward()` can leave a gradient, if the step is traced in that style."""
     value = value.detach()
     return value.requires_grad_() if torch.is_grad_enabled() and variable.trainable else value
 
 
 class NeedsValue(Exception):
-    """Python asked for the value of a tensor that has none."""
+    """Python needed the value of a fake tensor."""
 
 
 class _NoValues(TorchFunctionMode):
-    """While a step is traced, refuses `if tensor:` and `range(tensor)`; torch itself refuses the rest."""
+    """Refuses `if tensor:` and `range(tensor)` in a trace; torch itself refuses other conversions."""
 
     _ASKING = (torch.Tensor.__bool__, torch.Tensor.__index__)
 
@@ -205,14 +208,14 @@ class _NoValues(TorchFunctionMode):
 _traceable_nadam = Patch(
     (torch_nadam, "core", lambda _: SimpleNamespace(convert_to_numpy=lambda tensor: tensor)), when=is_traced
 )
-"""Lets Keras's Nadam divide by tensors, where eagerly it makes NumPy numbers of them first."""
+"""Lets Keras's Nadam divide by tensors, which it otherwise converts to NumPy numbers first."""
 
 _not_logged = Patch((logging.getLogger("torch._subclasses.fake_tensor"), "handle", lambda _: lambda *_: None))
-"""Keeps torch from logging an error over many lines that then is raised."""
+"""Keeps torch from logging an error that it also raises."""
 
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """Where Keras code runs on tensors without values."""
+    """A block in which Keras code runs on fake tensors."""
     with traceable_random_ops, traceable_control_flow, _traceable_nadam, _NoValues(), _not_logged:
         yield

@@ -1,12 +1,12 @@
-"""`keras.random` on torch, made traceable: the seed is read when the step runs, not when it is traced.
+"""Traceable `keras.random` on torch: a step reads its seeds when it runs, not when it is traced.
 
-Keras turns the state of a `SeedGenerator` into a Python number and that into a `torch.Generator`. A trace would
-freeze the number, and with it the dropout mask. While a step is traced, `torch_seed_generator` therefore gives
-back only the seed tensor, and each sampling function that is then called with it becomes one of the operations
-below. They do what Keras does op by op, so that both give the same numbers from the same seed.
+Keras converts the state of a `SeedGenerator` to a Python number, and that to a `torch.Generator`. In a trace the number
+would be a constant, and so would the dropout mask. While a step is traced, `torch_seed_generator` therefore returns the
+seed as a tensor, and the sampling functions that receive it become the operations below. They give the same numbers
+as Keras does eagerly from the same seed.
 
-Internals used: `keras.src.backend.torch.random`, its `torch_seed_generator`, `get_device` and its view of the module
-`torch`; `draw_seed`, which gives the seed as a tensor.
+Internals used: `keras.src.backend.torch.random`, its `torch_seed_generator`, `get_device` and reference to the module
+`torch`; `draw_seed`, which returns the seed as a tensor.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from keras.src.backend.torch import random as keras_random
 from keras.src.random.seed_generator import draw_seed
 
 from handloom._util.patch import Patch
-from handloom.backends.torch.stand_ins import is_traced
+from handloom.backends.torch.fake import is_traced
 
 _library = torch.library.Library("handloom", "DEF")
 
 
 class _Seed:
-    """Stands for a generator while a step is traced: a seed that is still a tensor."""
+    """A seed that is a tensor, in place of a generator while a step is traced."""
 
     def __init__(self, seed: torch.Tensor) -> None:
         self.tensor = seed
@@ -40,7 +40,7 @@ def _generator(seed: torch.Tensor) -> torch.Generator:
 
 
 def _operation(schema: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
-    """Makes a function of a seed an operation that a trace records; the shape comes from running it on no data."""
+    """Registers a function of a seed as an operation that a trace records."""
 
     def define(sample: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         name = schema.split("(", maxsplit=1)[0]
@@ -87,7 +87,7 @@ def _multinomial(probabilities: torch.Tensor, samples: int, replacement: bool, *
 
 
 def _late(sampler: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A sampling function of torch's that, given a `_Seed`, becomes the operation that reads it."""
+    """A sampling function of torch; with a `_Seed`, it calls the operation that reads the seed."""
     operation = _OPERATIONS[sampler]
 
     @functools.wraps(sampler)
@@ -111,7 +111,7 @@ _OPERATIONS: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
 
 
 class _Torch:
-    """The module `torch` as `keras.random` sees it while a step is traced."""
+    """The module `torch` for `keras.random` while a step is traced."""
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(torch, name)
@@ -125,4 +125,4 @@ def _late_seed(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
 traceable_random_ops = Patch(
     (keras_random, "torch_seed_generator", _late_seed), (keras_random, "torch", lambda _: _Torch()), when=is_traced
 )
-"""Inside, `keras.random` draws by the operations above."""
+"""Inside, `keras.random` uses the operations above."""

@@ -234,7 +234,7 @@ FALLS_BACK = {
     "a loop of unknown length is differentiated": (
         lambda v, x: hl.grad(lambda x: ops.while_loop(lambda s: s < 100, lambda s: (s * x,), (x,))[0])(x),
         X,
-        "a loop over a number of steps known only at run time is differentiated",
+        "the gradient of a loop needs a number of iterations that is known",
         405,
         2,
     ),

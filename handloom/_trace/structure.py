@@ -1,0 +1,34 @@
+"""Nested structures, separated into tensors and everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import optree
+
+from handloom._keras import Tensor
+from handloom.backends import backend
+
+
+class Structure:
+    """A nested structure, separated into its tensors, which go through the backend, and everything else.
+
+    Attributes:
+        tensors: The tensors and arrays, in order.
+        rest: All leaves, with `None` in place of the tensors.
+        spec: The shape of the structure.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        leaves, self.spec = optree.tree_flatten(tree)
+        self._places = [index for index, leaf in enumerate(leaves) if backend.is_array(leaf)]
+        self.tensors = [leaves[place] for place in self._places]
+        self.rest = [None if backend.is_array(leaf) else leaf for leaf in leaves]
+
+    def filled(self, tensors: Iterable[Tensor]) -> Any:
+        """The structure with other tensors."""
+        leaves = list(self.rest)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            leaves[place] = tensor
+        return optree.tree_unflatten(self.spec, leaves)

@@ -1,3 +1,0 @@
-"""Moved to `_tree`."""
-
-from handloom.optimizers._tree import check_options  # noqa: F401
