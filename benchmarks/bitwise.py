@@ -1,8 +1,8 @@
-"""Trains in several ways and prints a digest of what each leaves behind, to compare two revisions bit by bit.
+"""Trains in several ways and prints a digest of each result, to compare two revisions bit by bit.
 
-`python benchmarks/bitwise.py` trains on the backend of `KERAS_BACKEND`; `make bitwise BASE=main~3` does so on all
-three backends, with the code of that revision and with the present one, and fails where a digest differs. Digests hold
-for one machine only: processors add in different orders.
+`python benchmarks/bitwise.py` trains on the backend of `KERAS_BACKEND`. `make bitwise BASE=main~3` trains on all three
+backends, with the code of that revision and with the present one, and fails where a digest differs. Digests are
+comparable on one machine only: processors add in different orders.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loops that a person would write by hand on each backend, and on torch without Keras. None of them is slow."""
+"""Loops written by hand on each backend, and on torch without Keras; none of them is slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training step op by op, and compiled: milliseconds of both, and how many times faster the compiled one is.
+"""A training step in eager execution and compiled: milliseconds of both, and their ratio.
 
 Both run the same steps from the same start (32 examples, Adam, mean squared error). Rounds are interleaved, since the
 machine's speed drifts; the ratio is the median over rounds, and only it means something.
@@ -36,7 +36,7 @@ def table(rounds: int, steps: int) -> str:
     """Times by model, on the backend of this process."""
     import keras
 
-    rows = [f"\n{keras.backend.backend():12} {'op by op, ms':>14} {'compiled, ms':>14} {'ratio':>8}"]
+    rows = [f"\n{keras.backend.backend():12} {'eager, ms':>14} {'compiled, ms':>14} {'ratio':>8}"]
     for kind in SHAPES:
         eager, compiled = zip(*_times(kind, rounds, steps), strict=True)
         ratio = statistics.median(slow / fast for slow, fast in zip(eager, compiled, strict=True))
@@ -45,7 +45,7 @@ def table(rounds: int, steps: int) -> str:
 
 
 def _times(kind: str, rounds: int, steps: int) -> Iterator[tuple[float, float]]:
-    """Milliseconds a step, op by op and compiled, round by round."""
+    """Milliseconds per step, eager and compiled, round by round."""
     import handloom as hl
 
     def milliseconds(train: Callable[[int], list[float]], eagerly: bool) -> float:

@@ -1,6 +1,6 @@
-"""What a training step costs: Keras's `fit`, a loop by hand, native torch, and `hl.Model.fit`, side by side.
+"""The cost of a training step in Keras's `fit`, a loop by hand, native torch, and `hl.Model.fit`.
 
-Every contestant trains the same model on the same batches (32 examples, Adam, mean squared error) and reports the mean
+Each of them trains the same model on the same batches (32 examples, Adam, mean squared error) and reports the mean
 loss of each epoch. Rounds are interleaved, in a new order each, since the machine's speed drifts; the ratios are
 medians over rounds, and only they mean something.
 

@@ -1,8 +1,8 @@
-"""What saving a run costs its steps: a model of ten million parameters, saved every 50 steps, beside one that is not.
+"""The cost of saving: steps of a model with ten million parameters that is saved every 50 steps, and of one that is not.
 
-The two take turns in one process, in blocks of 50 steps each, now the one first and now the other. Saving goes on in
-the background while the next steps run. Each of the 50 steps is timed by itself, the first with the save before it;
-what a block takes is the sum of their medians over all blocks, which leaves out what else the machine did meanwhile.
+Both run in one process, in alternating blocks of 50 steps. Saving continues in the background while the next steps run.
+Each step is timed by itself, the first together with the save before it. The time of a block is the sum of the medians
+of its steps over all blocks, which leaves out other work of the machine.
 
     KERAS_BACKEND=jax python benchmarks/saving.py [--blocks 24] [--units 2232]
 """

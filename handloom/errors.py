@@ -166,7 +166,7 @@ class HandloomWarning(_Told, UserWarning):
 
 
 class RetraceWarning(HandloomWarning):
-    """A Python value that changes from call to call compiles a function anew each time."""
+    """A Python value that changes from call to call compiles a function again each time."""
 
 
 class FallbackWarning(HandloomWarning):

@@ -1,4 +1,4 @@
-"""What every test shares. One process tests one backend, the one in KERAS_BACKEND."""
+"""Fixtures and markers of all tests. One process tests one backend, the one in KERAS_BACKEND."""
 
 import atexit
 import os
@@ -7,7 +7,7 @@ import signal
 import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# What JAX has compiled for one test, and for one process, it need not compile for the next: a third of the time.
+# JAX compiles each program once for all tests and processes, which saves a third of the time.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
@@ -26,7 +26,7 @@ BACKEND = keras.backend.backend()
 pytest_plugins = ["tests.rows.shown"]
 
 
-# A shell that runs tests in the background has them ignore Ctrl-C, which some of them are about.
+# A shell that runs tests in the background makes them ignore Ctrl-C, which some of them test.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    """Each test begins alike: seeds set, steps compiled, the usual dtype policy, names from one."""
+    """Starts each test in the same state: seeds, compiled steps, dtype policy, names of layers."""
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
     hl.run_eagerly(False)
@@ -60,18 +60,18 @@ def _same_start():
 
 @pytest.fixture
 def v():
-    """A variable at 2, for tests of what is assigned."""
+    """A variable at 2, for tests of assignments."""
     return keras.Variable(2.0)
 
 
 @pytest.fixture
 def w():
-    """A variable at 5, for tests of what is differentiated."""
+    """A variable at 5, for tests of gradients."""
     return keras.Variable(5.0)
 
 
-@pytest.fixture(params=[False, True], ids=["compiled", "op by op"])
+@pytest.fixture(params=[False, True], ids=["compiled", "eager"])
 def eagerly(request: pytest.FixtureRequest) -> bool:
-    """Runs a test compiled and op by op."""
+    """Runs a test compiled and eagerly."""
     hl.run_eagerly(request.param)
     return request.param
