@@ -1,4 +1,4 @@
-"""The cost of saving: steps of a model with ten million parameters that is saved every 50 steps, and of one that is not.
+"""The cost of saving: steps of a model with ten million parameters, saved every 50 steps and not saved.
 
 Both run in one process, in alternating blocks of 50 steps. Saving continues in the background while the next steps run.
 Each step is timed by itself, the first together with the save before it. The time of a block is the sum of the medians

@@ -37,11 +37,10 @@ def test_message_codes_are_unique():
 
 
 def test_messages_are_found_wherever_an_error_or_warning_of_handloom_is_given():
-    names, given = {*errors.__all__, "warn"} - {"Finding"}, []
-    for path in (ROOT / "handloom").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
-                given.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+    names = {*errors.__all__, "warn"} - {"Finding"}
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "handloom").rglob("*.py")]
+    calls = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    given = [ast.unparse(call) for call in calls if isinstance(call.func, ast.Name) and call.func.id in names]
     strict = [call for call in given if "HandloomError(saw, why, fix" in call]  # A warning that is raised as an error.
     assert len(given) == len(MESSAGES) + len(strict) > 200
 
