@@ -146,12 +146,12 @@ class Function:
     @property
     def touched(self) -> list[Variable]:
         """The variables that the compiled versions read or assign."""
-        return _distinct(version.touched for version in self._versions.values())
+        return _distinct(version.use.touched for version in self._versions.values())
 
     @property
     def assigned(self) -> list[Variable]:
         """The variables that they assign, without those that an optimizer updates in place on some backends."""
-        return _distinct(version.assigned for version in self._versions.values())
+        return _distinct(version.use.written for version in self._versions.values())
 
     def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Sequence[Tensor]]:
         """The version for these arguments, compiled if it is new, and the tensors among them."""
@@ -251,6 +251,7 @@ class Version:
         compiled: Whether it is compiled; otherwise it runs eagerly.
         dependencies: The dependencies in its program; see `Backend.marked`.
         run: Runs it.
+        use: The variables that it reads and assigns.
     """
 
     def __init__(self, function: Function, arguments: Arguments) -> None:
@@ -264,14 +265,14 @@ class Version:
         self.trace: Trace | None = None
         self._program: Program | None = None
         self._fused: dict[int, Fused | None] = {}
-        self._use = VariableUse()
+        self.use = VariableUse()
         self.run: Callable[[Sequence[Tensor]], Sequence[Tensor]] = self._run_eagerly
 
     def compile(self, jit_compile: bool | str, *, first: bool) -> None:
         """Compiles it, if the backend can."""
         global_seed_generator()  # Must exist before the function is traced.
         program = backend.trace(
-            self._flat(first), self._arguments.tensors, jit_compile=jit_compile, seen=self._use.known
+            self._flat(first), self._arguments.tensors, jit_compile=jit_compile, seen=self.use.known
         )
         if program is not None:
             self.run, self._program, self.compiled = program.__call__, program, True
@@ -303,29 +304,19 @@ class Version:
         def flat(*tensors: Tensor) -> list[Tensor]:
             nonlocal runs
             python_function = backend.with_control_flow(self._function.python_function)
-            made = len(self._use.made)
-            with observing(self._use):
+            made = len(self.use.made)
+            with observing(self.use):
                 try:
                     found = results(self._arguments.call(python_function, tensors))
                 finally:
-                    if len(self._use.made) > made and not (first and runs == 0):
-                        raise _created_late(self._function.__name__, self._use.made[made:], first)
+                    if len(self.use.made) > made and not (first and runs == 0):
+                        raise _created_late(self._function.__name__, self.use.made[made:], first)
             if not self.compiled:  # A fused program traces the function once more.
                 self._results = found
             runs += 1  # Only now: after a failure, a backend may trace the function again in another way.
             return found.tensors
 
         return flat
-
-    @property
-    def touched(self) -> dict[int, Variable]:
-        """The variables that it reads or assigns, by id."""
-        return self._use.touched
-
-    @property
-    def assigned(self) -> dict[int, Variable]:
-        """The variables that it assigns, by id, without those that an optimizer updates in place."""
-        return self._use.written
 
     @property
     def static(self) -> list[Any]:

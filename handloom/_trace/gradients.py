@@ -60,8 +60,8 @@ def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = Fals
             value, aux = _split(result) if has_aux else (result, None)
             return scalar(value), rest.put(aux)
 
-        value, tensors, *found = backend.value_and_grad(call, sources.tensors, sources.variables)
-        gradients = sources.mirror(*(list(map(backend.dense, group)) for group in found))
+        value, tensors, of_tensors, of_variables = backend.value_and_grad(call, sources.tensors, sources.variables)
+        gradients = sources.mirror(of_tensors, list(map(backend.dense, of_variables)))
         tell("differentiated", value)
         return ((value, rest.get(tensors)), gradients) if has_aux else (value, gradients)
 
@@ -170,12 +170,7 @@ def gradients_of(fn: Callable[[], tuple[Tensor, Any]], variables: list[Variable]
         The second result of `fn`, and the gradients, in the backend's own forms.
     """
     rest = _Rest()
-
-    def call() -> tuple[Tensor, list[Tensor]]:
-        value, aux = fn()
-        return value, rest.put(aux)
-
-    _, tensors, _, gradients = backend.value_and_grad(call, [], variables)
+    _, tensors, _, gradients = backend.value_and_grad(rest.of(fn), [], variables)
     return rest.get(tensors), gradients
 
 
@@ -192,12 +187,7 @@ def gradients_of_each(
         The second result of `fn`, and for each scalar a list of gradients.
     """
     rest = _Rest()
-
-    def call() -> tuple[list[Tensor], list[Tensor]]:
-        outputs, aux = fn()
-        return outputs, rest.put(aux)
-
-    _, tensors, rows = backend.jacobian(call, [], variables)
+    _, tensors, rows = backend.jacobian(rest.of(fn), [], variables)
     return rest.get(tensors), [gradients for _, gradients in rows]
 
 
@@ -216,11 +206,12 @@ class _Positions:
         others = set(range(len(args))) - set(self._positions)
         self._args = [_with_tensors(argument) if index in others else argument for index, argument in enumerate(args)]
         leaves, self._structure = optree.tree_flatten([args[position] for position in self._positions])
-        self._leaves = leaves
         self._is_variable = [isinstance(leaf, keras.Variable) for leaf in leaves]
         self.variables = [leaf for leaf in leaves if isinstance(leaf, keras.Variable)]
         self.tensors = [_source_tensor(leaf, fn) for leaf in leaves if not isinstance(leaf, keras.Variable)]
-        _check_distinct(self.variables)
+        if len(set(map(id, self.variables))) < len(self.variables):
+            names = [variable.path for variable in self.variables]
+            raise GradientError(f"HL122: wrt names two arguments that are the same variable: {names}.")
 
     def arguments(self, tensors: Sequence[Tensor]) -> list[Any]:
         """The arguments of the function, with these tensors as sources. Variables stay themselves."""
@@ -318,19 +309,26 @@ def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
 class _Rest:
     """Auxiliary results of a function: tensors and their masks go through the backend, everything else around it."""
 
+    def of(self, fn: Callable[[], tuple[Any, Any]]) -> Callable[[], tuple[Any, list[Tensor]]]:
+        """A function that returns a value and auxiliary results, with only the tensors among the latter."""
+
+        def call() -> tuple[Any, list[Tensor]]:
+            value, aux = fn()
+            return value, self.put(aux)
+
+        return call
+
     def put(self, aux: Any) -> list[Tensor]:
-        self._structure = Structure(aux)
-        masks = [get_keras_mask(tensor) for tensor in self._structure.tensors]
-        self._has_mask = [mask is not None for mask in masks]
-        tensors = list(map(keras.ops.convert_to_tensor, self._structure.tensors))
-        return tensors + [mask for mask in masks if mask is not None]
+        masks = list(map(get_keras_mask, Structure(aux).tensors))
+        self._structure = Structure((aux, masks))
+        return list(map(keras.ops.convert_to_tensor, self._structure.tensors))
 
     def get(self, found: Sequence[Tensor]) -> Any:
-        tensors, masks = found[: len(self._has_mask)], iter(found[len(self._has_mask) :])
-        for tensor, has_mask in zip(tensors, self._has_mask, strict=True):
-            if has_mask:
-                set_keras_mask(tensor, next(masks))
-        return self._structure.filled(tensors)
+        aux, masks = self._structure.filled(found)
+        for tensor, mask in zip(Structure(aux).tensors, masks, strict=True):
+            if mask is not None:
+                set_keras_mask(tensor, mask)
+        return aux
 
 
 def _split(result: Any) -> tuple[Any, Any]:
@@ -417,12 +415,6 @@ def _with_tensors(argument: Any) -> Any:
         return keras.ops.convert_to_tensor(backend.to_tensor(leaf)) if isinstance(leaf, np.ndarray) else leaf
 
     return optree.tree_map(converted, argument)
-
-
-def _check_distinct(variables: Sequence[Variable]) -> None:
-    if len({id(variable) for variable in variables}) < len(variables):
-        names = [variable.path for variable in variables]
-        raise GradientError(f"HL122: wrt names two arguments that are the same variable: {names}.")
 
 
 def _name(fn: Callable[..., Any]) -> str:

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from handloom._keras import Tensor
+from handloom._util.switch import Switch
 
 Weight: TypeAlias = "Tensor | float"
 """A number, or a scalar tensor; `SUM` for a loss that is a sum."""
 
 SUM = "sum"
 
+_weight: Switch[Weight] = Switch(1.0)
 
-class _Here(threading.local):
-    weight: Any = 1.0
+step_weight = _weight.here
+"""Sets the weight of gradients for a block: the examples in the batch, or the denominator of the loss."""
 
-
-_here = _Here()
-
-
-@contextlib.contextmanager
-def step_weight(weight: Weight) -> Iterator[None]:
-    """Sets the weight of gradients for a block: the examples in the batch, or the denominator of the loss."""
-    before, _here.weight = _here.weight, weight
-    try:
-        yield
-    finally:
-        _here.weight = before
-
-
-def weight_of_step() -> Weight:
-    """The weight of gradients in the caller's block; 1 if none was set."""
-    return _here.weight
+weight_of_step = _weight.get
+"""The weight of gradients in the caller's block; 1 if none was set."""

@@ -7,14 +7,15 @@ Keras calls the methods below for everything that happens in this thread. No oth
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
 
 from handloom._keras import Layer, Tensor, Variable, keras, trained_by
 from handloom._util.patch import Patch
+from handloom._util.switch import Switch
 
 T = TypeVar("T")
 
@@ -66,31 +67,20 @@ class Observer:
         """An optimizer has added gradients to those of earlier steps."""
 
 
-_observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
-_calls: ContextVar[int] = ContextVar("calls", default=0)
+_observers: Switch[tuple[Observer, ...]] = Switch(())
+_calls = Switch(0)
 
 
 @contextlib.contextmanager
 def observing(*observers: Observer) -> Iterator[None]:
     """Calls observers for a block, along with those of enclosing blocks."""
-    with _PATCH, _observed_by((*_observers.get(), *observers)):
+    with _PATCH, _observers.here((*_observers.get(), *observers)):
         yield
 
 
-@contextlib.contextmanager
-def building() -> Iterator[None]:
+def building() -> contextlib.AbstractContextManager[None]:
     """A block in which a function runs only to build its layers: most observers are not called."""
-    with _observed_by(tuple(observer for observer in _observers.get() if observer.sees_building)):
-        yield
-
-
-@contextlib.contextmanager
-def _observed_by(observers: tuple[Observer, ...]) -> Iterator[None]:
-    token = _observers.set(observers)
-    try:
-        yield
-    finally:
-        _observers.reset(token)
+    return _observers.here(tuple(observer for observer in _observers.get() if observer.sees_building))
 
 
 def innermost(kind: type[T]) -> T | None:
@@ -189,17 +179,14 @@ def _as_initializer(value: Any, dtype: Any) -> tuple[tuple[int, ...], Any, Calla
     return np.shape(value), dtype or convert(value).dtype, lambda _, dtype: convert(value, dtype=dtype)
 
 
-def _telling_before(event: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _telling_before(event: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces a method, or the getter of a property, by one that first calls the observers with its object."""
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            tell(event, self)
-            return original(self, *args, **kwargs)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tell(event, self)
+        return original(self, *args, **kwargs)
 
-        return call
-
-    return make
+    return call
 
 
 def _metric_attribute(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
@@ -240,11 +227,8 @@ def _adding_loss(original: Callable[[Layer, Any], None]) -> Callable[[Layer, Any
 
 def _layer_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Layer, *args: Any, **kwargs: Any) -> Any:
-        token = _calls.set(_calls.get() + 1)
-        try:
+        with _calls.here(_calls.get() + 1):
             outputs = original(self, *args, **kwargs)
-        finally:
-            _calls.reset(token)
         if not _calls.get():
             tell("layer_called", self, outputs)
         return outputs
@@ -262,13 +246,13 @@ def _optimizer_apply(original: Callable[..., None]) -> Callable[..., None]:
 
 _PATCH = Patch(
     (keras.Variable, "__init__", _creation),
-    (keras.Variable, "value", _telling_before("read")),
-    (keras.Variable, "assign", _telling_before("assigned")),
+    (keras.Variable, "value", functools.partial(_telling_before, "read")),
+    (keras.Variable, "assign", functools.partial(_telling_before, "assigned")),
     # Subclasses override update_state and result, but all share the look-up of attributes.
     (keras.Metric, "__getattribute__", _metric_attribute),
     (keras.Loss, "__call__", _loss_call),
     (keras.Layer, "add_loss", _adding_loss),
-    (keras.Layer, "losses", _telling_before("losses_read")),
+    (keras.Layer, "losses", functools.partial(_telling_before, "losses_read")),
     (keras.Layer, "__call__", _layer_call),
     (keras.optimizers.Optimizer, "apply", _optimizer_apply),
 )

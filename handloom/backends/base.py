@@ -10,8 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import importlib
-import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,20 +18,27 @@ from typing import Any
 import numpy as np
 
 from handloom._keras import Tensor, Variable, keras
+from handloom._util.switch import Switch
 from handloom.backends.program import Program, Step
+from handloom.backends.trace_errors import naming_what_has_no_derivative
 
 Gradients = list[Tensor | None]
+
+Outputs = Callable[..., tuple[list[Tensor], list[Tensor]]]
+"""Takes tensors; returns the tensors to differentiate, and further tensors."""
 
 
 class Backend(abc.ABC):
     """The contract. `handloom.backends.backend` is the implementation that this process uses."""
 
     name: str
+    title: str
+    """The name in messages."""
     holds_text = False
     """Whether its tensors can hold text."""
 
     def __init__(self) -> None:
-        self._nesting = _Nesting()
+        self._in_trace, self._in_gradient = Switch(False), Switch(False)
 
     # ---------------------------------------------------------------- tensors
 
@@ -135,7 +141,6 @@ class Backend(abc.ABC):
 
     # --------------------------------------------------------------- compiling
 
-    @abc.abstractmethod
     def trace(
         self,
         fn: Step,
@@ -163,6 +168,13 @@ class Backend(abc.ABC):
             Untraceable: `fn` cannot be compiled on this backend but can run eagerly.
             TraceError: `fn` uses a tensor where Python needs a number, as in `if loss < 1:`.
         """
+        return self._program(fn, tensors, seen, self.compiles_kernels(jit_compile))
+
+    @abc.abstractmethod
+    def _program(
+        self, fn: Step, tensors: Sequence[Tensor], seen: Mapping[int, Variable], kernels: bool
+    ) -> Program | None:
+        """See `trace`; `kernels` tells whether to use the kernel compiler."""
 
     @abc.abstractmethod
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
@@ -192,7 +204,7 @@ class Backend(abc.ABC):
         `Program.dependencies` follows marked tensors. A mark inside a branch or loop is not followed and counts as
         used.
         """
-        return self._mark(tensor, name) if self._nesting.trace else tensor
+        return self._mark(tensor, name) if self._in_trace.get() else tensor
 
     @abc.abstractmethod
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
@@ -204,12 +216,8 @@ class Backend(abc.ABC):
 
     # ---------------------------------------------------------- differentiating
 
-    @abc.abstractmethod
     def value_and_grad(
-        self,
-        fn: Callable[..., tuple[Tensor, list[Tensor]]],
-        tensors: Sequence[Tensor],
-        variables: Sequence[Variable],
+        self, fn: Callable[..., tuple[Tensor, list[Tensor]]], tensors: Sequence[Tensor], variables: Sequence[Variable]
     ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
         """Runs `fn(*tensors)` once and differentiates its value.
 
@@ -226,16 +234,20 @@ class Backend(abc.ABC):
             Inside another differentiated function, everything stays differentiable.
         """
 
+        def listed(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            value, aux = fn(*tensors)
+            return [value], aux
+
+        with naming_what_has_no_derivative(self.title):
+            [value], aux, [row] = self._derivatives(listed, tensors, variables, scalar=True)
+        return value, aux, *self._split(row, len(tensors))
+
     def dense(self, gradient: Tensor | None) -> Tensor | None:
         """A gradient as a tensor."""
         return gradient
 
-    @abc.abstractmethod
     def jacobian(
-        self,
-        fn: Callable[..., tuple[list[Tensor], list[Tensor]]],
-        tensors: Sequence[Tensor],
-        variables: Sequence[Variable],
+        self, fn: Outputs, tensors: Sequence[Tensor], variables: Sequence[Variable]
     ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
         """The derivatives of several outputs of any shape.
 
@@ -249,6 +261,21 @@ class Backend(abc.ABC):
             The outputs; the further tensors; for each output a pair like the last two results of `value_and_grad`, of
             derivatives of shape `output.shape + source.shape`.
         """
+        with naming_what_has_no_derivative(self.title):
+            outputs, aux, rows = self._derivatives(fn, tensors, variables, scalar=False)
+        return outputs, aux, [self._split(row, len(tensors)) for row in rows]
+
+    @abc.abstractmethod
+    def _derivatives(
+        self, fn: Outputs, tensors: Sequence[Tensor], variables: Sequence[Variable], *, scalar: bool
+    ) -> tuple[list[Tensor], list[Tensor], list[Gradients]]:
+        """The outputs of `fn`, the further tensors, and for each output its derivatives by tensors, then variables.
+
+        With `scalar` there is one output, a scalar.
+        """
+
+    def _split(self, row: Gradients, count: int) -> tuple[Gradients, Gradients]:
+        return list(map(self.dense, row[:count])), row[count:]
 
     # ------------------------------------------------------------------ nesting
 
@@ -258,20 +285,4 @@ class Backend(abc.ABC):
 
         Compiled functions that are called there become a part of it.
         """
-        return self._nesting.trace > 0 or self._nesting.gradient > 0
-
-    @contextlib.contextmanager
-    def _inside(self, kind: str) -> Iterator[None]:
-        depth = getattr(self._nesting, kind)
-        setattr(self._nesting, kind, depth + 1)
-        try:
-            yield
-        finally:
-            setattr(self._nesting, kind, depth)
-
-
-class _Nesting(threading.local):
-    """The number of traces and differentiated functions that a thread is inside of."""
-
-    trace = 0
-    gradient = 0
+        return self._in_trace.get() or self._in_gradient.get()

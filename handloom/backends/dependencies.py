@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Set
 from typing import TypeVar
 
 Node = TypeVar("Node", bound=Hashable)
@@ -46,31 +46,28 @@ class Dependencies:
         """The marks that depend on the program's arguments on a path without any of these."""
         return self._reached_from(_INPUT, set(not_through))
 
-    def _reached_from(self, name: str, without: Iterable[str] = ()) -> set[str]:
-        seen, waiting = set(without), [name]
-        found = set()
-        while waiting:
-            new = self._next.get(waiting.pop(), set()) - seen
-            seen |= new
-            found |= new
-            waiting.extend(new)
-        return found
+    def _reached_from(self, name: str, without: Set[str] = frozenset()) -> set[str]:
+        def following(name: str) -> set[str]:
+            return self._next.get(name, set()) - without
+
+        return reached(following(name), following)
 
 
 def _first_marks(
     node: Node, names: dict[Node, str], following: Callable[[Node], Iterable[Node]], is_end: Callable[[Node], bool]
 ) -> set[str]:
     """The first marks on each path from a node, and the end for a path that has no mark."""
-    found: set[str] = set()
-    seen, waiting = {node}, [node]
+    found = reached(following(node), lambda node: () if node in names else following(node))
+    ends = any(map(is_end, [node, *found.difference(names)]))
+    return {names[mark] for mark in found.intersection(names)} | ({_END} if ends else set())
+
+
+def reached(start: Iterable[Node], following: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """Some nodes, and all that follow them."""
+    seen = set(start)
+    waiting = list(seen)
     while waiting:
-        reached = waiting.pop()
-        if is_end(reached):
-            found.add(_END)
-        for new in set(following(reached)) - seen:
-            seen.add(new)
-            if new in names:
-                found.add(names[new])
-            else:
-                waiting.append(new)
-    return found
+        new = set(following(waiting.pop())) - seen
+        seen |= new
+        waiting.extend(new)
+    return seen

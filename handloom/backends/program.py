@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from handloom._keras import Tensor, Variable
 from handloom.backends.dependencies import Dependencies
 
 Step: TypeAlias = Callable[..., Sequence[Tensor]]
 """Takes tensors and returns tensors; reads and writes any variables."""
+
+Tracing: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Makes the context in which a step is traced."""
 
 Fused: TypeAlias = Callable[[Sequence[Sequence[Tensor]]], Sequence[Tensor]]
 """Runs a program once on each of several sets of tensors; returns the results of the last run."""
@@ -71,12 +75,11 @@ class Program(abc.ABC):
             The new values of `written`, and the results.
         """
 
-    def fused(self, steps: int, how: str = "auto") -> Fused | None:
+    def fused(self, steps: int) -> Fused | None:
         """Compiles several runs into one dispatch, with the same results.
 
         Args:
             steps: The number of runs.
-            how: `"rolled"` for a loop; `"unrolled"` for its body repeated; `"auto"` for the one that is usually faster.
 
         Returns:
             A function of so many sets of tensors of the same shapes and dtypes; `None` if the backend has none.
@@ -84,7 +87,7 @@ class Program(abc.ABC):
         Raises:
             Untraceable: The tensors cannot be stacked.
         """
-        del steps, how
+        del steps  # None by default.
         return None
 
     def cost(self) -> Cost:

@@ -34,11 +34,7 @@ class Scope(keras.StatelessScope):
     """
 
     def __init__(
-        self,
-        bindings: Iterable[tuple[Variable, Tensor]] = (),
-        *,
-        outer: Reader | None = None,
-        creates: bool = False,
+        self, bindings: Iterable[tuple[Variable, Tensor]] = (), *, outer: Reader | None = None, creates: bool = False
     ) -> None:
         super().__init__(collect_losses=True, initialize_variables=creates)
         self.state_mapping = {id(variable): value for variable, value in bindings}
@@ -81,20 +77,17 @@ class Recorder:
 
     def __init__(self, read: Reader) -> None:
         self._read = read
-        self._values: dict[int, Tensor] = {}
-        self._variables: dict[int, Variable] = {}
+        self._seen: dict[int, tuple[Variable, Tensor]] = {}
 
     def __call__(self, variable: Variable) -> Tensor:
-        key = id(variable)
-        if key not in self._values:
-            self._variables[key] = variable
-            self._values[key] = self._read(variable)
-        return self._values[key]
+        if id(variable) not in self._seen:
+            self._seen[id(variable)] = variable, self._read(variable)
+        return self._seen[id(variable)][1]
 
     @property
     def variables(self) -> list[Variable]:
         """The variables read, in order."""
-        return list(self._variables.values())
+        return [variable for variable, _ in self._seen.values()]
 
 
 def refuse(variable: Variable) -> Tensor:

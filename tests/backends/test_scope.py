@@ -1,31 +1,32 @@
-"""Variable values during one trace."""
+"""Scopes: the values of variables during a trace."""
 
 import keras
-import numpy as np
 import pytest
 from keras import layers, ops
 
 from handloom.backends.scope import Recorder, Scope, refuse
 from handloom.errors import VariableError
+from tests.models import built
+from tests.numbers import close, numpy, ones, same
 
 
 def number(value):
-    return float(ops.convert_to_numpy(value))
+    return float(numpy(value))
 
 
 def tensor(value):
     return ops.convert_to_tensor(value, dtype="float32")
 
 
-def test_a_variable_has_in_a_scope_the_value_it_is_bound_to():
+def test_scope_gives_a_variable_its_bound_value():
     variable = keras.Variable(1.0)
     with Scope([(variable, tensor(5))]):
         assert number(variable.value) == 5
-        assert number(variable + 1) == 6
+        close(variable + 1, 6)
     assert number(variable.value) == 1
 
 
-def test_what_is_assigned_in_a_scope_stays_in_it():
+def test_scope_keeps_assigned_values_to_itself():
     variable = keras.Variable(1.0)
     with Scope() as scope:
         variable.assign(tensor(7))
@@ -35,13 +36,19 @@ def test_what_is_assigned_in_a_scope_stays_in_it():
     assert [written is variable for written in scope.written] == [True]
 
 
-def test_what_a_scope_does_not_hold_it_asks_of_the_one_around_it():
-    outer_variable, inner_variable, free = keras.Variable(1.0), keras.Variable(2.0), keras.Variable(3.0)
-    with Scope([(outer_variable, tensor(10))]), Scope([(inner_variable, tensor(20))]):
-        assert [number(v.value) for v in (outer_variable, inner_variable, free)] == [10, 20, 3]
+def test_scope_asks_the_enclosing_scope_or_the_outer_reader_for_other_values():
+    a, b, c = (keras.Variable(n) for n in (1.0, 2.0, 3.0))
+    with keras.StatelessScope([(a, tensor(10))]):
+        with Scope([(b, tensor(20))]):
+            assert [number(variable.value) for variable in (a, b, c)] == [10, 20, 3]
+        with Scope([(b, tensor(20))], outer=lambda _: tensor(99)):
+            assert [number(variable.value) for variable in (a, b)] == [99, 20]
+    with pytest.raises(KeyError), Scope([(a, tensor(10))]):
+        raise KeyError
+    assert number(a.value) == 1  # No scope is open after an error.
 
 
-def test_the_innermost_of_two_values_counts_and_writes_go_no_further():
+def test_scope_inside_another_takes_its_own_value_first_and_writes_to_itself_only():
     variable = keras.Variable(1.0)
     with Scope([(variable, tensor(10))]) as outer:
         with Scope([(variable, tensor(20))]) as inner:
@@ -51,14 +58,8 @@ def test_the_innermost_of_two_values_counts_and_writes_go_no_further():
     assert outer.written == []
 
 
-def test_a_scope_of_kerass_around_one_of_ours_is_asked_too():
-    variable = keras.Variable(1.0)
-    with keras.StatelessScope([(variable, tensor(5))]), Scope():
-        assert number(variable.value) == 5
-
-
-def test_written_are_the_assigned_in_the_order_of_the_first_time():
-    a, b, c = (keras.Variable(float(n)) for n in range(3))
+def test_scope_written_lists_variables_in_the_order_of_their_first_assignment():
+    a, b, c = (keras.Variable(number(n)) for n in range(3))
     with Scope([(c, tensor(9))]) as scope:
         b.assign(tensor(1))
         a.assign(tensor(2))
@@ -68,14 +69,13 @@ def test_written_are_the_assigned_in_the_order_of_the_first_time():
     assert number(scope.get_current_value(b)) == 3
 
 
-def test_a_regularizer_sees_the_value_in_the_scope():
-    layer = layers.Dense(1, use_bias=False, kernel_regularizer=keras.regularizers.L2(1.0))
-    layer.build((None, 1))
+def test_scope_gives_a_regularizer_the_bound_value():
+    layer = built(layers.Dense(1, use_bias=False, kernel_regularizer=keras.regularizers.L2(1.0)), 1)
     with Scope([(layer.kernel, tensor([[3.0]]))]):
         assert number(layer.losses[0]) == 9
 
 
-def test_added_losses_are_collected():
+def test_scope_collects_added_losses():
     class Penalty(layers.Layer):
         def call(self, x):
             self.add_loss(ops.sum(x))
@@ -83,26 +83,26 @@ def test_added_losses_are_collected():
 
     layer = Penalty()
     with Scope():
-        layer(np.ones(3, "float32"))
+        layer(ones(3))
         assert number(layer.losses[0]) == 3
 
 
-def test_variables_made_inside_are_initialized_when_a_creating_scope_closes():
+def test_scope_that_creates_initializes_variables_when_it_closes():
     with Scope(creates=True) as scope:
         variable = keras.Variable("ones", shape=(2,))
         assert not scope.incomplete
-    np.testing.assert_array_equal(variable.numpy(), np.ones(2))
+    same(variable, ones(2))
 
 
-def test_only_the_outermost_scope_initializes():
+def test_scope_inside_another_initializes_nothing():
     with Scope(creates=True):
         with Scope(creates=True):
             variable = keras.Variable("ones", shape=(2,))
         assert variable._value is None
-    np.testing.assert_array_equal(variable.numpy(), np.ones(2))
+    same(variable, ones(2))
 
 
-def test_an_initializer_that_fails_fails_once():
+def test_scope_forgets_an_initializer_that_failed():
     def broken(shape, dtype=None):
         raise RuntimeError("broken")
 
@@ -110,10 +110,10 @@ def test_an_initializer_that_fails_fails_once():
         keras.Variable(broken, shape=(2,))
     with Scope(creates=True):
         variable = keras.Variable("ones", shape=(2,))
-    np.testing.assert_array_equal(variable.numpy(), np.ones(2))
+    same(variable, ones(2))
 
 
-def test_it_is_noted_when_a_value_is_read_that_does_not_exist_yet():
+def test_scope_is_incomplete_after_a_read_of_a_variable_without_a_value():
     with Scope(creates=True) as scope:
         variable = keras.Variable("ones", shape=(2,))
         assert tuple(variable.value.shape) == (2,)
@@ -123,13 +123,7 @@ def test_it_is_noted_when_a_value_is_read_that_does_not_exist_yet():
     assert not scope.incomplete
 
 
-def test_an_outer_reader_takes_the_place_of_the_scope_around():
-    variable = keras.Variable(1.0)
-    with Scope([(variable, tensor(10))]), Scope(outer=lambda _: tensor(99)):
-        assert number(variable.value) == 99
-
-
-def test_a_recorder_reads_each_variable_once_and_remembers_the_order():
+def test_recorder_reads_each_variable_once_and_keeps_their_order():
     a, b, read = keras.Variable(1.0), keras.Variable(2.0), []
 
     def reader(variable):
@@ -142,40 +136,10 @@ def test_a_recorder_reads_each_variable_once_and_remembers_the_order():
     assert list(map(id, read)) == list(map(id, recorder.variables)) == [id(b), id(a)]
 
 
-def test_a_variable_that_was_not_there_before_is_refused_by_name():
+def test_refuse_names_the_variable():
     variable = keras.Variable(1.0, name="late")
     with (
         pytest.raises(VariableError, match=r"'late' appeared only when.*second time.*outside of the step"),
         Scope(outer=refuse),
     ):
         variable.value  # noqa: B018
-
-
-def test_after_an_error_no_scope_is_open():
-    variable = keras.Variable(1.0)
-    with pytest.raises(RuntimeError), Scope([(variable, tensor(5))]):
-        raise RuntimeError
-    assert number(variable.value) == 1
-
-
-def test_keras_asks_the_scope_and_tells_it():
-    """What of Keras's `StatelessScope` Handloom relies on."""
-    variable, asked, told = keras.Variable(1.0), [], []
-
-    class Own(keras.StatelessScope):
-        def get_current_value(self, variable):
-            asked.append(variable)
-            return super().get_current_value(variable)
-
-        def add_update(self, update):
-            told.append(update)
-            super().add_update(update)
-
-    with keras.StatelessScope() as outer, Own() as scope:
-        assert scope.original_scope is outer
-        variable.assign(tensor(2))
-        number(variable.value)
-        assert number(scope.state_mapping[id(variable)]) == 2
-    assert told[0][0] is variable
-    assert all(one is variable for one in asked)
-    assert asked

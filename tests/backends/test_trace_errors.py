@@ -1,4 +1,4 @@
-"""The errors of a trace name the line of the user's that made it fail."""
+"""Errors of a trace, which name the line of the user's code that failed."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.once
 LIBRARY = str(Path(pytest.__file__))
 
 
-def test_the_error_says_where_why_and_what_to_do():
+def test_needs_a_value_says_where_why_and_what_to_do():
     error = needs_a_value([(__file__, 3)])
     assert isinstance(error, TraceError)
     message = str(error)
@@ -21,7 +21,7 @@ def test_the_error_says_where_why_and_what_to_do():
         assert cure in message
 
 
-def test_an_operation_of_tensorflow_in_a_step_of_another_backend_is_named_as_that():
+def test_tensorflow_called_names_the_backend_and_the_line():
     inside = str(Path(pytest.__file__).parents[1] / "tensorflow" / "python" / "ops.py")
     told = str(tensorflow_called([(__file__, 3), (inside, 3)], "jax"))
     assert "A compiled step on jax calls TensorFlow" in told
@@ -30,7 +30,7 @@ def test_an_operation_of_tensorflow_in_a_step_of_another_backend_is_named_as_tha
 
 
 @pytest.mark.parametrize("error", [KeyError("w"), RuntimeError("out of memory"), GradientError("HL999: No scalar.")])
-def test_other_errors_of_a_gradient_pass_as_they_are(error):
+def test_naming_what_has_no_derivative_lets_other_errors_pass(error):
     with pytest.raises(type(error)) as raised, naming_what_has_no_derivative("JAX"):
         raise error
     assert raised.value is error

@@ -515,18 +515,6 @@ def test_function_and_grad_nest(eagerly):
     close(v, 3)
 
 
-@pytest.mark.backend("tensorflow")
-def test_function_compiles_python_control_flow_in_a_nested_function():
-    @hl.function
-    def positive(x):
-        if ops.sum(x) > 0:
-            return x
-        return -x
-
-    outer = hl.function(lambda x: positive(x) * 2)
-    close([outer(ones(2)), outer(-ones(2))], 2 * ones(2, 2))
-
-
 # ---------------------------------------------------------------------------- results
 
 
@@ -657,25 +645,6 @@ def test_run_eagerly_takes_a_bool(value):
         hl.run_eagerly(value)
 
 
-def test_run_eagerly_runs_python_with_values_on_every_call():
-    def is_known(x):
-        try:
-            return bool(numpy(x).sum() > 0)
-        except Exception:
-            return False
-
-    known = []
-    step = hl.function(lambda x: known.append(is_known(x)))
-    step(ones(2))
-    traced = len(known)
-    step(ones(2))
-    assert known == [False] * traced
-    with hl.run_eagerly(True):
-        step(ones(2))
-        step(ones(2))
-    assert known[traced:] == [True, True]
-
-
 # ---------------------------------------------------------------------------- errors
 
 
@@ -759,7 +728,7 @@ def to_numpy(x):
 @pytest.mark.backend("jax", "tensorflow")
 def test_function_names_the_line_that_turns_a_tensor_into_numpy():
     with pytest.raises(TraceError) as raised:
-        hl.function(to_numpy)(ones(2))
+        hl.function(lambda x: to_numpy(x + 1))(ones(2))
     assert f"{__file__}, line {to_numpy.__code__.co_firstlineno + 1}: return x + ops.conv" in str(raised.value)
 
 

@@ -1,6 +1,4 @@
-"""Gradients, against closed forms, finite differences and PyTorch."""
-
-import functools
+"""Gradients, against closed forms and PyTorch."""
 
 import keras
 import numpy as np
@@ -14,7 +12,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom.errors import GradientError
 from tests.models import built, functional
-from tests.numbers import close, finite_differences, numpy, ones, same
+from tests.numbers import close, numpy, ones, same
 
 a_few = settings(max_examples=20, deadline=None, derandomize=True)
 
@@ -26,9 +24,9 @@ def f(w1, w2):
     return 3 * w1**2 + 2 * w1 * w2
 
 
-def wave(xp, x):
-    """The same function of `keras.ops` and of NumPy."""
-    return xp.sum(xp.sin(x) * xp.exp(-0.5 * x)) + xp.max(x) ** 2
+def wave(x):
+    """A damped sine, and the square of the largest number."""
+    return ops.sum(ops.sin(x) * ops.exp(-0.5 * x)) + ops.max(x) ** 2
 
 
 def square(x):
@@ -40,16 +38,6 @@ def dtype_of(tensor):
 
 
 # ---------------------------------------------------------------------- of arguments
-
-
-def test_value_and_grad_of_a_polynomial():
-    value, gradients = hl.value_and_grad(f, wrt=(0, 1))(5.0, 3.0)
-    close([value, *gradients], [105, 36, 10])
-
-
-def test_grad_agrees_with_finite_differences():
-    x = np.array([0.3, -1.2, 2.5, 0.9])
-    close(hl.grad(functools.partial(wave, ops))(x), finite_differences(functools.partial(wave, np), x))
 
 
 @pytest.mark.parametrize(("wrt", "expected"), [(1, 10), (-1, 10), ((0,), (36,)), ((1, 0), (10, 36))])
@@ -117,16 +105,6 @@ def test_grad_of_any_polynomial(coefficients, x):
 
 
 vectors = hnp.arrays("float32", 3, elements=st.floats(-2, 2, width=32))
-
-
-@a_few
-@given(vectors, st.floats(-3, 3, width=32), st.floats(-3, 3, width=32))
-def test_grad_is_linear(x, a, b):
-    def one(x):
-        return ops.sum(ops.sin(x))
-
-    combined = hl.grad(lambda x: a * one(x) + b * ops.prod(x))(x)
-    close(combined, a * numpy(hl.grad(one)(x)) + b * numpy(hl.grad(ops.prod)(x)), rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------- of variables
@@ -422,8 +400,8 @@ def test_jacobian_has_the_shape_of_the_value_and_then_of_the_source():
 
 
 def test_jacobian_of_a_scalar_is_its_gradient():
-    x, fn = np.array([0.5, 1.0, 2.0]), functools.partial(wave, ops)
-    close(hl.jacobian(fn)(x), hl.grad(fn)(x))
+    x = np.array([0.5, 1.0, 2.0])
+    close(hl.jacobian(wave)(x), hl.grad(wave)(x))
 
 
 def test_jacobian_with_respect_to_a_layer():
@@ -649,23 +627,18 @@ def test_grad_jacobian_and_hessian_agree_with_pytorch():
     def loss(w):
         return ops.mean(hidden(w) ** 2)
 
-    def penalty(x, w):
-        return ops.mean(hl.grad(lambda x: ops.sum(ops.tanh(ops.matmul(x, w))))(x) ** 2)
-
     def hidden_by_torch(w):
         return torch.tanh(torch.from_numpy(X) @ w)
 
     def loss_by_torch(w):
         return torch.mean(hidden_by_torch(w) ** 2)
 
-    w, x = torch.tensor(W, requires_grad=True), torch.tensor(X, requires_grad=True)
+    w = torch.tensor(W, requires_grad=True)
     value, gradient = hl.value_and_grad(loss)(W)
     close(value, loss_by_torch(w).item())
     close(gradient, torch.autograd.grad(loss_by_torch(w), w)[0].numpy())
     close(hl.jacobian(hidden)(W), torch.autograd.functional.jacobian(hidden_by_torch, w).numpy())
     close(hl.hessian(loss)(W), torch.autograd.functional.hessian(loss_by_torch, w).numpy())
-    (slopes,) = torch.autograd.grad(torch.tanh(x @ w).sum(), x, create_graph=True)
-    close(hl.grad(penalty, wrt=1)(X, W), torch.autograd.grad((slopes**2).mean(), w)[0].numpy())
 
 
 @pytest.mark.backend("torch")

@@ -53,17 +53,6 @@ def test_grad_is_with_respect_to_the_value_before_the_assignment(w, eagerly):
     close(hl.function(hl.grad(loss, wrt=w))(), 2 + 6 * 5.0**5)
 
 
-def test_grad_through_several_assignments_and_reads(v, w, eagerly):
-    def loss():
-        first = v * w
-        v.assign(w * v)
-        second = v * w
-        v.assign(v * v)
-        return first + second + v  # v w + v w**2 + v**2 w**2
-
-    close(hl.function(hl.grad(loss, wrt=[v, w]))(), [5 + 25 + 100, 2 + 20 + 40])
-
-
 def test_grad_through_assign_add_and_assign_sub(v, w, eagerly):
     def loss():
         v.assign_add(w**2)

@@ -1,4 +1,4 @@
-"""Losses of a step: their denominators, and the losses that nobody counted."""
+"""Losses of a step: their denominators, and the added losses that none of them counts."""
 
 import contextlib
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,13 +22,13 @@ from keras.src.random import seed_generator
 from handloom._keras import Tensor, Variable, keras
 from handloom._util.patch import Patch
 from handloom._util.source_line import frames_of, place_in, shown
-from handloom.backends.base import Backend, Gradients
+from handloom.backends.base import Backend, Gradients, Outputs
 from handloom.backends.jax.control_flow import assignments_in_branches, cond
-from handloom.backends.jax.gradients import Reached, Sources, rows_of_each
+from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each
 from handloom.backends.jax.program import MARK, JaxProgram, leaked
 from handloom.backends.program import Program, Step
 from handloom.backends.scope import Scope
-from handloom.backends.trace_errors import naming_what_has_no_derivative, needs_a_value, tensorflow_called
+from handloom.backends.trace_errors import needs_a_value, tensorflow_called
 
 _unseeded_random_ops = Patch(
     (seed_generator, "jax_utils", lambda _: SimpleNamespace(is_in_jax_tracing_scope=lambda *_: False))
@@ -37,7 +37,7 @@ _unseeded_random_ops = Patch(
 
 
 class JaxBackend(Backend):
-    name = "jax"
+    name, title = "jax", "JAX"
 
     def is_array(self, leaf: Any) -> bool:
         return isinstance(leaf, (jax.Array, np.ndarray, np.generic, BCOO))
@@ -71,19 +71,12 @@ class JaxBackend(Backend):
     def detach(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def trace(
-        self,
-        fn: Step,
-        tensors: Sequence[Tensor],
-        *,
-        jit_compile: bool | str,
-        seen: Mapping[int, Variable] = MappingProxyType({}),
+    def _program(
+        self, fn: Step, tensors: Sequence[Tensor], seen: Mapping[int, Variable], kernels: bool
     ) -> Program | None:
         del seen
-        if not self.compiles_kernels(jit_compile):
-            return None
         try:
-            return JaxProgram(fn, tensors, self._tracing)
+            return JaxProgram(fn, tensors, self._tracing) if kernels else None
         except _NEEDS_A_VALUE as error:
             frames = frames_of(error)
             raise tensorflow_called(frames, self.name) or needs_a_value(frames) from error
@@ -92,7 +85,7 @@ class JaxBackend(Backend):
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
-        with self._inside("trace"), _unseeded_random_ops:
+        with self._in_trace.here(True), _unseeded_random_ops:
             yield
 
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
@@ -114,41 +107,16 @@ class JaxBackend(Backend):
         with self._tracing(), Scope(creates=True):
             jax.eval_shape(lambda: [fn()][:0])
 
-    @naming_what_has_no_derivative("JAX")
-    def value_and_grad(
-        self,
-        fn: Callable[..., tuple[Tensor, list[Tensor]]],
-        tensors: Sequence[Tensor],
-        variables: Sequence[Variable],
-    ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
-        sources, reached = Sources(tensors, variables), Reached()
-
-        def pure(*flat: Tensor) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
-            (value, aux), news = sources.call(fn, reached.watch(flat))
-            return value, (aux, news)
-
-        with self._inside("gradient"), Scope(creates=True) as scope:
-            value, pullback, (aux, news) = jax.vjp(pure, *sources.values, has_aux=True)
-            gradients = reached.only(pullback(jnp.ones_like(value)))
-        if scope.incomplete:
-            return self.value_and_grad(fn, tensors, variables)
-        sources.write(news)
-        return value, aux, *sources.split(gradients)
-
-    @naming_what_has_no_derivative("JAX")
-    def jacobian(
-        self,
-        fn: Callable[..., tuple[list[Tensor], list[Tensor]]],
-        tensors: Sequence[Tensor],
-        variables: Sequence[Variable],
-    ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
+    def _derivatives(
+        self, fn: Outputs, tensors: Sequence[Tensor], variables: Sequence[Variable], *, scalar: bool
+    ) -> tuple[list[Tensor], list[Tensor], list[Gradients]]:
         sources = Sources(tensors, variables)
-        with self._inside("gradient"), Scope(creates=True) as scope:
-            outputs, aux, news, rows = rows_of_each(fn, sources)
+        with self._in_gradient.here(True), Scope(creates=True) as scope:
+            outputs, aux, news, rows = (gradients_of_one if scalar else rows_of_each)(fn, sources)
         if scope.incomplete:
-            return self.jacobian(fn, tensors, variables)
+            return self._derivatives(fn, tensors, variables, scalar=scalar)
         sources.write(news)
-        return outputs, aux, [sources.split(row) for row in rows]
+        return outputs, aux, rows
 
 
 def _default_device() -> Any:

@@ -24,32 +24,29 @@ def cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> 
     pred = pred.value if isinstance(pred, keras.Variable) else pred
     if not isinstance(pred, jax.core.Tracer):
         return true_fn() if pred else false_fn()
-    branches = [_Branch(true_fn), _Branch(false_fn)]
-    written = list({id(variable): variable for branch in branches for variable in branch.written}.values())
-    result, news = jax.lax.cond(pred, *(branch.giving(written) for branch in branches))
+    written = list({id(variable): variable for fn in (true_fn, false_fn) for variable in _assigned_by(fn)}.values())
+    result, news = jax.lax.cond(pred, _returning(written, true_fn), _returning(written, false_fn))
     for variable, value in zip(written, news, strict=True):
         variable.assign(value)
     return result
 
 
-class _Branch:
-    """A function, and the variables that it assigns."""
+def _assigned_by(fn: Callable[[], Any]) -> list[Variable]:
+    """The variables that a branch assigns."""
+    with Scope() as scope:
+        jax.eval_shape(lambda: [fn()])  # A new function each time: JAX does not run a known one again.
+    return list(scope.written)
 
-    def __init__(self, fn: Callable[[], Any]) -> None:
-        self._fn = fn
+
+def _returning(variables: Sequence[Variable], fn: Callable[[], Any]) -> Callable[[], tuple[Any, list[Tensor]]]:
+    """The same branch, which also returns the final values of these variables."""
+
+    def run() -> tuple[Any, list[Tensor]]:
         with Scope() as scope:
-            jax.eval_shape(lambda: [fn()])  # A new function each time: JAX does not run a known one again.
-        self.written = scope.written
+            result = fn()
+        return result, [scope.get_current_value(variable) for variable in variables]
 
-    def giving(self, variables: Sequence[Variable]) -> Callable[[], tuple[Any, list[Tensor]]]:
-        """The same function, which also returns the final values of these variables."""
-
-        def run() -> tuple[Any, list[Tensor]]:
-            with Scope() as scope:
-                result = self._fn()
-            return result, [scope.get_current_value(variable) for variable in variables]
-
-        return run
+    return run
 
 
 assignments_in_branches = Patch((core, "cond", lambda _: cond))

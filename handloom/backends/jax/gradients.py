@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from handloom._keras import Tensor, Variable, current_value
-from handloom.backends.base import Gradients
+from handloom.backends.base import Gradients, Outputs
 from handloom.backends.jax.program import OneTrace
 
 
@@ -26,7 +26,7 @@ class Sources:
         self._written: list[Variable] = []
         self.values = [*tensors, *map(current_value, variables)]
 
-    def call(self, fn: Callable[..., Any], flat: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    def call(self, fn: Outputs, flat: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
         """Calls `fn` with these values of the variables; also returns the new values of those that it assigns."""
         with OneTrace(zip(self._variables, flat[self._count :], strict=True)) as scope:
             result = fn(*flat[: self._count])
@@ -37,10 +37,6 @@ class Sources:
         """Assigns the new values, once."""
         for variable, new in zip(self._written, news, strict=True):
             variable.assign(new)
-
-    def split(self, gradients: Gradients) -> tuple[Gradients, Gradients]:
-        """The gradients for the tensors, and those for the variables."""
-        return gradients[: self._count], gradients[self._count :]
 
 
 class Reached:
@@ -62,29 +58,36 @@ class Reached:
         return [gradient if index in self._indices else None for index, gradient in enumerate(gradients)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _noted(note: Callable[[], None], value: Tensor) -> Tensor:
-    del note  # Only the backward rule calls it.
-    return value
+    """The same value; calls `note` where it is differentiated."""
+
+    def backward(_: None, gradient: Tensor) -> tuple[Tensor]:
+        note()
+        return (gradient,)
+
+    identity = jax.custom_vjp(lambda value: value)
+    identity.defvjp(lambda value: (value, None), backward)
+    return identity(value)
 
 
-def _noted_forward(note: Callable[[], None], value: Tensor) -> tuple[Tensor, None]:
-    del note
-    return value, None
+Results: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Gradients]]
+"""Outputs, further tensors, new values of the assigned variables, derivatives of each output."""
 
 
-def _noted_backward(note: Callable[[], None], _: None, gradient: Tensor) -> tuple[Tensor]:
-    note()
-    return (gradient,)
+def gradients_of_one(fn: Outputs, sources: Sources) -> Results:
+    """Runs `fn` once, and differentiates its only output, a scalar."""
+    reached = Reached()
+
+    def pure(*flat: Tensor) -> tuple[Tensor, tuple[list[Tensor], list[Tensor]]]:
+        ([value], aux), news = sources.call(fn, reached.watch(flat))
+        return value, (aux, news)
+
+    value, pullback, (aux, news) = jax.vjp(pure, *sources.values, has_aux=True)
+    return [value], aux, news, [reached.only(pullback(jnp.ones_like(value)))]
 
 
-_noted.defvjp(_noted_forward, _noted_backward)
-
-
-def rows_of_each(
-    fn: Callable[..., Any], sources: Sources
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Gradients]]:
-    """Runs `fn` once; returns outputs, further tensors, new values of assigned variables, and derivatives by output."""
+def rows_of_each(fn: Outputs, sources: Sources) -> Results:
+    """Runs `fn` once, and differentiates each output, of any shape."""
     trace = jax.make_jaxpr(functools.partial(sources.call, fn), return_shape=True)
     closed, shapes = trace(sources.values)
     flat_fn = jax.extend.core.jaxpr_as_fun(closed)

@@ -7,7 +7,6 @@ CPython's reference counts, which show that others hold an array too.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 from collections import deque
@@ -22,7 +21,7 @@ import numpy as np
 
 from handloom._keras import Tensor, Variable, stored_value
 from handloom.backends.dependencies import Dependencies
-from handloom.backends.program import Cost, Fused, Program, Step, Untraceable
+from handloom.backends.program import Cost, Fused, Program, Step, Tracing, Untraceable
 from handloom.backends.scope import Recorder, Scope, refuse
 from handloom.errors import TraceError, VariableError
 
@@ -41,9 +40,7 @@ class JaxProgram(Program):
         tracing: Makes the context in which the step is traced.
     """
 
-    def __init__(
-        self, fn: Step, tensors: Sequence[Tensor], tracing: Callable[[], contextlib.AbstractContextManager[Any]]
-    ) -> None:
+    def __init__(self, fn: Step, tensors: Sequence[Tensor], tracing: Tracing) -> None:
         self._fn, self._tensors, self._tracing = fn, tensors, tracing
         with tracing():
             written, read = find_variables(fn, tensors)
@@ -62,12 +59,12 @@ class JaxProgram(Program):
         returned = self._executable.compiled(copies, list(read), tuple(tensors))
         return returned[: len(written)], returned[len(written) :]
 
-    def fused(self, steps: int, how: str = "auto") -> Fused:
+    def fused(self, steps: int) -> Fused:
         if not all(isinstance(tensor, (jax.Array, np.ndarray, np.generic)) for tensor in self._tensors):
             raise Untraceable("sparse batches have no common shape")
         stacked = [jax.ShapeDtypeStruct((steps, *tensor.shape), tensor.dtype) for tensor in self._tensors]
         with self._tracing():
-            pure = functools.partial(_rolled, _pure(self._fn, self.written, self.read), steps, how)
+            pure = functools.partial(_repeated, _pure(self._fn, self.written, self.read), steps)
             run = _Executable(pure, stacked, self.written, self.read).bound()
         return lambda batches: run(list(map(_stacked, zip(*batches, strict=True))))
 
@@ -152,28 +149,21 @@ def _pure(fn: Step, written: Sequence[Variable], read: Sequence[Variable]) -> Pu
     return pure
 
 
-def _rolled(
-    pure: Pure,
-    steps: int,
-    how: str,
-    written_values: Sequence[Tensor],
-    read_values: Sequence[Tensor],
-    stacked: Sequence[Tensor],
+def _repeated(
+    pure: Pure, steps: int, written: Sequence[Tensor], read: Sequence[Tensor], stacked: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Runs steps on slices of tensors along their first axis; returns the results of the last."""
-    count = len(written_values)
+    """Runs a step on each slice of tensors along their first axis; returns the results of the last."""
 
     def step(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        returned = pure(values, read_values, tensors)
+        returned = pure(values, read, tensors)
         news = [jnp.asarray(new, old.dtype) for new, old in zip(returned, values, strict=False)]
-        return news, returned[count:]
+        return news, returned[len(written) :]
 
-    unroll = how == "unrolled"
-    if how == "auto" and jax.default_backend() == "cpu":
-        # On a CPU, XLA's convolutions are several times slower inside a loop.
-        one = jax.make_jaxpr(pure)(written_values, read_values, tuple(tensor[0] for tensor in stacked))
+    unroll = False
+    if jax.default_backend() == "cpu":  # There, XLA's convolutions are several times slower inside a loop.
+        one = jax.make_jaxpr(pure)(written, read, tuple(tensor[0] for tensor in stacked))
         unroll = "conv_general_dilated" in _primitives(one.jaxpr)
-    news, results = jax.lax.scan(step, list(written_values), tuple(stacked), steps, unroll=unroll)
+    news, results = jax.lax.scan(step, list(written), tuple(stacked), steps, unroll=unroll)
     return [*news, *(result[-1] for result in results)]
 
 
@@ -188,32 +178,29 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _dependencies(jaxpr: Any, variables: int) -> Dependencies:
-    """The nodes are equations, by index, and the program's arguments, by negative numbers."""
-    users: dict[int, list[int]] = {}
-    for place, equation in enumerate(jaxpr.eqns):
+    """The nodes are the values in the program, except constants."""
+    users: dict[int, list[Any]] = {}
+    for equation in jaxpr.eqns:
         for value in equation.invars:
-            users.setdefault(id(value), []).append(place)
-    arguments = {-1 - place: [value] for place, value in enumerate(jaxpr.invars)}
+            users.setdefault(id(value), []).append(equation)
     returned = set(map(id, jaxpr.outvars))
 
-    def made(node: int) -> Sequence[Any]:
-        return arguments[node] if node < 0 else jaxpr.eqns[node].outvars
+    def users_of(value: Any) -> Sequence[Any]:
+        return users.get(id(value), ())
 
     return Dependencies(
         _marks(jaxpr),
-        list(arguments)[variables:],
-        following=lambda node: chain.from_iterable(users.get(id(value), ()) for value in made(node)),
-        is_end=lambda node: (
-            any(id(value) in returned for value in made(node)) or (node >= 0 and bool(jaxpr.eqns[node].effects))
-        ),
+        jaxpr.invars[variables:],
+        following=lambda value: [result for equation in users_of(value) for result in equation.outvars],
+        is_end=lambda value: id(value) in returned or any(equation.effects for equation in users_of(value)),
     )
 
 
-def _marks(jaxpr: Any) -> Iterator[tuple[str, int]]:
-    for place, equation in enumerate(jaxpr.eqns):
+def _marks(jaxpr: Any) -> Iterator[tuple[str, Any]]:
+    for equation in jaxpr.eqns:
         name = str(equation.params.get("name", ""))
         if equation.primitive.name == "name" and name.startswith(MARK):
-            yield name.removeprefix(MARK), place
+            yield name.removeprefix(MARK), equation.outvars[0]
 
 
 def find_variables(fn: Step, tensors: Sequence[Tensor]) -> tuple[list[Variable], list[Variable]]:

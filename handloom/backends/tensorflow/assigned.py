@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +28,7 @@ from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGra
 
 from handloom._keras import Tensor
 from handloom._util.patch import Patch
+from handloom._util.switch import Switch
 
 _BaseVariable, _UnreadVariable = resource_variable_ops.BaseResourceVariable, resource_variable_ops._UnreadVariable
 
@@ -61,25 +62,20 @@ class _Assigned:
             variable._handle = handle
 
 
-class _Present(threading.local):
-    assigned: _Assigned | None = None
-
-
-_present = _Present()
+_present: Switch[_Assigned | None] = Switch(None)
 
 
 @contextlib.contextmanager
 def assignments_noted() -> Iterator[None]:
     """A block in which gradients flow through assigned variables; nested blocks share their records."""
-    if _present.assigned is not None:
+    if _present.get() is not None:
         yield
         return
-    _present.assigned = assigned = _Assigned()
+    assigned = _Assigned()
     try:
-        with _patch:
+        with _patch, _present.here(assigned):
             yield
     finally:
-        _present.assigned = None
         assigned.restore()
 
 
@@ -103,52 +99,44 @@ def watch(tape: tf.GradientTape, variable: Any) -> Any:
 
 
 def _note(variable: Any, value: Tensor) -> None:
-    if _present.assigned is not None:
-        _present.assigned.note(variable, value)
+    if assigned := _present.get():
+        assigned.note(variable, value)
 
 
 def _value_assigned_to(variable: Any) -> Tensor | None:
-    return None if _present.assigned is None else _present.assigned.value(variable)
+    assigned = _present.get()
+    return assigned and assigned.value(variable)
 
 
 def _is_noted(variable: Any) -> bool:
     """Whether gradients can flow through assignments of a variable."""
-    return _present.assigned is not None and (variable.dtype.is_floating or variable.dtype.is_complex)
+    return _present.get() is not None and (variable.dtype.is_floating or variable.dtype.is_complex)
 
 
 def _graph() -> Any:
     return tf.compat.v1.get_default_graph()
 
 
-def _pass_on(gradient: Any) -> list[Any]:
-    return [gradient]
-
-
 def _new_handle(handle: Tensor, value: Tensor) -> Tensor:
     """Another handle of the same variable; for tapes, it is computed from a value."""
     with record.stop_recording():
         new = tf.identity(handle)
-    record.record_operation(_READ, [new], [value], _pass_on)
+    record.record_operation(_READ, [new], [value], lambda gradient: [gradient])
     return new
 
 
 _READ = "HandloomReadOfAssigned"
 
 
-def _gradient_in_a_branch(operation: tf.Operation, gradient: Any, _: Any) -> list[Any]:
-    """The gradient of `_read_as` inside a branch or loop, whose gradient goes through operations, not tapes."""
-    del operation
-    return [None, *_pass_on(gradient)]
-
-
-tf.RegisterGradient(_READ)(_gradient_in_a_branch)
+# In a branch or loop, the gradient of `_read_as` goes through operations, not tapes.
+tf.RegisterGradient(_READ)(lambda _, gradient, __: [None, gradient])
 
 
 def _read_as(value: Tensor, read: Callable[[], Tensor]) -> Tensor:
     """The result of a read; for tapes, it is a value."""
     with record.stop_recording(), _graph().gradient_override_map({"IdentityN": _READ}):
         result, _ = tf.identity_n([read(), value])
-    record.record_operation(_READ, [result], [value], _pass_on)
+    record.record_operation(_READ, [result], [value], lambda gradient: [gradient])
     return result
 
 
@@ -162,16 +150,13 @@ def _reads(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return read
 
 
-def _looks_up(look_up: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    def make(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def read(self: Any, indices: Tensor, name: str | None = None) -> Tensor:
-            if _value_assigned_to(self) is None:
-                return original(self, indices, name)
-            return look_up(self.value(), indices, name=name)
+def _looks_up(look_up: Callable[..., Tensor], original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def read(self: Any, indices: Tensor, name: str | None = None) -> Tensor:
+        if _value_assigned_to(self) is None:
+            return original(self, indices, name)
+        return look_up(self.value(), indices, name=name)
 
-        return read
-
-    return make
+    return read
 
 
 def _assigns(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,25 +172,27 @@ def _assigns(original: Callable[..., Any]) -> Callable[..., Any]:
     return assign
 
 
-def _adds(add: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def assign_sum(self: Any, delta: Any, *args: Any, **kwargs: Any) -> Any:
-            if not _is_noted(self):
-                return original(self, delta, *args, **kwargs)
-            delta = tf.convert_to_tensor(delta, dtype=self.dtype)
-            return self.assign(add(tf.convert_to_tensor(self), delta), *args, **kwargs)
+def _adds(add: Callable[[Tensor, Tensor], Tensor], original: Callable[..., Any]) -> Callable[..., Any]:
+    def assign_sum(self: Any, delta: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_noted(self):
+            return original(self, delta, *args, **kwargs)
+        delta = tf.convert_to_tensor(delta, dtype=self.dtype)
+        return self.assign(add(tf.convert_to_tensor(self), delta), *args, **kwargs)
 
-        return assign_sum
+    return assign_sum
 
-    return make
 
+_ASSIGNMENTS: dict[str, Callable[..., Any]] = {
+    "assign": _assigns,
+    "assign_add": functools.partial(_adds, tf.add),
+    "assign_sub": functools.partial(_adds, tf.subtract),
+}
 
 _patch = Patch(
     (_BaseVariable, "_read_variable_op", _reads),
     (_UnreadVariable, "_read_variable_op", _reads),
-    (_BaseVariable, "sparse_read", _looks_up(tf.gather)),
-    (_BaseVariable, "gather_nd", _looks_up(tf.gather_nd)),
-    *((owner, "assign", _assigns) for owner in (_BaseVariable, resource_variable_ops.ResourceVariable)),
-    *((owner, "assign_add", _adds(tf.add)) for owner in (_BaseVariable, resource_variable_ops.ResourceVariable)),
-    *((owner, "assign_sub", _adds(tf.subtract)) for owner in (_BaseVariable, resource_variable_ops.ResourceVariable)),
+    (_BaseVariable, "sparse_read", functools.partial(_looks_up, tf.gather)),
+    (_BaseVariable, "gather_nd", functools.partial(_looks_up, tf.gather_nd)),
+    *((_BaseVariable, *assignment) for assignment in _ASSIGNMENTS.items()),
+    *((resource_variable_ops.ResourceVariable, *assignment) for assignment in _ASSIGNMENTS.items()),
 )

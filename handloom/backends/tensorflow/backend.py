@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,12 +24,13 @@ import handloom.backends.tensorflow.gradients  # noqa: F401  # Registers them.
 from handloom._keras import Tensor, Variable, keras, stored_value
 from handloom._util.patch import Patch
 from handloom._util.source_line import Frames, frames_of
-from handloom.backends.base import Backend, Gradients
+from handloom._util.switch import Switch
+from handloom.backends.base import Backend, Gradients, Outputs
 from handloom.backends.program import Step
 from handloom.backends.scope import Scope
 from handloom.backends.tensorflow.assigned import assignments_noted, watch
 from handloom.backends.tensorflow.program import MARK, TensorFlowProgram
-from handloom.backends.trace_errors import naming_what_has_no_derivative, needs_a_value
+from handloom.backends.trace_errors import needs_a_value
 
 # Handloom's own code, when called from converted code of the user, runs unconverted.
 autograph_config.CONVERSION_RULES = (
@@ -45,12 +44,9 @@ _convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status
 
 
 class TensorFlowBackend(Backend):
-    name = "tensorflow"
+    name, title = "tensorflow", "TensorFlow"
     holds_text = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._by_xla: ContextVar[bool] = ContextVar("by_xla", default=False)
+    _by_xla = Switch(False)
 
     def is_array(self, leaf: Any) -> bool:
         if isinstance(leaf, keras.Variable):
@@ -89,19 +85,13 @@ class TensorFlowBackend(Backend):
     def seed_random_state(self, seed: int) -> None:
         tf.random.get_global_generator().reset_from_seed(seed)
 
-    def trace(
-        self,
-        fn: Step,
-        tensors: Sequence[Tensor],
-        *,
-        jit_compile: bool | str,
-        seen: Mapping[int, Variable] = MappingProxyType({}),
+    def _program(
+        self, fn: Step, tensors: Sequence[Tensor], seen: Mapping[int, Variable], kernels: bool
     ) -> TensorFlowProgram:
-        kernels = self.compiles_kernels(jit_compile)
         try:
             return TensorFlowProgram(fn, tensors, seen, kernels, functools.partial(self._tracing, kernels))
         except (TypeError, NotImplementedError, AttributeError) as error:
-            if not any(word in str(error) for word in _SYMBOLIC):
+            if "symbolic" not in str(error).lower():
                 raise
             raise needs_a_value(_users_frames(error)) from error
         except StagingError as error:
@@ -109,12 +99,8 @@ class TensorFlowBackend(Backend):
 
     @contextlib.contextmanager
     def _tracing(self, by_xla: bool) -> Iterator[None]:
-        token = self._by_xla.set(by_xla)
-        try:
-            with self._inside("trace"), _variables_made_outside_of_graphs:
-                yield
-        finally:
-            self._by_xla.reset(token)
+        with self._by_xla.here(by_xla), self._in_trace.here(True), _variables_made_outside_of_graphs:
+            yield
 
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
         if jit_compile == "auto":  # As in Keras: XLA if there is an accelerator.
@@ -122,7 +108,7 @@ class TensorFlowBackend(Backend):
         return bool(jit_compile)
 
     def with_control_flow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        return _convert(fn) if self._nesting.trace else fn
+        return _convert(fn) if self._in_trace.get() else fn
 
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         return tf.identity(tensor, name=MARK + name.encode().hex())
@@ -131,74 +117,32 @@ class TensorFlowBackend(Backend):
         return tf.profiler.experimental.Profile(str(directory))
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
-        with self._inside("trace"), Scope(creates=True), tf.__internal__.FuncGraph("shapes").as_default():
+        with self._in_trace.here(True), Scope(creates=True), tf.__internal__.FuncGraph("shapes").as_default():
             fn()
 
-    @naming_what_has_no_derivative("TensorFlow")
-    def value_and_grad(
-        self,
-        fn: Callable[..., tuple[Tensor, list[Tensor]]],
-        tensors: Sequence[Tensor],
-        variables: Sequence[Variable],
-    ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
-        sources = _Sources(tensors, variables)
-        with self._differentiating(), tf.GradientTape(watch_accessed_variables=False) as tape:
-            value, aux = fn(*sources.watched_by(tape))
-            value, aux = _read(value), [_read(tensor) for tensor in aux]
-        gradients = tape.gradient(value, sources.watched)
-        # An enclosing differentiated function needs tensors, and XLA needs shapes that do not depend on values.
-        change = _dense if self._nesting.gradient or self._by_xla.get() else _each_row_once
-        return value, aux, *sources.split(list(map(change, gradients)))
-
     def dense(self, gradient: Tensor | None) -> Tensor | None:
-        return _dense(gradient)
+        return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
 
-    @naming_what_has_no_derivative("TensorFlow")
-    def jacobian(
-        self,
-        fn: Callable[..., tuple[list[Tensor], list[Tensor]]],
-        tensors: Sequence[Tensor],
-        variables: Sequence[Variable],
-    ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
-        sources = _Sources(tensors, variables)
-        with self._differentiating(), tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-            outputs, aux = fn(*sources.watched_by(tape))
-            outputs, aux = list(map(_read, outputs)), list(map(_read, aux))
-        return outputs, aux, [sources.split(_row(tape, output, sources.watched)) for output in outputs]
-
-    @contextlib.contextmanager
-    def _differentiating(self) -> Iterator[None]:
-        with self._inside("gradient"), assignments_noted():
-            yield
+    def _derivatives(
+        self, fn: Outputs, tensors: Sequence[Tensor], variables: Sequence[Variable], *, scalar: bool
+    ) -> tuple[list[Tensor], list[Tensor], list[Gradients]]:
+        # Only uses as the argument are differentiated, not other uses of the same tensor in the function.
+        copies = [tf.identity(tensor) for tensor in tensors]
+        tape = tf.GradientTape(persistent=not scalar, watch_accessed_variables=False)
+        with self._in_gradient.here(True), assignments_noted(), tape:
+            tape.watch(copies)
+            sources = [*copies, *(watch(tape, stored_value(variable)) for variable in variables)]
+            outputs, aux = (list(map(_read, found)) for found in fn(*copies))
+        if not scalar:
+            return outputs, aux, [_row(tape, output, sources) for output in outputs]
+        # An enclosing differentiated function needs tensors, and XLA needs shapes that do not depend on values.
+        change = self.dense if self._in_gradient.get() or self._by_xla.get() else _each_row_once
+        return outputs, aux, [list(map(change, tape.gradient(outputs[0], sources)))]
 
 
 def _read(tensor: Tensor) -> Tensor:
     """The present value of a tensor or variable: on this backend, `keras.Variable.value` is a `tf.Variable`."""
     return tf.identity(tensor) if isinstance(tensor, (tf.Variable, keras.Variable)) else tensor
-
-
-class _Sources:
-    """The sources of a gradient: tensors, then variables."""
-
-    def __init__(self, tensors: Sequence[Tensor], variables: Sequence[Variable]) -> None:
-        self._tensors, self._variables = tensors, variables
-        self.watched: list[Tensor] = []
-
-    def watched_by(self, tape: tf.GradientTape) -> list[Tensor]:
-        """Makes a tape watch every source; returns the tensors to call the function with."""
-        # Only uses as the argument are differentiated, not other uses of the same tensor in the function.
-        copies = [tf.identity(tensor) for tensor in self._tensors]
-        tape.watch(copies)
-        self.watched = [*copies, *(watch(tape, stored_value(variable)) for variable in self._variables)]
-        return copies
-
-    def split(self, gradients: Sequence[Any]) -> tuple[Gradients, Gradients]:
-        count = len(self._tensors)
-        return list(map(_dense, gradients[:count])), list(gradients[count:])
-
-
-def _dense(gradient: Any) -> Tensor | None:
-    return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
 
 
 def _each_row_once(gradient: Any) -> Any:
@@ -247,7 +191,5 @@ def _as_raised(error: StagingError) -> BaseException:
     original.add_note(str(error))  # The traceback shows generated code only; the note shows the line.
     return original
 
-
-_SYMBOLIC = ("symbolic", "SymbolicTensor")
 
 backend = TensorFlowBackend()

@@ -6,7 +6,6 @@ branches, loops and functions.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from tensorflow.python.framework.auto_control_deps_utils import get_read_only_re
 
 from handloom._keras import Tensor, Variable, stored_value
 from handloom.backends.dependencies import Dependencies
-from handloom.backends.program import Fused, Program, Step, Untraceable
+from handloom.backends.program import Fused, Program, Step, Tracing, Untraceable
 
 MARK = "handloom_mark_"
 
@@ -32,21 +31,16 @@ class TensorFlowProgram(Program):
     """
 
     def __init__(
-        self,
-        fn: Step,
-        tensors: Sequence[Tensor],
-        seen: Mapping[int, Variable],
-        kernels: bool,
-        tracing: Callable[[], contextlib.AbstractContextManager[Any]],
+        self, fn: Step, tensors: Sequence[Tensor], seen: Mapping[int, Variable], kernels: bool, tracing: Tracing
     ) -> None:
         self._fn, self._tensors, self._kernels, self._tracing = fn, tensors, kernels, tracing
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
         self._concrete = self._traced(lambda *tensors: list(fn(*tensors)), specs)
         graph = self._concrete.graph
-        self._variables = {id(stored_value(variable)): variable for variable in seen.values()}
+        variables = {id(stored_value(variable)): variable for variable in seen.values()}
         unchanged = get_read_only_resource_input_indices_graph(graph)
         handles = {id(graph.inputs[index]) for index in unchanged}
-        known = [(self._variables[id(held)], inner) for held, inner in _captured(graph) if id(held) in self._variables]
+        known = [(variables[id(held)], inner) for held, inner in _captured(graph) if id(held) in variables]
         self.read = tuple(variable for variable, inner in known if id(inner) in handles)
         self.written = tuple(variable for variable, inner in known if id(inner) not in handles)
         self.dependencies = _dependencies(graph, len(self._concrete.captured_inputs))
@@ -63,46 +57,39 @@ class TensorFlowProgram(Program):
     def pure(
         self, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        variables = [*self.written, *self.read]
+        stored = [stored_value(variable) for variable in (*self.written, *self.read)]
         # Other variables replace those that the function has captured.
-        copies = {
-            id(stored_value(variable)): tf.Variable(value, dtype=stored_value(variable).dtype, trainable=False)
-            for variable, value in zip(variables, [*written, *read], strict=True)
-        }
-        owners = {
-            id(held.handle): copies[id(held)] for held, _ in _captured(self._concrete.graph) if id(held) in copies
-        }
-        captured = [
-            owners[id(handle)].handle if id(handle) in owners else handle for handle in self._concrete.captured_inputs
+        copies = [
+            tf.Variable(value, dtype=variable.dtype, trainable=False)
+            for variable, value in zip(stored, [*written, *read], strict=True)
         ]
+        handles = {id(variable.handle): copy.handle for variable, copy in zip(stored, copies, strict=True)}
+        captured = [handles.get(id(handle), handle) for handle in self._concrete.captured_inputs]
         flat = tf.nest.flatten(list(tensors), expand_composites=True)
         outputs = self._concrete.graph.outputs
         results = tf.raw_ops.StatefulPartitionedCall(
             args=[*flat, *captured], Tout=[output.dtype for output in outputs], f=self._concrete
         )
         packed = tf.nest.pack_sequence_as(self._concrete.structured_outputs, results, expand_composites=True)
-        return [tf.identity(copies[id(stored_value(variable))]) for variable in self.written], list(packed)
+        return list(map(tf.identity, copies[: len(written)])), list(packed)
 
-    def fused(self, steps: int, how: str = "auto") -> Fused:
+    def fused(self, steps: int) -> Fused:
         if not all(isinstance(tensor, tf.Tensor) for tensor in self._tensors):
             raise Untraceable("sparse and ragged batches have no common shape")
-        fn = self._fn
 
-        def unrolled(*stacked: Tensor) -> list[Tensor]:
-            for index in range(steps - 1):
-                fn(*(tensor[index] for tensor in stacked))
-            return list(fn(*(tensor[-1] for tensor in stacked)))
+        def run_all(*stacked: Tensor) -> list[Tensor]:
+            def step(index: Any) -> list[Tensor]:
+                return list(self._fn(*(tensor[index] for tensor in stacked)))
 
-        def rolled(*stacked: Tensor) -> list[Tensor]:
-            def step(index: Tensor) -> Tensor:
-                fn(*(tensor[index] for tensor in stacked))
+            def advance(index: Tensor) -> Tensor:
+                step(index)
                 return index + 1
 
-            tf.while_loop(lambda index: index < steps - 1, step, [0], parallel_iterations=1)
-            return list(fn(*(tensor[-1] for tensor in stacked)))
+            tf.while_loop(lambda index: index < steps - 1, advance, [0], parallel_iterations=1)
+            return step(-1)
 
         specs = [tf.TensorSpec((steps, *tensor.shape), tensor.dtype) for tensor in self._tensors]
-        run = self._traced(unrolled if how == "unrolled" else rolled, specs)
+        run = self._traced(run_all, specs)
         return lambda batches: run(*map(tf.stack, zip(*batches, strict=True)))
 
 

@@ -11,7 +11,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,18 +23,19 @@ from handloom._interop.onnx_torch import exportable
 from handloom._interop.tensors import tensor_of
 from handloom._keras import Tensor, Variable, current_value, first_line, keras
 from handloom._util.source_line import frames_of
-from handloom.backends.base import Backend, Gradients
+from handloom.backends.base import Backend, Gradients, Outputs
+from handloom.backends.dependencies import reached
 from handloom.backends.program import Step, Untraceable
 from handloom.backends.scope import Scope
 from handloom.backends.torch.graph import mark
 from handloom.backends.torch.modules import modules_read_variables, parameters_made
 from handloom.backends.torch.program import NeedsValue, TorchProgram, contiguous, tracing
-from handloom.backends.trace_errors import naming_what_has_no_derivative, needs_a_value, tensorflow_called
+from handloom.backends.trace_errors import needs_a_value, tensorflow_called
 from handloom.errors import ExportError, HandloomError
 
 
 class TorchBackend(Backend):
-    name = "torch"
+    name, title = "torch", "PyTorch"
 
     def is_array(self, leaf: Any) -> bool:
         return isinstance(leaf, (torch.Tensor, np.ndarray, np.generic))
@@ -99,17 +99,12 @@ class TorchBackend(Backend):
         with exportable():
             yield
 
-    def trace(
-        self,
-        fn: Step,
-        tensors: Sequence[Tensor],
-        *,
-        jit_compile: bool | str,
-        seen: Mapping[int, Variable] = MappingProxyType({}),
+    def _program(
+        self, fn: Step, tensors: Sequence[Tensor], seen: Mapping[int, Variable], kernels: bool
     ) -> TorchProgram:
         del seen
         try:
-            with self._inside("trace"), torch.no_grad():
+            with self._in_trace.here(True), torch.no_grad():
                 program = TorchProgram(fn, tensors)
         except HandloomError:
             raise
@@ -119,7 +114,7 @@ class TorchBackend(Backend):
             if refusal := tensorflow_called(frames_of(first), self.name):
                 raise refusal from first
             program = self._trace_with_gradients_recorded(fn, tensors, first)
-        if self.compiles_kernels(jit_compile):
+        if kernels:
             program.compile_kernels(contiguous(tensors))
         return program
 
@@ -129,98 +124,55 @@ class TorchBackend(Backend):
     def _trace_with_gradients_recorded(self, fn: Step, tensors: Sequence[Tensor], first: Exception) -> TorchProgram:
         """Traces a step in torch's own style, `loss.backward()`: autograd records every use of a variable."""
         try:
-            with self._inside("trace"), torch.enable_grad():
+            with self._in_trace.here(True), torch.enable_grad():
                 return TorchProgram(fn, tensors)
         except Exception:
-            raise Untraceable(_reason(first)) from first
+            kind = "" if isinstance(first, Untraceable) else f"{type(first).__name__}: "
+            raise Untraceable(kind + first_line(first)) from first
 
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         return mark(tensor, name)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
-        already = self._nesting.trace > 0
+        already = self._in_trace.get()
         mode = disable_proxy_modes_tracing() if already else FakeTensorMode(allow_non_fake_inputs=True)
-        with self._inside("trace"), parameters_made(), Scope(creates=True), torch.no_grad(), tracing(), mode:
+        with self._in_trace.here(True), parameters_made(), Scope(creates=True), torch.no_grad(), tracing(), mode:
             fn()
 
-    @naming_what_has_no_derivative("PyTorch")
-    def value_and_grad(
-        self,
-        fn: Callable[..., tuple[Tensor, list[Tensor]]],
-        tensors: Sequence[Tensor],
-        variables: Sequence[Variable],
-    ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
-        keep = self._nesting.gradient > 0
-        sources = _Sources(tensors, variables, keep)
-        with self._inside("gradient"), torch.enable_grad():
-            value, aux = sources.call(fn)
-            gradients = _reached(value, sources.values, functools.partial(_gradient, keep=keep))
-        sources.write()
-        if not keep:
-            value, aux = value.detach(), [tensor.detach() for tensor in aux]
-        return value, aux, *sources.split(gradients)
-
-    @naming_what_has_no_derivative("PyTorch")
-    def jacobian(
-        self,
-        fn: Callable[..., tuple[list[Tensor], list[Tensor]]],
-        tensors: Sequence[Tensor],
-        variables: Sequence[Variable],
-    ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
-        keep = self._nesting.gradient > 0
-        sources = _Sources(tensors, variables, keep)
-        with self._inside("gradient"), torch.enable_grad():
-            outputs, aux = sources.call(fn)
-            derivative = functools.partial(_jacobian, keep=keep)
-            rows = [_reached(output, sources.values, derivative) for output in outputs]
-        sources.write()
-        if not keep:
-            outputs, aux = [tensor.detach() for tensor in outputs], [tensor.detach() for tensor in aux]
-        return outputs, aux, [sources.split(row) for row in rows]
-
-
-def _reason(error: Exception) -> str:
-    """An error in one line."""
-    text = first_line(error)
-    return text if isinstance(error, Untraceable) else f"{type(error).__name__}: {text}"
-
-
-class _Sources:
-    """The sources of a gradient: tensors, then variables.
-
-    Args:
-        tensors: As for `Backend.value_and_grad`.
-        variables: As for `Backend.value_and_grad`.
-        keep: Whether an enclosing function is differentiated through these sources too.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], variables: Sequence[Variable], keep: bool) -> None:
-        self._count = len(tensors)
-        self._variables = variables
-        self._updates: list[tuple[Variable, Tensor]] = []
-        self.values = [_copy(tensor, keep) for tensor in [*tensors, *map(current_value, variables)]]
-
-    def call(self, fn: Callable[..., Any]) -> Any:
-        """Calls `fn` on copies of all sources; collects the values that it assigns."""
-        bindings = zip(self._variables, self.values[self._count :], strict=True)
-        with parameters_made(), Scope(bindings, creates=True) as scope, modules_read_variables:
-            result = fn(*self.values[: self._count])
-        if scope.incomplete:
-            return self.call(fn)
-        self._updates = [(variable, scope.get_current_value(variable)) for variable in scope.written]
-        return result
-
-    def write(self) -> None:
-        """Assigns the new values, once."""
-        for variable, new in self._updates:
+    def _derivatives(
+        self, fn: Outputs, tensors: Sequence[Tensor], variables: Sequence[Variable], *, scalar: bool
+    ) -> tuple[list[Tensor], list[Tensor], list[Gradients]]:
+        keep = self._in_gradient.get()
+        sources = [_copy(tensor, keep) for tensor in [*tensors, *map(current_value, variables)]]
+        derivative = functools.partial(_gradient if scalar else _jacobian, keep=keep)
+        with self._in_gradient.here(True), torch.enable_grad():
+            (outputs, aux), updates = _called(fn, sources, variables)
+            rows = [_reached(output, sources, derivative) for output in outputs]
+        for variable, new in updates:
             variable.assign(new)
+        if not keep:
+            outputs, aux = ([tensor.detach() for tensor in found] for found in (outputs, aux))
+        return outputs, aux, rows
 
-    def split(self, gradients: Gradients) -> tuple[Gradients, Gradients]:
-        return gradients[: self._count], gradients[self._count :]
+
+def _called(
+    fn: Outputs, values: Sequence[Tensor], variables: Sequence[Variable]
+) -> tuple[Any, list[tuple[Variable, Tensor]]]:
+    """Calls `fn` on the values of its tensors and of variables; also returns the values that it assigns."""
+    count = len(values) - len(variables)
+    bindings = zip(variables, values[count:], strict=True)
+    with parameters_made(), Scope(bindings, creates=True) as scope, modules_read_variables:
+        result = fn(*values[:count])
+    if scope.incomplete:
+        return _called(fn, values, variables)
+    return result, [(variable, scope.get_current_value(variable)) for variable in scope.written]
 
 
 def _copy(tensor: Tensor, keep: bool) -> Tensor:
-    """The same values as a tensor of its own: only uses of that are differentiated."""
+    """The same values as another tensor: only uses of that are differentiated.
+
+    With `keep`, an enclosing function is differentiated through it too.
+    """
     return tensor.view_as(tensor) if keep and tensor.requires_grad else tensor.detach().requires_grad_()
 
 
@@ -251,17 +203,13 @@ _WITHOUT_GRADIENT = {f"{name}Backward" for name in ("Ceil", "Floor", "Round", "S
 
 def _ends(value: Tensor) -> set[Any]:
     """All nodes of autograd below a value, and the ids of its leaves."""
-    ends: set[Any] = {id(value)}
-    waiting = [value.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in ends or node.name().rstrip("0123456789") in _WITHOUT_GRADIENT:
-            continue
-        ends.add(node)
-        if hasattr(node, "variable"):
-            ends.add(id(node.variable))
-        waiting.extend(next_node for next_node, _ in node.next_functions)
-    return ends
+    nodes = reached([value.grad_fn] if value.grad_fn is not None else [], _followed)
+    return {id(value), *nodes, *(id(node.variable) for node in nodes if hasattr(node, "variable"))}
+
+
+def _followed(node: Any) -> list[Any]:
+    without_gradient = node.name().rstrip("0123456789") in _WITHOUT_GRADIENT
+    return [] if without_gradient else [after for after, _ in node.next_functions if after is not None]
 
 
 backend = TorchBackend()

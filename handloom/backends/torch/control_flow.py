@@ -201,7 +201,7 @@ def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) ->
 def _either(pred: torch.Tensor, runs: Sequence[Callable[..., Any]], used: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The results of one of two functions of the tensors in `used`."""
     graphs = [_traced(run, used) for run in runs]
-    examples = _results_of(graphs[0])
+    examples = [node.meta["val"] for node in graphs[0].graph.output_node().args[0]]
     _show_made(examples)
     kinds = [example.is_floating_point() for example in examples]
     if not torch.is_grad_enabled() or all(kinds):
@@ -210,7 +210,7 @@ def _either(pred: torch.Tensor, runs: Sequence[Callable[..., Any]], used: Sequen
     results: dict[int, torch.Tensor] = {}
     for floating in (True, False):
         indices = [index for index, kind in enumerate(kinds) if kind is floating]
-        parts = [_traced(_only(graph, indices), used) for graph in graphs]
+        parts = [_traced(functools.partial(_only, graph, indices), used) for graph in graphs]
         with contextlib.nullcontext() if floating else torch.no_grad():
             results.update(zip(indices, cond_op(pred, *parts, tuple(used)) if indices else (), strict=True))
     return [results[index] for index in range(len(kinds))]
@@ -237,17 +237,9 @@ def _traced(fn: Callable[..., Any], operands: Sequence[torch.Tensor]) -> torch.f
     return module
 
 
-def _results_of(module: torch.fx.GraphModule) -> list[torch.Tensor]:
-    output = next(node for node in module.graph.nodes if node.op == "output")
-    return [node.meta["val"] for node in output.args[0]]
-
-
-def _only(fn: Callable[..., Any], indices: Sequence[int]) -> Callable[..., Any]:
-    def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        results = fn(*operands)
-        return tuple(results[index] for index in indices)
-
-    return run
+def _only(graph: torch.fx.GraphModule, indices: Sequence[int], *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    results = graph(*operands)
+    return tuple(results[index] for index in indices)
 
 
 def _while_loop(

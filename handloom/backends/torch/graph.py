@@ -10,11 +10,12 @@ Internals used: `OpOverload`, the operations of a graph, with its `_schema`, whi
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from handloom.backends.dependencies import Dependencies
 
@@ -25,13 +26,8 @@ _LARGEST_CONSTANT = 1 << 16
 
 _FILLED = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
 _VIEWS_OF_THEMSELVES = (aten.detach.default, aten.alias.default)
-_NEUTRAL = {
-    aten.mul.Scalar: 1,
-    aten.mul.Tensor: 1,
-    aten.div.Scalar: 1,
-    aten.div.Tensor: 1,
-    aten.pow.Tensor_Scalar: 1,
-}
+# Their second argument is a number; with 1, they change nothing.
+_NEUTRAL = (aten.mul.Scalar, aten.mul.Tensor, aten.div.Scalar, aten.div.Tensor, aten.pow.Tensor_Scalar)
 
 
 def tidy(module: fx.GraphModule) -> None:
@@ -44,7 +40,7 @@ def tidy(module: fx.GraphModule) -> None:
             value = getattr(module, node.target)
             if isinstance(value, torch.Tensor) and node not in shared:
                 constants[node] = value
-        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        elif isinstance(node.target, OpOverload):
             same = _same_as(node, constants, shared)
             if same is not None:
                 node.replace_all_uses_with(same)
@@ -85,21 +81,13 @@ def written_in_place(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose memory an operation writes into, directly or through a view."""
     written: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, OpOverload):
             continue
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
             info = argument.alias_info
             if info is not None and (info.is_write or node in written):
-                written.update(_nodes_in(value))
+                fx.map_arg(value, written.add)
     return written
-
-
-def _nodes_in(value: Any) -> Iterator[fx.Node]:
-    if isinstance(value, fx.Node):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _nodes_in(item)
 
 
 def _same_as(node: fx.Node, constants: dict[fx.Node, torch.Tensor], shared: set[fx.Node]) -> fx.Node | None:
@@ -111,29 +99,25 @@ def _same_as(node: fx.Node, constants: dict[fx.Node, torch.Tensor], shared: set[
         return first
     if node in shared or first in shared:
         return None
-    if node.target in _NEUTRAL and len(node.args) == 2 and node.args[1] == _NEUTRAL[node.target]:
-        return first if _alike(node, first) else None
-    if node.target is aten.where.self and first in constants:
-        chosen = _chosen(constants[first], node.args[1], node.args[2])
-        return chosen if chosen is not None and chosen not in shared and _alike(node, chosen) else None
-    return None
+    same: Any = None
+    if node.target in _NEUTRAL and node.args[1:] == (1,):
+        same = first
+    elif node.target is aten.where.self and first in constants:
+        same = _chosen(constants[first], *node.args[1:])
+    return same if isinstance(same, fx.Node) and same not in shared and _alike(node, same) else None
 
 
-def _chosen(condition: torch.Tensor, yes: Any, no: Any) -> fx.Node | None:
+def _chosen(condition: torch.Tensor, yes: Any, no: Any) -> Any:
+    """The argument that a condition chooses everywhere."""
     if bool(condition.all()):
-        return yes if isinstance(yes, fx.Node) else None
-    if not bool(condition.any()):
-        return no if isinstance(no, fx.Node) else None
-    return None
+        return yes
+    return None if bool(condition.any()) else no
 
 
 def _alike(node: fx.Node, other: fx.Node) -> bool:
-    one, two = node.meta.get("val"), other.meta.get("val")
-    return (
-        isinstance(one, torch.Tensor)
-        and isinstance(two, torch.Tensor)
-        and (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
-    )
+    values = [each.meta.get("val") for each in (node, other)]
+    kinds = [(value.shape, value.dtype, value.device) for value in values if isinstance(value, torch.Tensor)]
+    return len(kinds) == 2 and kinds[0] == kinds[1]
 
 
 def _constant_value(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> torch.Tensor | None:
@@ -146,15 +130,12 @@ def _constant_value(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> to
     operation = node.target
     if operation._schema.is_mutable or torch.Tag.nondeterministic_seeded in operation.tags:
         return None
-    if not all(source in constants for source in node.all_input_nodes) or _opens_memory(node):
+    if not all(source in constants for source in node.all_input_nodes):
+        return None
+    if "empty" in operation._schema.name:  # Each step needs uninitialized memory of its own.
         return None
     arguments = fx.map_arg((node.args, node.kwargs), lambda source: constants[source])
     return operation(*arguments[0], **arguments[1]).clone()
-
-
-def _opens_memory(node: fx.Node) -> bool:
-    """Whether a node returns uninitialized memory, as `torch.empty` does: each step needs its own."""
-    return "empty" in node.target._schema.name
 
 
 def _as_attribute(module: fx.GraphModule, node: fx.Node, value: torch.Tensor) -> fx.Node:
@@ -170,7 +151,7 @@ def _as_attribute(module: fx.GraphModule, node: fx.Node, value: torch.Tensor) ->
 
 def _keep_results_apart(graph: fx.Graph) -> None:
     """Copies results that are views of variables, arguments or constants."""
-    output = next(node for node in graph.nodes if node.op == "output")
+    output = graph.output_node()
     with graph.inserting_before(output):
         output.args = ([_apart(graph, result) for result in output.args[0]],)
 
@@ -185,10 +166,7 @@ def _apart(graph: fx.Graph, result: Any) -> Any:
 
 def _origin(node: fx.Node) -> fx.Node:
     """The node whose memory a view shares."""
-    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema
-        if not any(returned.alias_info is not None for returned in schema.returns):
-            break
+    while isinstance(node.target, OpOverload) and any(result.alias_info for result in node.target._schema.returns):
         node = node.args[0]
     return node
 
@@ -207,8 +185,8 @@ def generate(module: fx.GraphModule) -> Callable[..., list[torch.Tensor]]:
             lines.append(f"{names[node]} = {_call(node, names, scope)}")
         elif node.op == "output":
             lines.append(f"return {_written(list(node.args[0]), names, scope)}")
-        dropped = [names[used] for used in last_uses.get(node, ()) if used.op == "call_function"]
-        if dropped:
+        dropped = [names[used] for used in last_uses[node] if used.op == "call_function"]
+        if dropped and node.op != "output":
             lines.append("del " + ", ".join(dropped))
     parameters = [names[node] for node in module.graph.nodes if node.op == "placeholder"]
     source = f"def step({', '.join(parameters)}):\n    " + "\n    ".join(lines)
@@ -219,22 +197,18 @@ def generate(module: fx.GraphModule) -> Callable[..., list[torch.Tensor]]:
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """For each node, the values whose last use it is."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        last[node] = node
-        for used in node.all_input_nodes:
-            last[used] = node
     uses: dict[fx.Node, list[fx.Node]] = {}
-    for used, node in last.items():
-        if node.op != "output":
-            uses.setdefault(node, []).append(used)
+    known: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        uses[node] = [used for used in (node, *node.all_input_nodes) if used not in known]
+        known.update(uses[node])
     return uses
 
 
 def _call(node: fx.Node, names: dict[fx.Node, str], scope: dict[str, Any]) -> str:
     if node.target is operator.getitem:
         return f"{names[node.args[0]]}[{node.args[1]!r}]"
-    target = node.target._op if isinstance(node.target, torch._ops.OpOverload) else node.target
+    target = node.target._op if isinstance(node.target, OpOverload) else node.target
     arguments = [_written(argument, names, scope) for argument in node.args]
     arguments += [f"{name}={_written(argument, names, scope)}" for name, argument in node.kwargs.items()]
     return f"{_named(target, scope)}({', '.join(arguments)})"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from keras.src.backend.torch.layer import TorchLayer
 
 from handloom._keras import keras, stored_value
 from handloom._util.patch import Patch
+from handloom._util.switch import Switch
 from handloom.backends.scope import Scope
 
 
@@ -24,38 +24,30 @@ from handloom.backends.scope import Scope
 def parameters_made() -> Iterator[None]:
     """Registers the parameters of layers that are built inside the block, after it."""
     built: list[TorchLayer] = []
-    token = _built.set(built)
     try:
-        with _noting_what_is_built:
+        with _noting_what_is_built, _built.here(built):
             yield
     finally:
-        _built.reset(token)
         for layer in built:
             layer._post_build()  # Inside another such block, that one does it.
 
 
-def _note_built(_: Any) -> Any:
-    def note(layer: TorchLayer) -> None:
-        # In a scope of Keras's own, the layer that builds its parts registers them.
-        if isinstance(get_stateless_scope(), Scope):
-            _built.get().append(layer)
-
-    return note
+def _note_built(layer: TorchLayer) -> None:
+    # In a scope of Keras's own, the layer that builds its parts registers them.
+    if isinstance(get_stateless_scope(), Scope):
+        _built.get().append(layer)
 
 
-_built: ContextVar[list[TorchLayer]] = ContextVar("built")
-_noting_what_is_built = Patch((TorchLayer, "_post_build", _note_built))
+_built: Switch[list[TorchLayer]] = Switch([])
+_noting_what_is_built = Patch((TorchLayer, "_post_build", lambda _: _note_built))
 
 
-def _call_on_values(_: Any) -> Any:
-    def call(self: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
-        self.train(training is not False)
-        values = {id(stored_value(variable)): variable.value for variable in self.variables}
-        named = {name: values.get(id(value), value) for name, value in self.module.named_parameters()}
-        return torch.func.functional_call(self.module, named, args, kwargs)
-
-    return call
+def _call_on_values(self: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
+    self.train(training is not False)
+    values = {id(stored_value(variable)): variable.value for variable in self.variables}
+    named = {name: values.get(id(value), value) for name, value in self.module.named_parameters()}
+    return torch.func.functional_call(self.module, named, args, kwargs)
 
 
-modules_read_variables = Patch((keras.layers.TorchModuleWrapper, "call", _call_on_values))
+modules_read_variables = Patch((keras.layers.TorchModuleWrapper, "call", lambda _: _call_on_values))
 """Inside, a `TorchModuleWrapper` runs its module on the values of its variables in the open scope."""

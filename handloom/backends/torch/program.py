@@ -75,15 +75,11 @@ class TorchProgram(Program):
             return self._step(*self._values(), *contiguous(tensors))
 
     def pure(
-        self, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        return self._pure(self._step, written, read, tensors)
-
-    def _pure(
-        self, step: Step, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor]
+        self, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor], *, step: Step | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         news = [value.detach().clone() for value in written]
         values = dict(zip(map(id, [*self.written, *self.read]), [*news, *read], strict=True))
+        step = self._step if step is None else step
         with torch.no_grad():
             results = step(*(values[id(variable)] for variable in self._variables), *contiguous(tensors))
         return news, list(results)
@@ -121,7 +117,7 @@ class TorchProgram(Program):
     def _sample(self, step: Step, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Some values of each result and new variable: two full copies of large variables may not fit in memory."""
         written, read = ([variable._value for variable in variables] for variables in (self.written, self.read))
-        news, results = self._pure(step, written, read, tensors)
+        news, results = self.pure(written, read, tensors, step=step)
         return [_thinned(tensor) for tensor in [*news, *results]]
 
     def _values(self) -> list[Tensor]:

@@ -12,7 +12,7 @@ Internals used: `keras.src.backend.torch.random`, its `torch_seed_generator`, `g
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -39,75 +39,49 @@ def _generator(seed: torch.Tensor) -> torch.Generator:
     return generator
 
 
-def _operation(schema: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
-    """Registers a function of a seed as an operation that a trace records."""
+def _operation(sampler: Callable[..., torch.Tensor], schema: str) -> Callable[..., torch.Tensor]:
+    """A sampling function of torch as an operation on a seed, which a trace records."""
+    name = sampler.__name__
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-    def define(sample: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        name = schema.split("(", maxsplit=1)[0]
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    def run(*args: Any, seed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return sampler(*args, generator=_generator(seed), **kwargs)
 
-        def run(*args: Any, seed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            return sample(*args, generator=_generator(seed), **kwargs)
+    def shape_only(*args: Any, seed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        del seed
+        return sampler(*args, generator=None, **kwargs)
 
-        def shape_only(*args: Any, seed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            del seed
-            return sample(*args, generator=None, **kwargs)
-
-        _library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"handloom::{name}", shape_only, lib=_library)
-        operation: Callable[..., torch.Tensor] = getattr(torch.ops.handloom, name).default
-        return operation
-
-    return define
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"handloom::{name}", shape_only, lib=_library)
+    operation: Callable[..., torch.Tensor] = getattr(torch.ops.handloom, name).default
+    return operation
 
 
-@_operation("normal(int[] size, float mean, float std, *, Tensor seed, ScalarType dtype, Device device) -> Tensor")
-def _normal(size: Sequence[int], mean: float, std: float, **options: Any) -> torch.Tensor:
-    return torch.normal(mean, std, size=size, **options)
+_CREATED = "*, Tensor seed, Device device, ScalarType? dtype=None) -> Tensor"
 
-
-@_operation("rand(int[] size, *, Tensor seed, ScalarType dtype, Device device) -> Tensor")
-def _rand(size: Sequence[int], **options: Any) -> torch.Tensor:
-    return torch.rand(size, **options)
-
-
-@_operation("randint(int low, int high, int[] size, *, Tensor seed, ScalarType dtype, Device device) -> Tensor")
-def _randint(low: int, high: int, size: Sequence[int], **options: Any) -> torch.Tensor:
-    return torch.randint(low=low, high=high, size=size, **options)
-
-
-@_operation("bernoulli(Tensor probabilities, *, Tensor seed) -> Tensor")
-def _bernoulli(probabilities: torch.Tensor, **options: Any) -> torch.Tensor:
-    return torch.bernoulli(probabilities, **options)
-
-
-@_operation("multinomial(Tensor probabilities, int samples, bool replacement, *, Tensor seed) -> Tensor")
-def _multinomial(probabilities: torch.Tensor, samples: int, replacement: bool, **options: Any) -> torch.Tensor:
-    return torch.multinomial(probabilities, samples, replacement=replacement, **options)
+_OPERATIONS: dict[Callable[..., torch.Tensor], Callable[..., torch.Tensor]] = {
+    sampler: _operation(sampler, schema)
+    for sampler, schema in (
+        (torch.normal, f"(float mean, float std, int[] size, {_CREATED}"),
+        (torch.rand, f"(int[] size, {_CREATED}"),
+        (torch.randint, f"(int low, int high, int[] size, {_CREATED}"),
+        (torch.bernoulli, "(Tensor input, *, Tensor seed) -> Tensor"),
+        (torch.multinomial, "(Tensor input, int num_samples, bool replacement, *, Tensor seed) -> Tensor"),
+    )
+}
 
 
 def _late(sampler: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A sampling function of torch; with a `_Seed`, it calls the operation that reads the seed."""
-    operation = _OPERATIONS[sampler]
 
     @functools.wraps(sampler)
     def sample(*args: Any, generator: Any = None, **kwargs: Any) -> torch.Tensor:
         if not isinstance(generator, _Seed):
             return sampler(*args, generator=generator, **kwargs)
-        return operation(*args, seed=generator.tensor, **kwargs)
+        with torch.no_grad():  # The operation has no derivative.
+            return _OPERATIONS[sampler](*args, seed=generator.tensor, **kwargs)
 
     return sample
-
-
-_OPERATIONS: dict[Callable[..., Any], Callable[..., torch.Tensor]] = {
-    torch.normal: lambda mean, std, size, **options: _normal(list(size), mean, std, **options),
-    torch.rand: lambda size, seed, device, dtype=torch.float32: _rand(
-        list(size), seed=seed, dtype=dtype, device=device
-    ),
-    torch.randint: lambda low, high, size, **options: _randint(low, high, list(size), **options),
-    torch.bernoulli: lambda p, seed: _bernoulli(p.detach(), seed=seed),
-    torch.multinomial: lambda p, n, replacement, seed: _multinomial(p.detach(), n, replacement, seed=seed),
-}
 
 
 class _Torch:

@@ -1,4 +1,4 @@
-"""JAX: programs that donate their state, and what of JAX and Keras they rely on."""
+"""JAX: programs that donate their state, and the internals of JAX and Keras that this needs."""
 
 import sys
 
@@ -10,22 +10,17 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from keras.src.random import seed_generator
 
 import handloom as hl
 from handloom.backends import backend
-from handloom.backends.jax import backend as ours
 from handloom.backends.jax import program as programs
-from handloom.backends.jax.gradients import Reached
 from handloom.errors import GradientError, TraceError, VariableError
+from tests.backends.programs import run, traced
+from tests.numbers import close, ones, same
 
 
-def ones(*shape):
-    return np.ones(shape, "float32")
-
-
-def close(actual, expected):
-    np.testing.assert_allclose(np.asarray(actual), expected, rtol=1e-6)
+def zeros():
+    return np.zeros(1000, "float32")
 
 
 def address(variable):
@@ -36,20 +31,20 @@ def address(variable):
 
 
 @pytest.mark.parametrize("kind", [{"n_batch": 1}, {"n_dense": 1}, {}])
-def test_sparse_tensors_of_each_layout_go_through_a_program(kind):
+def test_function_takes_sparse_tensors_of_each_layout(kind):
     dense = np.array([[0, 1.0], [2.0, 0], [0, 0]], "float32")
     step = hl.function(lambda x: ops.convert_to_tensor(x, sparse=False))
     for _ in range(2):
-        np.testing.assert_array_equal(step(jax.experimental.sparse.BCOO.fromdense(dense, **kind)), dense)
+        same(step(jax.experimental.sparse.BCOO.fromdense(dense, **kind)), dense)
     assert len(step.traces) == 1
 
 
-def test_sparse_tensors_with_about_as_many_values_share_a_program():
+def test_function_has_one_version_for_sparse_tensors_with_about_as_many_values():
     step = hl.function(lambda x: ops.sum(ops.convert_to_tensor(x, sparse=False), axis=1))
     for stored in (5, 6, 8, 3, 4):
         indices = np.stack([np.arange(stored) % 2, np.arange(stored)], axis=1)
         total = step(backend.sparse_tensor(indices, np.ones(stored, "float32"), (2, 9)))
-        np.testing.assert_array_equal(total, [-(-stored // 2), stored // 2])
+        same(total, [-(-stored // 2), stored // 2])
     assert [trace.signature for trace in step.traces] == [
         "x: sparse, 8 stored, float32[2,9]",
         "x: sparse, 4 stored, float32[2,9]",
@@ -71,8 +66,8 @@ def adding(*variables):
     return step
 
 
-def test_the_memory_of_a_written_variable_is_used_again():
-    variable = keras.Variable(np.zeros(1000, "float32"))
+def test_function_uses_the_memory_of_a_written_variable_again():
+    variable = keras.Variable(zeros())
     step = adding(variable)
     before = address(variable)
     step()
@@ -80,30 +75,19 @@ def test_the_memory_of_a_written_variable_is_used_again():
     close(variable.value, 2 * ones(1000))
 
 
-def test_a_value_that_somebody_holds_is_copied_and_stays():
-    variable = keras.Variable(np.zeros(1000, "float32"))
+def test_function_copies_a_value_that_the_user_holds():
+    variable = keras.Variable(zeros())
     step = adding(variable)
-    held = variable.value
-    before = address(variable)
+    held, view, before = variable.value, np.asarray(variable.value), address(variable)
     step()
     assert address(variable) != before
     assert not held.is_deleted()
-    close(held, ones(1000))
-    close(variable.value, 2 * ones(1000))
-
-
-def test_a_numpy_view_of_a_value_stays():
-    variable = keras.Variable(np.zeros(1000, "float32"))
-    step = adding(variable)
-    view = np.asarray(variable.value)
-    step()
-    step()
-    np.testing.assert_array_equal(view, ones(1000))
+    close([held, view, variable], [ones(1000), ones(1000), 2 * ones(1000)])
 
 
 @pytest.mark.parametrize("written", [0, 1])
-def test_an_array_that_two_variables_share_is_copied(written):
-    variables = [keras.Variable(np.zeros(1000, "float32")) for _ in range(2)]
+def test_function_copies_an_array_that_two_variables_share(written):
+    variables = [keras.Variable(zeros()) for _ in range(2)]
     step = adding(variables[written])
     variables[0].assign(variables[1])
     assert address(variables[0]) == address(variables[1])
@@ -113,17 +97,16 @@ def test_an_array_that_two_variables_share_is_copied(written):
     close(variables[1 - written].value, shared)
 
 
-def test_two_written_variables_may_share_an_array():
-    one, two = (keras.Variable(np.zeros(1000, "float32")) for _ in range(2))
+def test_function_writes_two_variables_that_share_an_array():
+    one, two = (keras.Variable(zeros()) for _ in range(2))
     step = adding(one, two)
     one.assign(two)
     step()
-    close(one.value, 2 * ones(1000))
-    close(two.value, 2 * ones(1000))
+    close([one, two], [2 * ones(1000)] * 2)
 
 
-def test_an_argument_that_a_written_variable_holds_is_copied():
-    variable = keras.Variable(np.zeros(1000, "float32"))
+def test_function_copies_an_argument_that_a_written_variable_holds():
+    variable = keras.Variable(zeros())
 
     @hl.function
     def step(x):
@@ -136,7 +119,7 @@ def test_an_argument_that_a_written_variable_holds_is_copied():
         close(variable.value, expected * ones(1000))
 
 
-def test_a_variable_that_is_only_read_keeps_its_array():
+def test_function_leaves_the_array_of_a_variable_that_it_only_reads():
     factor, total = keras.Variable(2 * ones(1000)), keras.Variable(ones(1000))
 
     @hl.function
@@ -150,8 +133,8 @@ def test_a_variable_that_is_only_read_keeps_its_array():
     close(total.value, 4 * ones(1000))
 
 
-def test_a_variable_holds_its_array_as_counted_on():
-    """`sys.getrefcount` tells an array that only its variable holds; another Python may count otherwise."""
+def test_getrefcount_shows_an_array_that_only_its_variable_holds():
+    """Another version of Python may count otherwise."""
     variable = keras.Variable(ones(3))
     values = [variable._value]
     assert max(map(sys.getrefcount, values)) == programs._HELD_BY_VARIABLE
@@ -163,23 +146,18 @@ def test_a_variable_holds_its_array_as_counted_on():
 # -------------------------------------------------------------------------- programs
 
 
-def test_a_program_is_compiled_ahead_and_takes_nothing_else():
+def test_trace_compiles_a_program_for_its_shapes_only():
     calls = []
-
-    def fn(x):
-        calls.append(1)
-        return [x * 2]
-
-    program = backend.trace(fn, [jnp.ones(3)], jit_compile="auto")
-    traced = len(calls)
+    program = traced(lambda x: [x * 2, calls.append(1)][:1], ones(3))
+    count = len(calls)
     for _ in range(3):
-        close(program([jnp.ones(3)])[0], 2 * ones(3))
-    assert len(calls) == traced
+        close(run(program, ones(3))[0], 2 * ones(3))
+    assert len(calls) == count
     with pytest.raises(TypeError, match="differ from the types for which"):
-        program([jnp.ones(4)])
+        run(program, ones(4))
 
 
-def test_after_the_first_call_no_python_of_jaxs_runs():
+def test_compiled_of_jax_has_a_call_without_python_code_after_its_first_call():
     compiled = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
     compiled(jnp.ones(3))
     assert isinstance(compiled._call, programs._NATIVE)
@@ -188,12 +166,12 @@ def test_after_the_first_call_no_python_of_jaxs_runs():
     close(compiled(jnp.ones(3)), 2 * ones(3))
 
 
-def test_arrays_of_numpy_are_taken_as_they_are():
+def test_to_tensor_returns_a_numpy_array_as_it_is():
     array = ones(3)
     assert backend.to_tensor(array) is array
 
 
-def test_a_weak_type_makes_no_version_of_its_own():
+def test_function_has_one_version_for_weak_and_strong_types():
     double = hl.function(lambda x: x * 2)
     weak = jnp.asarray(2.0)
     assert weak.weak_type
@@ -201,7 +179,7 @@ def test_a_weak_type_makes_no_version_of_its_own():
     assert len(double.traces) == 1
 
 
-def test_python_may_be_called_from_a_step_on_purpose():
+def test_function_may_call_python_in_a_pure_callback():
     seen, total = [], keras.Variable(0.0)
 
     def note(x):
@@ -217,42 +195,13 @@ def test_python_may_be_called_from_a_step_on_purpose():
     assert seen[-3:] == [1, 2, 3]
 
 
-def test_a_mask_whose_size_depends_on_the_data_is_an_error():
+def test_function_refuses_a_mask_whose_size_depends_on_the_data():
     def positive(x):
         return x[x > 0]
 
     line = positive.__code__.co_firstlineno + 1
     with pytest.raises(TraceError, match=rf"line {line}: return x\[x > 0\](?s:.*)keras\.ops\.where"):
         hl.function(positive)(ones(3))
-
-
-# ------------------------------------------------------------------- random numbers
-
-
-def draw():
-    return keras.random.normal((3,))
-
-
-def test_keras_refuses_unseeded_numbers_in_a_trace_which_is_why_its_check_is_replaced():
-    with pytest.raises(ValueError, match=r"\[JAX RNG\]"):
-        jax.jit(draw)()
-    with ours._unseeded_random_ops:
-        jax.eval_shape(draw)
-
-
-def test_the_check_is_back_after_a_trace_even_after_an_error():
-    check = seed_generator.jax_utils
-    hl.function(draw)()
-    assert seed_generator.jax_utils is check
-
-    def broken():
-        draw()
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        hl.function(broken)()
-    assert seed_generator.jax_utils is check
-    assert check.is_in_jax_tracing_scope() is False
 
 
 # --------------------------------------------------- functions given to operations
@@ -265,33 +214,21 @@ INSIDE = {
 
 
 @pytest.mark.parametrize("operation", INSIDE)
-def test_a_variable_cannot_be_assigned_in_a_trace_of_its_own(operation):
+def test_function_refuses_an_assignment_inside_an_operation(operation):
     variable = keras.Variable(1.0, name="counter")
     with pytest.raises(VariableError, match=r"(?s)'counter' is assigned inside a function.*assign it outside"):
         hl.function(lambda: INSIDE[operation](variable))()
     close(variable.value, 1)
 
 
-def test_nor_in_a_differentiated_function():
+def test_grad_refuses_an_assignment_inside_an_operation():
     variable = keras.Variable(1.0)
     with pytest.raises(VariableError, match="is assigned inside a function that was passed to an operation"):
         hl.grad(lambda x: x * INSIDE["scan"](variable)[0])(2.0)
     close(variable.value, 1)
 
 
-def test_what_comes_out_of_the_operation_may_be_assigned():
-    variable = keras.Variable(1.0)
-
-    @hl.function
-    def step(x):
-        variable.assign(ops.cond(x > 0, lambda: variable + x, lambda: variable.value))
-
-    step(np.float32(2))
-    step(np.float32(-2))
-    close(variable.value, 3)
-
-
-def test_a_tensor_smuggled_out_of_a_branch_is_an_error():
+def test_function_refuses_a_tensor_that_leaves_a_branch_unreturned():
     @hl.function
     def step(x):
         smuggled = []
@@ -302,7 +239,7 @@ def test_a_tensor_smuggled_out_of_a_branch_is_an_error():
         step(np.float32(1))
 
 
-def test_layers_with_state_may_be_used_in_loops():
+def test_function_runs_layers_with_state_in_loops():
     layer = layers.LSTM(2, dropout=0.5, seed=1)
     function = hl.function(lambda x: layer(x, training=True))
     assert np.abs(np.asarray(function(ones(1, 4, 3))) - np.asarray(function(ones(1, 4, 3)))).max() > 0
@@ -311,43 +248,7 @@ def test_layers_with_state_may_be_used_in_loops():
 # ------------------------------------------------------------- internals of JAX's own
 
 
-def test_a_trace_can_be_told_from_another():
-    states = []
-
-    def look(x):
-        states.append(jax.extend.core.get_opaque_trace_state())
-        return x
-
-    def outer(x):
-        look(x)
-        jax.lax.cond(x > 0, look, look, x)
-        return look(x)
-
-    jax.jit(outer)(1.0)
-    assert states[0] == states[-1]
-    assert states[0] != states[1]
-
-
-def test_a_traced_function_can_be_run_again():
-    closed = jax.make_jaxpr(lambda x: (x * 2, x + 1))(1.0)
-    close(jax.extend.core.jaxpr_as_fun(closed)(3.0), [6, 4])
-
-
-def test_a_backward_rule_is_called_only_for_what_is_reached():
-    """How a gradient of zero is told from none."""
-    reached = Reached()
-
-    def fn(*flat):
-        one, two, three = reached.watch(flat)
-        return one * 0 + jax.lax.stop_gradient(two) + jnp.round(three)
-
-    value, pullback = jax.vjp(fn, 1.0, 2.0, 3.0)
-    gradients = reached.only(pullback(jnp.ones_like(value)))
-    close(gradients[0], 0)
-    assert gradients[1] is None
-
-
-def test_convolutions_are_found_wherever_they_are():
+def test_primitives_finds_convolutions_in_branches_and_functions():
     kernel = jnp.ones((2, 1, 1))
 
     def convolve(x):
@@ -364,7 +265,7 @@ def test_convolutions_are_found_wherever_they_are():
 # ---------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("transform", [hl.grad, lambda fn: hl.function(hl.grad(fn))], ids=["op by op", "compiled"])
-def test_an_operation_without_a_derivative_is_named(transform):
+@pytest.mark.parametrize("transform", [hl.grad, lambda fn: hl.function(hl.grad(fn))], ids=["eager", "compiled"])
+def test_grad_names_an_operation_without_a_derivative(transform):
     with pytest.raises(GradientError, match=r"JAX has no derivative of the operation schur\..*custom_gradient"):
         transform(lambda x: jnp.sum(jax.scipy.linalg.schur(x)[0]))(np.diag([1.0, 2.0, 3.0]).astype("float32"))

@@ -1,6 +1,4 @@
-"""TensorFlow: gradients through assigned variables, in TensorFlow's own words and as its internals have it."""
-
-import threading
+"""TensorFlow: gradients through assigned variables, by all ways to read and assign, and the internals needed."""
 
 import keras
 import numpy as np
@@ -8,15 +6,11 @@ import pytest
 import tensorflow as tf
 from keras import ops
 from tensorflow.python.eager import record
-from tensorflow.python.ops import resource_variable_ops
-from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
 
 import handloom as hl
 from handloom.backends.tensorflow import assigned as ours
-
-
-def close(actual, expected):
-    np.testing.assert_allclose(ops.convert_to_numpy(actual), expected, rtol=1e-6)
+from tests.numbers import close
+from tests.threads import in_a_thread
 
 
 def gradient_after(assign, read, v, w):
@@ -47,18 +41,18 @@ READ = {
 
 
 @pytest.mark.parametrize("assign", ASSIGN.values(), ids=ASSIGN)
-def test_every_way_to_assign_is_seen(assign, v, w, eagerly):
+def test_grad_sees_every_way_to_assign(assign, v, w, eagerly):
     close(gradient_after(assign, tf.convert_to_tensor, v, w), 30)
     close(v, 15)
 
 
 @pytest.mark.parametrize("read", READ.values(), ids=READ)
-def test_every_way_to_read_is_seen(read, v, w, eagerly):
+def test_grad_sees_every_way_to_read(read, v, w, eagerly):
     close(abs(gradient_after(ASSIGN["assign"], read, v, w)), 30)
 
 
 @pytest.mark.parametrize("assign", ASSIGN.values(), ids=ASSIGN)
-def test_what_an_assignment_returns_is_what_was_assigned(assign, v, w, eagerly):
+def test_grad_through_the_result_of_an_assignment(assign, v, w, eagerly):
     def loss():
         returned = assign(v.value, w * 3)
         return tf.identity(returned if isinstance(returned, tf.Variable) else v.value) * w
@@ -67,7 +61,7 @@ def test_what_an_assignment_returns_is_what_was_assigned(assign, v, w, eagerly):
 
 
 @pytest.mark.parametrize("look_up", [tf.gather, tf.gather_nd, tf.nn.embedding_lookup], ids=lambda fn: fn.__name__)
-def test_looking_up_is_reading(look_up, w, eagerly):
+def test_grad_sees_rows_that_are_looked_up(look_up, w, eagerly):
     table = keras.Variable(np.ones((3, 1)))
 
     def loss():
@@ -80,7 +74,7 @@ def test_looking_up_is_reading(look_up, w, eagerly):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_xla_compiles_it(jit_compile, v, w):
+def test_grad_through_assignments_compiled_by_xla_or_not(jit_compile, v, w):
     def loss(x):
         v.assign(w * 3)
         return ops.cond(x > 0, lambda: v * w, lambda: -w) + v**2
@@ -90,7 +84,7 @@ def test_xla_compiles_it(jit_compile, v, w):
     close(v, 15)
 
 
-def test_a_loop_of_pythons_over_tensors_reads_what_was_assigned_before_it(v, w):
+def test_grad_through_a_python_loop_that_reads_an_assigned_value(v, w):
     def loss(count):
         v.assign(w * 3)
         product = w * 1.0
@@ -101,7 +95,7 @@ def test_a_loop_of_pythons_over_tensors_reads_what_was_assigned_before_it(v, w):
     close(hl.function(lambda count: hl.grad(lambda: loss(count), wrt=w)())(np.int32(2)), 27 * 25)
 
 
-def test_what_a_branch_assigns_is_a_constant_change_to_what_follows(v, w):
+def test_grad_takes_a_value_assigned_in_a_branch_as_a_constant(v, w):
     def loss(x):
         if x > 0:
             v.assign(w * 3)
@@ -111,7 +105,7 @@ def test_what_a_branch_assigns_is_a_constant_change_to_what_follows(v, w):
     close(step(np.float32(1)), [75, 15])
 
 
-def test_a_function_of_tensorflows_reads_the_present_value(v, w, eagerly):
+def test_grad_takes_a_value_read_in_a_tf_function_as_a_constant(v, w, eagerly):
     read = tf.function(lambda: v * 1.0)
 
     def loss():
@@ -126,7 +120,7 @@ def test_a_function_of_tensorflows_reads_the_present_value(v, w, eagerly):
     close(read(), 1)
 
 
-def test_reads_and_writes_keep_their_order(v, w, eagerly):
+def test_grad_keeps_the_order_of_reads_and_writes(v, w, eagerly):
     @hl.function
     def step():
         seen = []
@@ -147,7 +141,7 @@ def test_reads_and_writes_keep_their_order(v, w, eagerly):
         close(step(), [start + 5, start + 10, start + 15, start + 15, 1, start + 30])
 
 
-def test_without_a_read_after_an_assignment_nothing_is_added_to_the_graph(v, w):
+def test_assignments_noted_add_nothing_to_a_graph_without_a_later_read(v, w):
     def operations(fn):
         with tf.__internal__.FuncGraph("counted").as_default() as graph, ours.assignments_noted():
             fn()
@@ -169,12 +163,7 @@ def test_without_a_read_after_an_assignment_nothing_is_added_to_the_graph(v, w):
 # -------------------------------------------------------------------------- coming and going
 
 
-def fails(v, w):
-    v.assign(w * 3)
-    raise RuntimeError("broken")
-
-
-def test_a_variable_has_its_own_handle_back_afterwards(v, w):
+def test_grad_gives_a_variable_its_own_handle_back(v, w):
     handle = v.value.handle
 
     def loss():
@@ -184,20 +173,25 @@ def test_a_variable_has_its_own_handle_back_afterwards(v, w):
 
     close(hl.grad(loss, wrt=w)(), 30)
     assert v.value.handle is handle
+
+    def fail():
+        v.assign(w * 3)
+        raise RuntimeError("broken")
+
     with pytest.raises(RuntimeError, match="broken"):
-        hl.grad(lambda: fails(v, w), wrt=w)()
+        hl.grad(fail, wrt=w)()
     assert v.value.handle is handle
     close(v, 15)
 
 
-def test_outside_of_differentiated_functions_nothing_is_noted(v, w):
+def test_gradient_tape_outside_of_grad_notes_no_assignment(v, w):
     with tf.GradientTape() as tape:
         v.value.assign(w * 3)
         value = v * w
     assert [float(found) for found in tape.gradient(value, [v.value, w.value])] == [5, 15]
 
 
-def test_what_a_trace_assigns_outside_of_its_graph_is_not_noted(v, w):
+def test_grad_ignores_assignments_outside_of_the_graph(v, w):
     handle = v.value.handle
 
     def loss():
@@ -209,7 +203,7 @@ def test_what_a_trace_assigns_outside_of_its_graph_is_not_noted(v, w):
     close(hl.function(hl.grad(loss, wrt=w))(), 3)
 
 
-def test_complex_numbers_flow(w, eagerly):
+def test_grad_through_an_assigned_complex_number(w, eagerly):
     turned = tf.Variable(tf.complex(0.0, 0.0))
 
     def loss():
@@ -219,13 +213,11 @@ def test_complex_numbers_flow(w, eagerly):
     close(hl.function(hl.grad(loss, wrt=w))(), 10)
 
 
-def test_another_thread_has_nothing_to_do_with_it(v, w):
+def test_grad_ignores_assignments_of_another_thread(v, w):
     def loss():
         v.assign(w * 3)
         handle = w.value.handle
-        thread = threading.Thread(target=lambda: w.assign_add(0.0))
-        thread.start()
-        thread.join()
+        in_a_thread(lambda: w.assign_add(0.0))
         assert w.value.handle is handle
         return v * w
 
@@ -235,27 +227,7 @@ def test_another_thread_has_nothing_to_do_with_it(v, w):
 # ---------------------------------------------------------------- internals of TensorFlow's own
 
 
-def test_operations_run_op_by_op_look_at_the_handle(v, w):
-    v.value._handle = w.value._handle
-    close(tf.raw_ops.AddV2(x=v.value, y=0.0), 5)
-
-
-def test_a_new_handle_knows_the_shape_behind_it():
-    handle = keras.Variable(np.ones((3, 2))).value.handle
-    new = ours._new_handle(handle, tf.ones((3, 2)))
-    assert new is not handle
-    assert new._handle_data == handle._handle_data
-
-
-def test_assigning_has_two_doors():
-    """`ResourceVariable` holds functions of its own for it, so that both classes have to be told."""
-    resource, base = resource_variable_ops.ResourceVariable, resource_variable_ops.BaseResourceVariable
-    for name in ("assign", "assign_add", "assign_sub"):
-        assert name in vars(resource)
-        assert vars(resource)[name] is not vars(base)[name]
-
-
-def test_tapes_can_be_told_of_an_operation():
+def test_record_operation_tells_tapes():
     x = tf.constant(2.0)
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -263,27 +235,3 @@ def test_tapes_can_be_told_of_an_operation():
             y = x * 3
         record.record_operation("Ours", [y], [x], lambda gradient: [gradient * 7])
     close(tape.gradient(y, x), 7)
-
-
-def test_a_tape_takes_a_handle_with_a_mark_for_a_variable(v):
-    with tf.GradientTape() as tape:
-        source = ours.watch(tape, v.value)
-        value = v**2
-    close(tape.gradient(value, source), 4)
-
-
-@pytest.mark.parametrize(("run", "expected"), [(tf.cond, True), (None, False)], ids=["cond", "function"])
-def test_graphs_of_branches_are_known(run, expected):
-    graphs = []
-
-    def note():
-        graphs.append(tf.compat.v1.get_default_graph())
-        return 1.0
-
-    @tf.function
-    def outer(x):
-        return tf.cond(x > 0, note, note) if run else tf.function(note)()
-
-    outer(tf.constant(1.0))
-    assert all(isinstance(graph, ControlFlowFuncGraph) is expected for graph in graphs)
-    assert all(graph.outer_graph is not None for graph in graphs)

@@ -1,4 +1,4 @@
-"""`keras.ops.cond`, `while_loop` and `fori_loop` on torch: compiled, not unrolled, equal to op by op."""
+"""`keras.ops.cond`, `while_loop` and `fori_loop` on PyTorch: compiled, not unrolled, equal to eager execution."""
 
 import keras
 import numpy as np
@@ -6,14 +6,14 @@ import optree
 import pytest
 import torch
 from keras import layers, ops
-from keras.src.backend.torch import core
 from torch._higher_order_ops.cond import cond_op
 from torch._higher_order_ops.while_loop import while_loop_op
 
 import handloom as hl
 from handloom.backends import backend
-from handloom.backends.torch.control_flow import traceable_control_flow
 from handloom.errors import FallbackWarning
+from tests.models import built
+from tests.numbers import close, each_close, numpy, values_of
 
 
 @pytest.fixture
@@ -22,19 +22,19 @@ def v():
 
 
 def both_ways(fn, v, *arguments):
-    """Results, and the variable after, compiled and op by op; they must be the same. And how it was compiled."""
+    """The result, and the variable afterwards, which are the same compiled and eagerly; and the trace."""
     function, found = hl.function(fn), []
     for eagerly in (False, True):
         v.assign(2.0)
         with hl.run_eagerly(eagerly):
             result = function(*arguments)
-        found.append(optree.tree_map(lambda leaf: ops.convert_to_numpy(leaf).tolist(), [result, v]))
+        found.append(optree.tree_map(lambda leaf: numpy(leaf).tolist(), [result, v]))
     assert found[0] == found[1]
     return (*found[0], function.traces[0])
 
 
 def operations(fn, *tensors):
-    """Which operations a compiled function is made of, those in branches and loop bodies apart."""
+    """The operations of a compiled function, without those in branches and loop bodies."""
     program = backend.trace(fn, [torch.as_tensor(tensor) for tensor in tensors], jit_compile="auto")
     return [node.target for node in program._graph.graph.nodes if node.op == "call_function"]
 
@@ -115,26 +115,23 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_it_is_compiled_and_equal_to_op_by_op(name, v):
+def test_control_flow_is_compiled_and_equal_to_eager_execution(name, v):
     fn, argument, expected, after = COMPILED[name]
     result, value, trace = both_ways(lambda x: fn(v, x), v, argument)
     assert (result, value) == (expected, after)
     assert trace.compiled, trace.reason
 
 
-def test_a_branch_is_chosen_when_the_step_runs():
+def test_cond_chooses_a_branch_and_fori_loop_its_length_when_the_step_runs():
     choose = hl.function(lambda x: ops.cond(x > 0, lambda: x * 10, lambda: x * 100))
-    assert [float(choose(np.float32(x))) for x in (1, -1, 2)] == [10, -100, 20]
-    assert len(choose.traces) == 1
-
-
-def test_a_loop_runs_as_long_as_the_data_say():
     count = hl.function(lambda n: ops.fori_loop(0, n, lambda i, s: s + 1, 0))
-    assert [int(count(np.int32(n))) for n in (3, 0, 50)] == [3, 0, 50]
-    assert len(count.traces) == 1
+    close([choose(np.float32(x)) for x in (1, -1, 2)], [10, -100, 20])
+    close([count(np.int32(n)) for n in (3, 0, 50)], [3, 0, 50])
+    assert len(choose.traces) == len(count.traces) == 1
 
 
-def test_a_loop_is_not_unrolled():
+def test_cond_is_one_operation_and_fori_loop_is_not_unrolled():
+    assert operations(lambda x: [ops.cond(x > 0, lambda: ops.sin(x), lambda: ops.cos(x))], 1.0).count(cond_op) == 1
     short, long = (
         operations(lambda x, length=length: [ops.fori_loop(0, length, lambda i, s: s * 1.5 + i, x)], 1.0)
         for length in (3, 3000)
@@ -143,67 +140,48 @@ def test_a_loop_is_not_unrolled():
     assert long.count(while_loop_op) == 1
 
 
-def test_a_branch_is_one_operation():
-    assert operations(lambda x: [ops.cond(x > 0, lambda: ops.sin(x), lambda: ops.cos(x))], 1.0).count(cond_op) == 1
-
-
 # ------------------------------------------------------------------------- gradients
 
 
-def test_a_branch_is_differentiated_with_respect_to_an_argument(v):
-    slope = hl.grad(lambda x: ops.cond(x > 0, lambda: x**2 * v, lambda: -x))
-    for x, expected in ((3, 12), (-3, -1)):
-        result, _, trace = both_ways(slope, v, np.float32(x))
-        assert result == expected
+DIFFERENTIATED = {
+    "cond, argument": (lambda v: hl.grad(lambda x: ops.cond(x > 0, lambda: x**2 * v, lambda: -x)), {3: 12, -3: -1}),
+    "cond, variable": (
+        lambda v: lambda x: hl.grad(lambda: ops.cond(x > 0, lambda: x * v**2, lambda: v * 7), wrt=v)(),
+        {3: 12, -3: 7},
+    ),
+    "loop of known length": (lambda v: hl.grad(lambda x: ops.fori_loop(0, 3, lambda i, s: s * x, x)), {3: 4 * 27}),
+}
+
+
+@pytest.mark.parametrize(("slope", "expected"), DIFFERENTIATED.values(), ids=DIFFERENTIATED)
+def test_grad_of_control_flow_is_compiled(slope, expected, v):
+    for x, gradient in expected.items():
+        result, _, trace = both_ways(slope(v), v, np.float32(x))
+        assert result == gradient
         assert trace.compiled
 
 
-def test_a_branch_is_differentiated_with_respect_to_a_variable(v):
-    def slope(x):
-        return hl.grad(lambda: ops.cond(x > 0, lambda: x * v**2, lambda: v * 7), wrt=v)()
-
-    for x, expected in ((3, 12), (-3, 7)):
-        result, _, trace = both_ways(slope, v, np.float32(x))
-        assert result == expected
-        assert trace.compiled
-
-
-def test_a_layer_in_a_branch_is_trained_as_op_by_op():
+def test_minimize_trains_a_layer_in_a_branch_as_in_eager_execution():
     def run():
         keras.utils.set_random_seed(1)
-        layer, optimizer = layers.Dense(1), keras.optimizers.SGD(0.1)
-        layer.build((None, 3))
+        layer, optimizer = built(layers.Dense(1)), keras.optimizers.SGD(0.1)
 
-        @hl.function
-        def step(x, flag):
-            return hl.minimize(
-                lambda: ops.cond(flag > 0, lambda: ops.mean(layer(x) ** 2), lambda: ops.mean(layer(-x) - 1.0)),
-                layer,
-                optimizer,
-            )
+        def loss(x, flag):
+            return ops.cond(flag > 0, lambda: ops.mean(layer(x) ** 2), lambda: ops.mean(layer(-x) - 1.0))
 
+        step = hl.function(lambda x, flag: hl.minimize(lambda: loss(x, flag), layer, optimizer))
         x = np.arange(6, dtype="float32").reshape(2, 3)
-        losses = [float(step(x, np.float32(flag))) for flag in (1, -1, 1)]
-        return losses, layer.kernel.numpy()
+        return [*(step(x, np.float32(flag)) for flag in (1, -1, 1)), *values_of(layer)]
 
     compiled = run()
     with hl.run_eagerly(True):
-        plain = run()
-    np.testing.assert_allclose(compiled[0], plain[0], rtol=1e-5)
-    np.testing.assert_allclose(compiled[1], plain[1], rtol=1e-5)
-
-
-def test_a_loop_of_a_known_length_is_differentiated(v):
-    slope = hl.grad(lambda x: ops.fori_loop(0, 3, lambda i, s: s * x, x))
-    result, _, trace = both_ways(slope, v, X)
-    assert result == 4 * 27
-    assert trace.compiled
+        each_close(compiled, run())
 
 
 # ---------------------------------------------------------------------- randomness
 
 
-def test_what_is_drawn_in_a_branch_is_new_each_time_and_as_op_by_op():
+def test_cond_draws_new_numbers_in_a_branch_as_in_eager_execution():
     seed = keras.random.SeedGenerator(5)
 
     @hl.function
@@ -212,7 +190,7 @@ def test_what_is_drawn_in_a_branch_is_new_each_time_and_as_op_by_op():
 
     def run():
         seed.state.assign([5, 0])
-        return [ops.convert_to_numpy(draw(np.float32(x))).tolist() for x in (1, -1, 1)]
+        return [numpy(draw(np.float32(x))).tolist() for x in (1, -1, 1)]
 
     compiled = run()
     with hl.run_eagerly(True):
@@ -256,44 +234,9 @@ FALLS_BACK = {
 
 
 @pytest.mark.parametrize("name", FALLS_BACK)
-def test_what_cannot_be_compiled_runs_op_by_op_and_says_why(name, v):
+def test_control_flow_that_cannot_be_compiled_falls_back_and_says_why(name, v):
     fn, argument, reason, expected, after = FALLS_BACK[name]
     with pytest.warns(FallbackWarning, match=reason):
         result, value, trace = both_ways(lambda x: fn(v, x), v, argument)
     assert (result, value) == (expected, after)
     assert not trace.compiled
-
-
-# ----------------------------------------------------------------- what Keras calls
-
-
-@pytest.mark.parametrize("name", ["cond", "while_loop", "fori_loop"])
-def test_keras_looks_the_operation_up_where_it_is_replaced(name, monkeypatch):
-    called = []
-    monkeypatch.setattr(core, name, lambda *args, **kwargs: called.append(name))
-    {
-        "cond": lambda: ops.cond(True, lambda: 1, lambda: 2),
-        "while_loop": lambda: ops.while_loop(lambda i: i < 3, lambda i: i + 1, 0),
-        "fori_loop": lambda: ops.fori_loop(0, 3, lambda i, s: s, 0),
-    }[name]()
-    assert called == [name]
-
-
-def test_the_operations_are_put_back():
-    before = [core.cond, core.while_loop, core.fori_loop]
-    with traceable_control_flow:
-        with traceable_control_flow:
-            pass
-        assert core.cond is not before[0]
-    assert [core.cond, core.while_loop, core.fori_loop] == before
-    with pytest.raises(RuntimeError), traceable_control_flow:
-        raise RuntimeError
-    assert [core.cond, core.while_loop, core.fori_loop] == before
-
-
-def test_torchs_operations_take_what_they_are_given():
-    x = torch.ones(())
-    [result] = cond_op(x > 0, lambda x: (x + 1,), lambda x: (x - 1,), (x,))
-    assert result == 2
-    [result] = while_loop_op(lambda x, y: x < y, lambda x, y: (x * 2,), (x,), (torch.tensor(5.0),))
-    assert result == 8

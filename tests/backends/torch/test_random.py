@@ -1,4 +1,4 @@
-"""`keras.random` on torch, traced: seeds are read when a step runs."""
+"""`keras.random` on PyTorch in a trace: seeds are read when a step runs."""
 
 import keras
 import numpy as np
@@ -7,13 +7,12 @@ import torch
 from keras import ops
 from keras.src.backend.torch import core
 from keras.src.backend.torch import random as keras_random
-from keras.src.random.seed_generator import draw_seed
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import handloom as hl
-from handloom.backends.torch.random import _OPERATIONS, _generator, _Seed, traceable_random_ops
+from handloom.backends.torch.random import traceable_random_ops
 from handloom.errors import FallbackWarning
+from tests.numbers import numpy, ones, same
 
 DRAWS = {
     "normal": lambda seed: keras.random.normal((2, 3), mean=5.0, stddev=0.1, seed=seed),
@@ -31,7 +30,7 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=list(DRAWS))
-def test_a_traced_draw_gives_the_numbers_of_keras(draw):
+def test_random_draw_in_a_trace_gives_the_numbers_of_keras(draw):
     generator = keras.random.SeedGenerator(7)
     function = hl.function(lambda: draw(generator))
     with hl.run_eagerly(True):
@@ -40,13 +39,13 @@ def test_a_traced_draw_gives_the_numbers_of_keras(draw):
     for value in expected:
         drawn = function()
         assert drawn.dtype == value.dtype
-        np.testing.assert_array_equal(drawn, value)
+        same(drawn, value)
     assert function.traces[0].compiled
 
 
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=list(DRAWS))
-def test_a_traced_draw_is_an_operation_on_the_seed(draw):
-    """Notices a sampling function of torch's that Keras comes to call and that is not replaced."""
+def test_random_draw_in_a_trace_is_an_operation_on_the_seed(draw):
+    """Fails if Keras calls another sampling function of torch, which is not replaced."""
 
     def fn(state):
         with traceable_random_ops:
@@ -71,76 +70,39 @@ class SeedOf(keras.random.SeedGenerator):
         return self.tensor
 
 
-def test_each_replaced_function_of_torchs_exists():
-    for sampler in _OPERATIONS:
-        assert getattr(torch, sampler.__name__) is sampler
-
-
-def test_keras_makes_its_generator_of_the_seed_as_counted_on():
-    seed = torch.tensor([123, 4])
-    original = keras_random.torch_seed_generator(SeedOf(seed))
-    assert original.initial_seed() == _generator(seed).initial_seed()
-
-
-def test_a_drawn_seed_is_a_tensor_of_two_numbers():
-    drawn = draw_seed(keras.random.SeedGenerator(5))
-    assert ops.convert_to_numpy(drawn).tolist() == [5, 0]
-
-
-def test_keras_sees_torch_as_it_is_before_and_after():
-    before = keras_random.torch_seed_generator, keras_random.torch
-    with traceable_random_ops:
-        assert keras_random.torch_seed_generator is not before[0]
-        assert keras_random.torch is not torch
-        assert keras_random.torch.float32 is torch.float32
-        with traceable_random_ops:
-            pass
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            assert isinstance(keras_random.torch_seed_generator(SeedOf(torch.tensor([1, 2]))), _Seed)
-    assert (keras_random.torch_seed_generator, keras_random.torch) == before
-    with pytest.raises(RuntimeError), traceable_random_ops:
-        raise RuntimeError
-    assert (keras_random.torch_seed_generator, keras_random.torch) == before
-
-
-def test_shapes_alone_are_drawn_as_ever():
+def test_traceable_random_ops_draw_shapes_alone_as_keras():
     with traceable_random_ops, core.device_scope("meta"):
         assert keras_random.get_device() == "meta"
         drawn = keras.random.normal((2, 3), seed=keras.random.SeedGenerator(1))
     assert drawn.device.type == "meta"
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda seed: keras.random.gamma((3,), 2.0, seed=seed),
-        lambda seed: keras.random.beta((3,), 2.0, 3.0, seed=seed),
-        lambda seed: keras.random.binomial((3,), 10.0, 0.5, seed=seed),
-    ],
-    ids=["gamma", "beta", "binomial"],
-)
-def test_a_draw_that_cannot_be_traced_runs_op_by_op_and_stays_random(draw):
-    generator = keras.random.SeedGenerator(3)
-    function = hl.function(lambda: draw(generator))
+UNTRACEABLE = {"gamma": (2.0,), "beta": (2.0, 3.0), "binomial": (10.0, 0.5)}
+
+
+@pytest.mark.parametrize(("name", "parameters"), UNTRACEABLE.items(), ids=UNTRACEABLE)
+def test_random_draw_that_cannot_be_traced_falls_back_to_eager_execution(name, parameters):
+    generator, draw = keras.random.SeedGenerator(3), getattr(keras.random, name)
+    function = hl.function(lambda: draw((3,), *parameters, seed=generator))
     with hl.run_eagerly(True):
-        expected = [ops.convert_to_numpy(function()) for _ in range(3)]
+        expected = numpy([function() for _ in range(3)])
     generator.state.assign([3, 0])
     with pytest.warns(FallbackWarning, match="falls back to eager execution"):
         first = function()
-    np.testing.assert_array_equal([first, function(), function()], expected)
+    same([first, function(), function()], expected)
 
 
-def test_gradients_pass_by_what_is_drawn():
+def test_grad_through_dropout_is_that_of_eager_execution():
     generator = keras.random.SeedGenerator(3)
 
     def loss(x):
         return ops.sum(keras.random.dropout(x, 0.5, seed=generator) ** 2)
 
-    x = np.ones(16, "float32")
+    x = ones(16)
     with hl.run_eagerly(True):
-        expected = ops.convert_to_numpy(hl.function(hl.grad(loss))(x))
+        expected = numpy(hl.function(hl.grad(loss))(x))
     generator.state.assign([3, 0])
     function = hl.function(hl.grad(loss))
-    np.testing.assert_array_equal(function(x), expected)
+    same(function(x), expected)
     assert set(np.unique(expected)) == {0, 8}
     assert function.traces[0].compiled
