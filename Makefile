@@ -27,7 +27,7 @@ rows: ARGS := tests/rows
 rows: test  ## What must work, row by row, shown anew: docs/rows.md.
 	$(BIN)/python -m tests.rows.table build/rows
 
-nightly: $(INSTALLED)  ## Runs killed at a hundred random instants, and at each call of a save, on every backend.
+nightly: $(INSTALLED)  ## Runs killed at a hundred random instants, on every backend.
 	set -e; for backend in $(BACKENDS); do \
 	    echo "== $$backend"; HANDLOOM_KILLS=100 OMP_NUM_THREADS=1 KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
 	        $(BIN)/python -m pytest -n $(JOBS) -rP --show-capture=stdout tests/resume $(ARGS); \
