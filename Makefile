@@ -30,7 +30,7 @@ rows: test  ## Run the rows, and write docs/rows.md from them.
 messages: $(INSTALLED)  ## Write docs/messages.md, all errors and warnings by code.
 	$(BIN)/python docs/messages.py
 
-nightly: $(INSTALLED)  ## Runs killed at a hundred random instants, and at each call of a save, on every backend.
+nightly: $(INSTALLED)  ## Kill runs at a hundred random instants, on every backend.
 	set -e; for backend in $(BACKENDS); do \
 	    echo "== $$backend"; HANDLOOM_KILLS=100 OMP_NUM_THREADS=1 KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
 	        $(BIN)/python -m pytest -n $(JOBS) -rP --show-capture=stdout tests/resume $(ARGS); \

@@ -74,14 +74,8 @@ class CSVLogger(Stateful, keras.callbacks.Callback):
 
     def _write(self, path: Path, mode: str, rows: Sequence[Row]) -> None:
         with path.open(mode, encoding="utf-8", newline="") as file:
-            csv.DictWriter(
-                file,
-                self._names,
-                restval=_MISSING,
-                delimiter=self.separator,
-                extrasaction="ignore",
-                lineterminator="\n",
-            ).writerows(rows)
+            form: Any = {"restval": _MISSING, "extrasaction": "ignore", "lineterminator": "\n"}
+            csv.DictWriter(file, self._names, delimiter=self.separator, **form).writerows(rows)
 
 
 def _text(value: Any) -> Any:

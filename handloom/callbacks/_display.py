@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID
 
 from handloom._util.every import every
 from handloom.callbacks._event_reader import Event, EventReader
@@ -67,15 +67,9 @@ class ProgressBar(EventReader):
         done = event.batch if event.kind != "epoch" else event.data["steps"]
         shown: dict[str, Any] = {"clock": self._clock(event), "values": shown_values(event.values)}
         if self._bar is None:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[clock]}"),
-                TextColumn("{task.fields[values]}"),
-                console=self._console,
-                auto_refresh=False,
-            )
+            bar, numbers = BarColumn(bar_width=24), MofNCompleteColumn()
+            columns = "{task.description}", bar, numbers, "{task.fields[clock]}", "{task.fields[values]}"
+            self._bar = Progress(*columns, console=self._console, auto_refresh=False)
             title, steps = self._title(event), self._begin.data["steps"]
             self._task: TaskID = self._bar.add_task(title, total=steps, completed=done, **shown)
             self._bar.start()
@@ -90,7 +84,7 @@ class ProgressBar(EventReader):
         seconds = max(event.seconds - self._begin.seconds, 1e-9)
         done, steps = event.step - self._begin.step, self._begin.data["steps"]
         speed = done / seconds
-        shown = f"{speed:.0f} steps/s" if speed >= 10 else f"{speed:.2g} steps/s"
+        shown = f"{speed:{'.0f' if speed >= 10 else '.2g'}} steps/s"
         if steps is None or not done:
             return shown
         left = steps * (self._begin.data["epochs"] - event.epoch) - event.batch

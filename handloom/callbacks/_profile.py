@@ -69,8 +69,7 @@ def _first_and_last(steps: Any) -> tuple[float, float]:
     if type(steps) is int and steps == 0:
         return math.inf, math.inf
     pair = steps if isinstance(steps, (tuple, list)) else (steps, steps)
-    whole = all(isinstance(step, int) and not isinstance(step, bool) for step in pair)
-    if not whole or len(pair) != 2 or not 1 <= pair[0] <= pair[1]:
+    if [type(step) for step in pair] != [int, int] or not 1 <= pair[0] <= pair[1]:
         raise ArgumentError(
             f"HL707: profile_batch takes one step, counted from 1, or the first and the last; received {steps!r}.",
             fix="For example: profile_batch=(10, 20), or 0 for no profile.",

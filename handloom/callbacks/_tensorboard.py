@@ -44,11 +44,7 @@ class TensorBoard(EventReader):
     """
 
     def __init__(
-        self,
-        log_dir: str | Path = "logs",
-        *,
-        every: Every = every(epochs=1),
-        profile_batch: int | tuple[int, int] = 0,
+        self, log_dir: str | Path = "logs", *, every: Every = every(epochs=1), profile_batch: int | tuple[int, int] = 0
     ) -> None:
         check_every(every, "every", "hl.every(epochs=1)")
         super().__init__(every)

@@ -46,7 +46,7 @@ class Throughput(Stateful, keras.callbacks.Callback):
 
     def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
         validating = time.perf_counter() - self._test_begun
-        # As if the epoch, and the wait for the next batch, had begun that much later.
+        # The epoch, and the wait for the next batch, then seem to begin that much later.
         self._begun += validating
         self._ready += validating
 

@@ -7,7 +7,6 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from handloom._util.arguments import whole_number
@@ -209,9 +208,7 @@ class Checkpointer:
         self._store.open()  # A directory that cannot be written is an error before training, not after.
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
             self.close()
         except CheckpointError as failure:

@@ -48,8 +48,8 @@ def write(file: int, data: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def reading(directory: Path, name: str) -> Iterator[tuple[int, int]]:
-    """Opens a file of a checkpoint: a regular file with one name, reached through no link. Yields its size, too.
+def reading(directory: Path, name: str, *, from_disk: bool = False) -> Iterator[Reader]:
+    """Opens a file of a checkpoint: a regular file with one name, reached through no link.
 
     A file with a second name could change after the check. Handloom never writes one.
     """
@@ -68,7 +68,7 @@ def reading(directory: Path, name: str) -> Iterator[tuple[int, int]]:
     try:
         found = os.fstat(file)
         _check_ordinary(directory / name, found)
-        yield file, found.st_size
+        yield Reader(file, found.st_size, from_disk=from_disk)
     except OSError as error:
         raise CheckpointError(f"HL508: {directory / name} cannot be read: {error.strerror}.") from error
     finally:
@@ -107,13 +107,16 @@ class Reader:
         file: An open file, at its beginning.
         size: Its size in bytes.
         from_disk: Whether to bypass the page cache of the system, if possible. The cache holds the bytes just written,
-            whatever the disk holds. Bypassing it also saves nine tenths of the processor time, which steps need.
+            even if the disk does not. Bypassing it also saves nine tenths of the processor time, which steps need.
+
+    Attributes:
+        size: Its size in bytes.
     """
 
-    def __init__(self, file: int, size: int, *, from_disk: bool = False) -> None:
+    def __init__(self, file: int, size: int, *, from_disk: bool) -> None:
         if from_disk:
             _bypass_cache(file)
-        self._file, self._left = io.FileIO(file, closefd=False), size
+        self._file, self.size, self._left = io.FileIO(file, closefd=False), size, size
         self._block = memoryview(mmap.mmap(-1, CHUNK))  # Aligned to a page, as reads past the cache require.
         self._unread = self._block[:0]
 

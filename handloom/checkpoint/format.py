@@ -23,27 +23,13 @@ from handloom._util.first_few import first_few
 from handloom._util.shard import Shard
 from handloom.checkpoint import filesystem
 from handloom.checkpoint.dtypes import as_bytes, as_stored, dtype_of
-from handloom.checkpoint.manifest import (
-    CONTENTS,
-    MANIFEST,
-    Contents,
-    Manifest,
-    Piece,
-    Tensor,
-    arrays_file,
-    check_name,
-    file_size,
-    header,
-    layout,
-)
+from handloom.checkpoint.manifest import CONTENTS, MANIFEST, Contents, Manifest, Piece, Tensor, arrays_file, check_name
 from handloom.checkpoint.retention import Slot
 from handloom.checkpoint.strict_json import decode, encode
 from handloom.errors import CheckpointError
 
 # Bytes: about 200,000 arrays, or a history of as many epochs. Without a limit, a file could fill the memory.
 _LARGEST = 64 << 20
-
-_Place = tuple[str, tuple[int, ...]]  # The name of an array, and the offset of a piece of it.
 
 
 class Draft:
@@ -74,21 +60,15 @@ class Draft:
             check_name(name)
         self.step = step
         self.metrics = dict(metrics)
-        self._files = [arrays_file(index, len(parts)) for index in range(len(parts))]
-        self._arrays = {
-            (name, shard.offset): (file, as_stored(name, shard.value))
-            for file, part in zip(self._files, parts, strict=True)
-            for name, shards in part.items()
-            for shard in shards
-        }
+        self._arrays: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # By the name, and the offset of the piece.
         self._contents = encode(contents, "contents")
         if len(self._contents) > _LARGEST:
             raise CheckpointError(
                 f"HL511: The contents take {len(self._contents):,} bytes as JSON; at most {_LARGEST:,} are allowed.",
                 fix="Keep large values in arrays.",
             )
-        manifest = self._manifest({})
-        self.bytes = manifest.nbytes + len(manifest.to_bytes()) + 4096
+        self._manifest = self._manifest_of({arrays_file(k, len(parts)): part for k, part in enumerate(parts)})
+        self.bytes = self._manifest.nbytes + len(self._manifest.to_bytes()) + 4096
 
     def write(self, directory: Path) -> None:
         """Writes the files into an empty directory, flushes them to disk, and reads them back from there.
@@ -96,29 +76,31 @@ class Draft:
         Raises:
             CheckpointError: A file does not read back as written; the message names it.
         """
-        tensors, checksums = self._manifest({}).tensors, {}
-        for file in self._files:
+        for file in self._manifest.files:
             with filesystem.creating(directory / file) as out:
-                filesystem.write(out, header(tensors, file))
-                for name, piece, *_ in layout(tensors, file):
-                    _, array = self._arrays[name, piece.offset]
-                    checksums[name, piece.offset] = _write(out, as_bytes(array))
-        for file, data in ((CONTENTS, self._contents), (MANIFEST, self._manifest(checksums).to_bytes())):
+                filesystem.write(out, self._manifest.header(file))
+                for name, piece, *_ in self._manifest.layout(file):
+                    piece.crc32 = _write(out, as_bytes(self._arrays[name, piece.offset]))
+        for file, data in ((CONTENTS, self._contents), (MANIFEST, self._manifest.to_bytes())):
             with filesystem.creating(directory / file) as out:
                 filesystem.write(out, data)
         verify(directory, from_disk=True)
 
-    def _manifest(self, checksums: Mapping[_Place, int]) -> Manifest:
-        tensors: dict[str, Tensor] = {}
-        for (name, offset), (file, array) in self._arrays.items():
-            piece = Piece(file, offset, array.shape, checksums.get((name, offset), 0))
-            stops = tuple(part.stop for part in piece.slices)
-            before = tensors.get(name, Tensor(array.dtype.name, stops, ()))
-            shape = tuple(map(max, before.shape, stops))
-            tensors[name] = Tensor(before.dtype, shape, (*before.pieces, piece))
-        files = {file: file_size(tensors, file) for file in self._files}
+    def _manifest_of(self, parts: Mapping[str, Mapping[str, Sequence[Shard]]]) -> Manifest:
+        """The manifest of these parts, each under the name of its file; without checksums. Keeps their arrays."""
         contents = Contents(len(self._contents), hashlib.sha256(self._contents).hexdigest())
-        return Manifest(self.step, self.metrics, tensors, files, contents)
+        manifest = Manifest(self.step, self.metrics, {}, {}, contents)
+        for file, part in parts.items():
+            for name, shard in ((name, shard) for name, shards in part.items() for shard in shards):
+                array = self._arrays[name, shard.offset] = as_stored(name, shard.value)
+                piece = Piece(file, shard.offset, array.shape)
+                stops = tuple(part.stop for part in piece.slices)
+                known = manifest.tensors.get(name, Tensor(array.dtype.name, stops, ()))
+                shape = tuple(map(max, known.shape, stops))
+                manifest.tensors[name] = Tensor(known.dtype, shape, (*known.pieces, piece))
+        # Only now: the name of a piece in its file tells whether it is the whole array.
+        manifest.files.update({file: manifest.size_of(file) for file in parts})
+        return manifest
 
 
 def _write(file: int, data: memoryview) -> int:
@@ -151,9 +133,13 @@ def read_manifest(directory: Path, *, from_disk: bool = False) -> Manifest:
     slot = Slot.of(directory.name)
     if slot is not None and slot.step != manifest.step:
         raise CheckpointError(f"HL541: {directory} holds the checkpoint of step {manifest.step}, not of {slot.step}.")
-    for name in (*manifest.files, CONTENTS):
-        with filesystem.reading(directory, name) as (_, size):
-            _check_size(directory / name, size, manifest)
+    for name, expected in (manifest.files | {CONTENTS: manifest.contents.bytes}).items():
+        with filesystem.reading(directory, name) as reader:
+            if reader.size != expected:
+                raise CheckpointError(
+                    f"HL516: {directory / name} is damaged: it has {reader.size:,} bytes; {expected:,} were written.",
+                    _cut_off(name, reader.size, manifest),
+                )
     return manifest
 
 
@@ -176,8 +162,7 @@ def read_arrays(directory: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         CheckpointError: A byte is not as written. The message names the file and the arrays.
     """
     arrays = {name: np.empty(tensor.shape, dtype_of(tensor.dtype)) for name, tensor in manifest.tensors.items()}
-    for file in manifest.files:
-        _read_arrays(directory, file, manifest, arrays)
+    _read_arrays(directory, manifest, arrays)
     return arrays
 
 
@@ -193,47 +178,41 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
     """
     manifest = read_manifest(directory, from_disk=from_disk)
     read_contents(directory, manifest, from_disk=from_disk)
-    for file in manifest.files:
-        _read_arrays(directory, file, manifest, {}, from_disk=from_disk)
+    _read_arrays(directory, manifest, {}, from_disk=from_disk)
     return manifest
 
 
 def _read(directory: Path, name: str, *, from_disk: bool) -> bytes:
-    with filesystem.reading(directory, name) as (file, size):
-        if size > _LARGEST:
-            raise CheckpointError(f"HL515: {directory / name} has {size:,} bytes; at most {_LARGEST:,} are allowed.")
-        return filesystem.Reader(file, size, from_disk=from_disk).read(size)
-
-
-def _check_size(path: Path, size: int, manifest: Manifest) -> None:
-    expected = manifest.contents.bytes if path.name == CONTENTS else manifest.files[path.name]
-    if size != expected:
-        raise CheckpointError(
-            f"HL516: {path} is damaged: it has {size:,} bytes; {expected:,} were written.",
-            _cut_off(path.name, size, manifest),
-        )
+    with filesystem.reading(directory, name, from_disk=from_disk) as reader:
+        if reader.size > _LARGEST:
+            raise CheckpointError(
+                f"HL515: {directory / name} has {reader.size:,} bytes; at most {_LARGEST:,} are allowed."
+            )
+        return reader.read(reader.size)
 
 
 def _cut_off(file: str, size: int, manifest: Manifest) -> str:
     """A sentence that names the arrays after the end of a file, if there are any."""
-    begin = len(header(manifest.tensors, file))
-    cut = [repr(name) for name, *_, stop in layout(manifest.tensors, file) if begin + stop > size]
+    begin = len(manifest.header(file))
+    cut = [repr(name) for name, *_, stop in manifest.layout(file) if begin + stop > size]
     return f"Bytes of {first_few(cut, 3)} are missing." if cut else ""
 
 
 def _read_arrays(
-    directory: Path, file: str, manifest: Manifest, into: Mapping[str, np.ndarray], *, from_disk: bool = False
+    directory: Path, manifest: Manifest, into: Mapping[str, np.ndarray], *, from_disk: bool = False
 ) -> None:
-    """Reads a file of arrays from its first byte to its last, into the given arrays."""
-    with filesystem.reading(directory, file) as (opened, size):
-        _check_size(directory / file, size, manifest)
-        reader, expected = filesystem.Reader(opened, size, from_disk=from_disk), header(manifest.tensors, file)
-        damaged = [] if reader.read(len(expected)) == expected else ["its header"]
-        for name, piece, start, stop in layout(manifest.tensors, file):
-            if _read_piece(reader, stop - start, piece, into.get(name)) != piece.crc32:
-                damaged.append(f"the array {name!r}")
-    if damaged:
-        raise CheckpointError(f"HL517: {directory / file} is damaged: {first_few(damaged, 3)} changed since the save.")
+    """Reads each file of arrays from its first byte to its last, into the given arrays."""
+    for file in manifest.files:
+        with filesystem.reading(directory, file, from_disk=from_disk) as reader:
+            expected = manifest.header(file)
+            damaged = [] if reader.read(len(expected)) == expected else ["its header"]
+            for name, piece, start, stop in manifest.layout(file):
+                if _read_piece(reader, stop - start, piece, into.get(name)) != piece.crc32:
+                    damaged.append(f"the array {name!r}")
+        if damaged:
+            raise CheckpointError(
+                f"HL517: {directory / file} is damaged: {first_few(damaged, 3)} changed since the save."
+            )
 
 
 def _read_piece(reader: filesystem.Reader, nbytes: int, piece: Piece, array: np.ndarray | None) -> int:

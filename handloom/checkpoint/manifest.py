@@ -8,7 +8,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from handloom.checkpoint.dtypes import CODES, dtype_of
@@ -28,7 +28,7 @@ def arrays_file(index: int, count: int) -> str:
     return ARRAYS if count == 1 else f"arrays-{index + 1:05}-of-{count:05}.safetensors"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Piece:
     """A part of an array, or all of it, in one file.
 
@@ -36,7 +36,7 @@ class Piece:
         file: The name of the file.
         offset: The index of its first element in the array, one number an axis.
         shape: Its shape.
-        crc32: The CRC-32 of its bytes.
+        crc32: The CRC-32 of its bytes; 0 until they are written.
     """
 
     file: str
@@ -95,6 +95,37 @@ class Manifest:
         """The size of all files except the manifest."""
         return sum(self.files.values()) + self.contents.bytes
 
+    def layout(self, file: str) -> Iterator[tuple[str, Piece, int, int]]:
+        """The pieces in a file, in order: the name of the array, the piece, its first byte, the byte after its last.
+
+        Large elements come first, so that all are aligned in memory; then the order is by name and offset.
+        """
+        pieces = [
+            (name, piece) for name, tensor in self.tensors.items() for piece in tensor.pieces if piece.file == file
+        ]
+        itemsize = {name: dtype_of(tensor.dtype).itemsize for name, tensor in self.tensors.items()}
+        stop = 0
+        for name, piece in sorted(pieces, key=lambda item: (-itemsize[item[0]], item[0], item[1].offset)):
+            start, stop = stop, stop + math.prod(piece.shape) * itemsize[name]
+            yield name, piece, start, stop
+
+    def header(self, file: str) -> bytes:
+        """The header of a safetensors file with these arrays.
+
+        A manifest determines it, so that a reader compares it and need not parse it.
+        """
+        table = {}
+        for name, piece, *offsets in self.layout(file):
+            dtype, title = CODES[self.tensors[name].dtype], _name_in_file(name, piece, self.tensors[name])
+            table[title] = {"dtype": dtype, "shape": list(piece.shape), "data_offsets": offsets}
+        text = json.dumps(table, separators=(",", ":")).encode("ascii")
+        text += b" " * (-len(text) % 8)  # Aligns the arrays after it in memory.
+        return len(text).to_bytes(8, "little") + text
+
+    def size_of(self, file: str) -> int:
+        """The size of a file of arrays, in bytes."""
+        return len(self.header(file)) + max((stop for *_, stop in self.layout(file)), default=0)
+
     def to_bytes(self) -> bytes:
         """The bytes of the file, which begins with the SHA-256 of the rest."""
         metrics = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
@@ -121,44 +152,9 @@ class Manifest:
             _valid(value, _METRIC, "The manifest", check_name(name))
         metrics = {name: math.nan if value is None else float(value) for name, value in found.metrics.items()}
         tensors = {check_name(name): _tensor(name, value) for name, value in found.tensors.items()}
-        _check_files(tensors, found.files)
-        return cls(found.step, metrics, tensors, found.files, _read(Contents, found.contents, CONTENTS))
-
-
-def layout(tensors: Mapping[str, Tensor], file: str) -> Iterator[tuple[str, Piece, int, int]]:
-    """The pieces in a file, in order: the name of the array, the piece, its first byte, and the byte after its last.
-
-    Large elements come first, so that all are aligned in memory; then the order is by name and offset.
-    """
-    pieces = [(name, piece) for name, tensor in tensors.items() for piece in tensor.pieces if piece.file == file]
-    itemsize = {name: dtype_of(tensor.dtype).itemsize for name, tensor in tensors.items()}
-    stop = 0
-    for name, piece in sorted(pieces, key=lambda item: (-itemsize[item[0]], item[0], item[1].offset)):
-        start, stop = stop, stop + math.prod(piece.shape) * itemsize[name]
-        yield name, piece, start, stop
-
-
-def file_size(tensors: Mapping[str, Tensor], file: str) -> int:
-    """The size of a file of arrays, in bytes."""
-    return max((stop for *_, stop in layout(tensors, file)), default=0) + len(header(tensors, file))
-
-
-def header(tensors: Mapping[str, Tensor], file: str) -> bytes:
-    """The header of a safetensors file with these arrays.
-
-    A manifest determines it, so that a reader compares it and need not parse it.
-    """
-    table = {
-        _name_in_file(name, piece, tensors[name]): {
-            "dtype": CODES[tensors[name].dtype],
-            "shape": list(piece.shape),
-            "data_offsets": [start, stop],
-        }
-        for name, piece, start, stop in layout(tensors, file)
-    }
-    text = json.dumps(table, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)  # Aligns the arrays after it in memory.
-    return len(text).to_bytes(8, "little") + text
+        manifest = cls(found.step, metrics, tensors, found.files, _read(Contents, found.contents, CONTENTS))
+        _check_files(manifest)
+        return manifest
 
 
 def _name_in_file(name: str, piece: Piece, tensor: Tensor) -> str:
@@ -169,10 +165,10 @@ def _name_in_file(name: str, piece: Piece, tensor: Tensor) -> str:
 
 
 def check_name(name: str) -> str:
-    """Returns the name of an array or a metric, unless it would do harm in a terminal, or as a path in another program.
+    """Returns the name of an array or a metric if it is harmless in a terminal, and as a path in another program.
 
     Raises:
-        CheckpointError: It would.
+        CheckpointError: It is not.
     """
     climbs = name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name)
     if not name or len(name) > 4096 or not name.isprintable() or climbs or name == "__metadata__":
@@ -193,7 +189,7 @@ def _verified(data: bytes) -> bytes:
     return body
 
 
-# Each field of a record by its name: what it must be, in words, and whether a value is.
+# A description of a valid value, and its check; for each field of a record, by its name.
 _Check = tuple[str, Callable[[Any], bool]]
 _OBJECT: _Check = "an object", lambda value: isinstance(value, dict)
 _SIZE: _Check = f"a whole number from 0 to {_LARGEST - 1}", lambda value: type(value) is int and 0 <= value < _LARGEST
@@ -271,13 +267,15 @@ def _is_grid(shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> bool:
     return count == len(pieces) == len({piece.offset for piece in pieces})
 
 
-def _check_files(tensors: dict[str, Tensor], files: dict[str, int]) -> None:
-    named = {piece.file for tensor in tensors.values() for piece in tensor.pieces}
-    if not named <= files.keys():
-        raise CheckpointError(f"HL550: The arrays are in {sorted(named)!r:.200}; the files are {list(files)!r:.200}.")
-    for file, size in files.items():
+def _check_files(manifest: Manifest) -> None:
+    named = {piece.file for tensor in manifest.tensors.values() for piece in tensor.pieces}
+    if not named <= manifest.files.keys():
+        raise CheckpointError(
+            f"HL550: The arrays are in {sorted(named)!r:.200}; the files are {list(manifest.files)!r:.200}."
+        )
+    for file, size in manifest.files.items():
         if not _ARRAYS.fullmatch(file):
             raise CheckpointError(f"HL524: {file!r:.200} is listed, which is not a name for a file of arrays.")
-        expected = file_size(tensors, file)
+        expected = manifest.size_of(file)
         if _valid(size, _SIZE, "The manifest", file) != expected:
             raise CheckpointError(f"HL535: {file} is listed with {size} bytes; its arrays take {expected}.")

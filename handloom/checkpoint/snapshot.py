@@ -142,12 +142,9 @@ def _assign(variable: Variable | np.ndarray, array: np.ndarray) -> None:
 
 
 def _check_names(
-    missing: Iterable[str],
-    extra: Iterable[str],
-    allow: Sequence[str],
-    wrong: Mapping[str, str] = MappingProxyType({}),
+    missing: Iterable[str], extra: Iterable[str], allow: Sequence[str], wrong: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Raises an error that lists the names that only one side has, and what is `wrong` with others, unless allowed."""
+    """Raises an error that lists names which only one side has, and others that are `wrong`, unless allowed."""
     patterns = [re.compile(".*".join(map(re.escape, pattern.split("*")))) for pattern in allow]  # `[` is literal.
     problems = []
     for intro, names in (("not in the checkpoint: ", missing), ("only in the checkpoint: ", extra), ("", wrong)):

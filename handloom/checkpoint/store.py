@@ -89,11 +89,10 @@ class Store:
         Raises:
             CheckpointError: The directory cannot be written, or another process writes to it.
         """
-        if self._lock is not None:
-            return
         try:
-            filesystem.prepare(self.directory)
-            self._lock = WriterLock(self.directory)
+            if self._lock is None:
+                filesystem.prepare(self.directory)
+                self._lock = WriterLock(self.directory)
         except OSError as error:
             raise CheckpointError(
                 f"HL537: Checkpoints cannot be written to {self.directory}: {error.strerror}.",
@@ -269,7 +268,7 @@ def read_newest(
             _note(slot, path, error, damaged)
     if damaged:
         errors = " ".join(map(str, damaged.values()))
-        raise CheckpointError(f"HL542: All checkpoints in {directory} are damaged. {errors}")
+        raise CheckpointError(f"HL542: All checkpoints in {directory} are damaged.", errors)
     return None, {}
 
 

@@ -7,7 +7,7 @@ from handloom._reporting.logs import Sums
 
 
 class Reads(keras.callbacks.Callback):
-    """Notes before which steps of an epoch the logs had been read, for which the device must be waited for."""
+    """Notes before which steps of an epoch the logs had been read, which waits for the device."""
 
     def __init__(self):
         super().__init__()

@@ -1,22 +1,25 @@
-"""Runs whose reports are written in advance, so that tests know what callbacks must make of them."""
+"""Runs whose reports are written in advance, and models whose weights tell what callbacks have done."""
 
 import keras
 import numpy as np
-from keras import ops
+from keras import layers, ops
 
 import handloom as hl
+from tests.models import fit
+from tests.numbers import numpy
 
+NAN, INF = np.nan, np.inf
 X = np.zeros((4, 1), dtype="float32")
 
 
 class Scripted(hl.Model):
     """Reports given values, one a step, and counts its steps in a weight."""
 
-    def __init__(self, script, optimizer=None):
+    def __init__(self, script, optimizer=None, name="loss"):
         super().__init__()
         self.script = keras.Variable(np.array(script, dtype="float32"), trainable=False)
         self.count = self.add_weight(initializer="zeros", trainable=False, name="count")
-        self.built = True
+        self.built, self.reported = True, name
         self.compile(optimizer or keras.optimizers.SGD(0.1))
 
     def call(self, x):
@@ -25,18 +28,54 @@ class Scripted(hl.Model):
     def train_step(self, data):
         value = ops.take(self.script, ops.cast(self.count, "int32"))
         self.count.assign(self.count + 1)
-        return {"loss": value}
+        return {self.reported: value}
 
 
-def number(variable):
-    """A variable's value. Not `float(variable)`, of which torch warns."""
-    return float(ops.convert_to_numpy(variable))
+class TwoParts(hl.Model):
+    """Two parts, each with a weight that falls from zero by the rate of its optimizer in each step."""
+
+    def __init__(self, optimizers):
+        super().__init__()
+        self.generator, self.critic = (layers.Dense(1, use_bias=False, kernel_initializer="zeros") for _ in range(2))
+        for part in (self.generator, self.critic):
+            part.build((None, 1))
+        self.built = True
+        self.compile(optimizers)
+
+    def call(self, x):
+        return self.generator(x) + self.critic(x)
+
+    def train_step(self, x):
+        self.minimize(lambda: ops.sum(self.generator.kernel) + ops.sum(self.critic.kernel))
+        return {"loss": ops.mean(x)}
+
+    def weights_now(self):
+        return [numpy(part.kernel).item() for part in (self.generator, self.critic)]
+
+
+def mean_step(x):
+    """A step without a model."""
+    return {"mean": ops.mean(x)}
+
+
+def at(hook, function):
+    """A callback that calls a function at one hook."""
+    return keras.callbacks.LambdaCallback(**{hook: function})
+
+
+def raising(error, hook, number):
+    """A callback that raises an error at an epoch or a batch."""
+
+    def fail(index, logs):
+        if index == number:
+            raise error
+
+    return at(hook, fail)
 
 
 def run(model, *callbacks, epochs=None, **options):
-    """A step an epoch, as long as the script goes on."""
-    epochs = epochs or model.script.shape[0]
-    return model.fit(X, epochs=epochs, callbacks=callbacks, verbose=0, **options).history
+    """A step an epoch, as long as the script lasts; returns the history."""
+    return fit(model, X, epochs=epochs or model.script.shape[0], callbacks=callbacks, **options)
 
 
 def feed(callback, logs, model, first=0, state=None):

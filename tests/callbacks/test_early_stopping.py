@@ -1,16 +1,15 @@
-"""Stops when it gets no better, and goes back to the best."""
+"""`EarlyStopping` stops when a value no longer improves, and restores the best weights."""
 
 import keras
-import numpy as np
 import pytest
 from keras import layers, ops
 
 import handloom as hl
 from handloom.callbacks import EarlyStopping
 from handloom.errors import HandloomWarning, StepError
-from tests.callbacks.scripted import Scripted, X, run
-
-NAN, INF = np.nan, np.inf
+from tests.callbacks.scripted import INF, NAN, Scripted, X, at, mean_step, run
+from tests.models import compiled, fit, functional, sequential
+from tests.numbers import each_same, normal, numpy
 
 
 @pytest.mark.parametrize(
@@ -25,35 +24,24 @@ NAN, INF = np.nan, np.inf
         ([5, 4, 3, 2, 1], {"patience": 2, "baseline": 0.5}, 2, 2),
         ([5, 4, 3, 9, 9, 9], {"patience": 2, "baseline": 4.5}, 5, 3),
         ([1, 9, 8, 7, 8, 9], {"patience": 1, "start_from_epoch": 2}, 5, 4),
+        # NaN is worse than any number.
+        ([NAN, 3, 2, 4, 1], {"patience": 1}, 4, 3),
+        ([3, NAN, NAN, 1], {"patience": 1}, 2, 1),
+        ([INF, 3, 4, 1], {"patience": 1}, 3, 2),
+        ([NAN, NAN, 1], {"patience": 1}, 2, 1),
+        ([NAN, 1, 2, NAN, 3], {"patience": 1, "mode": "max"}, 4, 3),
     ],
 )
-def test_it_stops_in_the_right_epoch_and_restores_the_best(script, options, epochs, best):
+def test_early_stopping_stops_in_the_right_epoch_and_restores_the_best(script, options, epochs, best):
     model = Scripted(script)
     losses = run(model, EarlyStopping("loss", restore_best_weights=True, **options))["loss"]
-    assert losses == pytest.approx(script[:epochs])
+    assert losses == pytest.approx(script[:epochs], nan_ok=True)
     assert float(model.count) == best
 
 
-def test_without_restoring_the_last_weights_stay():
+def test_early_stopping_without_restoring_keeps_the_last_weights():
     model = Scripted([5, 4, 6, 7])
     run(model, EarlyStopping("loss", patience=1))
-    assert float(model.count) == 3
-
-
-@pytest.mark.parametrize(
-    ("script", "epochs", "best"),
-    [([NAN, 3, 2, 4, 1], 4, 3), ([3, NAN, NAN, 1], 2, 1), ([INF, 3, 4, 1], 3, 2), ([NAN, NAN, 1], 2, 1)],
-)
-def test_nothing_is_worse_than_nan(script, epochs, best):
-    model = Scripted(script)
-    stopping = EarlyStopping("loss", patience=1, restore_best_weights=True)
-    assert len(run(model, stopping)["loss"]) == epochs
-    assert float(model.count) == best
-
-
-def test_with_more_is_better_nan_is_worse_too():
-    model = Scripted([NAN, 1, 2, NAN, 3])
-    run(model, EarlyStopping("loss", mode="max", patience=1, restore_best_weights=True))
     assert float(model.count) == 3
 
 
@@ -69,140 +57,102 @@ class Reports(keras.callbacks.Callback):
         self.weights.append(self.model.get_weights())
 
 
-def assert_restored(now, best, last):
-    for restored, then, later in zip(now, best, last, strict=True):
-        np.testing.assert_array_equal(restored, then)
-        assert not np.array_equal(restored, later)
-
-
-def test_restored_weights_are_those_of_the_best_epoch_to_the_bit(eagerly):
-    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
-    model = hl.Model([keras.Input((3,)), layers.Dense(4, "tanh"), layers.BatchNormalization(), layers.Dense(1)])
-    model.compile(keras.optimizers.Adam(0.1), "mse")
+def test_early_stopping_restores_weights_bitwise(eagerly):
+    x = normal(16, 3)
+    model = compiled(functional(layers.Dense(4, "tanh"), layers.BatchNormalization(), layers.Dense(1)), "adam")
     reports = Reports([5.0, 3.0, 4.0, 6.0])
     stopping = EarlyStopping("watched", mode="min", patience=2, restore_best_weights=True)
-    model.fit(x, x[:, 0], epochs=9, callbacks=[reports, stopping], verbose=0)
+    fit(model, x, x[:, 0], epochs=9, callbacks=[reports, stopping])
     assert len(reports.weights) == 4
-    assert_restored(model.get_weights(), reports.weights[1], reports.weights[3])
-    model.fit(x, x[:, 0], verbose=0)  # And it trains on.
+    each_same(model.get_weights(), reports.weights[1])
+    assert (model.get_weights()[0] != reports.weights[3][0]).any()
+    fit(model, x, x[:, 0])  # It can still be trained.
 
 
 @pytest.mark.parametrize(("name", "values", "stops"), [("g_loss", [2, 3, 1], 2), ("accuracy", [0.5, 0.7, 0.6, 1], 3)])
-def test_losses_and_metrics_need_no_mode(name, values, stops):
-    class Reporting(Scripted):
-        def __init__(self, script):
-            super().__init__(script)
-            self.accuracy = keras.metrics.BinaryAccuracy(name="accuracy")
-
-        def train_step(self, data):
-            return {name: super().train_step(data)["loss"]}
-
-    assert len(run(Reporting(values), EarlyStopping(name))[name]) == stops
+def test_early_stopping_infers_the_direction_of_losses_and_metrics(name, values, stops):
+    model = Scripted(values, name=name)
+    model.accuracy = keras.metrics.BinaryAccuracy(name="accuracy")
+    assert len(run(model, EarlyStopping(name))[name]) == stops
 
 
-def test_a_compiled_metric_needs_no_mode():
-    model = hl.Model([keras.Input((1,)), layers.Dense(1)])
-    model.compile("sgd", "mse", metrics=["binary_accuracy"])
-    zeros = np.zeros((4, 1), "float32")
+def test_early_stopping_infers_the_direction_of_a_compiled_metric():
+    model = compiled(functional(inputs=1), metrics=["binary_accuracy"])
     stopping = EarlyStopping("val_binary_accuracy", patience=1)
-    history = model.fit(zeros, zeros, validation_data=(zeros, zeros), epochs=5, callbacks=[stopping], verbose=0)
-    assert len(history.epoch) == 2  # It begins at its best: 1.
+    history = fit(model, X, X, validation_data=(X, X), epochs=5, callbacks=[stopping])
+    assert len(history["loss"]) == 2  # It begins at its best: 1.
 
 
-def test_of_a_strange_name_the_direction_must_be_said():
-    class Strange(Scripted):
-        def train_step(self, data):
-            return {"strangeness": super().train_step(data)["loss"]}
-
-    with pytest.raises(ValueError, match=r"EarlyStopping cannot tell .* 'strangeness' is better.*mode=\"max\""):
-        run(Strange([1, 2]), EarlyStopping("strangeness"))
+def test_early_stopping_requires_a_mode_for_an_unknown_name():
+    with pytest.raises(ValueError, match=r"EarlyStopping cannot tell .* 'strangeness' is better.*mode=\"max\".*HL705"):
+        run(Scripted([1, 2], name="strangeness"), EarlyStopping("strangeness"))
 
 
-def test_epochs_without_validation_neither_count_nor_warn():
-    x = np.zeros((4, 1), "float32")
+def test_early_stopping_does_not_count_epochs_without_validation():
     validations = iter([5.0, 4.0, 6.0, 7.0])
     stopping = EarlyStopping(patience=2)
-    history = hl.fit(
-        lambda x: {"loss": ops.mean(x)},
-        x,
-        epochs=12,
-        validate=lambda: {"loss": next(validations)},
-        validate_every=hl.every(epochs=2),
-        callbacks=[stopping],
-        verbose=0,
-    )
+    options = {"validate": lambda: {"loss": next(validations)}, "validate_every": hl.every(epochs=2), "verbose": 0}
+    history = hl.fit(mean_step, X, epochs=12, callbacks=[stopping], **options)
     assert len(history.epoch) == 8
     assert stopping.wait == 2
 
 
-def test_a_misspelt_name_warns_once():
-    with pytest.warns(HandloomWarning, match=r"EarlyStopping watches 'lost_loss'.*Reported were 'loss'") as warned:
-        run(Scripted([1, 2, 3]), EarlyStopping("lost_loss"))
-    assert len(warned) == 1
-
-
-def test_validation_that_never_comes_warns_at_the_end():
-    with pytest.warns(HandloomWarning, match="watches 'val_loss', which was reported in no epoch") as warned:
-        run(Scripted([1, 2, 3]), EarlyStopping())
+@pytest.mark.parametrize(
+    ("monitor", "words"),
+    [
+        ("lost_loss", r"'lost_loss', which was reported in this epoch.*Choose .* monitor=: 'loss'\. \[HL758"),
+        ("val_loss", "'val_loss', which was reported in no epoch"),  # It might have come until then.
+    ],
+)
+def test_early_stopping_warns_once_of_a_value_that_is_not_reported(monitor, words):
+    with pytest.warns(HandloomWarning, match=f"EarlyStopping watches {words}") as warned:
+        run(Scripted([1, 2, 3]), EarlyStopping(monitor))
     assert len(warned) == 1
 
 
 # ------------------------------------------------------------------------ hl.fit
 
 
-def test_several_models_of_a_plain_step_are_restored_together(eagerly):
-    generator = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
-    discriminator = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
-    g_optimizer, d_optimizer = keras.optimizers.SGD(0.1), keras.optimizers.SGD(0.1)
+def test_early_stopping_restores_several_models_in_hl_fit(eagerly):
+    state = {name: sequential(inputs=1, cls=keras.Sequential) for name in ("generator", "discriminator")}
+    optimizers = {name: keras.optimizers.SGD(0.1) for name in state}
 
     def step(x):
-        g_loss = hl.minimize(lambda: ops.mean((generator(x) - 1) ** 2), generator, g_optimizer)
-        d_loss = hl.minimize(lambda: ops.mean((discriminator(x) - 1) ** 2), discriminator, d_optimizer)
-        return {"g_loss": g_loss, "d_loss": d_loss}
+        return {
+            name: hl.minimize(lambda part=part: ops.mean((part(x) - 1) ** 2), part, optimizers[name])
+            for name, part in state.items()
+        }
 
     reports = Reports([2.0, 1.0, 3.0])
     stopping = EarlyStopping("watched", mode="min", restore_best_weights=True)
-    state = {"generator": generator, "discriminator": discriminator}
     hl.fit(step, X + 1, epochs=5, state=state, callbacks=[reports, stopping], verbose=0)
     assert len(reports.weights) == 3
-    now = [*discriminator.get_weights(), *generator.get_weights()]
-    assert_restored(now, reports.weights[1], reports.weights[2])
+    now = [*state["discriminator"].get_weights(), *state["generator"].get_weights()]
+    each_same(now, reports.weights[1])
+    assert (now[0] != reports.weights[2][0]).any()
 
 
-def test_without_a_model_in_the_state_the_error_says_what_to_pass():
-    stopping = EarlyStopping("loss", restore_best_weights=True)
+def test_early_stopping_names_the_state_that_it_needs_to_restore():
+    stopping = EarlyStopping("mean", mode="min", restore_best_weights=True)
     with pytest.raises(StepError, match=r'state=\{"model": model\}'):
-        hl.fit(lambda x: {"loss": ops.mean(x)}, X, callbacks=[stopping], verbose=0)
+        hl.fit(mean_step, X, callbacks=[stopping], verbose=0)
 
 
-def test_stopping_alone_needs_no_model():
+def test_early_stopping_without_restoring_needs_no_model():
     script = iter([3.0, 4.0, 2.0])
-    report = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(watched=next(script)))
-    history = hl.fit(
-        lambda x: {"x": ops.mean(x)},
-        X,
-        epochs=3,
-        callbacks=[report, EarlyStopping("watched", mode="min")],
-        verbose=0,
-    )
-    assert history.history["watched"] == [3, 4]
+    report = at("on_epoch_end", lambda epoch, logs: logs.update(watched=next(script)))
+    stopping = EarlyStopping("watched", mode="min")
+    assert hl.fit(mean_step, X, epochs=3, callbacks=[report, stopping], verbose=0).history["watched"] == [3, 4]
 
 
 # ------------------------------------------------------------------------- state
 
 
-def test_a_run_that_had_stopped_stays_stopped():
-    first = EarlyStopping("loss", restore_best_weights=True)
+def test_early_stopping_that_had_stopped_stays_stopped():
+    first, second = (EarlyStopping("loss", restore_best_weights=True) for _ in range(2))
     model = Scripted([2, 3, 9, 9])
     run(model, first)
-    second = EarlyStopping("loss", restore_best_weights=True)
-    state = first.state()
-
-    class Restore(keras.callbacks.Callback):
-        def on_train_begin(self, logs=None):
-            second.restore(state)
-
+    restore = at("on_train_begin", lambda logs: second.restore(first.state()))
     model.count.assign(7)
-    history = model.fit(X, epochs=4, initial_epoch=2, callbacks=[second, Restore()], verbose=0)
-    assert history.epoch == []
-    assert float(model.count) == 1
+    assert run(model, second, restore, epochs=4, initial_epoch=2) == {}
+    assert numpy(model.count) == 1

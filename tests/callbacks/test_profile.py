@@ -1,30 +1,33 @@
-"""Profiles of a few steps: which, where they are written, and that a run is traced once."""
+"""`TensorBoard(profile_batch=...)` traces a few steps of a run, once."""
 
-import keras
-import numpy as np
 import pytest
 from keras import layers
 
 import handloom as hl
 from handloom.callbacks import TensorBoard
+from tests.callbacks.scripted import raising
 from tests.callbacks.traces import products
+from tests.models import compiled, fit
+from tests.numbers import ones
 
-X, Y = np.ones((320, 8), "float32"), np.ones((320, 1), "float32")
+X, Y = ones(320, 8), ones(320, 1)
+
+
+def made(steps_per_execution):
+    return compiled(hl.Sequential([layers.Dense(16, "relu"), layers.Dense(1)]), steps_per_execution=steps_per_execution)
 
 
 @pytest.fixture
 def model():
-    """Of ten steps an epoch, all of which have been compiled."""
-    made = hl.Sequential([layers.Dense(16, "relu"), layers.Dense(1)])
-    made.compile("adam", "mse", steps_per_execution=1)
-    made.fit(X, Y, verbose=0)
-    return made
+    """A model with ten steps an epoch, all of them compiled."""
+    model = made(1)
+    fit(model, X, Y)
+    return model
 
 
 def profiled(model, directory, profile_batch, **options):
-    """How many products of matrices a profile holds."""
-    callback = TensorBoard(directory, profile_batch=profile_batch)
-    model.fit(X, Y, callbacks=[callback], verbose=0, **options)
+    """The number of matrix products in a profile."""
+    fit(model, X, Y, callbacks=[TensorBoard(directory, profile_batch=profile_batch)], **options)
     return products(directory / "train")
 
 
@@ -32,59 +35,46 @@ def traces(directory):
     return [path for path in directory.rglob("*") if path.name.endswith((".xplane.pb", ".pt.trace.json"))]
 
 
-def test_as_many_steps_are_traced_as_asked_for(model, tmp_path):
+def test_profile_batch_traces_the_steps_asked_for(model, tmp_path):
     of_one = profiled(model, tmp_path / "one", 4)
     assert of_one > 0
     assert profiled(model, tmp_path / "three", (2, 4)) == 3 * of_one
     assert profiled(model, tmp_path / "in the next epoch", (15, 15), epochs=2) == of_one
     assert profiled(model, tmp_path / "over two epochs", (10, 11), epochs=2) == 2 * of_one
-
-
-def test_a_run_that_ends_first_leaves_what_it_has(model, tmp_path):
-    of_one = profiled(model, tmp_path / "one", 4)
-    assert profiled(model, tmp_path / "two", (9, 99)) == 2 * of_one
-
-
-def test_an_exception_ends_the_trace_and_leaves_what_it_has(model, tmp_path):
-    def fail(batch, logs):
-        if batch == 4:
-            raise RuntimeError
-
-    failing = keras.callbacks.LambdaCallback(on_train_batch_end=fail)
+    assert profiled(model, tmp_path / "beyond the end", (9, 99)) == 2 * of_one
+    failing = [raising(RuntimeError, "on_train_batch_end", 4), TensorBoard(tmp_path / "failed", profile_batch=(4, 9))]
     with pytest.raises(RuntimeError):
-        model.fit(X, Y, callbacks=[failing, TensorBoard(tmp_path / "failed", profile_batch=(4, 9))], verbose=0)
-    assert products(tmp_path / "failed" / "train") == 2 * profiled(model, tmp_path / "one", 4)
+        fit(model, X, Y, callbacks=failing)
+    assert products(tmp_path / "failed" / "train") == 2 * of_one
 
 
-def test_steps_that_are_dispatched_together_are_traced_together(tmp_path):
-    model = hl.Sequential([layers.Dense(16, "relu"), layers.Dense(1)])
-    model.compile("adam", "mse", steps_per_execution=5)
-    model.fit(X, Y, epochs=2, callbacks=[TensorBoard(tmp_path, profile_batch=4)], verbose=0)
+def test_profile_batch_traces_steps_that_are_dispatched_together(tmp_path):
+    fit(made(5), X, Y, epochs=2, callbacks=[TensorBoard(tmp_path, profile_batch=4)])
     assert len(traces(tmp_path)) == 1
 
 
-def test_none_is_written_unless_asked_for(model, tmp_path):
-    model.fit(X, Y, callbacks=[TensorBoard(tmp_path)], verbose=0)
+def test_profile_batch_is_off_by_default(model, tmp_path):
+    fit(model, X, Y, callbacks=[TensorBoard(tmp_path)])
     assert traces(tmp_path) == []
 
 
-def test_a_callback_used_again_traces_the_new_run_too(model, tmp_path):
+def test_profile_batch_traces_a_new_run_with_the_same_callback(model, tmp_path):
     callback = TensorBoard(tmp_path, profile_batch=2)
     for _ in range(2):
-        model.fit(X, Y, callbacks=[callback], verbose=0)
+        fit(model, X, Y, callbacks=[callback])
         [trace] = traces(tmp_path)
         trace.unlink()
 
 
 @pytest.mark.parametrize(("step", "in_the_first_epoch"), [(2, 1), (14, 0)])
-def test_a_run_that_goes_on_is_traced_once(model, tmp_path, step, in_the_first_epoch):
+def test_profile_batch_traces_a_resumed_run_once(model, tmp_path, step, in_the_first_epoch):
     for epochs, expected in ((1, in_the_first_epoch), (2, 1 - in_the_first_epoch)):
         callback = TensorBoard(tmp_path / f"{epochs}", profile_batch=step)
-        model.fit(X, Y, epochs=epochs, run_dir=tmp_path / "run", callbacks=[callback], verbose=0)
+        fit(model, X, Y, epochs=epochs, run_dir=tmp_path / "run", callbacks=[callback])
         assert len(traces(tmp_path / f"{epochs}")) == expected
 
 
-@pytest.mark.parametrize("strange", [-1, 2.5, "10,20", (3,), (4, 2), (0, 5), True, (1, 2, 3)])
-def test_what_is_no_range_of_steps_is_an_error(strange, tmp_path):
-    with pytest.raises(ValueError, match=r"such as \(10, 20\), or 0 for no profile"):
-        TensorBoard(tmp_path, profile_batch=strange)
+@pytest.mark.parametrize("value", [-1, 2.5, "10,20", (3,), (4, 2), (0, 5), True, (1, 2, 3)])
+def test_profile_batch_takes_a_step_or_the_first_and_the_last(value, tmp_path):
+    with pytest.raises(ValueError, match=r"profile_batch=\(10, 20\), or 0 for no profile\. \[HL707"):
+        TensorBoard(tmp_path, profile_batch=value)

@@ -1,4 +1,4 @@
-"""What callbacks carry, taken and given back: going on equals never having stopped."""
+"""`callback_state` and `restore_callback`: a run that resumes equals one that never stopped."""
 
 import keras
 import numpy as np
@@ -18,59 +18,71 @@ from handloom.callbacks import (
 )
 from tests.callbacks.scripted import Scripted, feed
 from tests.checkpoint.common import through_a_checkpoint
+from tests.numbers import numpy
 
 LOGS = [{"loss": loss, "accuracy": 1 / loss} for loss in (5.0, 4.0, 4.5, 4.2, 3.0, 3.5)]
 
 
 def fresh():
-    """A model whose weight goes up by one an epoch, and whose rate callbacks may set."""
+    """A model whose learning rate callbacks may set."""
     model = Scripted([0])
     model.stop_training = False
     return model
 
 
 def outcome(callback, model, logs):
-    """All that a callback can have an effect on."""
-    rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+    """Everything that a callback can have an effect on."""
+    rate = numpy(model.optimizer.learning_rate)
     return logs, rate, model.stop_training, through_a_checkpoint(callback_state(callback))
+
+
+def checkpoint(path):
+    options = {"save_best_only": True, "save_weights_only": True}
+    return keras.callbacks.ModelCheckpoint(path / "{epoch}.weights.h5", "loss", **options)
+
+
+def plateau(cls, monitor="loss", **options):
+    return cls(monitor, factor=0.5, patience=1, **options)
 
 
 MADE = {
     "early stopping": lambda path: EarlyStopping("loss", patience=2),
     "early stopping with weights": lambda path: EarlyStopping("loss", patience=2, restore_best_weights=True),
-    "plateau": lambda path: ReduceLROnPlateau("loss", factor=0.5, patience=1, cooldown=2),
-    "plateau of more": lambda path: ReduceLROnPlateau("accuracy", factor=0.5, patience=1, mode="max"),
+    "plateau": lambda path: plateau(ReduceLROnPlateau, cooldown=2),
+    "plateau of more": lambda path: plateau(ReduceLROnPlateau, "accuracy", mode="max"),
     "schedule by step": lambda path: LearningRateScheduler(lambda step, rate: 1 / (1 + step), every=hl.every(steps=2)),
     "schedule by epoch": lambda path: LearningRateScheduler(lambda epoch, rate: rate / 2, every=hl.every(epochs=2)),
     "csv": lambda path: CSVLogger(path / "log.csv"),
     "csv, appending": lambda path: CSVLogger(path / "log.csv", append=True),
     "Keras's early stopping": lambda path: keras.callbacks.EarlyStopping("loss", patience=2, restore_best_weights=True),
-    "Keras's plateau": lambda path: keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, cooldown=2),
+    "Keras's plateau": lambda path: plateau(keras.callbacks.ReduceLROnPlateau, cooldown=2),
     "Keras's schedule": lambda path: keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2),
+    "Keras's history": lambda path: keras.callbacks.History(),
+    "Keras's checkpoint of the best": checkpoint,
 }
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize("kind", MADE)
-def test_going_on_equals_never_having_stopped(kind, cut, tmp_path):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "halves").mkdir()
-    model, whole = fresh(), MADE[kind](tmp_path / "whole")
+def test_callback_state_restored_equals_a_run_that_never_stopped(kind, cut, tmp_path):
+    one, other = tmp_path / "whole", tmp_path / "halves"
+    for path in (one, other):
+        path.mkdir()
+    model, whole = fresh(), MADE[kind](one)
     expected = outcome(whole, model, feed(whole, LOGS, model))
 
-    model, first = fresh(), MADE[kind](tmp_path / "halves")
+    model, first = fresh(), MADE[kind](other)
     logs = feed(first, LOGS[:cut], model)
     state = through_a_checkpoint(callback_state(first))
-    second = MADE[kind](tmp_path / "halves")
+    second = MADE[kind](other)
     logs += feed(second, LOGS[cut:], model, first=cut, state=state)
     np.testing.assert_equal(outcome(second, model, logs), expected)
-    for callback in (whole, first, second):
-        getattr(callback, "close", lambda: None)()
-    if (tmp_path / "whole" / "log.csv").exists():
-        assert (tmp_path / "halves" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+    assert sorted(path.name for path in other.iterdir()) == sorted(path.name for path in one.iterdir())
+    if kind.startswith("csv"):
+        assert (other / "log.csv").read_text() == (one / "log.csv").read_text()
 
 
-def test_the_best_weights_survive():
+def test_early_stopping_restores_the_best_weights_from_its_state():
     stopping, model = EarlyStopping("loss", patience=9, restore_best_weights=True), fresh()
     model.count.assign(3)
     feed(stopping, LOGS[:2], model)
@@ -82,28 +94,12 @@ def test_the_best_weights_survive():
     assert float(model.count) == 3
 
 
-def test_a_checkpoint_of_the_best_remembers_the_best(tmp_path):
-    def checkpoint():
-        return keras.callbacks.ModelCheckpoint(
-            tmp_path / "{epoch}.weights.h5", "loss", save_best_only=True, save_weights_only=True
-        )
-
-    first, model = checkpoint(), fresh()
-    feed(first, LOGS[:3], model)
-    second = checkpoint()
-    feed(second, LOGS[3:], model, first=3, state=through_a_checkpoint(callback_state(first)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.weights.h5", "2.weights.h5", "5.weights.h5"]
-
-
-def test_a_row_written_after_the_state_was_taken_is_written_again_not_twice(tmp_path):
-    first = CSVLogger(tmp_path / "log.csv")
+def test_csv_logger_restored_replaces_rows_written_after_its_state(tmp_path):
+    first, second = (CSVLogger(tmp_path / "log.csv") for _ in range(2))
     feed(first, LOGS[:2], fresh())
     state = first.state()
     first.on_epoch_end(2, {"loss": 99.0, "late": 1.0})
-    first.close()
-    second = CSVLogger(tmp_path / "log.csv")
     feed(second, LOGS[2:4], fresh(), first=2, state=state)
-    second.close()
     rows = (tmp_path / "log.csv").read_text(encoding="utf-8").splitlines()
     assert [row.split(",")[:2] for row in rows[1:]] == [["0", "5.0"], ["1", "4.0"], ["2", "4.5"], ["3", "4.2"]]
 
@@ -112,7 +108,7 @@ def test_a_row_written_after_the_state_was_taken_is_written_again_not_twice(tmp_
 
 
 class Own(keras.callbacks.Callback):
-    """A user's, with some of everything."""
+    """A callback of a user, with attributes of all kinds."""
 
     def __init__(self, threshold, names=("a", "b")):
         super().__init__()
@@ -123,7 +119,7 @@ class Own(keras.callbacks.Callback):
         self.clock, self.by_number, self.unknown = print, {1: 2}, object()
 
 
-def test_of_a_users_callback_the_plain_values_are_kept():
+def test_callback_state_holds_the_plain_values_of_a_users_callback():
     callback = Own(3.0)
     callback.set_params({"epochs": 1})
     callback.set_model(fresh())
@@ -144,7 +140,7 @@ def test_of_a_users_callback_the_plain_values_are_kept():
     assert other.threshold == 9.0
 
 
-def test_state_and_callback_share_nothing():
+def test_callback_state_shares_nothing_with_its_callback():
     one, other = Own(1), Own(1)
     state = callback_state(one)
     one.by_name["x"].append(3)
@@ -153,8 +149,8 @@ def test_state_and_callback_share_nothing():
     assert other.by_name == {"x": [1, 2.5]}
 
 
-def test_a_callback_that_knows_its_state_is_asked():
-    class Knows(keras.callbacks.Callback):
+def test_callback_state_asks_a_callback_that_defines_its_state():
+    class Defines(keras.callbacks.Callback):
         secret = 0
 
         def state(self):
@@ -163,32 +159,22 @@ def test_a_callback_that_knows_its_state_is_asked():
         def restore(self, state):
             self.secret = state["kept"]
 
-    callback = Knows()
+    callback = Defines()
     assert callback_state(callback) == {"kept": 1}
     restore_callback(callback, {"kept": 5})
     assert callback.secret == 5
 
 
-def test_arguments_handed_on_to_keras_are_not_state():
+def test_callback_state_leaves_out_arguments_of_base_constructors():
     class Child(keras.callbacks.EarlyStopping):
         def __init__(self, **options):
             super().__init__(**options)
 
-    first, model = Child(monitor="loss", min_delta=0.5), fresh()
-    feed(first, LOGS[:1], model)
+    first = Child(monitor="loss", min_delta=0.5)
+    feed(first, LOGS[:1], fresh())
     assert set(callback_state(first)) == {"best", "best_epoch", "best_weights", "wait", "stopped_epoch"}
 
 
-def test_a_lambda_callback_and_a_history_have_theirs():
-    assert callback_state(keras.callbacks.LambdaCallback(on_epoch_end=print)) == {}
-    history = keras.callbacks.History()
-    feed(history, LOGS[:2], fresh())
-    again = keras.callbacks.History()
-    feed(again, LOGS[2:], fresh(), first=2, state=through_a_checkpoint(callback_state(history)))
-    assert again.epoch == [0, 1, 2, 3, 4, 5]
-    assert again.history["loss"] == [logs["loss"] for logs in LOGS]
-
-
-@pytest.mark.parametrize("display", [ProgressBar, EpochLines, Throughput])
-def test_clocks_are_not_state(display):
-    assert callback_state(display()) == {}
+@pytest.mark.parametrize("made", [ProgressBar, EpochLines, Throughput, keras.callbacks.LambdaCallback])
+def test_callback_state_leaves_out_clocks_and_functions(made):
+    assert callback_state(made()) == {}

@@ -1,4 +1,4 @@
-"""The operations in a trace, by the backend's own reader."""
+"""The operations in a trace, read by the reader of the backend."""
 
 import json
 
@@ -6,7 +6,7 @@ import keras
 
 
 def products(run):
-    """How many products of matrices stand in the only trace in a run of TensorBoard's."""
+    """The number of matrix products in the only trace of a TensorBoard run."""
     read, is_product = {
         "jax": (_jax_operations, lambda name: name.startswith("dot")),
         "tensorflow": (_tensorflow_operations, lambda name: name.endswith("MatMul")),

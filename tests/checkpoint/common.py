@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from types import MappingProxyType
 
 import numpy as np
@@ -50,6 +51,42 @@ class Nth:
             self.count += 1
             if self.count == self.number + 1:
                 self.act(name, arguments)
+
+
+class Copies:
+    """Copies a directory before each call that changes something, and as it would be in the middle of each write.
+
+    A process that is killed leaves on the disk what its calls have done, so that these are all that it can leave.
+    """
+
+    def __init__(self, directory, folder):
+        self._directory, self._folder, self._count = directory, folder, 0
+
+    def __call__(self, name, arguments):
+        if not self._directory.exists():
+            return
+        self._copy(f"before {name}")
+        if name == "write":
+            file, data = arguments
+            with (self._copy("within write") / self._path(file)).open("ab") as half:
+                half.write(data[: len(data) // 2])
+
+    def _copy(self, when):
+        self._count += 1
+        return shutil.copytree(self._directory, self._folder / f"{self._count:03} {when}")
+
+    def _path(self, file):
+        inode = os.fstat(file).st_ino
+        [path] = [path for path in self._directory.rglob("*") if path.stat().st_ino == inode]
+        return path.relative_to(self._directory)
+
+    def different(self):
+        """The copies that differ from each other, in order."""
+        first = {}
+        for copy in sorted(self._folder.iterdir()):
+            files = {str(path.relative_to(copy)): path.is_file() and path.read_bytes() for path in copy.rglob("*")}
+            first.setdefault(tuple(sorted(files.items())), copy)
+        return list(first.values())
 
 
 def failing(code):

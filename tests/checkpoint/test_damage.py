@@ -1,4 +1,4 @@
-"""Damage is found in whatever byte it is, and `load_checkpoint` then uses the last good checkpoint."""
+"""`load_checkpoint` finds damage in any byte, and then uses the last good checkpoint."""
 
 import json
 import re

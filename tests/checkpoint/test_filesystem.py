@@ -1,4 +1,4 @@
-"""`filesystem`: `Reader` reads what the disk holds, and no call is needed that a system lacks."""
+"""`filesystem`: `Reader` reads past the cache, and systems without some calls are supported."""
 
 import errno
 import fcntl
@@ -30,8 +30,7 @@ def written(path, *parts):
 
 def read(path, counts):
     """Reads so many bytes of a file, one after the other."""
-    with filesystem.reading(path.parent, path.name) as (file, size):
-        reader = filesystem.Reader(file, size, from_disk=True)
+    with filesystem.reading(path.parent, path.name, from_disk=True) as reader:
         return [reader.read(count) for count in counts]
 
 
@@ -74,7 +73,7 @@ def test_reader_from_disk_bypasses_the_cache_or_drops_it(directory, monkeypatch)
     assert asked in (["past"], ["dropped"])
 
 
-# Like Windows: removes what it lacks before Handloom is imported, and makes its lock of bytes from the lock here.
+# Like Windows: removes what it lacks before Handloom is imported, and emulates its lock of bytes.
 WINDOWS = """
 import fcntl, os, struct, sys, types
 import jax, keras, numpy

@@ -14,18 +14,7 @@ from handloom.checkpoint import filesystem
 from handloom.checkpoint.dtypes import CODES, dtype_of, is_finite
 from handloom.checkpoint.format import read_arrays, read_contents, read_manifest, verify
 from handloom.errors import CheckpointError
-from tests.checkpoint.common import (
-    ARRAYS,
-    FILES,
-    Shim,
-    arrays,
-    contents,
-    draft_of,
-    flip,
-    header_size,
-    install,
-    same_bytes,
-)
+from tests.checkpoint.common import ARRAYS, FILES, Shim, arrays, contents, draft_of, header_size, same_bytes
 
 pytestmark = pytest.mark.once
 
@@ -100,7 +89,7 @@ def test_draft_writes_the_same_bytes_each_time(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
-def test_draft_goes_on_where_the_system_writes_only_a_part(tmp_path, monkeypatch):
+def test_draft_writes_everything_if_the_system_writes_only_parts(tmp_path, monkeypatch):
     class Slow(Shim):
         def write(self, file, data):
             return os.write(file, data[:3])
@@ -120,20 +109,6 @@ def test_draft_refuses_dtypes_that_safetensors_lacks(dtype):
         CheckpointError, match=r"The array 'model.w' has the dtype .*, which safetensors does not.*Convert"
     ):
         draft_of({"model.w": array})
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_draft_compares_what_the_disk_holds_byte_by_byte(name, tmp_path):
-    """A disk that silently flips one bit of one file."""
-
-    def turn(call, arguments):
-        path = tmp_path / name
-        if call == "fsync" and path.exists() and os.path.samestat(os.fstat(arguments[0]), path.stat()):
-            flip(path)
-
-    install(turn)
-    with pytest.raises(CheckpointError, match=rf"{name}.* is damaged"):
-        written(tmp_path, arrays(1), contents(1))
 
 
 def test_draft_refuses_contents_that_are_too_large_to_read():

@@ -1,9 +1,15 @@
-"""Checkpoints of format 1, written by an earlier version: they are read, verified, and resumed from."""
+"""Checkpoints of format 1 are read, verified, and resumed from.
+
+Those in `format_1` were written on JAX by revision d4fa7d4, the last one that wrote that format: in `run`, by `fit` of
+`line()` with `X, Y, batch_size=4, epochs=2, shuffle=False, save=hl.every(steps=4), keep=1, seed=1`, interrupted after
+step 10; in `state`, of a feed of `Position()` after one batch, and an array.
+"""
 
 import json
 import shutil
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -11,10 +17,45 @@ import handloom as hl
 from handloom.checkpoint.format import verify
 from handloom.errors import CheckpointError, HandloomWarning
 from tests.checkpoint.common import FILES, MANIFEST, flip
-from tests.checkpoint.format_1.make import Position, X, Y, model
+from tests.models import compiled, sequential
 from tests.numbers import close, same
 
 HERE = Path(__file__).parent / "format_1"
+X = np.linspace(-1, 1, 48, dtype="float32").reshape(24, 2)
+Y = X[:, :1] - 2 * X[:, 1:]
+
+
+def line():
+    """A linear model with weights of zero."""
+    model = sequential(keras.layers.Dense(1, kernel_initializer="zeros"), inputs=2)
+    return compiled(model, keras.optimizers.SGD(0.1, momentum=0.9))
+
+
+class Position:
+    """Batches whose iterator has a position with values that JSON lacks."""
+
+    def __iter__(self):
+        self.last = Counting()
+        return self.last
+
+
+class Counting:
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.at += 1
+        return np.float32([self.at])
+
+    def get_state(self):
+        return {1: (self.at, b"bytes", np.arange(3)), "more": {"rate": float("inf"), "count": np.int64(5)}}
+
+    def set_state(self, state):
+        self.at = state[1][0]
+        self.found = state
 
 
 def test_verify_reads_format_1():
@@ -33,7 +74,7 @@ def test_load_checkpoint_finds_a_flipped_bit_in_format_1(tmp_path, name):
         flip(path, position)
 
 
-def test_checkpointer_restores_what_format_1_holds():
+def test_checkpointer_restores_format_1():
     source, array = Position(), np.zeros((2, 3))
     feed = hl.Feed(source)
     assert hl.Checkpointer(HERE / "state", {"feed": feed, "array": array}).restore() == 1
@@ -48,7 +89,7 @@ def test_checkpointer_restores_what_format_1_holds():
 
 def test_fit_resumes_from_a_run_of_format_1(tmp_path, capsys):
     shutil.copytree(HERE / "run", tmp_path / "run")
-    trained = model()
+    trained = line()
     with pytest.warns(HandloomWarning, match="begin at the resumed step"):
         trained.fit(X, Y, batch_size=4, epochs=2, shuffle=False, run_dir=tmp_path / "run", verbose=2)
     assert f"Resuming from {tmp_path / 'run' / 'checkpoints'} at step 8 (epoch 2, batch 2)." in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`WriterLock`: a directory has one writer, and a process that has ended is none."""
+"""`WriterLock` gives a directory one writer until its process ends."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.checkpoint.common import draft, is_of, save
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
-# Takes the lock, then forks; the child does what a data loading worker does: anything, for longer than its parent.
+# Takes the lock, then forks a child that outlives it, as a data loading worker may.
 WRITER = """
 import os, sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`named`: variables are named by their place, alike in each process and on each backend, whatever Keras calls them."""
+"""`named` names variables by their place, the same in each process and on each backend."""
 
 import keras
 import numpy as np

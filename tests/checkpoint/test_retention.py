@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from handloom.checkpoint import filesystem
 from handloom.checkpoint.retention import Best, Slot, kept
-from handloom.checkpoint.store import Store, read_newest, slots, valid_steps
+from handloom.checkpoint.store import Store, read_newest, slots
 from tests.checkpoint.common import Shim, draft, is_of, save
 
 pytestmark = pytest.mark.once
@@ -64,12 +64,6 @@ def test_store_keeps_the_last_and_the_best(tmp_path_factory, fast, steps, keep, 
         assert [slot.step for slot in slots(directory)] == expected(saved, keep, best)
         assert is_of(read_newest(directory)[0], step)
     store.close()
-
-
-def test_store_keeps_the_earlier_of_equally_good_checkpoints(tmp_path):
-    for step, loss in [(1, 0.5), (2, 0.5), (3, 0.7), (4, 0.5), (5, 0.9)]:
-        save(tmp_path, step, keep=1, best=Best.of("min:loss"), metrics={"loss": loss})
-    assert valid_steps(tmp_path) == [1, 5]
 
 
 def test_store_saves_metrics_and_makes_infinity_nan(tmp_path):

@@ -1,4 +1,4 @@
-"""Arrays in pieces, in any number of files: read as whole arrays, refused if the pieces do not make up the array."""
+"""Arrays in pieces, in several files, are read as whole arrays, or refused if the pieces do not make up the array."""
 
 import itertools
 import json
@@ -19,8 +19,10 @@ from handloom.checkpoint.names import named
 from handloom.distribute import SingleDevice
 from handloom.errors import CheckpointError
 from tests.checkpoint.common import CONTENTS, MANIFEST, flip, forge, same_bytes, whole
+from tests.models import sequential
 from tests.numbers import same
 
+ARRAY = np.arange(24, dtype="float32").reshape(4, 6)
 FIRST, SECOND = FILES = ("arrays-00001-of-00002.safetensors", "arrays-00002-of-00002.safetensors")
 
 
@@ -42,7 +44,7 @@ class Half(SingleDevice):
 
 
 def a_state(seed):
-    model = keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.BatchNormalization(), layers.Dense(1)])
+    model = sequential(layers.Dense(4), layers.BatchNormalization(), layers.Dense(1), inputs=6)
     optimizer = keras.optimizers.Adam(0.01)
     optimizer.build(model.trainable_variables)
     for variable in named({"model": model, "optimizer": optimizer})[0].values():
@@ -51,7 +53,7 @@ def a_state(seed):
     return {"model": model, "optimizer": optimizer}
 
 
-def test_restore_on_one_device_reads_what_two_ranks_have_saved(tmp_path):
+def test_restore_on_one_device_reads_the_shards_of_two_ranks(tmp_path):
     state, other = a_state(1), a_state(2)
     parts = []
     for rank in range(2):
@@ -94,18 +96,16 @@ def test_read_arrays_joins_any_grid_of_pieces_in_any_files(tmp_path_factory, dat
 @pytest.fixture
 def halves(tmp_path):
     """A checkpoint of one array in two files."""
-    array = np.arange(24, dtype="float32").reshape(4, 6)
-    parts = [{"w": [Shard((0, 0), array[:, :2])]}, {"w": [Shard((0, 2), array[:, 2:])]} | whole({"v": array})]
+    parts = [{"w": [Shard((0, 0), ARRAY[:, :2])]}, {"w": [Shard((0, 2), ARRAY[:, 2:])]} | whole({"v": ARRAY})]
     Draft(1, parts, {}, {}).write(tmp_path)
     return tmp_path
 
 
 @pytest.mark.once
-def test_safetensors_readers_and_the_manifest_tell_the_place_of_each_piece(halves):
-    array = np.arange(24, dtype="float32").reshape(4, 6)
+def test_draft_names_the_position_of_each_piece_in_safetensors_and_in_the_manifest(halves):
     data = (halves / SECOND).read_bytes()
     found = {name: (entry["shape"], bytes(entry["data"])) for name, entry in safetensors.deserialize(data)}
-    assert found == {"w[0:4,2:6]": ([4, 4], array[:, 2:].tobytes()), "v": ([4, 6], array.tobytes())}
+    assert found == {"w[0:4,2:6]": ([4, 4], ARRAY[:, 2:].tobytes()), "v": ([4, 6], ARRAY.tobytes())}
     record = json.loads((halves / MANIFEST).read_bytes())
     assert record["format"] == 2
     assert [(piece["file"], piece["offset"], piece["shape"]) for piece in record["tensors"]["w"]["pieces"]] == [

@@ -1,4 +1,4 @@
-"""`take`, `check` and `put`: a state goes back into what it fits, and into nothing else."""
+"""`take`, `check` and `put` copy a state, and restore it only where it fits."""
 
 import keras
 import numpy as np
@@ -90,13 +90,13 @@ def test_put_converts_integers_and_floats_to_the_dtype_of_the_variable():
         ),
     ],
 )
-def test_check_names_what_does_not_fit(other, words):
+def test_check_names_variables_that_do_not_fit(other, words):
     arrays, _ = take({"layer": dense()})
     with pytest.raises(CheckpointError, match=f"{words}.*allow=.*HL536"):
         check({"layer": other()}, arrays)
 
 
-def test_restore_with_allow_leaves_what_may_differ(tmp_path):
+def test_restore_with_allow_leaves_variables_unchanged(tmp_path):
     saved(tmp_path, {"body": dense(values=[KERNEL, BIAS]), "head": [dense()]})
     new = {"body": dense(), "head": [dense(3, values=[np.ones((2, 3)), np.ones(3)])]}
     fresh = hl.Checkpointer(tmp_path, new)

@@ -1,7 +1,7 @@
-"""A run that one backend begins, and each of the others goes on with; no word in it says which.
+"""A run that begins on one backend, and that each of the others resumes, by the same code.
 
-python -m tests.resume.across DIRECTORY OTHER...: trains up to within an epoch, says so, waits for a line, and goes on
-with copies of what is in its directory and the others.
+python -m tests.resume.across DIRECTORY OTHER...: trains up to a step within an epoch, says so, waits for a line, and
+resumes copies of the runs in its directory and in the others.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ from keras import layers, ops
 import handloom as hl
 from handloom.checkpoint.names import named
 from handloom.optimizers import GradientAccumulation, WeightAveraging
+from tests.numbers import normal
 from tests.resume.stopped import Stopped
 
-numbers = np.random.default_rng(0)
-X = numbers.normal(size=(40, 3)).astype("float32")
+X = normal(40, 3)
 Y = np.tanh(X @ np.array([[1.0], [-2.0], [0.5]])).astype("float32")
-STOP = 8  # Of five steps an epoch; saved after each second one, gathered by threes.
+STOP = 8  # There are five steps an epoch; every second one is saved, and three accumulate one update.
 
 
 class Net(hl.Model):
     def __init__(self):
         super().__init__()
-        self.low = layers.Dense(8, "tanh", use_bias=False)  # A bias before the next layer has no gradient but noise.
+        self.low = layers.Dense(8, "tanh", use_bias=False)  # The gradient of a bias here would be noise.
         self.norm, self.head = layers.BatchNormalization(momentum=0.9), layers.Dense(1)
 
     def call(self, x, training=False):
@@ -40,7 +40,7 @@ class Net(hl.Model):
 
 
 class Looks(keras.callbacks.Callback):
-    """Notes the place and all variables before the first step, and what each step reports; stops before one."""
+    """Notes the position and all variables before the first step, and the reports of each step; stops before one."""
 
     def __init__(self, stop=0):
         super().__init__()
@@ -63,7 +63,7 @@ class Looks(keras.callbacks.Callback):
         return {}
 
     def restore(self, state):
-        """Each process notes for itself."""
+        """Restores nothing: each process notes for itself."""
 
     def noted(self):
         return {"begun": self._begun, "steps": self._steps, "history": self.model.history.history}
@@ -75,7 +75,7 @@ def values(model):
 
 
 def train(directory, run, stop=0):
-    """Trains three epochs, or up to before a step; writes what was noted, and the variables before and after."""
+    """Trains for three epochs, or until a step; writes the notes, and the variables before and after."""
     model, looks = Net(), Looks(stop)
     schedule = keras.optimizers.schedules.ExponentialDecay(0.02, 2, 0.9)
     model.compile(GradientAccumulation(WeightAveraging(keras.optimizers.Adam(schedule)), 3))
@@ -86,19 +86,14 @@ def train(directory, run, stop=0):
     np.savez(directory / f"{run} last.npz", **values(model))
 
 
-def go_on(directory, other):
-    """Nothing is seeded: weights and the order of the data come from there alone."""
-    shutil.copytree(other / "stopped", directory / f"from {other.name}")
-    train(directory, f"from {other.name}")
-
-
 def main(directory, others):
     with contextlib.suppress(Stopped):
         train(directory, "stopped", STOP)
     print("begun", flush=True)
-    input()  # Until the others have.
-    for other in (directory, *others):
-        go_on(directory, other)
+    input()  # Waits until the others have begun, too.
+    for other in (directory, *others):  # Nothing is seeded: weights and the order of the data come from the checkpoint.
+        shutil.copytree(other / "stopped", directory / f"from {other.name}")
+        train(directory, f"from {other.name}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Small runs in which everything is that has a state, and what is left of one when it has ended.
+"""Small runs with everything that has a state, and the result of one as JSON.
 
-A module that only imports: processes are forked from one that has imported it, where no backend has run yet.
+This module only imports: processes are forked from one that has imported it, in which no backend has run yet.
 """
 
 import keras
@@ -10,16 +10,16 @@ from keras import layers, ops
 import handloom as hl
 from handloom.checkpoint.names import named
 from handloom.optimizers import GradientAccumulation, WeightAveraging
+from tests.numbers import normal
 from tests.run.run_log import epochs_in
 
-numbers = np.random.default_rng(0)
-X = numbers.normal(size=(24, 3)).astype("float32")
+X = normal(24, 3)
 Y = X[:, :1] ** 2
 BATCH = 4  # Six steps an epoch.
 
 
 class Net(hl.Model):
-    """Not built until its first batch comes."""
+    """A model that is built with its first batch."""
 
     def __init__(self):
         super().__init__()
@@ -31,9 +31,9 @@ class Net(hl.Model):
 
 
 class Tells(keras.callbacks.Callback):
-    """Tells what a run is about to do."""
+    """Tells in words what a run is about to do."""
 
-    takes_executions = True  # Steps may go together.
+    takes_executions = True  # Steps may be dispatched together.
 
     def __init__(self, tell):
         super().__init__()
@@ -64,8 +64,10 @@ def run_options(run_dir, keep):
 
 
 def by_model(run_dir, tell, keep):
-    """A model that stops early: momentum and a plateau for its head; a schedule, averages, gathered gradients for the
-    rest, in windows that reach from one save over the next; two steps in a dispatch, or one before a save.
+    """A model that stops early.
+
+    Its head has momentum and a plateau; the rest has a schedule, averages, and accumulated gradients, in windows that
+    reach over a save. A dispatch takes two steps, or one before a save.
     """
     model = Net()
     schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.9)
@@ -77,27 +79,18 @@ def by_model(run_dir, tell, keep):
         hl.callbacks.ReduceLROnPlateau("val_loss", min_delta=10.0, patience=0, factor=0.5, optimizer="head"),
         Tells(tell),
     ]
-    history = model.fit(
-        X,
-        Y,
-        batch_size=BATCH,
-        epochs=5,
-        validation_data=(X[:12], Y[:12]),
-        callbacks=callbacks,
-        **run_options(run_dir, keep),
-    )
-    return {"model": model}, history, callbacks
+    options = {"batch_size": BATCH, "epochs": 5, "callbacks": callbacks} | run_options(run_dir, keep)
+    return {"model": model}, model.fit(X, Y, validation_data=(X[:12], Y[:12]), **options), callbacks
 
 
 def by_step(run_dir, tell, keep):
-    """A GAN: two networks, two optimizers, noise with and without a seed of its own; a metric that training shares with
-    validation, which is within epochs.
+    """A GAN: two networks and optimizers, noise with a seed of its own and without.
+
+    Training and validation, which is within epochs, share a metric.
     """
     generator, discriminator = keras.Sequential([layers.Dense(3)]), keras.Sequential([layers.Dense(1)])
-    optimizers = {
-        "generator": keras.optimizers.Adam(0.05),
-        "discriminator": keras.optimizers.SGD(0.05, momentum=0.9),
-    }
+    sgd = keras.optimizers.SGD(0.05, momentum=0.9)
+    optimizers = {"generator": keras.optimizers.Adam(0.05), "discriminator": sgd}
     seed, error = keras.random.SeedGenerator(), keras.metrics.MeanSquaredError(name="error")
 
     def step(real, y):
@@ -117,38 +110,31 @@ def by_step(run_dir, tell, keep):
         }
 
     def test_step(real, y):
-        error.update_state(y, discriminator(generator(real)))  # What training has gathered in it stays.
+        error.update_state(y, discriminator(generator(real)))  # Its values of the training remain.
         return {"error": error}
 
     networks = {"generator": generator, "discriminator": discriminator}
     state = {**networks, "optimizers": optimizers, "seed": seed, "error": error}
     callbacks = [Tells(tell)]
-    history = hl.fit(
-        step,
-        hl.Feed((X, Y), batch_size=BATCH, shuffle=True),
-        epochs=3,
-        state=state,
-        validate=(test_step, hl.Feed((X, Y), batch_size=12)),
-        validate_every=hl.every(steps=4),
-        callbacks=callbacks,
-        **run_options(run_dir, keep),
-    )
-    return state, history, callbacks
+    options = {"epochs": 3, "callbacks": callbacks, "validate_every": hl.every(steps=4)} | run_options(run_dir, keep)
+    validate = test_step, hl.Feed((X, Y), batch_size=12)
+    feed = hl.Feed((X, Y), batch_size=BATCH, shuffle=True)
+    return state, hl.fit(step, feed, state=state, validate=validate, **options), callbacks
 
 
 RUNS = {"model": by_model, "step": by_step}  # By `Model.fit`, and by `hl.fit`.
 
 
 def outcome(kind, run_dir, tell=lambda word: None, keep=3):
-    """Runs to the end; returns what is left then."""
+    """Runs to the end; returns the result."""
     return left(run_dir, *RUNS[kind](run_dir, tell, keep))
 
 
 def left(run_dir, state, history, callbacks):
-    """All that is left of a run, as JSON: in memory, in its log, in its newest checkpoint."""
+    """The result of a run as JSON: in memory, in its log, in its newest checkpoint."""
     newest = hl.load_checkpoint(run_dir / "checkpoints")
     return {
-        "variables": {name: bits(variable.value) for name, variable in named(state)[0].items()},
+        "variables": bits_of(state),
         "history": [history.epoch, history.history],
         "callbacks": [plain(hl.callbacks.callback_state(callback)) for callback in callbacks],
         "log": [plain(line) for line in epochs_in(run_dir)],
@@ -158,13 +144,24 @@ def left(run_dir, state, history, callbacks):
     }
 
 
+def bits_of(state):
+    """The bits of all variables of a state, by name."""
+    return {name: bits(variable.value) for name, variable in named(state)[0].items()}
+
+
+def assert_same(found, expected):
+    """Fails unless two results are the same, and names the part that differs."""
+    for part, value in expected.items():
+        assert found[part] == value, part
+
+
 def bits(value):
     array = ops.convert_to_numpy(value)
     return [str(array.dtype), list(array.shape), array.tobytes().hex()]
 
 
 def plain(value):
-    """What is not the same in each run is left out: how long it took, and how many bytes that takes to write."""
+    """JSON values, without durations, and without sizes in bytes, which depend on them."""
     if isinstance(value, dict):
         return {str(name): plain(inner) for name, inner in value.items() if name not in ("seconds", "bytes")}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""A run killed at random instants, and started again until it ends, ends with the bits of one that never was."""
+"""A run that is killed at random instants, and resumed each time, ends bitwise identical to one that never was."""
 
 import collections
 import json
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tests.resume.processes import Child, to_the_end, usual_pauses
-from tests.resume.runs import RUNS
+from tests.resume.runs import RUNS, assert_same
 
 KILLS = int(os.environ.get("HANDLOOM_KILLS", "10")) // len(RUNS)
 SEED = int(os.environ.get("HANDLOOM_SEED", secrets.randbelow(2**31)))
-# Where a run stands after each word that it tells, but for saves, which go on beside.
+# The phase of a run after each word that it tells, except saves, which are in the background.
 PHASES = {
     "begin": "start",
     "train": "start",
@@ -25,7 +25,7 @@ PHASES = {
     "end": "end",
     "ended": "end",
 }
-# In which words of a phase a kill is aimed at, and at which of how many of them.
+# The words of each phase at which a kill may be aimed, and how often each comes.
 AIMS = {
     "start": {"begin": 1, "train": 1},
     "training": {"step": 5},
@@ -36,8 +36,9 @@ AIMS = {
 
 
 def aims(random):
-    """Words at which to kill, each as (word, how often it has come before, share of the time to the next): one of each
-    phase, the end last, as after it not much is left to kill.
+    """Instants at which to kill, one of each phase, the end last.
+
+    Each is a word, how often it came before, and a share of the time until the next word.
     """
     for phase in [*random.permutation([phase for phase in AIMS if phase != "end"]), "end"]:
         word = str(random.choice(list(AIMS[phase])))
@@ -45,7 +46,7 @@ def aims(random):
 
 
 def kill(child, aim, pauses):
-    """Kills a run when it has told a word so often, and some time after."""
+    """Kills a run some time after it has told a word."""
     word, times, share = aim
     for told in child.words():
         if told == word:
@@ -57,14 +58,14 @@ def kill(child, aim, pauses):
 
 
 def where(told):
-    """In which phases a run was when it had told this and no more."""
+    """The phases that a run was in after its last word."""
     words = [word for word, _ in told]
     main = next((PHASES[word] for word in reversed(words) if word in PHASES), "start")
     return {main, "saving"} if words.count("save") > words.count("saved") else {main}
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_run_killed_at_random_instants_ends_with_the_same_bits(kind, tmp_path):
+def test_fit_killed_at_random_instants_resumes_bitwise_identical(kind, tmp_path):
     print(f"HANDLOOM_SEED={SEED}: {kind}, {KILLS} kills")
     random = np.random.default_rng([SEED, list(RUNS).index(kind)])
     result, output = tmp_path / "result.json", tmp_path / "output"
@@ -80,19 +81,17 @@ def test_a_run_killed_at_random_instants_ends_with_the_same_bits(kind, tmp_path)
         run_dir, code, runs = tmp_path / f"run {runs}", -signal.SIGKILL, runs + 1
         planned = aims(random)
         while code == -signal.SIGKILL:
-            going_on = child(run_dir)
+            resumed = child(run_dir)
             aim = next(planned, None) if kills < KILLS else None
             if aim is not None:
-                kill(going_on, aim, pauses)
-            code = going_on.end()
+                kill(resumed, aim, pauses)
+            code = resumed.end()
             if code == -signal.SIGKILL:
                 kills += 1
-                fell.update(where(going_on.told))
-                print(f"run {runs}, kill {kills} aimed at {aim}: {' and '.join(sorted(where(going_on.told)))}")
-        assert code == 0, going_on.output
-        found = json.loads(result.read_text(encoding="utf-8"))
-        for part, expected in whole.items():
-            assert found[part] == expected, part
+                fell.update(where(resumed.told))
+                print(f"run {runs}, kill {kills} aimed at {aim}: {' and '.join(sorted(where(resumed.told)))}")
+        assert code == 0, resumed.output
+        assert_same(json.loads(result.read_text(encoding="utf-8")), whole)
     print(f"{runs} runs, {kills} kills: {dict(fell)}")
-    if KILLS >= 20:  # Where few fall, one may slip past what it is aimed at.
+    if KILLS >= 20:  # A few kills may miss a phase.
         assert fell.keys() == AIMS.keys()

@@ -1,7 +1,4 @@
-"""What goes wrong when a run of plain Keras is stopped and goes on, beside the same run here.
-
-Each test shows Keras's figure too, as in `tests/test_pain.py`.
-"""
+"""Known problems of resuming in Keras, each beside the same run here; as in `tests/test_pain.py`."""
 
 import keras
 import numpy as np
@@ -10,6 +7,8 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import HandloomWarning
+from tests.models import compiled, functional
+from tests.numbers import each_same, same
 from tests.resume.stopped import StopAt, Stopped
 from tests.test_pain import RATE, START, X, Y
 
@@ -17,12 +16,10 @@ STEPS = 10  # An epoch.
 
 
 def made(base, dropout=0.5):
-    """A model whose every batch, mask and order counts."""
-    inputs = keras.Input((3,))
-    model = base(inputs, layers.Dense(1)(layers.Dropout(dropout)(inputs)))
+    """A model whose result depends on every batch, mask and order."""
+    model = functional(layers.Dropout(dropout), layers.Dense(1), cls=base)
     model.set_weights([START, np.zeros(1)])
-    model.compile(keras.optimizers.Adam(RATE), loss="mse")
-    return model
+    return compiled(model, keras.optimizers.Adam(RATE))
 
 
 def fit(model, *callbacks, **options):
@@ -34,7 +31,7 @@ def steps_of(model):
 
 
 class Killed(keras.callbacks.Callback):
-    """Ends a run when an epoch has ended, and what was to be saved then is."""
+    """Ends a run at the end of an epoch, after the callbacks before it have saved."""
 
     def __init__(self, epoch):
         super().__init__()
@@ -45,7 +42,7 @@ class Killed(keras.callbacks.Callback):
             raise Stopped
 
 
-# On TensorFlow Keras shuffles by a seed that both processes happen to draw alike.
+# On TensorFlow, both processes happen to draw the same seed for Keras's shuffling.
 @pytest.mark.parametrize(
     ("dropout", "shuffle"),
     [
@@ -53,7 +50,7 @@ class Killed(keras.callbacks.Callback):
         pytest.param(0.0, True, id="shuffle", marks=pytest.mark.backend("jax", "torch")),
     ],
 )
-def test_a_run_stopped_between_epochs_draws_on_where_keras_draws_the_same_again(dropout, shuffle, tmp_path):
+def test_fit_resumed_between_epochs_continues_random_numbers_where_keras_repeats_them(dropout, shuffle, tmp_path):
     def kernel(base, *callbacks, **options):
         keras.utils.set_random_seed(0)
         model = made(base, dropout)
@@ -69,10 +66,10 @@ def test_a_run_stopped_between_epochs_draws_on_where_keras_draws_the_same_again(
     run_dir = tmp_path / "run"
     with pytest.raises(Stopped):
         kernel(hl.Model, Killed(1), run_dir=run_dir)
-    np.testing.assert_array_equal(kernel(hl.Model, run_dir=run_dir), kernel(hl.Model))
+    same(kernel(hl.Model, run_dir=run_dir), kernel(hl.Model))
 
 
-def test_a_run_stopped_within_an_epoch_takes_each_step_once_where_keras_replays_some(tmp_path):
+def test_fit_resumed_within_an_epoch_takes_each_step_once_where_keras_repeats_some(tmp_path):
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=4)
     with pytest.raises(Stopped):
         fit(made(keras.Model), backup, StopAt(17))
@@ -83,16 +80,15 @@ def test_a_run_stopped_within_an_epoch_takes_each_step_once_where_keras_replays_
     options = {"seed": 0, "save": hl.every(steps=4)}
     with pytest.raises(Stopped):
         fit(made(hl.Model), StopAt(17), run_dir=tmp_path / "run", **options)
-    whole, gone_on = made(hl.Model), made(hl.Model)
+    whole, resumed = made(hl.Model), made(hl.Model)
     fit(whole, run_dir=tmp_path / "whole", **options)
-    fit(gone_on, run_dir=tmp_path / "run", **options)
-    assert steps_of(gone_on) == 3 * STEPS
-    for weight, expected in zip(gone_on.get_weights(), whole.get_weights(), strict=True):
-        np.testing.assert_array_equal(weight, expected)
+    fit(resumed, run_dir=tmp_path / "run", **options)
+    assert steps_of(resumed) == 3 * STEPS
+    each_same(resumed.get_weights(), whole.get_weights())
 
 
 @pytest.mark.parametrize(("base", "epochs_of_next_fit"), [(keras.Model, []), (hl.Model, [0, 1])])
-def test_the_fit_after_a_resumed_one_trains_where_keras_does_nothing(base, epochs_of_next_fit, tmp_path):
+def test_fit_after_a_resumed_one_trains_where_keras_does_nothing(base, epochs_of_next_fit, tmp_path):
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
     with pytest.raises(Stopped):
         fit(made(base), backup, Killed(1))
@@ -101,7 +97,7 @@ def test_the_fit_after_a_resumed_one_trains_where_keras_does_nothing(base, epoch
     assert fit(resumed, epochs=2).epoch == epochs_of_next_fit
 
 
-def test_a_run_that_has_ended_stays_so_where_keras_has_deleted_it_and_trains_anew(tmp_path):
+def test_fit_resumed_after_its_end_does_nothing_where_keras_trains_again(tmp_path):
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
     fit(made(keras.Model), backup)
     assert not (tmp_path / "backup").exists()
@@ -111,10 +107,10 @@ def test_a_run_that_has_ended_stays_so_where_keras_has_deleted_it_and_trains_ane
     whole, again = made(hl.Model), made(hl.Model)
     fit(whole, run_dir=tmp_path / "run")
     assert fit(again, StopAt(1), run_dir=tmp_path / "run").epoch == [0, 1, 2]
-    np.testing.assert_array_equal(again.get_weights()[0], whole.get_weights()[0])
+    each_same(again.get_weights(), whole.get_weights())
 
 
-def test_a_seed_goes_on_where_that_of_a_keras_file_is_another(tmp_path):
+def test_checkpointer_restores_seeds_where_a_keras_file_has_others(tmp_path):
     def seed(model):
         return ops.convert_to_numpy(model.layers[1].seed_generator.state.value).tolist()
 
@@ -135,7 +131,7 @@ def cut_in_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_damaged_file_costs_some_steps_where_keras_cannot_go_on(tmp_path):
+def test_fit_resumes_despite_a_damaged_file_where_keras_fails(tmp_path):
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=4)
     with pytest.raises(Stopped):
         fit(made(keras.Model), backup, StopAt(17))
@@ -154,21 +150,21 @@ def test_a_damaged_file_costs_some_steps_where_keras_cannot_go_on(tmp_path):
 
 
 def overflowing():
-    """A learning rate that is far too large in the second epoch."""
+    """Makes the learning rate far too large in the second epoch."""
     return keras.callbacks.LearningRateScheduler(lambda epoch, rate: 1e38 if epoch == 1 else rate)
 
 
-def test_weights_that_are_nan_are_not_saved_where_keras_puts_them_in_the_place_of_the_good_ones(tmp_path):
+def test_fit_does_not_save_weights_with_nan_where_keras_replaces_the_good_ones(tmp_path):
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
     with pytest.raises(Stopped):
         fit(made(keras.Model), overflowing(), backup, Killed(1))
-    gone_on = made(keras.Model)
-    fit(gone_on, backup)
-    assert np.isnan(gone_on.get_weights()[0]).all()
+    resumed = made(keras.Model)
+    fit(resumed, backup)
+    assert np.isnan(resumed.get_weights()[0]).all()
 
     with pytest.warns(HandloomWarning, match=r"The state at step 20 is not saved: NaN or infinity in state\.model"):
         fit(made(hl.Model), overflowing(), run_dir=tmp_path / "run", epochs=2)
-    gone_on = made(hl.Model)
-    fit(gone_on, run_dir=tmp_path / "run")
-    assert steps_of(gone_on) == 3 * STEPS
-    assert np.isfinite(gone_on.get_weights()[0]).all()
+    resumed = made(hl.Model)
+    fit(resumed, run_dir=tmp_path / "run")
+    assert steps_of(resumed) == 3 * STEPS
+    assert np.isfinite(resumed.get_weights()[0]).all()

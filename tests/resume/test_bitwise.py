@@ -1,4 +1,4 @@
-"""A run that was stopped ends with the same bits as one that never was: a row for each thing that has a state."""
+"""A run that stops and resumes ends bitwise identical to one that never stopped: a row for each kind of state."""
 
 import keras
 import numpy as np
@@ -7,18 +7,19 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.optimizers import GradientAccumulation, WeightAveraging
+from tests.models import compiled
+from tests.numbers import normal
 from tests.resume import runs
-from tests.resume.runs import bits, left
+from tests.resume.runs import assert_same, bits_of, left
 from tests.resume.stopped import StopAt, Stopped
 
-numbers = np.random.default_rng(0)
-X = numbers.normal(size=(24, 3)).astype("float32")
+X = normal(24, 3)
 Y = X[:, :1] ** 2
 BATCH, STEPS = 6, 4
 
 
 class Net(hl.Model):
-    """Not built at first."""
+    """A model that is built with its first batch."""
 
     def __init__(self, *between):
         super().__init__()
@@ -41,9 +42,8 @@ class OwnStep(Net):
 def train(
     run_dir, stop=0, *, cls=Net, between=list, optimizer=lambda: "sgd", callbacks=list, in_validation=0, **options
 ):
-    """Trains a new model, on new parts, by `fit`; returns it, and the callbacks."""
-    model = cls(*between())
-    model.compile(optimizer(), loss="mse", metrics=["mae"])
+    """Trains a new model by `fit`; returns it, and the callbacks."""
+    model = compiled(cls(*between()), optimizer(), metrics=["mae"])
     options = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "save": hl.every(steps=2)} | options
     used = [*callbacks(), StopAt(stop, in_validation)]
     model.fit(X, Y, seed=1, run_dir=run_dir, verbose=0, callbacks=used, **options)
@@ -51,26 +51,18 @@ def train(
 
 
 def trained(run_dir, **options):
-    """All that is left of a run that was trained to its end."""
+    """The result of a run that ends."""
     model, callbacks = train(run_dir, **options)
     return left(run_dir, {"model": model}, model.history, callbacks)
 
 
-def assert_same(found, expected):
-    for part, of_one in expected.items():
-        assert found[part] == of_one, part
-
-
-def assert_goes_on_to_the_same_bits(tmp_path, *stops, **options):
-    """A run that is stopped at each of these, one after the other, however far it came before."""
+def assert_resumes_bitwise(tmp_path, *stops, **options):
+    """Stops a run at each of these, one after the other, resumes it, and compares it with one that never stopped."""
     whole = trained(tmp_path / "whole", **options)
     for stop in stops:
         with pytest.raises(Stopped):
             train(tmp_path / "run", **options, **stop)
     assert_same(trained(tmp_path / "run", **options), whole)
-
-
-# -------------------------------------------------------------------- to the bit
 
 
 def momentum():
@@ -98,7 +90,7 @@ class Draws(keras.callbacks.Callback):
         logs["drawn"] = np.random.uniform()
 
 
-# What a run has, and where it is stopped: four steps an epoch, a save after each second one.
+# The options of a run, and where it stops. There are four steps an epoch; every second one is saved.
 ROWS = {
     "dropout": ({"between": lambda: [layers.Dropout(0.5)]}, {"stop": 3}),
     "batch normalization": ({"between": lambda: [layers.BatchNormalization()]}, {"stop": 3}),
@@ -110,7 +102,7 @@ ROWS = {
     "plateau": ({"callbacks": plateau, "epochs": 4}, {"stop": 11}),
     "early stopping": ({"callbacks": early_stopping, "epochs": 5}, {"stop": 11}),
     "random numbers of NumPy": ({"callbacks": lambda: [Draws()]}, {"stop": 7}),
-    "gathered gradients, within a window": ({"optimizer": lambda: GradientAccumulation("sgd", 3)}, {"stop": 3}),
+    "accumulated gradients, within a window": ({"optimizer": lambda: GradientAccumulation("sgd", 3)}, {"stop": 3}),
     "averaged weights": ({"optimizer": lambda: WeightAveraging("sgd")}, {"stop": 3}),
     "optimizers by name": ({"optimizer": by_name}, {"stop": 3}),
     "validation at the end of an epoch, within it": ({"validation_data": (X, Y)}, {"in_validation": 2}),
@@ -119,14 +111,14 @@ ROWS = {
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_stopped_run_ends_with_the_same_bits(row, tmp_path):
+def test_fit_resumes_bitwise_with_each_kind_of_state(row, tmp_path):
     options, stop = ROWS[row]
-    assert_goes_on_to_the_same_bits(tmp_path, stop, **options)
+    assert_resumes_bitwise(tmp_path, stop, **options)
 
 
 @pytest.mark.once
-def test_what_the_rows_have_makes_a_difference(tmp_path):
-    """Else its state would not matter."""
+def test_fit_trains_differently_without_the_state_of_each_row(tmp_path):
+    """Otherwise the rows would prove nothing."""
     kernel = "model.head.kernel"
     for row, (options, _) in ROWS.items():
         features = options.keys() & {"between", "cls", "shuffle", "optimizer", "callbacks"}
@@ -144,25 +136,26 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4, 5, 8])
-def test_it_may_be_stopped_anywhere(stop, tmp_path):
-    """Before the first save, as it is made, at the end of an epoch, after it, at the end of the run."""
-    assert_goes_on_to_the_same_bits(tmp_path, {"stop": stop}, **EVERYTHING)
+@pytest.mark.parametrize(
+    ("stops", "options"),
+    [
+        # Before the first save, as it is made, at the end of an epoch, after it, and at the end of the run.
+        *[([{"stop": stop}], {}) for stop in (1, 2, 4, 5, 8)],
+        ([{"stop": 3}, {"in_validation": 1}, {"stop": 2}], {"epochs": 3}),
+    ],
+)
+def test_fit_resumes_bitwise_wherever_and_however_often_it_stops(stops, options, tmp_path):
+    assert_resumes_bitwise(tmp_path, *stops, **EVERYTHING, **options)
 
 
-def test_it_may_be_stopped_twice_and_thrice(tmp_path):
-    stops = [{"stop": 3}, {"in_validation": 1}, {"stop": 2}]
-    assert_goes_on_to_the_same_bits(tmp_path, *stops, **EVERYTHING, epochs=3)
-
-
-def test_op_by_op_too(tmp_path):
+def test_fit_resumes_bitwise_in_eager_execution(tmp_path):
     with hl.run_eagerly(True):
-        assert_goes_on_to_the_same_bits(tmp_path, {"stop": 3}, **EVERYTHING)
+        assert_resumes_bitwise(tmp_path, {"stop": 3}, **EVERYTHING)
 
 
-# Before the fourth step, in the first validation, which comes after it, and after that of the next epoch.
+# Before the fourth step, in the first validation, which follows it, and after the validation of the next epoch.
 @pytest.mark.parametrize(("word", "count"), [("step", 4), ("validate", 1), ("validated", 2)])
-def test_several_models_and_optimizers_in_hl_fit_validated_within_epochs(word, count, tmp_path):
+def test_hl_fit_resumes_bitwise_with_several_models_and_validation_within_epochs(word, count, tmp_path):
     def stop(told):
         words.append(told)
         if words.count(word) == count:
@@ -175,7 +168,7 @@ def test_several_models_and_optimizers_in_hl_fit_validated_within_epochs(word, c
     assert len(whole["history"][1]["val_error"]) == 3
 
 
-def test_a_loop_by_hand_goes_on_too(tmp_path):
+def test_checkpointer_resumes_a_loop_by_hand_bitwise(tmp_path):
     def run(directory, stops_at=0):
         keras.utils.set_random_seed(1)
         model, optimizer = keras.Sequential([layers.Dense(4), layers.Dropout(0.5), layers.Dense(1)]), momentum()
@@ -200,7 +193,7 @@ def test_a_loop_by_hand_goes_on_too(tmp_path):
                         checkpointer.save(taken)
                     if taken == stops_at:
                         raise Stopped
-        return feed.state(), [bits(variable.value) for part in (model, optimizer, error) for variable in part.variables]
+        return feed.state(), bits_of([model, optimizer, error])
 
     whole = run(tmp_path / "whole")
     for stop in (5, 10):
@@ -212,19 +205,11 @@ def test_a_loop_by_hand_goes_on_too(tmp_path):
 # ----------------------------------------------------------- the end, and after it
 
 
-def test_after_the_end_nothing_runs(tmp_path):
-    whole = trained(tmp_path, **EVERYTHING)
-    assert_same(trained(tmp_path, **EVERYTHING, stop=1, in_validation=1), whole)  # At the first, that is.
-
-
-def test_more_epochs_go_on(tmp_path):
-    whole = trained(tmp_path / "whole", **EVERYTHING, epochs=4)
-    trained(tmp_path / "run", **EVERYTHING, epochs=2)
-    assert_same(trained(tmp_path / "run", **EVERYTHING, epochs=4), whole)
-
-
-def test_what_keras_does_to_weights_at_the_end_is_not_saved(tmp_path):
-    options = {"optimizer": lambda: keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5)}
-    whole = trained(tmp_path / "whole", epochs=3, **options)
-    trained(tmp_path / "run", epochs=2, **options)
-    assert_same(trained(tmp_path / "run", epochs=3, **options), whole)
+# An optimizer with an average changes the weights at the end of a run, which is not saved.
+@pytest.mark.parametrize(
+    "options", [EVERYTHING, {"optimizer": lambda: keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5)}]
+)
+def test_fit_resumed_with_more_epochs_continues_bitwise(options, tmp_path):
+    whole = trained(tmp_path / "whole", **options, epochs=3)
+    trained(tmp_path / "run", **options, epochs=2)
+    assert_same(trained(tmp_path / "run", **options, epochs=3), whole)
