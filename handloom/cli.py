@@ -90,8 +90,7 @@ _where = click.argument("path", metavar="DIR", type=click.Path(exists=True, path
 @_where
 def list_checkpoints(path: Path) -> None:
     """List the checkpoints in a directory, or of a run, oldest first."""
-    for line in _inspection().listed(path):
-        click.echo(line)
+    click.echo("\n".join(_inspection().listed(path)))
 
 
 @checkpoint.command()
@@ -113,8 +112,7 @@ def verify(path: Path) -> None:
 @_where
 def show(path: Path) -> None:
     """Show the contents of a checkpoint, or of the newest in a directory."""
-    for line in _inspection().shown(path):
-        click.echo(line)
+    click.echo("\n".join(_inspection().shown(path)))
 
 
 def _inspection() -> ModuleType:
@@ -122,8 +120,7 @@ def _inspection() -> ModuleType:
 
 
 def _recipes() -> dict[str, Path]:
-    files = sorted(path for path in _RECIPES.glob("*.py") if not path.stem.startswith("_"))
-    return {path.stem.replace("_", "-"): path for path in files}
+    return {path.stem.replace("_", "-"): path for path in sorted(_RECIPES.glob("[!_]*.py"))}
 
 
 def _recipe_file(recipe: str) -> Path:

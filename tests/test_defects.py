@@ -68,7 +68,7 @@ def test_compile_leaves_the_given_optimizer_as_it_is_and_shares_its_learning_rat
 def test_compile_refuses_to_copy_an_optimizer_that_has_slots():
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
     optimizer.build(regressor().trainable_variables)
-    with pytest.raises(OptimizerError, match="gradient_accumulation_steps=2 and is built already"):
+    with pytest.raises(OptimizerError, match=r"gradient_accumulation_steps=2.*HL334"):
         compiled(regressor(), optimizer)
 
 

@@ -1,24 +1,34 @@
-"""Corrections of the ONNX files that converters write, so that runtimes can run them."""
+"""Corrections of the ONNX files that converters write, so that runtimes can run them. It needs `onnx`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx.helper import get_attribute_value, make_node, make_tensor
 
 
-def fix_onnx(model: Any) -> bool:
-    """Corrects known faults of the converter that wrote a model.
-
-    Args:
-        model: An `onnx.ModelProto`, changed in place.
-
-    Returns:
-        Whether anything was changed.
+def fix_and_check(path: Path) -> None:
+    """Makes sure that runtimes can run a file, or removes it: converters also write operations that ONNX lacks.
 
     Raises:
-        NotImplementedError: The model cannot be corrected; the message says why.
+        NotImplementedError: The file cannot be corrected; the message says why.
+        onnx.checker.ValidationError: The file is not valid.
     """
+    try:
+        model = onnx.load(path, load_external_data=False)
+        if _fix(model):
+            onnx.save(model, path)
+        onnx.checker.check_model(path)  # Given its path, because a model of more than 2 GB is several files.
+    except Exception:
+        path.unlink()
+        raise
+
+
+def _fix(model: Any) -> bool:
+    """Corrects known faults of the converter that wrote a model, in place; returns whether it changed anything."""
     if model.producer_name == "jax2onnx":
         return _pool_over_few_axes(model.graph)
     if model.producer_name == "tf2onnx":
@@ -52,8 +62,6 @@ def _pool_over_few_axes(graph: Any) -> bool:
 
 def _small_pool(source: str, result: str, pool: Any) -> list[Any]:
     """Nodes that move the axes that a pool leaves alone to the front, pool over the others, and move them back."""
-    from onnx.helper import make_node  # noqa: PLC0415  Slow, and not needed to train.
-
     options = _options(pool)
     rank = len(options["kernel_shape"])
     pads = np.reshape(options.pop("pads", [0] * 2 * rank), (2, rank))
@@ -79,8 +87,6 @@ def _refuse_lost_constants(graph: Any) -> None:
 
 def _compute_erfc_by_erf(graph: Any) -> bool:
     """Rewrites Erfc, from which TensorFlow computes GELU, as 1 - Erf: ONNX has no Erfc, but tf2onnx writes it."""
-    from onnx.helper import make_node, make_tensor  # noqa: PLC0415  Slow, and not needed to train.
-
     nodes: list[Any] = []
     for node in graph.node:
         if node.op_type != "Erfc":
@@ -105,6 +111,4 @@ def _set(repeated: Any, values: list[Any]) -> None:
 
 
 def _options(node: Any) -> dict[str, Any]:
-    from onnx.helper import get_attribute_value  # noqa: PLC0415  Slow, and not needed to train.
-
     return {attribute.name: get_attribute_value(attribute) for attribute in node.attribute}

@@ -28,9 +28,14 @@ def prepared(optimizer: Any, policy: keras.DTypePolicy, *, auto_scale_loss: bool
     optimizer = as_optimizer(optimizer)
     check_options(optimizer)
     scales = auto_scale_loss and policy.name == "mixed_float16"
-    for change in [_with_accumulation, _with_loss_scaling] if scales else [_with_accumulation]:
-        optimizer = optimizer.with_each(change) if isinstance(optimizer, NamedOptimizers) else change(optimizer)
-    return optimizer
+
+    def wrapped(inner: keras.Optimizer) -> keras.Optimizer:
+        inner = _with_accumulation(inner)
+        if not scales or isinstance(inner, keras.optimizers.LossScaleOptimizer):
+            return inner
+        return LossScaleOptimizer(inner, name="loss_scale_optimizer")
+
+    return optimizer.with_each(wrapped) if isinstance(optimizer, NamedOptimizers) else wrapped(optimizer)
 
 
 def attach(optimizer: keras.Optimizer | None, model: keras.Model) -> None:
@@ -91,9 +96,3 @@ def _with_accumulation(optimizer: keras.Optimizer) -> keras.Optimizer:
     copy = type(optimizer).from_config(optimizer.get_config() | {"gradient_accumulation_steps": None})
     share_learning_rate(copy, optimizer)
     return GradientAccumulation(copy, steps)
-
-
-def _with_loss_scaling(optimizer: keras.Optimizer) -> keras.Optimizer:
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return optimizer
-    return LossScaleOptimizer(optimizer, name="loss_scale_optimizer")

@@ -6,18 +6,17 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
+import optree
+
 from handloom._data.class_weight import class_weights, label_check
 from handloom._data.feed import Feed
 from handloom._data.sample_weight import check_weights, weights_in, weights_in_batch
-from handloom._data.sources import Batch, is_arrays
+from handloom._data.sources import is_arrays
 from handloom._keras import keras
 from handloom.errors import DataError
 
 Parts: TypeAlias = tuple[Any, Any, Any]
 """Inputs, targets, sample weights."""
-
-LabelCheck: TypeAlias = Callable[[Any, Any], None]
-"""Takes the inputs and targets of a batch, and raises an error if a label is outside the classes."""
 
 
 def model_feed(
@@ -48,20 +47,21 @@ def model_feed(
     x, y, sample_weight = parts
     if is_arrays(parts):
         if class_weight is not None:
-            sample_weight = weights_by_class(y, sample_weight, class_weight)
+            sample_weight = _weights_by_class(y, sample_weight, class_weight)
         feed = Feed(packed((x, y, sample_weight)), batch_size=batch_size, shuffle=shuffle, seed=None if shuffle else 0)
         weights = weights_in(y, sample_weight)
     else:
         feed = _source_feed(parts, shuffle, class_weight)
         weights = weights_in_batch(feed.whole)
-    check = label_check(model) if labels else _accept
+    check = label_check(model) if labels else None
     if feed.whole is None:
         feed.check(functools.partial(_check_batch, check, training=training))
         return feed
-    check(*_inputs_and_labels(feed.whole))
+    if check is not None:
+        check(*_inputs_and_labels(feed.whole))
     check_weights(weights, training=False)
     if training and not all(array.all() for array in weights):  # Only then can the weights of a batch sum to zero.
-        feed.check(functools.partial(_check_batch, _accept, training=True))
+        feed.check(functools.partial(_check_batch, None, training=True))
     return feed
 
 
@@ -81,20 +81,9 @@ def _source_feed(parts: Parts, shuffle: bool, class_weight: Mapping[int, float] 
     return feed
 
 
-def as_one_batch(data: Any, *, training: bool = False) -> Batch:
-    """Arrays as one batch of tensors."""
-    feed = Feed(iter([data]))
-    feed.check(functools.partial(_check_batch, _accept, training=training))
-    [batch] = feed
-    return batch
-
-
 def packed(parts: Parts) -> Any:
     """The parts in the form that steps take. Keras's own function would drop weights that come without targets."""
-    x, y, sample_weight = parts
-    if y is None and sample_weight is not None:
-        return x, y, sample_weight
-    return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+    return keras.utils.pack_x_y_sample_weight(*parts) if parts[1] is not None or parts[2] is None else parts
 
 
 def unpacked(data: Any) -> Parts:
@@ -111,8 +100,7 @@ def split(parts: Parts, fraction: float) -> tuple[Parts, Parts]:
         )
     if not 0 < fraction < 1:
         raise DataError(f"HL437: validation_split takes a fraction between 0 and 1; received {fraction!r}.")
-    leaves = keras.tree.flatten(parts)
-    count = len(next(leaf for leaf in leaves if leaf is not None))
+    count = len(optree.tree_leaves(parts)[0])
     first = int(count * (1 - fraction))
     if first in (0, count):
         raise DataError(
@@ -120,14 +108,13 @@ def split(parts: Parts, fraction: float) -> tuple[Parts, Parts]:
             f"{'train' if first == 0 else 'validate'} on."
         )
 
-    def cut(chosen: slice) -> Any:
-        rows = [None if array is None else getattr(array, "iloc", array)[chosen] for array in leaves]
-        return keras.tree.pack_sequence_as(parts, rows)
+    def rows(chosen: slice) -> Any:
+        return optree.tree_map(lambda array: getattr(array, "iloc", cast(Any, array))[chosen], parts)
 
-    return cut(slice(first)), cut(slice(first, None))
+    return rows(slice(first)), rows(slice(first, None))
 
 
-def weights_by_class(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) -> Any:
+def _weights_by_class(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) -> Any:
     """Sample weights that weigh each example by its class."""
     if sample_weight is not None:
         raise DataError(
@@ -156,17 +143,14 @@ def _with_class_weight(class_weight: Mapping[int, float], batch: Any) -> Parts:
             "HL440: class_weight needs labels, and a batch has none.", fix="Give batches of the form (x, y)."
         )
     x, y, sample_weight = unpacked(batch)
-    return x, y, weights_by_class(y, sample_weight, class_weight)
+    return x, y, _weights_by_class(y, sample_weight, class_weight)
 
 
-def _check_batch(check: LabelCheck, batch: Any, *, training: bool) -> None:
-    check(*_inputs_and_labels(batch))
+def _check_batch(check: Callable[[Any, Any], None] | None, batch: Any, *, training: bool) -> None:
+    if check is not None:
+        check(*_inputs_and_labels(batch))
     check_weights(weights_in_batch(batch), training=training)
 
 
 def _inputs_and_labels(batch: Any) -> tuple[Any, Any]:
     return batch[:2] if isinstance(batch, tuple) and 2 <= len(batch) <= 3 else (batch, None)
-
-
-def _accept(x: Any, y: Any) -> None:
-    """Checks no labels."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from handloom._interop.onnx_fixes import fix_onnx
 from handloom._keras import Functional, first_line, keras
 from handloom.backends import backend
 from handloom.errors import ExportError
@@ -47,7 +46,6 @@ def export(
 
 
 def _to_onnx(model: keras.Model, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
-    path = str(filepath)
     try:
         with keras.StatelessScope():  # Otherwise the model would keep what layers assign while they are traced.
             # Keras requires that the model has been called; a loaded model may not have been.
@@ -55,8 +53,10 @@ def _to_onnx(model: keras.Model, filepath: str | Path, *args: Any, **kwargs: Any
                 model(model.input)
             elif isinstance(model, keras.Sequential) and model.built:
                 model(model.inputs[0])
-            keras.Model.export(model, path, *args, **kwargs)
-        _fix_and_check(path)
+            keras.Model.export(model, str(filepath), *args, **kwargs)
+        from handloom._interop.onnx_fixes import fix_and_check  # noqa: PLC0415  It needs onnx, which may be missing.
+
+        fix_and_check(Path(filepath))
     except (ImportError, OSError, ValueError):  # These are about the arguments, not about the model's operations.
         raise
     except Exception as error:
@@ -66,17 +66,3 @@ def _to_onnx(model: keras.Model, filepath: str | Path, *args: Any, **kwargs: Any
             fix='Use other operations, export with format="tf_saved_model", or load the saved model on another backend '
             "and export it there.",
         ) from error
-
-
-def _fix_and_check(path: str) -> None:
-    """Makes sure that runtimes can run a file, or removes it: converters also write operations that ONNX lacks."""
-    import onnx  # noqa: PLC0415  Slow, and not needed to train.
-
-    try:
-        written = onnx.load(path, load_external_data=False)
-        if fix_onnx(written):
-            onnx.save(written, path)
-        onnx.checker.check_model(path)  # Given its path, because a model of more than 2 GB is several files.
-    except Exception:
-        Path(path).unlink()
-        raise

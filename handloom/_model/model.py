@@ -129,11 +129,8 @@ class Model(keras.Model):
             OptimizerError: A variable is owned by two optimizers or by none.
         """
         optimizer = prepared(optimizer, self.dtype_policy, auto_scale_loss=auto_scale_loss)
-        by_keras = False if run_eagerly else jit_compile
-        losses_and_metrics = (loss, loss_weights, metrics, weighted_metrics)
-        super().compile(
-            optimizer, *losses_and_metrics, run_eagerly, steps_per_execution, by_keras, auto_scale_loss=False
-        )
+        given = (loss, loss_weights, metrics, weighted_metrics, run_eagerly, steps_per_execution)
+        super().compile(optimizer, *given, jit_compile=not run_eagerly and jit_compile, auto_scale_loss=False)
         set_loss_tracker(self, LossTracker(name="loss"))
         self._steps = ModelSteps(self, jit_compile)
         attach(optimizer, self)
@@ -350,13 +347,9 @@ class Model(keras.Model):
         """
         self._check_compiled("evaluate", "test_step")
         feed = model_feed(self, (x, y, sample_weight), batch_size)
-        with (
-            self._steps.running(),
-            _weights(self, weights),
-            loop.standalone("evaluate", self, callbacks, verbose, steps or feed.length) as (hooks, after_step, events),
-        ):
-            step = self._steps.reporting("test_step")
-            results = loop.evaluate(step, feed, hooks, after_step, steps)
+        around = loop.standalone("evaluate", self, callbacks, verbose, steps or feed.length)
+        with self._steps.running(), _weights(self, weights), around as (hooks, after_step, events):
+            results = loop.evaluate(self._steps.reporting("test_step"), feed, hooks, after_step, steps)
             events.append("validation", values=results)
         return results if return_dict else in_keras_order(self, results)
 
@@ -375,11 +368,8 @@ class Model(keras.Model):
             The outputs as NumPy arrays in their structure, with the batches concatenated along the first axis.
         """
         feed = model_feed(self, (x, None, None), batch_size, labels=False)
-        with (
-            self._steps.running(),
-            _weights(self, weights),
-            loop.standalone("predict", self, callbacks, verbose, steps or feed.length) as (hooks, after_step, _),
-        ):
+        around = loop.standalone("predict", self, callbacks, verbose, steps or feed.length)
+        with self._steps.running(), _weights(self, weights), around as (hooks, after_step, _):
             return loop.predict(self._steps.prediction, feed, hooks, after_step, steps)
 
     def explain(self) -> Explanation:

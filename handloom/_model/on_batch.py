@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from handloom._data.class_weight import check_labels
 from handloom._keras import in_keras_order, keras
-from handloom._model.data import Parts, as_one_batch, packed, weights_by_class
+from handloom._model.data import Parts, model_feed, packed
 
 
 def train_on_batch(
@@ -19,9 +18,7 @@ def train_on_batch(
     return_dict: bool = False,
 ) -> Any:
     """Trains on one batch, given as arrays; returns the reported values, in the form of `evaluate`."""
-    if class_weight is not None:
-        sample_weight = weights_by_class(y, sample_weight, class_weight)
-    return _run(self, "train", (x, y, sample_weight), return_dict)
+    return _run(self, "train", (x, y, sample_weight), return_dict, class_weight=class_weight, training=True)
 
 
 def test_on_batch(
@@ -34,16 +31,22 @@ def test_on_batch(
 def predict_on_batch(self: keras.Model, x: Any) -> Any:
     """Returns the outputs of the model for one batch, given as arrays, as NumPy arrays."""
     with self._steps.running():
-        outputs = self._steps.prediction(as_one_batch(keras.utils.pack_x_y_sample_weight(x)))
+        outputs = self._steps.prediction(_batch(self, (x, None, None), labels=False))
     return keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
 
 
-def _run(model: keras.Model, mode: str, parts: Parts, return_dict: bool) -> Any:
+def _run(model: keras.Model, mode: str, parts: Parts, return_dict: bool, **options: Any) -> Any:
     model._check_compiled(f"{mode}_on_batch", f"{mode}_step")
-    check_labels(model, parts[0], parts[1])
+    batch = _batch(model, parts, **options)
     with model._steps.running():
         step = model._steps.reporting(f"{mode}_step")
         step.start_epoch()
-        step.take(as_one_batch(packed(parts), training=mode == "train"))
+        step.take(batch)
         logs = dict(step.logs)
     return logs if return_dict else in_keras_order(model, logs)
+
+
+def _batch(model: keras.Model, parts: Parts, **options: Any) -> Any:
+    """The parts as one batch of tensors, checked as `model_feed` checks the batches of a source."""
+    [batch] = model_feed(model, (iter([packed(parts)]), None, None), **options)
+    return batch

@@ -15,8 +15,8 @@ from handloom._trace.function import Function, check_jit_compile
 from handloom.errors import StepError
 from handloom.optimizers._add_variables import add_variables_in_order
 
-Parts: TypeAlias = dict[int, tuple[Any, bool]]
-"""The layers, variables and optimizer that steps are compiled for, and whether each is trainable, by id.
+Parts: TypeAlias = dict[tuple[int, bool], Any]
+"""The layers, variables and optimizer that steps are compiled for, by id and by whether each is trainable.
 
 It holds the parts themselves, so that no other object can have their ids.
 """
@@ -83,7 +83,7 @@ class ModelSteps:
 
     def _drop_steps_if_changed(self) -> None:
         present = self._present_parts()
-        if _trainable(present) != _trainable(self._parts):
+        if present.keys() != self._parts.keys():
             self._reporting.clear()
             self._prediction = None
             self._parts = present
@@ -93,8 +93,8 @@ class ModelSteps:
 
     def _present_parts(self) -> Parts:
         model, optimizer = self._model, getattr(self._model, "optimizer", None)
-        parts = {id(part): (part, part.trainable) for part in [*layers_of(model), *model.variables]}
-        return parts | {id(optimizer): (optimizer, True)}
+        parts = {(id(part), part.trainable): part for part in [*layers_of(model), *model.variables]}
+        return parts | {(id(optimizer), True): optimizer}
 
 
 def layers_are_built(model: keras.Model) -> bool:
@@ -102,19 +102,13 @@ def layers_are_built(model: keras.Model) -> bool:
     return all(layer.built for layer in layers_of(model) if layer is not model)
 
 
-def _trainable(parts: Parts) -> dict[int, bool]:
-    return {key: trainable for key, (_, trainable) in parts.items()}
-
-
 def _check_takes_data(step: Any, model: str) -> None:
-    required = [
-        parameter.name
-        for parameter in inspect.signature(step).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    if len(required) > 1:
+    signature = inspect.signature(step)
+    try:
+        signature.bind(None)
+    except TypeError as error:
         raise StepError(
-            f"HL254: {model}.{step.__name__} takes {', '.join(required)}; a step takes one argument, data.",
+            f"HL254: {model}.{step.__name__}{signature} cannot be called with one argument, data.",
             "On JAX, Keras passes the state to a step and expects it back. Here a step is the same on every backend.",
             f"Write {step.__name__}(self, data), and read and write variables directly.",
-        )
+        ) from error

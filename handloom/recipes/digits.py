@@ -14,10 +14,9 @@ from handloom.report import save_curves
 
 def load() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """1,797 scanned digits of 8x8 pixels between -1 and 1, a third of them held out."""
-    images, labels = load_digits(return_X_y=True)
-    images = (images.reshape(-1, 8, 8, 1) / 8 - 1).astype("float32")
-    split = train_test_split(images, labels, test_size=1 / 3, random_state=0, stratify=labels)
-    x_train, x_test, y_train, y_test = split
+    x, y = load_digits(return_X_y=True)
+    x = (x.reshape(-1, 8, 8, 1) / 8 - 1).astype("float32")
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=1 / 3, random_state=0, stratify=y)
     return (x_train, y_train), (x_test, y_test)
 
 

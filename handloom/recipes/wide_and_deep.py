@@ -51,24 +51,13 @@ class WideAndDeep(hl.Model):
     def call(self, inputs, training=False):
         return ops.squeeze(self.wide(inputs["wide"]) + self.deep(inputs["deep"], training=training), axis=-1)
 
-    def train_step(self, data):
-        x, y = data
-
-        def loss_of_batch():
-            logits = self(x, training=True)
-            return self.compute_loss(x, y, logits), logits
-
-        # Both optimizers decrease the same loss, each with its own part of the model.
-        loss, logits = self.minimize(loss_of_batch, has_aux=True)
-        return {**self.compute_metrics(x, y, logits), "loss": loss}
-
 
 def main(run_dir: Path, epochs: int = 30) -> str:
     """Trains, saves the weights and the curves, and returns the accuracy on held-out tumours."""
     keras.utils.set_random_seed(0)
     train, held_out = load()
     model = WideAndDeep()
-    model.compile(
+    model.compile(  # Both optimizers decrease the same loss, each with its own part of the model.
         optimizer={"wide": keras.optimizers.Ftrl(0.1, l1_regularization_strength=2.0), "deep": "adam"},
         loss=keras.losses.BinaryCrossentropy(from_logits=True),
         metrics=[keras.metrics.BinaryAccuracy(threshold=0.0, name="accuracy")],

@@ -14,6 +14,7 @@ import handloom as hl
 from tests.models import compiled, functional
 from tests.models import fit as fit_model
 from tests.numbers import close, each_close, same
+from tests.resume.stopped import StopAt, Stopped
 
 X = np.linspace(-1, 1, 24, dtype="float32").reshape(8, 3)
 Y = X[:, :1] + 1
@@ -67,15 +68,6 @@ class Events(keras.callbacks.Callback):
 # ----------------------------------------------------------- callbacks of Keras
 
 
-@pytest.mark.parametrize("restore", [False, True])
-def test_early_stopping_of_keras_stops_and_restores_the_best_weights(restore):
-    model = Scripted([5, 4, 2, 3, 3, 1, 1])
-    stopping = keras.callbacks.EarlyStopping(monitor="loss", patience=2, restore_best_weights=restore)
-    assert fit(model, stopping, epochs=7).history["loss"] == [5, 4, 2, 3, 3]
-    assert float(model.count) == (3 if restore else 5)
-    assert fit(model).history["loss"] == ([3] if restore else [1])
-
-
 def test_model_checkpoint_of_keras_saves_a_model_that_trains_on_with_its_optimizer(tmp_path):
     model = regressor()
     fit(model, keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"), epochs=3)
@@ -103,20 +95,12 @@ def test_terminate_on_nan_of_keras_stops_at_the_step_with_the_nan(capsys):
     assert "Invalid loss" in capsys.readouterr().out
 
 
-class Stop(Exception):
-    """Ends a run."""
-
-
 def test_backup_and_restore_of_keras_resumes_a_run_that_failed(tmp_path):
-    def stop(epoch, logs):
-        if epoch == 2:
-            raise Stop
-
     uninterrupted, failed, resumed = regressor(), regressor(), regressor()
     failed.set_weights(uninterrupted.get_weights())
     fit(uninterrupted, epochs=4)
-    with pytest.raises(Stop):
-        fit(failed, keras.callbacks.BackupAndRestore(tmp_path / "backup"), hook(on_epoch_begin=stop), epochs=4)
+    with pytest.raises(Stopped):
+        fit(failed, keras.callbacks.BackupAndRestore(tmp_path / "backup"), StopAt(3), epochs=4)
     assert fit(resumed, keras.callbacks.BackupAndRestore(tmp_path / "backup"), epochs=4).epoch == [2, 3]
     each_close(resumed.get_weights(), uninterrupted.get_weights())
     assert int(resumed.optimizer.iterations) == 4
@@ -147,26 +131,6 @@ def test_fit_gives_callbacks_the_model_and_the_parameters():
     fit(model, events, batch_size=2, epochs=2)
     assert events.model is model
     assert events.params == {"epochs": 2, "steps": 4, "verbose": 0}
-
-
-def test_fit_gives_hooks_the_means_so_far_and_the_values_of_the_epoch():
-    batches, epochs = [], []
-    record = hook(
-        on_train_batch_end=lambda batch, logs: batches.append(logs["loss"]),
-        on_epoch_end=lambda epoch, logs: epochs.append(dict(logs)),
-    )
-    history = fit(Scripted([3, 1, 2, 6]), record, batch_size=4, epochs=2, validation_data=(X, Y)).history
-    assert batches == [3, 2, 2, 4]
-    assert epochs == [
-        {"loss": 2.0, "val_loss": 2.0, "val_steps": 2.0},
-        {"loss": 4.0, "val_loss": 12.0, "val_steps": 4.0},
-    ]
-    assert history == {name: [logs[name] for logs in epochs] for name in epochs[0]}
-
-
-def test_fit_keeps_values_that_a_hook_adds_to_the_logs_of_an_epoch():
-    add = hook(on_epoch_end=lambda epoch, logs: logs.update(extra=10 * epoch))
-    assert fit(Scripted(range(2)), add, epochs=2).history["extra"] == [0, 10]
 
 
 def test_fit_stops_within_an_epoch_when_a_hook_sets_stop_training():
@@ -266,9 +230,3 @@ def test_fit_validates_at_the_epochs_of_validation_freq(frequency, values):
 def test_fit_refuses_a_validation_freq_that_is_not_a_number_of_epochs(frequency):
     with pytest.raises(ValueError, match=r"fit\(validation_freq=.*HL004"):
         fit(Scripted(range(2)), validation_data=(X, Y), validation_freq=frequency)
-
-
-def test_fit_with_steps_per_epoch_reads_on_where_the_last_epoch_ended():
-    history = fit(Scripted(range(9)), batch_size=4, epochs=2, steps_per_epoch=3)
-    assert history.history["loss"] == [1, 4]
-    assert history.params["steps"] == 3

@@ -128,20 +128,19 @@ def test_validation_and_predict_keep_the_order():
     same(regressor().predict(X, batch_size=4, verbose=0), X)
 
 
+SOURCES = {
+    "list_iterator": lambda: iter([(X, Y)]),
+    "generator": lambda: (batch for batch in [(X, Y)]),
+    "Numbered": Numbered,
+    "Feed": lambda: hl.Feed((X, Y)),
+}
+
+
 @pytest.mark.parametrize("extra", [{"y": Y}, {"sample_weight": WEIGHT}])
-@pytest.mark.parametrize(
-    ("source", "kind"),
-    [
-        (lambda: iter([(X, Y)]), "list_iterator"),
-        (lambda: (batch for batch in [(X, Y)]), "generator"),
-        (Numbered, "Numbered"),
-        (lambda: hl.Feed((X, Y)), "Feed"),
-    ],
-    ids=["iterator", "generator", "PyDataset", "Feed"],
-)
-def test_fit_refuses_y_or_weights_beside_a_source_of_batches(source, kind, extra):
+@pytest.mark.parametrize("kind", SOURCES)
+def test_fit_refuses_y_or_weights_beside_a_source_of_batches(kind, extra):
     with pytest.raises(DataError, match=rf"x gives batches by itself \(its type is {kind}\).*as \(x, y\).*HL434"):
-        fit(regressor(), source(), **extra)
+        fit(regressor(), SOURCES[kind](), **extra)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +149,6 @@ def test_fit_refuses_y_or_weights_beside_a_source_of_batches(source, kind, extra
 def test_fit_refuses_a_list_of_numbers_beside_arrays(extra, name):
     with pytest.raises(DataError, match=rf"{name} must be arrays too; its type is list.*np.array\({name}\).*HL435"):
         fit(regressor(), X, **extra)
-
-
-def test_evaluate_names_sample_weights_of_another_length():
-    with pytest.raises(DataError, match="x has 10, y has 10, sample_weight has 3"):
-        regressor().evaluate(X, Y, sample_weight=WEIGHT[:3], verbose=0)
 
 
 # ---------------------------------------------------------------- class weights

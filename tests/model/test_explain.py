@@ -1,11 +1,12 @@
-"""What `Model.explain` says and returns."""
+"""`Model.explain`: its tables and its result."""
 
 import keras
-import numpy as np
 from keras import layers
 
 import handloom as hl
 from handloom.optimizers import GradientAccumulation, GradientTransforms, WeightAveraging
+from tests.models import compiled, fit, sequential
+from tests.numbers import ones
 
 
 class Parts(hl.Model):
@@ -17,31 +18,23 @@ class Parts(hl.Model):
         return self.head(self.norm(self.body(x), training=training))
 
 
-def test_it_says_who_trains_what_and_how_far_it_is(capsys):
-    model = Parts()
+def test_explain_lists_the_variables_and_the_progress_of_each_optimizer(capsys):
     scale_and_shift = (lambda path: path.endswith(("gamma", "beta")), keras.optimizers.SGD(0.25))
-    model.compile(
-        {"body": GradientAccumulation(keras.optimizers.Adam(0.5), 2), "norms": scale_and_shift, "*": "sgd"}, "mse"
-    )
-    model.fit(np.ones((8, 4), "float32"), np.ones((8, 1), "float32"), batch_size=2, verbose=0)
+    body = GradientAccumulation(keras.optimizers.Adam(0.5), 2)
+    model = compiled(Parts(), {"body": body, "norms": scale_and_shift, "*": "sgd"})
+    fit(model, ones(8, 4), ones(8, 1), batch_size=2)
     body, norms, rest = model.explain().owners
-    assert (body.name, body.optimizer, body.learning_rate, body.updates) == (
-        "body",
-        "GradientAccumulation > Adam",
-        0.5,
-        2,
-    )
-    assert body.parameters == 4 * 3 + 3
+    assert (body.name, body.optimizer) == ("body", "GradientAccumulation > Adam")
+    assert (body.learning_rate, body.updates, body.parameters) == (0.5, 2, 4 * 3 + 3)
     assert (norms.learning_rate, norms.updates, norms.parameters) == (0.25, 4, 6)
     assert [path.split("/")[-1] for path in norms.variables] == ["gamma", "beta"]
     assert rest.parameters == 4
-    assert "Who trains what" in capsys.readouterr().out
+    assert "Optimizers" in capsys.readouterr().out
 
 
-def test_one_optimizer_owns_everything_that_is_not_frozen(capsys):
-    model = Parts()
-    model.compile("sgd", keras.losses.MeanSquaredError(reduction="sum"))
-    model(np.ones((1, 4), "float32"))
+def test_explain_shows_one_optimizer_as_owner_of_all_that_is_not_frozen(capsys):
+    model = compiled(Parts(), "sgd", keras.losses.MeanSquaredError(reduction="sum"))
+    model(ones(1, 4))
     model.head.trainable = False
     explanation = model.explain()
     [owner] = explanation.owners
@@ -50,24 +43,13 @@ def test_one_optimizer_owns_everything_that_is_not_frozen(capsys):
     assert any("larger batches make larger steps" in note for note in explanation.notes)
 
 
-def test_a_loss_that_differs_from_its_metric_is_explained(capsys):
-    model = Parts()
-    model.compile("sgd", "mse", weighted_metrics=["mse"])
-    model(np.ones((1, 4), "float32"))
-    assert any("divided by the number of examples" in note for note in model.explain().notes)
-
-
-def test_what_is_around_all_optimizers_is_told_with_each():
-    model = hl.Sequential([keras.Input((3,)), layers.Dense(2), layers.Dense(1)])
-    model.compile(GradientTransforms({"*": WeightAveraging("adam")}, []), loss="mse")
+def test_explain_shows_wrappers_around_all_optimizers_with_each():
+    model = compiled(sequential(), GradientTransforms({"*": WeightAveraging("adam")}, []))
     assert model.explain().owners[0].optimizer == "GradientTransforms > WeightAveraging > Adam"
 
 
-def test_compiled_metrics_are_told_one_by_one():
-    model = hl.Sequential([keras.Input((3,)), layers.Dense(1)])
-    model.compile("sgd", loss="mse", metrics=[keras.metrics.MeanAbsoluteError(name="mae")])
-    model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)
-    assert model.explain().reported["train_step"] == {
-        "loss": "mean over examples",
-        "mae": "result of MeanAbsoluteError",
-    }
+def test_explain_shows_how_compiled_metrics_are_reported():
+    model = compiled(sequential(), metrics=[keras.metrics.MeanAbsoluteError(name="mae")])
+    fit(model, ones(4, 3), ones(4, 1))
+    reported = {"loss": "mean over examples", "mae": "result of MeanAbsoluteError"}
+    assert model.explain().reported["train_step"] == reported

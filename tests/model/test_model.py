@@ -1,4 +1,4 @@
-"""`hl.Model` with steps of its own: their results, `minimize`, and the checks of `compile`."""
+"""`hl.Model` with custom steps: their results, `minimize`, and the checks of `compile`."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.errors import HandloomWarning, OptimizerError, StepError
+from handloom.errors import HandloomWarning, StepError
 from tests.models import compiled, fit, functional
 from tests.numbers import close, each_close, normal, numpy, same
 
@@ -19,66 +19,6 @@ def mlp(cls=hl.Model):
 
 
 # ------------------------------------------------------------------------ steps
-
-
-class Largest(keras.metrics.Metric):
-    """The largest value so far, which an average over batches would not give."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.value = self.add_variable((), keras.initializers.Constant(-1e9), name="value")
-
-    def update_state(self, values):
-        self.value.assign(ops.maximum(self.value, ops.max(values)))
-
-    def result(self):
-        return self.value.value
-
-    def reset_state(self):
-        self.value.assign(-1e9)
-
-
-class Reporting(hl.Model):
-    """Reports facts about the targets in every form that a step may return."""
-
-    def __init__(self):
-        super().__init__()
-        self.tracker, self.largest = keras.metrics.Mean(name="tracked"), Largest(name="largest")
-
-    def train_step(self, data):
-        _, y = data
-        self.tracker.update_state(y)
-        self.largest.update_state(y)
-        nested = {"inside": ops.mean(y) + 1}
-        return {"metric": self.tracker, "result": self.tracker.result(), "largest": self.largest, "nested": nested}
-
-    test_step = train_step
-
-
-def test_fit_and_evaluate_report_each_value_of_a_step_under_its_name(eagerly):
-    y = Y[:30] + np.arange(30, dtype="float32")[:, None]
-    model = Reporting()
-    assert [metric.name for metric in model.metrics] == ["tracked", "largest"]
-    reports = (fit(model, X[:30], y, batch_size=20), model.evaluate(X[:30], y, 20, verbose=0, return_dict=True))
-    for logs in reports:
-        found = {name: np.ravel(value)[-1] for name, value in logs.items()}
-        expected = {"metric": y.mean(), "result": y.mean(), "largest": y.max(), "inside": y.mean() + 1}
-        assert set(found) == set(expected)
-        close([found[name] for name in expected], list(expected.values()))
-
-
-def test_fit_resets_metrics_that_are_attributes_in_each_epoch():
-    rising = np.arange(40, dtype="float32")[:, None]
-    epochs = iter(range(2))
-
-    def falling():
-        """Smaller targets in each epoch, so that a value kept from the epoch before would show."""
-        lower = 100 * next(epochs)
-        yield from ((X[:20], rising[first:][:20] - lower) for first in (0, 20))
-
-    history = fit(Reporting(), falling, epochs=2)
-    close(history["largest"], [39, -61])
-    close(history["metric"], [19.5, -80.5])
 
 
 def test_train_step_and_test_step_may_use_the_results_of_the_default_ones():
@@ -147,15 +87,9 @@ class Backward(hl.Model):
         return self.compute_metrics(x, y, y_pred) | {"loss": loss}
 
 
-@pytest.mark.parametrize(
-    "cls",
-    [
-        pytest.param(Taped, marks=pytest.mark.backend("tensorflow")),
-        pytest.param(Backward, marks=pytest.mark.backend("torch")),
-    ],
-)
-def test_fit_trains_with_a_train_step_written_for_one_backend_as_with_the_default_one(cls, eagerly):
-    default, own = mlp(), mlp(cls)
+@pytest.mark.backend("tensorflow", "torch")
+def test_fit_trains_with_a_train_step_written_for_one_backend_as_with_the_default_one(eagerly):
+    default, own = mlp(), mlp({"tensorflow": Taped, "torch": Backward}[keras.backend.backend()])
     own.set_weights(default.get_weights())
     histories = []
     for model in (default, own):
@@ -209,20 +143,11 @@ def test_minimize_outside_of_fit_makes_one_update_now():
     close(model.get_weights()[0], 0.8 * kernel)
 
 
-def test_minimize_of_a_model_that_is_not_compiled_says_how_to_give_an_optimizer():
-    class Uncompiled(hl.Model):
-        def train_step(self, data):
-            return {"loss": self.minimize(lambda: ops.mean(self(data)))}
-
-    with pytest.raises(OptimizerError, match=r"Uncompiled has no optimizer.*compile\(.*minimize\(.*HL333"):
-        fit(mlp(Uncompiled), X)
-
-
 # ---------------------------------------------------------------------- compile
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("method", ["fit", "evaluate", "train_on_batch", "test_on_batch"])
-def test_methods_that_use_the_compiled_loss_ask_for_compile(method):
+def test_fit_and_evaluate_before_compile_are_refused(method):
     with pytest.raises(StepError, match=rf"{method}\(\) was called before compile\(\)\. Model uses the default.*HL213"):
         getattr(mlp(), method)(X, Y)

@@ -6,13 +6,17 @@ import pytest
 from keras import layers
 
 import handloom as hl
-from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, variant
+from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers
+from tests.models import KINDS, functional, sequential
+from tests.numbers import close, same, same_values
 
 X = np.linspace(-1, 1, 12, dtype="float32").reshape(4, 3)
+registered = keras.saving.register_keras_serializable("test_variants")
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 class Doubled(hl.Model):
-    """Has a step of its own, and can be of any kind."""
+    """Has a custom step, and can be of any kind."""
 
     def predict_step(self, data):
         return 2 * super().predict_step(data)
@@ -23,28 +27,12 @@ class DoubledTwice(Doubled):
         return 2 * super().predict_step(data)
 
 
-def functional(cls):
-    inputs = keras.Input((3,))
-    return cls(inputs, layers.Dense(2, kernel_initializer="ones")(inputs))
+def summing(units=2):
+    return layers.Dense(units, kernel_initializer="ones")
 
 
-def sequential(cls):
-    return cls([layers.Dense(2, kernel_initializer="ones")])
-
-
-def subclassed(cls):
-    class Subclassed(cls):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(2, kernel_initializer="ones")
-
-        def call(self, x):
-            return self.dense(x)
-
-    return Subclassed()
-
-
-KINDS = [functional, sequential, subclassed]
+def make(kind, cls):
+    return KINDS[kind](summing(), cls=cls)
 
 
 def predicted(model):
@@ -56,34 +44,32 @@ def by_hand(factor):
     return factor * np.repeat(X.sum(axis=1, keepdims=True), 2, axis=1)
 
 
-@pytest.mark.parametrize("first", KINDS)
+@kinds
 @pytest.mark.parametrize("second", KINDS)
-def test_every_kind_works_after_every_other(first, second):
-    for make in (first, second, first):
-        np.testing.assert_allclose(predicted(make(Doubled)), by_hand(2), rtol=1e-6)
+def test_model_of_every_kind_works_after_every_other(kind, second):
+    for each in (kind, second, kind):
+        close(predicted(make(each, Doubled)), by_hand(2))
 
 
+@kinds
 @pytest.mark.parametrize("order", [[Doubled, DoubledTwice], [DoubledTwice, Doubled]], ids=["base first", "base last"])
-@pytest.mark.parametrize("make", KINDS)
-def test_a_subclass_of_a_subclass_is_of_any_kind_too(order, make):
+def test_model_subclassed_twice_may_be_of_any_kind(order, kind):
     for cls in [*order, *order]:
-        np.testing.assert_allclose(predicted(make(cls)), by_hand(4 if cls is DoubledTwice else 2), rtol=1e-6)
+        close(predicted(make(kind, cls)), by_hand(4 if cls is DoubledTwice else 2))
 
 
 @pytest.mark.once
-def test_a_functional_model_is_one_of_its_own_class_and_of_keras():
-    model = functional(Doubled)
+def test_model_of_inputs_and_outputs_is_of_its_class_and_functional():
+    model = functional(cls=Doubled)
     assert isinstance(model, Doubled)
-    assert isinstance(model, hl.Model)
-    assert isinstance(model, keras.Model)
+    assert not isinstance(model, keras.Sequential)
     assert type(model).__name__ == "Doubled"
     assert model.inputs[0].shape == (None, 3)
-    assert not isinstance(model, keras.Sequential)
 
 
 @pytest.mark.once
-def test_a_list_of_layers_makes_a_sequential_model():
-    model = sequential(Doubled)
+def test_model_of_a_list_of_layers_is_of_its_class_and_sequential():
+    model = Doubled([layers.Dense(2)])
     assert isinstance(model, Doubled)
     assert isinstance(model, keras.Sequential)
     model.add(layers.Dense(5))
@@ -91,50 +77,40 @@ def test_a_list_of_layers_makes_a_sequential_model():
 
 
 @pytest.mark.once
-def test_making_a_functional_model_leaves_its_class_as_it_was():
-    class Own(Doubled):
+def test_model_leaves_the_bases_of_its_class_as_they_are():
+    class Custom(Doubled):
         pass
 
-    before = {cls: cls.__bases__ for cls in (Own, Doubled, hl.Model)}
-    functional(Own)
-    sequential(Own)
+    before = {cls: cls.__bases__ for cls in (Custom, Doubled, hl.Model)}
+    functional(cls=Custom)
+    sequential(cls=Custom)
     assert before == {cls: cls.__bases__ for cls in before}
-    assert not issubclass(Own, keras.Sequential)
+    assert not issubclass(Custom, keras.Sequential)
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("make", KINDS)
-def test_plain_keras_models_are_as_ever(make):
-    """Keras itself makes a plain subclass functional; ours must neither help nor hinder."""
-
-    class Plain(keras.Model):
-        pass
-
+@kinds
+def test_model_does_not_change_models_of_keras(kind):
+    """Keras itself makes a plain subclass functional."""
     for other in KINDS:
-        other(Doubled)
-    model = keras.Sequential([layers.Dense(2, kernel_initializer="ones")]) if make is sequential else make(Plain)
+        make(other, Doubled)
+    plain = keras.Sequential if kind == "sequential" else type("Plain", (keras.Model,), {})
+    model = make(kind, plain)
     assert not isinstance(model, hl.Model)
-    np.testing.assert_allclose(model.predict(X, verbose=0), by_hand(1), rtol=1e-6)
+    close(model.predict(X, verbose=0), by_hand(1))
 
 
-@pytest.mark.once
-def test_every_functional_model_of_a_class_is_of_the_same_class():
-    assert type(functional(Doubled)) is type(functional(Doubled)) is not type(sequential(Doubled))
-    assert variant(Doubled, keras.Sequential) is type(sequential(Doubled))
-    assert type(subclassed(Doubled)).__bases__ == (Doubled,)
-
-
-def test_a_functional_model_may_be_defined_by_its_constructor():
+def test_model_may_become_functional_in_the_constructor_of_a_subclass():
     class Classifier(hl.Model):
         def __init__(self, features, classes):
             inputs = keras.Input((features,))
-            super().__init__(inputs=inputs, outputs=layers.Dense(classes, kernel_initializer="ones")(inputs))
+            super().__init__(inputs=inputs, outputs=layers.Dense(classes)(inputs))
 
     assert predicted(Classifier(3, 7)).shape == (4, 7)
     assert Classifier(3, 7).count_params() == 28
 
 
-def test_a_constructor_of_two_arguments_makes_no_functional_model():
+def test_model_with_a_constructor_of_two_arguments_is_not_functional():
     class Pair(hl.Model):
         def __init__(self, encoder, decoder):
             super().__init__()
@@ -143,13 +119,13 @@ def test_a_constructor_of_two_arguments_makes_no_functional_model():
         def call(self, x):
             return self.decoder(self.encoder(x))
 
-    functional(hl.Model)
-    model = Pair(layers.Dense(2, kernel_initializer="ones"), layers.Dense(2, kernel_initializer="identity"))
-    np.testing.assert_allclose(predicted(model), by_hand(1), rtol=1e-6)
+    functional()
+    model = Pair(summing(), layers.Dense(2, kernel_initializer="identity"))
+    close(predicted(model), by_hand(1))
     assert not hasattr(model, "inputs")
 
 
-def test_a_constructor_that_takes_a_list_of_layers_makes_no_sequential_model():
+def test_model_with_a_constructor_that_takes_a_list_of_layers_is_not_sequential():
     class Sum(hl.Model):
         def __init__(self, branches):
             super().__init__()
@@ -158,25 +134,25 @@ def test_a_constructor_that_takes_a_list_of_layers_makes_no_sequential_model():
         def call(self, x):
             return sum(branch(x) for branch in self.branches)
 
-    model = Sum([layers.Dense(2, kernel_initializer="ones") for _ in range(3)])
+    model = Sum([summing() for _ in range(3)])
     assert not isinstance(model, keras.Sequential)
-    np.testing.assert_allclose(predicted(model), by_hand(3), rtol=1e-6)
+    close(predicted(model), by_hand(3))
 
 
 @pytest.mark.once
-def test_a_constructor_that_passes_layers_on_is_told_of_sequential():
+def test_model_refuses_layers_from_a_constructor_and_names_sequential():
     class Stack(hl.Model):
         def __init__(self, units):
             super().__init__([layers.Dense(units)])
 
-    with pytest.raises(TypeError, match=r"Stack passes a list of layers .* subclass hl\.Sequential"):
+    with pytest.raises(TypeError, match=r"Stack passes a list of layers .*class Stack\(hl\.Sequential\).*HL032"):
         Stack(3)
 
 
-def test_sequential_may_have_a_constructor_of_its_own():
+def test_sequential_may_have_a_custom_constructor():
     class Stack(hl.Sequential):
         def __init__(self, units):
-            super().__init__([layers.Dense(units, kernel_initializer="ones")])
+            super().__init__([summing(units)])
 
     assert predicted(Stack(3)).shape == (4, 3)
 
@@ -184,48 +160,33 @@ def test_sequential_may_have_a_constructor_of_its_own():
 def test_sequential_grows_layer_by_layer():
     model = hl.Sequential()
     model.add(keras.Input((3,)))
-    model.add(layers.Dense(2, kernel_initializer="ones"))
+    model.add(summing())
     assert isinstance(model, hl.Model)
-    np.testing.assert_allclose(predicted(model), by_hand(1), rtol=1e-6)
+    close(predicted(model), by_hand(1))
 
 
-def test_the_same_class_saves_and_loads_models_of_either_kind(tmp_path):
-    @keras.saving.register_keras_serializable("test_variants")
-    class Kept(Doubled):
-        pass
-
-    for make in (functional, sequential):
-        model = make(Kept)
-        model.build((None, 3))
-        model.save(tmp_path / "model.keras")
-        loaded = keras.models.load_model(tmp_path / "model.keras")
-        assert type(loaded) is type(model)
-        np.testing.assert_array_equal(predicted(loaded), predicted(model))
+@pytest.mark.parametrize("make", [functional, sequential])
+def test_load_model_gives_either_kind_of_a_registered_class(make, tmp_path):
+    model = make(cls=registered(type("Kept", (Doubled,), {})))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded) is type(model)
+    same(predicted(loaded), predicted(model))
 
 
 @pytest.mark.once
-def test_a_subclassed_model_and_its_class_are_registered_under_one_name():
-    @keras.saving.register_keras_serializable("test_variants")
-    class Named(Doubled):
-        pass
-
-    functional(Named).get_config()
-    assert keras.saving.get_registered_object("test_variants>Named") is Named
-    assert keras.saving.get_registered_name(type(functional(Named))) == "test_variants>Named"
-
-
-@pytest.mark.once
-def test_a_class_registered_after_its_first_functional_instance_is_loaded(tmp_path):
+def test_load_model_finds_a_class_that_was_registered_after_its_first_functional_instance(tmp_path):
     class Late(Doubled):
         pass
 
-    model = functional(Late)
-    keras.saving.register_keras_serializable("test_variants")(Late)
+    model = functional(cls=Late)
+    registered(Late)
     model.save(tmp_path / "late.keras")
     loaded = keras.saving.load_model(tmp_path / "late.keras")
     assert isinstance(loaded, Late)
-    for one, other in zip(model.get_weights(), loaded.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
+    same_values(model, loaded)
+    assert keras.saving.get_registered_object("test_variants>Late") is Late
+    assert keras.saving.get_registered_name(type(model)) == "test_variants>Late"
 
 
 @pytest.mark.once
@@ -239,17 +200,16 @@ def test_a_class_registered_after_its_first_functional_instance_is_loaded(tmp_pa
         (("in",), {}, False),
         ((), {"inputs": "in"}, False),
         ((), {"outputs": "out"}, False),
-        ((), {"name": "model"}, False),
         (("in", "out", "more"), {}, False),
     ],
 )
-def test_inputs_and_outputs_are_recognized_as_keras_does(args, kwargs, expected):
+def test_is_inputs_and_outputs_recognizes_them_as_keras_does(args, kwargs, expected):
     assert is_inputs_and_outputs(args, kwargs) is expected
     assert keras.src.models.model.functional_init_arguments(args, kwargs) is expected
 
 
 @pytest.mark.once
-def test_a_list_of_layers_is_nothing_but_layers():
+def test_is_list_of_layers_accepts_nothing_else():
     dense = layers.Dense(1)
     assert is_list_of_layers(([dense],))
     assert is_list_of_layers(((keras.Input((2,)), dense),))
