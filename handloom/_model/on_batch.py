@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from handloom._data.class_weight import check_labels
+from handloom._data.class_weight import label_check
 from handloom._keras import in_keras_order, keras
 from handloom._model.data import Parts, as_one_batch, packed, weights_by_class
 
@@ -40,7 +40,7 @@ def predict_on_batch(self: keras.Model, x: Any) -> Any:
 
 def _run(model: keras.Model, mode: str, parts: Parts, return_dict: bool) -> Any:
     model._check_compiled(f"{mode}_on_batch", f"{mode}_step")
-    check_labels(model, parts[0], parts[1])
+    label_check(model)(parts[0], parts[1])
     with model._steps.running():
         step = model._steps.reporting(f"{mode}_step")
         step.start_epoch()
