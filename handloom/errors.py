@@ -1,26 +1,26 @@
-"""What can go wrong, by name.
+"""The errors and warnings of Handloom.
 
 HandloomError
-├── ArgumentError             (ValueError, TypeError)  an argument that a function does not take
+├── ArgumentError             (ValueError, TypeError)  an argument that a function does not accept
 ├── BackendNotInstalledError  (ImportError)   the chosen backend is not installed, or not supported
 ├── ExtraNotInstalledError    (ImportError)   a library that a feature needs is not installed
-├── GradientError             (ValueError)    something that cannot be differentiated
-├── TraceError                (TypeError)     a step that does in Python what must be an operation
+├── GradientError             (ValueError)    a value that has no gradient
+├── TraceError                (TypeError)     a step that uses the value of a tensor in Python
 ├── VariableError             (ValueError)    a variable created too late, or on every call
 ├── StepError                 (TypeError)     a step that takes or returns something that cannot be used
 ├── DataError                 (ValueError)    data that cannot be batched, or contradicts itself
 ├── OptimizerError            (ValueError)    an optimizer without variables, or variables without an optimizer
-├── CheckpointError           (ValueError)    a checkpoint that is damaged, of something else, or cannot be written
+├── CheckpointError           (ValueError)    a checkpoint that is damaged, does not fit, or cannot be written
 ├── ExportError               (ValueError)    a model that cannot be exported in that format on this backend
-├── SavedModelError           (ValueError)    a saved model with classes or functions that are not known
+├── SavedModelError           (ValueError)    a saved model with unknown classes or functions
 └── RecipeError               (ValueError)    a recipe that does not exist or does not run
 
 HandloomWarning (UserWarning)
 ├── RetraceWarning            one argument makes a function compile again and again
-└── FallbackWarning           a step falls back to eager execution, or to a slower way
+└── FallbackWarning           a step falls back to eager execution, or to another slower way
 
-A class of its own is deserved where a caller may want to catch just that; each also is the
-built-in exception that Python programmers expect in its place. Each carries a `Finding`.
+An error has a class of its own if a caller may want to catch it alone. Each class also derives from the
+built-in exception that Python programmers expect. Each error carries a `Finding`.
 """
 
 import dataclasses
@@ -55,11 +55,11 @@ class Finding:
 
     Attributes:
         code: The stable code of the message, such as `"HL210"`; `docs/messages.md` lists them.
-        filename: The user's file that it is about.
-        lineno: The line in it, counted from 1.
+        filename: The user's file.
+        lineno: The line in the file, counted from 1.
         saw: What was seen.
-        why: Why it is wrong, where that does not go without saying.
-        fix: What to do instead, if there is one thing to do.
+        why: Why it is wrong, unless that is obvious.
+        fix: What to do instead, if that is known.
     """
 
     code: str
@@ -73,14 +73,14 @@ class Finding:
         return " ".join([*filter(None, (self.saw, self.why, self.fix)), f"[{self.code}]"])
 
 
-class _Told(Exception):
+class _WithFinding(Exception):
     """An exception that carries a finding.
 
     Args:
-        saw: The code and what was seen: `"HL210: What was seen."`
+        saw: The code and what was seen: `"HL210: Something was seen."`
         why: Why it is wrong.
         fix: What to do instead.
-        at: File and line; by default the line of the user's that led here.
+        at: File and line; by default the innermost line of the user's code.
     """
 
     finding: Finding
@@ -97,16 +97,16 @@ class _Told(Exception):
         return str(self.finding)
 
 
-class HandloomError(_Told):
+class HandloomError(_WithFinding):
     """Base of all errors raised by Handloom itself.
 
     Attributes:
-        finding: What was found, where, and what to do instead.
+        finding: The mistake, its place, and the fix.
     """
 
 
 class ArgumentError(HandloomError, ValueError, TypeError):
-    """A function was given an argument that it does not take."""
+    """A function received an argument that it does not accept."""
 
 
 class BackendNotInstalledError(HandloomError, ImportError):
@@ -118,7 +118,7 @@ class ExtraNotInstalledError(HandloomError, ImportError):
 
 
 class GradientError(HandloomError, ValueError):
-    """A gradient was asked of something that has none: no scalar, or nothing differentiable."""
+    """A value has no gradient: it is not a scalar, or depends on nothing differentiable."""
 
 
 class TraceError(HandloomError, TypeError):
@@ -142,26 +142,26 @@ class OptimizerError(HandloomError, ValueError):
 
 
 class CheckpointError(HandloomError, ValueError):
-    """A checkpoint cannot be written, or what is there is damaged, unsafe, or does not fit what it is to restore."""
+    """A checkpoint cannot be written, is damaged or unsafe, or does not fit the state to restore."""
 
 
 class ExportError(HandloomError, ValueError):
-    """The backend cannot export a model in the format asked for."""
+    """The backend cannot export a model in the requested format."""
 
 
 class SavedModelError(HandloomError, ValueError):
-    """A saved model has parts that are not known where it is loaded."""
+    """A saved model has classes or functions that are unknown in this process."""
 
 
 class RecipeError(HandloomError, ValueError):
-    """No such recipe, or a file that holds none."""
+    """A recipe does not exist, or a file has no recipe."""
 
 
-class HandloomWarning(_Told, UserWarning):
+class HandloomWarning(_WithFinding, UserWarning):
     """Base of all warnings given by Handloom itself.
 
     Attributes:
-        finding: What was found, where, and what to do instead.
+        finding: The mistake, its place, and the fix.
     """
 
 

@@ -1,1 +1,1 @@
-"""Feeds: any source as batches with a position."""
+"""Feeds: any source as batches with a position; checks of labels and of sample weights."""

@@ -1,4 +1,4 @@
-"""Class labels: weights by class, and the check that there is no label outside the classes."""
+"""Class labels: sample weights by class, and the check that all labels are among the classes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray:
         Weights of shape `(examples,)`, in `keras.config.floatx()`.
 
     Raises:
-        DataError: If there are no labels, or those of several outputs, or a weight is negative or not finite.
+        DataError: There are no labels or those of several outputs, or a weight is negative or not finite.
     """
     wrong = {label: weight for label, weight in class_weight.items() if not 0 <= weight < math.inf}
     if wrong:
         raise DataError(f"HL401: class_weight takes finite numbers, 0 or more; received {wrong}.")
-    if y is None or isinstance(y, (dict, list, tuple)):
+    if not _is_one_array(y):
         raise DataError(
-            "HL402: class_weight needs the labels of one output as y; for several outputs, pass sample_weight."
+            "HL402: class_weight needs the labels of one output as y.", fix="For several outputs, pass sample_weight."
         )
     labels = on_host(y)
     if labels.ndim > 1:
@@ -42,32 +42,27 @@ def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray:
     return weights[positions.reshape(labels.shape)]
 
 
-def check_labels(model: keras.Model, x: Any, y: Any) -> None:
-    """Checks that labels for a sparse categorical crossentropy are among the model's classes.
-
-    JAX would count such an example as zero loss in silence, and the others fail with the name of an operation.
-
-    Raises:
-        DataError: If one is not.
-    """
-    label_check(model)(x, y)
-
-
 def label_check(model: keras.Model) -> Callable[[Any, Any], None]:
-    """`check_labels` for one batch after the other: what takes long, counting the model's classes, is done once."""
-    count: list[int | None] = []
+    """Makes a check of the inputs and labels of one batch after another, for a sparse categorical crossentropy.
+
+    It raises a `DataError` if a label is not among the model's classes. JAX would silently count such an example as
+    zero loss; the other backends fail with the name of an operation. The classes are counted once: that is slow.
+    """
+    counted: list[int | None] = []
 
     def check(x: Any, y: Any) -> None:
-        if y is None or isinstance(y, (dict, list, tuple)) or kind_of(y) != "dense":
+        if not _is_one_array(y) or kind_of(y) != "dense" or not _takes_labels(model.loss):
             return
-        if not _takes_labels(model.loss):
-            return
-        if not count:
-            count.append(_class_count(model, x))
-        if count[0] is not None:
-            _check_below(count[0], on_host(y), model.loss)
+        if not counted:
+            counted.append(_class_count(model, x))
+        if (classes := counted[0]) is not None:
+            _check_below(classes, on_host(y), model.loss)
 
     return check
+
+
+def _is_one_array(y: Any) -> bool:
+    return y is not None and not isinstance(y, (dict, list, tuple))
 
 
 def _takes_labels(loss: Any) -> bool:
@@ -79,27 +74,25 @@ def _takes_labels(loss: Any) -> bool:
 def _check_below(classes: int, labels: np.ndarray, loss: Any) -> None:
     if labels.dtype.kind not in "iuf":
         return
-    outside = (labels < 0) | (labels >= classes)
-    if outside.any() and hasattr(loss, "get_config"):
-        ignored = loss.get_config().get("ignore_class")
-        outside &= labels != ignored if ignored is not None else True
+    ignored = loss.get_config().get("ignore_class") if hasattr(loss, "get_config") else None
+    outside = ((labels < 0) | (labels >= classes)) & (labels != ignored)
     if outside.any():
         where = tuple(int(index) for index in np.argwhere(outside)[0])
         raise DataError(
-            f"HL403: y has the label {labels[where]} (at {list(where)}, one of {int(outside.sum())} such), but the "
-            f"model has {classes} outputs, for classes 0 to {classes - 1}. Number the classes from 0, or give the last "
-            "layer as many units as there are classes.",
+            f"HL403: y has the label {labels[where]} (at {list(where)}, one of {int(outside.sum())} outside the "
+            f"classes), but the model has {classes} outputs, for classes 0 to {classes - 1}.",
+            fix="Number the classes from 0, or give the last layer as many units as there are classes.",
         )
 
 
 def _class_count(model: keras.Model, x: Any) -> int | None:
-    """The size of the last axis of the model's one output."""
+    """The size of the last axis of the model's one output; `None` if it is unknown."""
 
     def example(array: Any) -> keras.KerasTensor:
         return keras.KerasTensor((None, *array.shape[1:]), keras.backend.standardize_dtype(np.asarray(array[:0]).dtype))
 
     try:
         output = model.compute_output_spec(keras.tree.map_structure(example, x))
-    except Exception:  # A model that cannot say; then the loss will.
+    except Exception:  # A model may be unable to compute it; training then shows why.
         return None
     return int(output.shape[-1]) if isinstance(output, keras.KerasTensor) and output.shape[-1] else None

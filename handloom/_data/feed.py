@@ -1,20 +1,19 @@
 """Feeds: any source of batches, with a position.
 
-A source (`_data/sources/`) gives the batches of one pass from a given one on; the feed counts passes and batches.
-Batches are one ahead of the device without anybody reading ahead: steps are dispatched, not waited for, so that the
-loop asks for the next batch, and has it moved, while the device works on the last. So a position is always that of what
-was given, never of what was only read.
+A source (`_data/sources/`) reads the batches of one pass from a given one on; the feed counts passes and batches.
+No thread reads ahead: steps are dispatched, not waited for, so the loop asks for the next batch, and sends it to the
+device, while the device works on the last one. The position is therefore always that of the batches yielded, never
+that of batches only read.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import numbers
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-
-import numpy as np
 
 from handloom._data.sources import Batch, source_of
 from handloom._util.findings import warn
@@ -26,30 +25,31 @@ __all__ = ["Batch", "Feed"]
 class Feed:
     """A source of batches that knows its position. Iterating it once is one epoch.
 
-    The next batch is made, and on its way to the device, while that works on the last: a step is dispatched and not
-    waited for. Nothing is read ahead for that, so the position is that of the batches given.
+    The next batch is read, and sent to the device, while the device works on the last one. The position is that of the
+    batches yielded.
 
     Args:
         data: NumPy, pandas or backend arrays in any nested structure, all of one length along their first axis; a
             Hugging Face `Dataset`, whose batches are dicts of columns; or a source that gives batches already: a
             `tf.data.Dataset`, a torch `DataLoader`, a `keras.utils.PyDataset`, a Grain data set or loader, a Hugging
             Face `IterableDataset`, an iterable, a function that returns an iterator for each epoch, or a generator (for
-            one pass). Each of them goes with each backend.
+            one pass). Each works on each backend.
         batch_size: Examples in a batch; for arrays and tables only. 32 by default.
         shuffle: Whether to draw a new order for each epoch; for arrays and tables (by example) and `PyDataset`s (by
-            batch). The order is a function of `seed` and the epoch alone.
+            batch). The order depends on `seed` and the epoch alone.
         seed: Seed of the order; `None` to draw one from Python's random numbers.
-        drop_remainder: Whether to leave out a last batch smaller than the others; for arrays and tables only.
+        drop_remainder: Whether to drop a last batch smaller than the others; for arrays and tables only.
 
     Yields:
         Batches in the structure of the data, as tensors; on JAX host arrays stay NumPy arrays, which compiled
-        functions take at no cost. Floating-point numbers of 64 bits become `keras.config.floatx()`; every other dtype
-        is kept. JAX makes whole numbers of 64 bits ones of 32, if they all fit.
+        functions take at no cost. 64-bit floating-point numbers become `keras.config.floatx()`; every other dtype is
+        kept, except that JAX makes 64-bit integers 32-bit ones, if they all fit.
 
     Raises:
-        DataError: If the data is empty, of unequal lengths, of no known kind, does not go with the options, or, when a
-            batch is read, holds what the backend cannot: text and ragged tensors are for TensorFlow alone, sparse
-            tensors for TensorFlow and JAX.
+        ArgumentError: `batch_size` is not a positive whole number.
+        DataError: The data is empty, of unequal lengths, of an unknown kind, does not go with the options, or, when a
+            batch is read, holds something that the backend cannot: text and ragged tensors need TensorFlow, sparse
+            tensors TensorFlow or JAX.
 
     Example:
         `for x, y in hl.Feed((images, labels), batch_size=64, shuffle=True): train_step(x, y)`
@@ -68,117 +68,117 @@ class Feed:
         self._source.seed = random.randint(0, 2**31 - 1) if seed is None else seed
         self._any_seed = seed is None
         self._at = _Position()
-        self._look: Callable[[Any], None] | None = None
+        self._check: Callable[[Any], None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         at, source = self._at, self._source
         restored, at.restored = at.restored, False
-        # A source that can be read once goes on where it stands, unless it is a new one in the place of another.
-        given = at.batch if restored or not source.repeatable else 0
-        for batch in source.batches(at.epoch, given if restored or source.repeatable else 0, self._look):
-            given += 1
-            at.batch = given
+        # A source that is read once continues where it is. Batches before it are skipped only after a restore.
+        number = at.batch if restored or not source.repeatable else 0
+        for batch in source.batches(at.epoch, number if restored or source.repeatable else 0, self._check):
+            number += 1
+            at.batch = number
             yield batch
-        self._check_not_empty(given)
+        if not number:
+            raise self._exhausted() if at.epoch and not source.repeatable else source.empty()
         at.epoch, at.batch = at.epoch + 1, 0
 
     def __len__(self) -> int:
         """Batches in an epoch.
 
         Raises:
-            TypeError: If the source does not know.
+            TypeError: The length is unknown.
         """
         if self.length is None:
-            raise ArgumentError(
-                f"HL017: A feed over {self._source.name} does not know its length before it has been read."
-            )
+            raise ArgumentError(f"HL017: The length of a feed over {self.name} is unknown before it has been read.")
         return self.length
 
     def prepare(self, transform: Callable[[Any], Any]) -> None:
-        """Has a function applied to each batch that a source gives, before it becomes tensors. Not to arrays."""
+        """Applies a function to each batch of a source before it becomes tensors. It does not apply to arrays."""
         self._source.transform = transform
 
-    def check(self, look: Callable[[Any], None]) -> None:
-        """Has a function look at each batch, before it becomes tensors, and raise an error where it must."""
-        self._look = look
+    def check(self, check: Callable[[Any], None]) -> None:
+        """Calls a function with each batch before it becomes tensors, to raise an error if something is wrong."""
+        self._check = check
 
     def view(self) -> Feed:
-        """The same feed, of one position with this one, for checks (see `check`) that this one is not to have."""
+        """A feed that shares the position of this one and can have a check of its own (see `check`)."""
         return copy.copy(self)
 
     @property
     def length(self) -> int | None:
-        """Batches in an epoch, `None` if the source does not know."""
+        """Batches in an epoch, `None` if unknown."""
         return self._source.length
 
     def state(self) -> dict[str, Any]:
-        """The position, as a checkpoint takes it.
+        """The position, in the form that a checkpoint takes.
 
         Returns:
-            `epoch`, epochs done; `batch`, batches given of the next; `seed`, that of the order; `data`, by what these
-            data are known again: kind and sizes, dtypes and shapes, and of arrays a sample of their values; and for a
-            source with a position of its own `source`, which says what that is. All but that are JSON values.
+            `epoch`, the number of epochs finished; `batch`, the number of batches yielded in the current one; `seed`,
+            the seed of the order; `data`, a fingerprint of the data (its kind, sizes, dtypes and shapes, and for arrays
+            a sample of the values); and for a source with a position of its own `source`, that position. All but the
+            last are JSON values.
         """
         state = {"epoch": self._at.epoch, "batch": self._at.batch, "seed": self._source.seed}
         position = self._source.state()
         return state | {"data": self._source.fingerprint()} | ({} if position is None else {"source": position})
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position; the next iteration goes on from there, to the end of that epoch.
+        """Restores a position; the next iteration continues from there, to the end of that epoch.
 
-        Warns if the data is not what the state is of; see `differences`. Generators that a `DataLoader` draws its order
-        from, torch's own among them, are set to where they stood.
+        Warns if the data is not that of the state; see `differences`. Also restores the generators from which a
+        `DataLoader` draws its order, including PyTorch's global one.
 
         Args:
             state: From `state()` of a feed over the same data with the same options.
 
         Raises:
-            DataError: If it is of another seed, beyond the end, or not a state.
+            DataError: It has another seed, is beyond the end, or is not a state.
         """
         if not _is_state(state):
             raise DataError(
-                f"HL404: A feed's state is a dict of whole numbers epoch, batch and seed; received {state!r}."
+                f"HL404: The state of a feed is a dict of whole numbers epoch, batch and seed; received {state!r}."
             )
         if self._any_seed:
             self._source.seed = state["seed"]
         if state["seed"] != self._source.seed:
             raise DataError(
-                f"HL405: The state is of a feed with seed={state['seed']}, this one has seed={self._source.seed}: the "
-                f"order of its examples would be another. Make it with seed={state['seed']}.",
+                f"HL405: The state is of a feed with seed={state['seed']}; this feed has seed={self._source.seed}.",
+                "The order of the examples would differ.",
+                f"Create the feed with seed={state['seed']}.",
             )
         if self.length is not None and state["batch"] > self.length:
             raise DataError(
                 f"HL406: The state is at batch {state['batch']}; this feed has {self.length} batches an epoch."
             )
-        differences = self.differences(state)
-        if differences:
+        if differences := self.differences(state):
             warn(
-                f"HL407: The data is not what it was when its position was saved: {'; '.join(differences)}. It goes on "
-                f"after {state['batch']} batches of epoch {state['epoch']} all the same; what it gives may have been "
-                "given before.",
+                f"HL407: The data has changed since its position was saved: {'; '.join(differences)}.",
+                f"The feed resumes after {state['batch']} batches of epoch {state['epoch']}, but its next batches may "
+                "hold examples that were used before.",
             )
-        position = state.get("source") if self._is_of_this_source(state) else None
-        self._source.restore(position, state["epoch"], state["batch"])
+        same_kind = state.get("data", {}).get("source", self.name) == self.name
+        self._source.restore(state.get("source") if same_kind else None, state["epoch"], state["batch"])
         self._at.epoch, self._at.batch, self._at.restored = state["epoch"], state["batch"], True
 
     def differences(self, state: Mapping[str, Any]) -> list[str]:
-        """What keeps this feed from going on exactly where a state of `state()` is.
+        """Compares the data with that of a state of `state()`, as far as both are known.
 
         Returns:
-            A phrase for each difference between these data and those of the state, as far as they are known; none if
-            it is the same. A source that has to be read again up to its position is none: see `seekable`.
+            A phrase for each difference; none if the data is the same. It is not a difference that a source must be
+            read again up to its position; see `seekable`.
         """
         then, now = state.get("data", {}), self._source.fingerprint()
         return [_difference(name, then[name], now[name]) for name in then if name in now and then[name] != now[name]]
 
     @property
     def name(self) -> str:
-        """What the data is, in words."""
+        """The kind of data, in words."""
         return self._source.name
 
     @property
     def seekable(self) -> bool:
-        """Whether any position is gone back to at once, in the same order each time. Else it is read up to there."""
+        """Whether any position is restored at once, with the same order each time. If not, it is read up to there."""
         return self._source.seekable
 
     @property
@@ -187,38 +187,31 @@ class Feed:
         return self._source.whole
 
     def peek(self) -> Batch:
-        """The first batch of a pass. The pass gives it again."""
-        return self._source.peek(self._at.epoch, self._look)
+        """The first batch of a pass. The pass yields it again."""
+        return self._source.peek(self._at.epoch, self._check)
 
     def stream(self) -> Iterator[Batch]:
-        """Pass after pass, without end where the source can be read again."""
+        """Pass after pass: without end, unless the source can be read only once."""
         while True:
             yield from self
             if not self._source.repeatable:
                 return
 
-    def _is_of_this_source(self, state: Mapping[str, Any]) -> bool:
-        return bool(state.get("data", {}).get("source", self.name) == self.name)
-
-    def _check_not_empty(self, given: int) -> None:
-        if given:
-            return
-        if self._at.epoch and not self._source.repeatable:
-            raise DataError(
-                f"HL408: {self._source.name} is exhausted: it gave its batches in the first epoch. Pass a function "
-                "that returns a new generator each time (without calling it), or set steps_per_epoch.",
-            )
-        raise DataError(f"HL409: The data is empty: {self._source.name} gave no batch.")
+    def _exhausted(self) -> DataError:
+        return DataError(
+            f"HL408: {self.name} is exhausted: it gave its batches in the first epoch.",
+            fix="Pass a function that returns a new generator each time (without calling it), or set steps_per_epoch.",
+        )
 
 
 @dataclasses.dataclass
 class _Position:
-    """Where a feed stands.
+    """The position of a feed.
 
     Attributes:
-        epoch: Epochs done.
-        batch: Batches given of the next.
-        restored: Whether the next iteration goes on from there, rather than begin the epoch.
+        epoch: Epochs finished.
+        batch: Batches yielded in the current epoch.
+        restored: Whether the next iteration continues from there, instead of beginning the epoch again.
     """
 
     epoch: int = 0
@@ -227,14 +220,12 @@ class _Position:
 
 
 def _is_state(state: Any) -> bool:
-    numbers = ("epoch", "batch", "seed")
-    if not isinstance(state, Mapping) or not set(numbers) <= set(state) <= {*numbers, "data", "source"}:
+    counts = {"epoch", "batch", "seed"}
+    if not isinstance(state, Mapping) or not counts <= set(state) <= counts | {"data", "source"}:
         return False
-    if not isinstance(state.get("data", {}), Mapping):
-        return False
-    whole: bool = all(isinstance(state[name], (int, np.integer)) for name in numbers)
-    return whole and not any(state[name] < 0 for name in ("epoch", "batch"))
+    whole = all(isinstance(state[name], numbers.Integral) for name in counts)
+    return whole and min(state["epoch"], state["batch"]) >= 0 and isinstance(state.get("data", {}), Mapping)
 
 
 def _difference(name: str, then: Any, now: Any) -> str:
-    return f"the {name} are others" if name.startswith("values of ") else f"{name} was {then} and is {now}"
+    return f"the {name} have changed" if name.startswith("values of ") else f"{name} was {then} and is {now}"

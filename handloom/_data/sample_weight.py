@@ -14,27 +14,23 @@ from handloom._keras import Tensor, keras
 from handloom.backends import backend
 from handloom.errors import DataError
 
-ops = keras.ops
-
 WEIGHTS = "the sample weights"
-"""What they are marked as, so that it is known whether a step uses them (see `Backend.marked`)."""
+"""The mark on them, by which it is known whether a step uses them (see `Backend.marked`)."""
 
 
 def weighed(data: Any) -> tuple[tuple[Any], Tensor | None]:
-    """A batch for a model's step, its sample weights marked if it is `(x, y, sample_weight)`; and their sum."""
+    """A batch for a model's step, with sample weights marked if it is `(x, y, sample_weight)`; and their sum."""
     if type(data) is not tuple or len(data) != 3:
         return (data,), None
     x, y, sample_weight = data
-    if not backend.is_array(sample_weight):
-        several = sample_weight is not None and optree.tree_structure(sample_weight) == optree.tree_structure(y)
-        return ((x, y, _marked(sample_weight)) if several else data,), None
-    if not _is_weight(sample_weight, y):
+    is_one = backend.is_array(sample_weight)
+    if not (_is_weight(sample_weight, y) if is_one else _is_like(sample_weight, y)):
         return (data,), None
-    return ((x, y, _marked(sample_weight)),), _sum(sample_weight)
+    return ((x, y, _marked(sample_weight)),), _sum(sample_weight) if is_one else None
 
 
 def weighed_at(batch: Sequence[Any], position: int | None) -> tuple[Sequence[Any], Tensor | None]:
-    """The parts of a batch, the sample weights at a position marked; and their sum."""
+    """The parts of a batch, with the sample weights at a position marked; and their sum."""
     if position is None or position >= len(batch) or batch[position] is None:
         return batch, None
     weights = batch[position]
@@ -42,11 +38,16 @@ def weighed_at(batch: Sequence[Any], position: int | None) -> tuple[Sequence[Any
 
 
 def _is_weight(sample_weight: Tensor, y: Any) -> bool:
-    """Whether the third part of a batch is weights. Of triplets, for example, it is not."""
+    """Whether the third part of a batch is weights. In a batch of triplets, for example, it is not."""
     shape = tuple(sample_weight.shape)
     per_example = len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)
     per_step = len(shape) == 2 and hasattr(y, "shape") and tuple(y.shape)[:2] == shape
     return per_example or per_step
+
+
+def _is_like(sample_weight: Any, y: Any) -> bool:
+    """Whether there are weights for each of several outputs."""
+    return sample_weight is not None and optree.tree_structure(sample_weight) == optree.tree_structure(y)
 
 
 def _marked(sample_weight: Any) -> Any:
@@ -54,18 +55,18 @@ def _marked(sample_weight: Any) -> Any:
 
 
 def _sum(sample_weight: Any) -> Tensor:
-    return ops.sum(ops.cast(sample_weight, keras.config.floatx()))
+    return keras.ops.sum(keras.ops.cast(sample_weight, keras.config.floatx()))
 
 
 def check_weights(weights: Sequence[np.ndarray], *, training: bool) -> None:
     """Checks the sample weights of a batch, or of all data.
 
     Args:
-        weights: As `weights_in` finds them.
-        training: Whether they are of one batch, to be trained on.
+        weights: From `weights_in`.
+        training: Whether they are the weights of one batch to train on.
 
     Raises:
-        DataError: If one is negative or not finite; in training also if all are zero.
+        DataError: A weight is negative or not finite; in training also if all are zero.
     """
     for array in weights:
         wrong = ~(np.isfinite(array) & (array >= 0))
@@ -73,27 +74,28 @@ def check_weights(weights: Sequence[np.ndarray], *, training: bool) -> None:
             first = tuple(map(int, np.argwhere(wrong)[0]))
             raise DataError(
                 f"HL410: sample_weight has {int(wrong.sum())} value(s) that are negative or not finite; the first is "
-                f"{array[first]} at {list(first)}. Weights say how much an example counts, 0 or more. For factors "
-                "with a sign, such as advantages, multiply the loss by them in a train_step of your own.",
+                f"{array[first]} at {list(first)}.",
+                "A weight, 0 or more, says how much an example counts.",
+                "For factors with a sign, such as advantages, multiply the loss by them in your own train_step.",
             )
     if training and weights and not any(array.any() for array in weights):
         raise DataError(
-            f"HL411: The sample_weight of a batch of {len(weights[0])} examples sums to zero: there is nothing in it "
-            "to learn from, and an optimizer with momentum or decay would move the model all the same. Leave out "
-            "examples that do not count: keep = sample_weight > 0; fit(x[keep], y[keep], "
+            f"HL411: The sample_weight of a batch of {len(weights[0])} examples sums to zero.",
+            "The batch teaches nothing, but an optimizer with momentum or decay would still change the model.",
+            "Leave out examples that do not count: keep = sample_weight > 0; fit(x[keep], y[keep], "
             "sample_weight=sample_weight[keep]).",
         )
 
 
 def weights_in(y: Any, sample_weight: Any) -> list[np.ndarray]:
-    """The arrays of weights, in host memory, in what was given to a model as such."""
+    """The arrays of weights, in host memory, in an argument of a model for sample weights."""
     arrays = [on_host(leaf) for leaf in optree.tree_leaves(sample_weight) if kind_of(leaf) == "dense"]
     several = len(arrays) > 1
     return [array for array in arrays if array.dtype.kind in "biuf" and (several or _is_weight(array, y))]
 
 
 def weights_in_batch(batch: Any) -> list[np.ndarray]:
-    """The same, in a batch of a source: only what can be nothing else, one weight for each example."""
+    """The same in a batch of a source: only arrays that can be nothing else, with one weight for each example."""
     if type(batch) is not tuple or len(batch) != 3:
         return []
     return [weights for weights in weights_in(None, batch[2]) if _is_weight(weights, None)]

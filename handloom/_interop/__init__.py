@@ -1,1 +1,1 @@
-"""Tensors and data of any library, whichever is the backend; models written for other runtimes."""
+"""Tensors and data of any library, on any backend; models exported for other runtimes."""

@@ -1,7 +1,7 @@
-"""Hugging Face's `datasets`: what a data set that is streamed cannot say of its own position.
+"""Hugging Face `datasets`: finds streams whose saved position is incomplete.
 
-Internals used: `IterableDataset._ex_iterable`, the chain of what is done with the examples, with the name of its one
-link that shuffles through a buffer. What is in the buffer is no part of `state_dict()`, so that examples would be lost.
+Uses internals: `IterableDataset._ex_iterable`, the chain of transformations of the examples, and the class name of the
+transformation that shuffles through a buffer. `state_dict()` does not include the buffer, so examples would be lost.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _BUFFERED = "BufferShuffledExamplesIterable"
 
 
 def forgets_a_buffer(data: Any) -> bool:
-    """Whether the state of a data set, or of a loader over one, leaves out examples it has read and not given."""
+    """Whether the state of a data set, or of a loader over one, omits examples that are read and not yet returned."""
     chain = getattr(data, "_ex_iterable", None) or getattr(getattr(data, "dataset", None), "_ex_iterable", None)
     return any(type(link).__name__ == _BUFFERED for link in _links(chain))
 

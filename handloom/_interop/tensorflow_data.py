@@ -1,4 +1,4 @@
-"""`tf.data`, whichever library is the backend: its iterators save where they stand into files, which are read here."""
+"""`tf.data` on any backend: TensorFlow saves the position of an iterator into files, which are read here."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 _FILES = {"index": "at.index", "data": "at.data-00000-of-00001"}
-"""What `tf.train.Checkpoint` writes under the name `at`."""
+"""The files that `tf.train.Checkpoint` writes under the name `at`."""
 
 
 class TensorFlowData:
     """Reads a `tf.data.Dataset`; see `Reader` in `handloom/_data/sources/stream.py`.
 
-    Buffers are part of a state: that of a shuffle is as large as what the shuffle holds.
+    A state includes the buffers: that of a shuffle is as large as the examples in its buffer.
     """
 
     def __init__(self, data: Any) -> None:
@@ -26,9 +26,9 @@ class TensorFlowData:
 
     @property
     def exact(self) -> bool | None:
-        """No with Python functions in the pipeline, or random operations: TensorFlow refuses to save these."""
+        """`False` with Python functions or random operations in the pipeline: TensorFlow cannot save these."""
         if self._exact is None and self._iterator is not None:
-            self._exact = self._saved() is not None
+            self.state()
         return self._exact
 
     def begin(self) -> Iterator[Any]:
@@ -36,34 +36,30 @@ class TensorFlowData:
         return iter(self._iterator)
 
     def state(self) -> dict[str, bytes] | None:
-        saved = self._saved()
-        self._exact = saved is not None
-        return saved
+        self._exact = False
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                self._checkpoint(self._iterator).write(f"{directory}/at")
+            except self._tf.errors.OpError:
+                return None
+            self._exact = True
+            return {name: (Path(directory) / file).read_bytes() for name, file in _FILES.items()}
 
-    def go_on(self, state: dict[str, bytes], batch: int | None) -> Iterator[Any] | None:
+    def resume(self, state: dict[str, bytes], batch: int | None) -> Iterator[Any] | None:
         iterator = iter(self._data)
         with tempfile.TemporaryDirectory() as directory:
             for name, file in _FILES.items():
                 (Path(directory) / file).write_bytes(state[name])
             self._checkpoint(iterator).read(f"{directory}/at").assert_consumed()
         self._iterator = iterator
-        # Between passes, too: what a shuffle draws its next order from stands where it stood.
+        # Read between two passes too: it restores the generator from which a shuffle draws its next order.
         return None if batch is None else iterator
-
-    def _saved(self) -> dict[str, bytes] | None:
-        """What the iterator says of itself, `None` if it can't."""
-        with tempfile.TemporaryDirectory() as directory:
-            try:
-                self._checkpoint(self._iterator).write(f"{directory}/at")
-            except self._tf.errors.OpError:
-                return None
-            return {name: (Path(directory) / file).read_bytes() for name, file in _FILES.items()}
 
     def _checkpoint(self, iterator: Any) -> Any:
         return self._tf.train.Checkpoint(iterator=iterator)
 
 
 def tensorflow_data(data: Any) -> TensorFlowData | None:
-    """What reads data that is a `tf.data.Dataset`."""
+    """The reader of a `tf.data.Dataset`; `None` for any other data."""
     tf = sys.modules.get("tensorflow")
     return TensorFlowData(data) if tf is not None and isinstance(data, tf.data.Dataset) else None

@@ -1,4 +1,4 @@
-"""Tensors of the three libraries, whichever of them is the backend: what they are, and what they hold on the host."""
+"""Tensors of JAX, TensorFlow and PyTorch on any backend: their library, their kind, and their values on the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LIBRARIES = ("jax", "tensorflow", "torch")
 
 
 def library_of(leaf: Any) -> str | None:
-    """The library that a tensor is of, `None` for anything else. None is imported for that: then there is no tensor."""
+    """The library of a tensor; `None` for anything else. Imports nothing: no tensor exists before its library does."""
     loaded = {name: sys.modules[name] for name in LIBRARIES if sys.modules.get(name)}
     if "torch" in loaded and isinstance(leaf, loaded["torch"].Tensor):
         return "torch"
@@ -26,12 +26,10 @@ def library_of(leaf: Any) -> str | None:
 
 def kind_of(leaf: Any) -> str:
     """How a tensor of any library holds its values: `"dense"`, `"sparse"` or `"ragged"`."""
-    if type(leaf).__name__ == "SparseTensor" or _is_jax_sparse(leaf):
-        return "sparse"
     if type(leaf).__name__ == "RaggedTensor" or getattr(leaf, "is_nested", False):
         return "ragged"
-    layout = getattr(leaf, "layout", None)
-    return "sparse" if str(layout).startswith("torch.sparse") else "dense"
+    is_sparse = type(leaf).__name__ == "SparseTensor" or _is_jax_sparse(leaf)
+    return "sparse" if is_sparse or str(getattr(leaf, "layout", "")).startswith("torch.sparse") else "dense"
 
 
 def dense_on_host(tensor: Any) -> np.ndarray:
@@ -39,16 +37,15 @@ def dense_on_host(tensor: Any) -> np.ndarray:
     if library_of(tensor) != "torch":
         return np.asarray(tensor)
     tensor = tensor.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # Which torch does not give to NumPy.
+    if str(tensor.dtype) == "torch.bfloat16":  # PyTorch does not convert it to NumPy.
         return np.asarray(tensor.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16))
     return np.asarray(tensor.numpy())
 
 
 def sparse_on_host(tensor: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """A sparse tensor of any library by coordinates: indices `(stored, axes)`, values `(stored,)`, and its shape."""
+    """Indices `(stored, axes)`, values `(stored,)` and shape of a sparse tensor of any library."""
     shape = tuple(int(size) for size in tensor.shape)
-    library = library_of(tensor)
-    if library == "torch":
+    if (library := library_of(tensor)) == "torch":
         tensor = tensor.detach().to_sparse_coo().coalesce()
         return dense_on_host(tensor.indices().T), dense_on_host(tensor.values()), shape
     values = tensor.data if library == "jax" else tensor.values
@@ -56,15 +53,15 @@ def sparse_on_host(tensor: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]
 
 
 def tensor_of(library: str, array: np.ndarray, *, copy: bool = True) -> Any:
-    """A dense tensor of a library, on the host; of torch's one that shares the memory of the array, unless copied.
+    """Makes a dense tensor of a library, on the host. Without `copy`, a PyTorch tensor shares the memory of the array.
 
     Raises:
-        ImportError: If the library is not installed.
+        ImportError: The library is not installed.
     """
     module = importlib.import_module(library)
     if library == "torch":
         array = array.copy() if copy else array
-        if array.dtype == ml_dtypes.bfloat16:  # Which torch does not take from NumPy.
+        if array.dtype == ml_dtypes.bfloat16:  # PyTorch does not convert it from NumPy.
             return module.from_numpy(array.view(np.int16)).view(module.bfloat16)
         return module.from_numpy(array)
     return module.constant(array) if library == "tensorflow" else module.numpy.asarray(array)

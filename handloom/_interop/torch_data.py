@@ -1,48 +1,34 @@
-"""Torch's `DataLoader`, whichever library is the backend: positioned by its sampler, without reading what was given.
+"""PyTorch's `DataLoader` on any backend: its position is restored without reading the examples before it.
 
-What a pass gives follows from the order in which the sampler names examples, and that from the generators it draws
-from. Where these stood before is saved; to go on, the same order is drawn again, and its first part left out.
+The order in which the sampler lists the examples decides the batches of a pass, and it follows from the generators that
+the sampler draws from. The state of these generators before the pass is saved; to resume, the same order is drawn again
+and its first batches are skipped.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Those of torch, which draw from torch's generators and from nothing else.
-_SAMPLERS = {
-    "DistributedSampler",
-    "RandomSampler",
-    "SequentialSampler",
-    "SubsetRandomSampler",
-    "WeightedRandomSampler",
-}
-_OPTIONS = (
-    "num_workers",
-    "collate_fn",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",
-    "prefetch_factor",
-    "persistent_workers",
-    "in_order",
-)
+# Samplers of PyTorch, which draw from PyTorch's generators and from nothing else.
+_SAMPLERS = {f"{kind}Sampler" for kind in ("Distributed", "Random", "Sequential", "SubsetRandom", "WeightedRandom")}
+# Options of a `DataLoader` that its sampler of batches replaces.
+_REPLACED = {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
 
 
 def seed_sources_of_data(seed: int) -> None:
-    """Seeds the generator that a `DataLoader` draws its order from; that of `tf.data` is seeded by Keras."""
+    """Seeds the generator that a `DataLoader` draws its order from. Keras seeds that of `tf.data`."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
 
 
 def torch_data(data: Any) -> TorchData | None:
-    """What reads data that is a `DataLoader` over numbered examples, in an order that is torch's own to draw."""
+    """The reader of a `DataLoader` over numbered examples with a sampler of PyTorch; `None` for any other data."""
     utils = getattr(sys.modules.get("torch"), "utils", None)
-    # No subclass, which may do anything.
+    # Subclasses are left out: they may do anything.
     if utils is None or type(data) is not utils.data.DataLoader:
         return None
     if type(data.batch_sampler) is not utils.data.BatchSampler:
@@ -59,9 +45,11 @@ class TorchData:
 
     def __init__(self, data: Any) -> None:
         own = (data.generator, getattr(data.batch_sampler.sampler, "generator", None))
-        self._generators = _Generators(own)
+        distinct = {id(generator): generator for generator in own if generator is not None}
+        self._generators = [sys.modules["torch"].default_generator, *distinct.values()]
         self._order = _Order(data.batch_sampler, self._generators)
-        options = {name: getattr(data, name) for name in _OPTIONS}
+        names = inspect.signature(type(data)).parameters.keys() - _REPLACED
+        options = {name: getattr(data, name) for name in names}
         self._loader = type(data)(data.dataset, batch_sampler=self._order, **options)
 
     def begin(self) -> Iterator[Any]:
@@ -69,30 +57,35 @@ class TorchData:
         return iter(self._loader)
 
     def state(self) -> dict[str, Any]:
-        return {"now": self._generators.state(), "drawn_from": self._order.drawn_from}
+        return {"now": _states(self._generators), "drawn_from": self._order.drawn_from}
 
-    def go_on(self, state: dict[str, Any], batch: int | None) -> Iterator[Any] | None:
+    def resume(self, state: dict[str, Any], batch: int | None) -> Iterator[Any] | None:
         now, drawn_from = state["now"], state["drawn_from"]
-        self._generators.set(now)
+        _set(self._generators, now)
         if batch is None:
             return None
         self._order.begin(drawn_from, batch)
         iterator: Iterator[Any] = iter(self._loader)
-        # That drew a seed for workers, as it had been drawn before. Generators of the loader's own stand right, or will
-        # as soon as the order is drawn.
-        self._generators.set(now if drawn_from is None else now[:1])
+        # The loader has just drawn a seed for its workers, which the saved states already include. Generators of its
+        # own are in the right state, or will be as soon as the order is drawn.
+        _set(self._generators, now if drawn_from is None else now[:1])
         return iterator
 
 
 class _Order:
-    """A sampler of batches, from one of them on. Asked by the loader, perhaps before the batches are."""
+    """A sampler of batches that begins at a given batch. The loader may ask for it before it reads any batch.
 
-    def __init__(self, sampler: Any, generators: _Generators) -> None:
+    Args:
+        sampler: The original sampler of batches.
+        generators: The generators that it may draw from: PyTorch's global generator, then those of the loader.
+    """
+
+    def __init__(self, sampler: Any, generators: Sequence[Any]) -> None:
         self._sampler, self._generators = sampler, generators
         self.begin()
 
     def begin(self, drawn_from: list[Any] | None = None, batch: int = 0) -> None:
-        """Has the next pass begin with that batch, in the order that such generators draw; by default as they stand."""
+        """Makes the next pass begin at a batch, in the order drawn from these states, by default the current ones."""
         self.drawn_from, self._batch = drawn_from, batch
 
     def __len__(self) -> int:
@@ -100,29 +93,23 @@ class _Order:
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.drawn_from is None:
-            self.drawn_from = self._generators.state()
+            self.drawn_from = _states(self._generators)
             yield from self._sampler
             return
-        now = self._generators.state()
-        self._generators.set(self.drawn_from)
+        now = _states(self._generators)
+        _set(self._generators, self.drawn_from)
         order = itertools.islice(self._sampler, self._batch, None)
         first = list(itertools.islice(order, 1))
-        self._generators.set(now[:1])  # Others draw from that one too; where it stands is no matter of the order.
+        _set(self._generators, now[:1])  # Other code draws from the global generator too; the order is drawn by now.
         yield from first
         yield from order
 
 
-class _Generators:
-    """What a loader may draw from: torch's own generator, then those that it was given."""
+def _states(generators: Sequence[Any]) -> list[Any]:
+    return [generator.get_state() for generator in generators]
 
-    def __init__(self, own: Sequence[Any]) -> None:
-        distinct = {id(generator): generator for generator in own if generator is not None}
-        self._all = [sys.modules["torch"].default_generator, *distinct.values()]
 
-    def state(self) -> list[Any]:
-        return [generator.get_state() for generator in self._all]
-
-    def set(self, states: Sequence[Any]) -> None:
-        """Sets as many of them as there are states."""
-        for generator, state in zip(self._all, states, strict=False):
-            generator.set_state(state)
+def _set(generators: Sequence[Any], states: Sequence[Any]) -> None:
+    """Sets as many generators as there are states."""
+    for generator, state in zip(generators, states, strict=False):
+        generator.set_state(state)

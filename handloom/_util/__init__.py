@@ -1,1 +1,1 @@
-"""Small tools that every wing uses: argument checks, `every`, progress, findings, patches of other libraries."""
+"""Small tools for all packages: argument checks, `every`, progress, findings, patches of other libraries."""

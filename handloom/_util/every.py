@@ -72,26 +72,20 @@ def every(*, steps: int | None = None, epochs: int | None = None, seconds: float
     given = {"steps": steps, "epochs": epochs, "seconds": seconds}
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
-        received = chosen or "none"
         raise ArgumentError(
-            f"HL010: hl.every() takes exactly one of steps=, epochs= and seconds=; received {received}.",
+            f"HL010: hl.every() takes exactly one of steps=, epochs= and seconds=; received {chosen or 'none'}.",
             fix="For example: hl.every(epochs=1).",
         )
-    if seconds is not None:
-        positive_number("hl.every", seconds=seconds)
-    elif steps is not None:
-        whole_number("hl.every", steps=steps)
-    else:
-        whole_number("hl.every", epochs=epochs)
+    check = whole_number if seconds is None else positive_number
+    check("hl.every", **chosen)
     return Every(steps=steps, epochs=epochs, seconds=seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class AfterEpochs:
-    """A schedule of the ends of given epochs, counted from 1; it has the interface of `Every`."""
+    """A schedule of the ends of given epochs, counted from 1; it is due like `Every`."""
 
     epochs: frozenset[int]
-    is_within_epochs = False
 
     def due(self, progress: Progress, seconds_since: float = 0.0) -> bool:
         """Whether one of these epochs ends now."""

@@ -6,7 +6,6 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 from handloom._util.listeners import Listeners
 from handloom._util.source_line import users_frame
@@ -15,7 +14,7 @@ from handloom.errors import ArgumentError, Finding, HandloomError, HandloomWarni
 
 _silenced: Switch[frozenset[str]] = Switch(frozenset())
 _strict = Switch(False)
-_collected: ContextVar[list[Finding] | None] = ContextVar("collected", default=None)
+_collected: Switch[list[Finding] | None] = Switch(None)
 
 given = Listeners()
 """Functions that are called with each finding of a warning that is not silenced."""
@@ -25,7 +24,7 @@ def warn(saw: str, why: str = "", fix: str = "", category: type[HandloomWarning]
     """Warns the user, at the line of their code that the warning is about.
 
     Args:
-        saw: The code and what was seen: `"HL210: What was seen."`
+        saw: The code and what was seen: `"HL210: Something was seen."`
         why: Why it is wrong.
         fix: What to do instead.
         category: The class of the warning.
@@ -36,10 +35,9 @@ def warn(saw: str, why: str = "", fix: str = "", category: type[HandloomWarning]
     place = frame.f_code.co_filename, frame.f_lineno
     warning = category(saw, why, fix, at=place)
     given.tell(warning.finding)
-    collected = _collected.get()
     if _strict.get():
         raise HandloomError(saw, why, fix, at=place)
-    if collected is not None:
+    if (collected := _collected.get()) is not None:
         collected.append(warning.finding)
     else:
         registry = frame.f_globals.setdefault("__warningregistry__", {})
@@ -83,11 +81,9 @@ def collect() -> Iterator[list[Finding]]:
         A list that is filled while the block runs. If a `HandloomError` ends the block, its finding is the last.
     """
     findings: list[Finding] = []
-    token = _collected.set(findings)
     try:
-        yield findings
+        with _collected.here(findings):
+            yield findings
     except HandloomError as error:
         findings.append(error.finding)
         raise
-    finally:
-        _collected.reset(token)

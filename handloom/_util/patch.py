@@ -34,12 +34,13 @@ class Patch(contextlib.ContextDecorator):
         self._depth: ContextVar[int] = ContextVar("depth", default=0)
         self._when = when or self._is_entered
         self._users = 0
-        self._installed: list[_Installed] = []
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         with _LOCK:
             if not self._users:
-                self._installed = [_Installed(*replacement, self._when) for replacement in self._replacements]
+                for replacement in self._replacements:
+                    self._undo.callback(_replace(*replacement, self._when))
             self._users += 1
         self._depth.set(self._depth.get() + 1)
 
@@ -48,31 +49,22 @@ class Patch(contextlib.ContextDecorator):
         with _LOCK:
             self._users -= 1
             if not self._users:
-                for installed in reversed(self._installed):
-                    installed.remove()
+                self._undo.close()
 
     def _is_entered(self) -> bool:
         return self._depth.get() > 0
 
 
-class _Installed:
-    """One replaced attribute; see `Patch`."""
-
-    def __init__(self, owner: Any, name: str, make: Callable[[Any], Any], when: Callable[[], bool]) -> None:
-        self._owner, self._name = owner, name
-        self._is_own = name in vars(owner)
-        self._original = vars(owner)[name] if self._is_own else getattr(owner, name)
-        setattr(owner, name, _either(self._original, make, when))
-
-    def remove(self) -> None:
-        if self._is_own:
-            setattr(self._owner, self._name, self._original)
-        else:
-            delattr(self._owner, self._name)
+def _replace(owner: Any, name: str, make: Callable[[Any], Any], when: Callable[[], bool]) -> Callable[[], None]:
+    """Replaces an attribute; returns a function that restores it."""
+    is_own = name in vars(owner)
+    original = vars(owner)[name] if is_own else getattr(owner, name)
+    setattr(owner, name, _either(original, make, when))
+    return functools.partial(setattr, owner, name, original) if is_own else functools.partial(delattr, owner, name)
 
 
 def _either(original: Any, make: Callable[[Any], Any], when: Callable[[], bool]) -> Any:
-    """Is the replacement where `when()` holds, and the original elsewhere."""
+    """An object that is the replacement where `when()` holds, and the original elsewhere."""
     if isinstance(original, property):
         return property(_either(original.fget, make, when), original.fset, original.fdel, original.__doc__)
     replacement = make(original)

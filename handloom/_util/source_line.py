@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import linecache
 import os
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -39,19 +39,11 @@ def shown(place: tuple[str, int] | None) -> str:
 
 def users_frame() -> FrameType:
     """The innermost frame of the user's code on the call stack; if there is none, the innermost that is not ours."""
-    frame = inspect.currentframe()
-    assert frame is not None
-    other = last = None
-    try:
-        while frame is not None and not _is_users(frame.f_code.co_filename):
-            if other is None and not _is_ours(frame.f_code.co_filename):
-                other = frame
-            frame, last = frame.f_back, frame
-        found = frame or other or last
-        assert found is not None
-        return found
-    finally:
-        del frame, other, last  # A frame that refers to itself would keep all it holds alive.
+    # Beginning with the caller's frame: a frame whose variables refer to itself would keep all it holds alive.
+    frames = [frame for frame, _ in traceback.walk_stack(sys._getframe(1))]
+    foreign = [frame for frame in frames if not _is_ours(frame.f_code.co_filename)]
+    users = [frame for frame in foreign if _is_users(frame.f_code.co_filename)]
+    return (users or foreign or frames[-1:])[0]
 
 
 def _is_ours(file: str) -> bool:

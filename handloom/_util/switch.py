@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -19,12 +19,11 @@ class Switch(Generic[T]):
 
     def __init__(self, value: T) -> None:
         self._everywhere = value
-        self._here: ContextVar[tuple[T, ...]] = ContextVar("here", default=())
+        self._here: ContextVar[T] = ContextVar("here")
 
     def get(self) -> T:
         """The value in the caller's context."""
-        here = self._here.get()
-        return here[-1] if here else self._everywhere
+        return self._here.get(self._everywhere)
 
     def set(self, value: T) -> contextlib.AbstractContextManager[None]:
         """Sets the value from now on: for the caller's block, or, outside of any, for the process.
@@ -32,25 +31,27 @@ class Switch(Generic[T]):
         Returns:
             A context manager. If it is used, the value holds only inside its block, and only for this thread.
         """
-        here, everywhere = self._here.get(), self._everywhere
-        if here:
-            self._here.set((*here[:-1], value))
-        else:
-            self._everywhere = value
-        return self._instead(value, here, everywhere)
+        before = self.get()
+        self._assign(value)
+        return self._instead(value, before)
 
     @contextlib.contextmanager
     def here(self, value: T) -> Iterator[None]:
         """Sets the value for a block of this thread."""
-        token = self._here.set((*self._here.get(), value))
+        token = self._here.set(value)
         try:
             yield
         finally:
             self._here.reset(token)
 
+    def _assign(self, value: T) -> None:
+        if self._here in copy_context():
+            self._here.set(value)
+        else:
+            self._everywhere = value
+
     @contextlib.contextmanager
-    def _instead(self, value: T, here: tuple[T, ...], everywhere: T) -> Iterator[None]:
-        self._here.set(here)
-        self._everywhere = everywhere
+    def _instead(self, value: T, before: T) -> Iterator[None]:
+        self._assign(before)
         with self.here(value):
             yield

@@ -1,4 +1,4 @@
-"""What a stream of Hugging Face's leaves out of its state is noticed, wherever it is in the chain."""
+"""Hugging Face streams whose state omits a buffer are found, wherever the buffer is in the chain."""
 
 import numpy as np
 import pytest
@@ -27,17 +27,17 @@ def shuffled():
         lambda: datasets.concatenate_datasets([shuffled(), stream()]).take(10),
     ],
 )
-def test_a_shuffle_through_a_buffer_is_found(make):
+def test_forgets_a_buffer_finds_a_shuffle_through_a_buffer(make):
     assert forgets_a_buffer(make())
 
 
 @pytest.mark.parametrize("make", [stream, lambda: stream().batch(4), lambda: stream().map(lambda row: row), list])
-def test_where_there_is_none_none_is_found(make):
+def test_forgets_a_buffer_finds_nothing_elsewhere(make):
     assert not forgets_a_buffer(make())
 
 
-def test_such_a_state_does_leave_examples_out():
-    # If this fails, the library has learned it, and all this can go.
+def test_state_of_a_buffered_stream_loses_examples():
+    # If this fails, the library saves its buffers, and `forgets_a_buffer` can go.
     data = shuffled().batch(4)
     iteration = iter(data)
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""PyTorch: what its exporter needs; that models are exported is in `tests/model/test_export.py`."""
+"""PyTorch: the patch that its exporter needs. `tests/model/test_export.py` exports models."""
 
 import warnings
 
@@ -9,7 +9,7 @@ from handloom._interop import onnx_torch as ours
 
 
 class Normalized(torch.nn.Module):
-    """As Keras normalizes: over a size that is asked of the input."""
+    """Normalizes as Keras does, over a size taken from the input."""
 
     def forward(self, x):
         return torch.nn.functional.layer_norm(x, (x.shape[1],))
@@ -21,12 +21,12 @@ def export(path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_torch_alone_cannot_export_a_size_that_is_asked_for(tmp_path):
+def test_torch_cannot_export_a_size_taken_from_the_input(tmp_path):
     with pytest.raises(torch.onnx.errors.SymbolicValueError):
         export(tmp_path / "model.onnx")
 
 
-def test_it_is_exported_without_a_word_and_all_is_put_back(tmp_path):
+def test_exportable_exports_without_a_warning_and_restores_all(tmp_path):
     original, filters = torch.nn.functional.layer_norm, list(warnings.filters)
     with ours.exportable():
         export(tmp_path / "model.onnx")

@@ -1,4 +1,4 @@
-"""Plain loaders of torch: gone back to by the order of their examples, without reading."""
+"""PyTorch's `DataLoader`: its position is restored by the order of the examples, without reading."""
 
 import pytest
 
@@ -20,7 +20,7 @@ class Numbers(data.Dataset):
 
 
 class Drawing(Numbers):
-    """Examples that are changed at random, as pictures are."""
+    """Examples that change at random, as augmented images do."""
 
     def __getitem__(self, index):
         return index + torch.rand(())
@@ -54,7 +54,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("drawing", [False, True])
 @pytest.mark.parametrize("order", ORDERS)
-def test_any_position_of_any_order_is_gone_back_to(order, drawing):
+def test_torch_data_resumes_any_order_at_any_position(order, drawing):
     def reader():
         return torch_data(data.DataLoader(Drawing() if drawing else Numbers(), 8, **ORDERS[order]()))
 
@@ -68,12 +68,12 @@ def test_any_position_of_any_order_is_gone_back_to(order, drawing):
     for number, state in enumerate(states, 1):
         torch.manual_seed(2)
         other = reader()
-        assert read(other.go_on(state, number)) == given[number:]
-        if not drawing or number == len(states):  # Between two passes nothing else drew here.
+        assert read(other.resume(state, number)) == given[number:]
+        if not drawing or number == len(states):  # Within a pass, the examples drew random numbers too.
             assert read(other.begin()) == second
 
 
-def test_it_gives_what_the_loader_itself_gives():
+def test_torch_data_gives_the_batches_of_the_loader():
     torch.manual_seed(1)
     own = read(data.DataLoader(Numbers(), 8, shuffle=True))
     torch.manual_seed(1)
@@ -109,5 +109,5 @@ class Loader(data.DataLoader):
     ],
     ids=["own sampler", "own batches", "no batches", "stream", "own loader", "no loader"],
 )
-def test_of_others_nothing_is_known(loader):
+def test_torch_data_is_none_for_other_data(loader):
     assert torch_data(loader()) is None

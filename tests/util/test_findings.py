@@ -1,4 +1,4 @@
-"""Findings: each has its line, and warnings may be silenced, collected, or made errors."""
+"""Findings: each has its line; warnings can be silenced, collected, or turned into errors."""
 
 import pickle
 import warnings
@@ -19,10 +19,10 @@ def line_of(finding):
         return file.readlines()[finding.lineno - 1].strip()
 
 
-def test_a_warning_carries_its_finding_and_shows_its_line_and_code():
-    with pytest.warns(HandloomWarning) as told:
+def test_warn_carries_its_finding_and_shows_its_line_and_code():
+    with pytest.warns(HandloomWarning) as warned:
         warn("HL999: Something was seen.", "It is wrong.", "Do this.")
-    [warning] = told
+    [warning] = warned
     assert str(warning.message) == "Something was seen. It is wrong. Do this. [HL999]"
     assert warning.message.finding == Finding(
         "HL999", __file__, warning.lineno, "Something was seen.", "It is wrong.", "Do this."
@@ -33,7 +33,7 @@ def test_a_warning_carries_its_finding_and_shows_its_line_and_code():
         warn("HL999: Seen.", category=FallbackWarning)
 
 
-def test_an_error_carries_its_finding_and_survives_pickling():
+def test_error_carries_its_finding_and_can_be_pickled():
     def fails():
         return DataError("HL999: Something was seen.", fix="Do this.")
 
@@ -44,32 +44,32 @@ def test_an_error_carries_its_finding_and_survives_pickling():
     assert (type(copied), str(copied), copied.finding) == (DataError, str(error), error.finding)
 
 
-def test_the_line_of_an_error_is_the_users_where_libraries_stand_in_between():
+def test_error_has_the_line_of_the_user_behind_libraries():
     with pytest.raises(HandloomError) as caught:
         keras.tree.map_structure(lambda leaf: hl.every(steps=leaf), [0])
     assert line_of(caught.value.finding).startswith("keras.tree.map_structure(")
 
 
-def test_a_warning_of_a_step_is_at_the_call_of_fit_or_in_the_step():
-    with pytest.warns(HandloomWarning) as told:
+def test_warn_of_a_step_has_the_line_of_fit_or_of_the_step():
+    with pytest.warns(HandloomWarning) as warned:
         hl.fit(lambda x, sample_weight: {}, (np.ones(3), np.ones(3)), verbose=0)
-    assert line_of(told[0].message.finding).startswith("hl.fit(")
+    assert line_of(warned[0].message.finding).startswith("hl.fit(")
     layer, optimizer = keras.layers.Dense(1, dtype="mixed_float16"), keras.optimizers.SGD()
 
     def step(x):
         return hl.minimize(lambda: ops.mean(layer(x)), layer, optimizer)
 
-    with pytest.warns(HandloomWarning, match="float16") as told, hl.run_eagerly(True):
+    with pytest.warns(HandloomWarning, match="float16") as warned, hl.run_eagerly(True):
         hl.function(step)(np.ones((2, 2), "float32"))
-    assert line_of(told[0].message.finding).startswith("return hl.minimize(")
+    assert line_of(warned[0].message.finding).startswith("return hl.minimize(")
 
 
 def shown():
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         warn("HL998: Seen.")
         warn("HL999: Seen.")
-    return [warning.message.finding.code for warning in told]
+    return [warning.message.finding.code for warning in warned]
 
 
 def test_silence_holds_for_a_block_of_one_thread():
@@ -81,12 +81,12 @@ def test_silence_holds_for_a_block_of_one_thread():
     assert shown() == ["HL998", "HL999"]
 
 
-def test_silence_holds_for_good_where_it_is_no_block(monkeypatch):
+def test_silence_holds_in_the_process_if_it_is_not_a_block():
     undone = hl.checks.silence("HL999")
     try:
         assert shown() == in_a_thread(shown) == ["HL998"]
     finally:
-        with undone:  # Leaving the block is as before the call.
+        with undone:  # After the block, all is as before the call.
             pass
     assert shown() == ["HL998", "HL999"]
 
@@ -120,7 +120,7 @@ def test_collect_takes_warnings_and_the_error_that_ends_the_block():
     assert [finding.saw for finding in findings] == ["Three."]
 
 
-def test_given_hears_what_is_collected_and_shown_and_not_what_is_silenced():
+def test_given_receives_findings_that_are_collected_or_shown_but_not_silenced_ones():
     heard = []
     with given.added(heard.append):
         shown()

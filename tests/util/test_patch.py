@@ -1,4 +1,4 @@
-"""Patches: what is replaced, for whom, and that it is put back."""
+"""Patches: attributes are replaced for the code that enters them, and restored afterwards."""
 
 import types
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.once
 
 
 class Base:
-    """Something of another library's."""
+    """A class of another library."""
 
     size = types.SimpleNamespace(unit="metre")
 
@@ -25,7 +25,7 @@ class Base:
 
 
 class Derived(Base):
-    """Inherits all it has."""
+    """Inherits all attributes."""
 
 
 def louder(original):
@@ -50,7 +50,7 @@ def seen():
 PATCHED, ORIGINAL = ("base!", 11, 1, "foot"), ("base", 1, 1, "metre")
 
 
-def test_a_patch_replaces_methods_properties_and_objects_inside_and_leaves_the_very_same_ones():
+def test_patch_replaces_methods_properties_and_objects_and_restores_the_same_ones():
     before = attributes()
     with PATCH:
         assert seen() == PATCHED
@@ -62,7 +62,7 @@ def test_a_patch_replaces_methods_properties_and_objects_inside_and_leaves_the_v
     assert all(now is then for now, then in zip(attributes(), before, strict=True))
 
 
-def test_a_patch_decorates_a_function_which_may_call_itself():
+def test_patch_decorates_a_function_that_calls_itself():
     @PATCH
     def count(n):
         return [Base().name(), *count(n - 1)] if n else []
@@ -71,13 +71,13 @@ def test_a_patch_decorates_a_function_which_may_call_itself():
     assert Base().name() == "base"
 
 
-def test_other_threads_get_the_original_of_a_patched_attribute():
+def test_patch_leaves_other_threads_the_original():
     with PATCH:
         assert in_a_thread(seen) == ORIGINAL
 
 
-def test_two_threads_that_overlap_in_a_patch_each_get_theirs_and_leave_nothing():
-    """A in, B in, A out, B out: with a stack of replacements, A's would be left behind, and B blind."""
+def test_patch_serves_two_threads_that_overlap_and_restores_the_original():
+    """A in, B in, A out, B out: a stack of replacements would leave that of A behind, and none for B."""
     before, found = attributes(), []
 
     def one():
@@ -100,8 +100,8 @@ def test_two_threads_that_overlap_in_a_patch_each_get_theirs_and_leave_nothing()
     assert all(now is then for now, then in zip(attributes(), before, strict=True))
 
 
-def test_a_patch_may_be_told_when_its_caller_is_inside():
-    """Where contexts do not reach: autograd runs backward passes in threads of its own."""
+def test_patch_with_when_replaces_for_the_callers_that_it_chooses():
+    """For code that contexts do not reach: autograd runs backward passes in threads of its own."""
     inside = []
     patch = Patch((Base, "name", louder), when=lambda: bool(inside))
     with patch:

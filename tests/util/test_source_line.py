@@ -1,4 +1,4 @@
-"""Which line of the user's something is about."""
+"""The line of the user's code that an error or warning is about."""
 
 import json
 from pathlib import Path
@@ -31,40 +31,38 @@ def caught():
     raise AssertionError
 
 
-def test_the_frames_of_an_error_begin_outermost():
-    frames = list(frames_of(caught()))
+def test_frames_of_an_error_begin_outermost_and_place_in_takes_the_users_innermost_line():
+    frames, line = frames_of(caught()), failing.__code__.co_firstlineno + 1
     assert frames[0][0] == __file__
-    assert frames[1] == (__file__, failing.__code__.co_firstlineno + 1)
+    assert frames[1] == (__file__, line)
     assert Path(frames[-1][0]).name == "decoder.py"
+    assert shown_in(frames) == f'{__file__}, line {line}: json.loads("{{")  # The culprit.'
 
 
-def test_the_users_innermost_line_is_named_with_its_code():
-    line = failing.__code__.co_firstlineno + 1
-    assert shown_in(frames_of(caught())) == f'{__file__}, line {line}: json.loads("{{")  # The culprit.'
-
-
-def test_lines_of_ours_of_libraries_and_of_python_are_passed_over():
+def test_place_in_skips_handloom_libraries_and_python():
     frames = [(__file__, 1), (OURS, 1), (LIBRARY, 1), (STANDARD, 1), ("<frozen importlib>", 1)]
-    assert shown_in(frames) == f'{__file__}, line 1: """Which line of the user\'s something is about."""'
+    assert (
+        shown_in(frames) == f'{__file__}, line 1: """The line of the user\'s code that an error or warning is about."""'
+    )
     assert shown_in(frames[1:]) == "(line unknown)"
     assert shown_in([]) == "(line unknown)"
 
 
-def test_a_recipe_is_somebodys_own():
+def test_place_in_counts_recipes_as_the_users_code():
     recipe = str(Path(handloom.__file__).parent / "recipes" / "digits.py")
     assert shown_in([(__file__, 1), (recipe, 1)]).startswith(f"{recipe}, line 1: ")
 
 
-def test_a_line_that_cannot_be_read_is_named_all_the_same():
+def test_shown_names_a_line_that_cannot_be_read():
     assert shown_in([("<stdin>", 7)]) == "<stdin>, line 7: "
 
 
-def test_a_folder_whose_name_begins_as_ours_is_the_users():
+def test_place_in_counts_a_folder_whose_name_begins_like_handlooms_as_the_users():
     beside = str(Path(handloom.__file__).parent) + "_experiments"
     assert shown_in([(f"{beside}/train.py", 1)]).startswith(beside)
 
 
-def test_users_frame_passes_over_libraries():
+def test_users_frame_skips_libraries():
     [frame] = map(lambda _: users_frame(), [0])  # noqa: C417
     assert frame.f_code.co_name == "<lambda>"
     found = json.loads("{}", object_hook=lambda _: users_frame().f_code.co_filename)

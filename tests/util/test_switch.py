@@ -1,4 +1,4 @@
-"""Switches: one value everywhere, another in a block of one thread."""
+"""Switches: one value for the process, another in a block of one thread."""
 
 import pytest
 
@@ -8,13 +8,13 @@ from tests.threads import alternating, in_a_thread
 pytestmark = pytest.mark.once
 
 
-def test_a_value_set_holds_everywhere_from_then_on():
+def test_switch_set_holds_in_the_process():
     switch = Switch(1)
     switch.set(2)
     assert switch.get() == in_a_thread(switch.get) == 2
 
 
-def test_as_a_block_it_holds_inside_for_this_thread_and_leaves_all_as_it_was():
+def test_switch_set_as_a_block_holds_inside_for_this_thread():
     switch = Switch(1)
     with switch.set(2):
         assert (switch.get(), in_a_thread(switch.get)) == (2, 1)
@@ -27,7 +27,7 @@ def test_as_a_block_it_holds_inside_for_this_thread_and_leaves_all_as_it_was():
     assert switch.get() == 1
 
 
-def test_a_value_set_within_a_block_ends_with_it():
+def test_switch_set_within_a_block_ends_with_it():
     switch = Switch(1)
     with switch.here(2):
         switch.set(3)
@@ -35,7 +35,7 @@ def test_a_value_set_within_a_block_ends_with_it():
     assert switch.get() == 1
 
 
-def test_blocks_of_two_threads_may_overlap():
+def test_switch_blocks_of_two_threads_may_overlap():
     switch, found = Switch(0), []
 
     def block(value):

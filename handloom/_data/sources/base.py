@@ -1,4 +1,4 @@
-"""What every source of batches does."""
+"""The base class of sources of batches."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from handloom.distribute._strategy import current
 from handloom.errors import DataError
 
 Batch: TypeAlias = Any
-"""What one step is given: a tensor, or a tuple, list or dict of them, nested at will."""
+"""The data of one step: a tensor, or a tuple, list or dict of tensors, nested at will."""
 
-Look: TypeAlias = Callable[[Any], None]
-"""Is shown a batch before it becomes tensors, and raises an error where it must."""
+BatchCheck: TypeAlias = Callable[[Any], None]
+"""Takes a batch before it becomes tensors, and raises an error if something is wrong with it."""
 
 
 class Source(abc.ABC):
-    """Gives the batches of one pass.
+    """Reads the batches of one pass.
 
     Attributes:
-        name: What to call it in an error.
+        name: The name of the data in messages.
         length: Batches in a pass, `None` if unknown.
         repeatable: Whether there can be more than one pass.
+        whole: All the data as NumPy arrays, if it is in host memory; else `None`.
         seed: Seed of the order.
         transform: Applied to a batch before it becomes tensors.
     """
@@ -35,47 +36,47 @@ class Source(abc.ABC):
     name: str
     length: int | None = None
     repeatable = True
+    whole: Any = None
     seed = 0
     transform: Callable[[Any], Any] = staticmethod(lambda batch: batch)
     _seen: dict[str, str] | None = None
 
     @property
     def seekable(self) -> bool:
-        """Whether any position is gone back to at once, in the same order each time."""
+        """Whether any position is restored at once, with the same order each time."""
         return True
 
-    @property
-    def whole(self) -> Any:
-        """All the data in host memory, if it is there; else `None`."""
-        return None
-
     @abc.abstractmethod
-    def batches(self, epoch: int, start: int, look: Look | None = None) -> Iterator[Batch]:
-        """The batches of the pass number `epoch`, from number `start` on."""
+    def batches(self, epoch: int, start: int, check: BatchCheck | None = None) -> Iterator[Batch]:
+        """The batches of pass number `epoch`, beginning at batch number `start`."""
 
-    def peek(self, epoch: int, look: Look | None = None) -> Batch:
-        """The first batch of a pass, which it stays."""
-        for batch in self.batches(epoch, 0, look):
+    def peek(self, epoch: int, check: BatchCheck | None = None) -> Batch:
+        """The first batch of a pass. The pass yields it again."""
+        for batch in self.batches(epoch, 0, check):
             return batch
-        raise DataError(f"HL414: The data is empty: {self.name} gave no batch.")
+        raise self.empty()
+
+    def empty(self) -> DataError:
+        """The error for a pass without batches."""
+        return DataError(f"HL409: The data is empty: {self.name} gave no batch.")
 
     def state(self) -> Any:
-        """Where it stands, if epoch and batch do not say that: JSON and arrays; else `None`."""
+        """The position, as JSON and arrays, if epoch and batch do not determine it; else `None`."""
         return None
 
-    def restore(self, state: Any, epoch: int, start: int) -> None:  # noqa: B027  Most know it by these numbers.
-        """Goes to where it stood after `start` batches of a pass; the next call of `batches` goes on from there."""
+    def restore(self, state: Any, epoch: int, start: int) -> None:  # noqa: B027  For most, these numbers are enough.
+        """Restores the position after `start` batches of a pass; the next call of `batches` continues from there."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells these data from others, as far as that is known without reading on."""
+        """Values that identify the data, as far as they are known without reading on."""
         known = {"source": self.name, "batches": self.length} | (self._seen or {})
         return {name: value for name, value in known.items() if value is not None}
 
-    def _as_batch(self, batch: Any, look: Look | None) -> Batch:
-        """What a source gave, as tensors of the backend."""
+    def _as_batch(self, batch: Any, check: BatchCheck | None) -> Batch:
+        """Converts a batch of the source to tensors of the backend."""
         batch = self.transform(tuple(batch) if isinstance(batch, list) else batch)
-        if look is not None:
-            look(batch)
+        if check is not None:
+            check(batch)
         paths, leaves, structure = optree.tree_flatten_with_path(batch)
         if self._seen is None:
             self._seen = described(paths, leaves)
@@ -87,13 +88,13 @@ class Cut:
     """How numbered examples are cut into batches.
 
     Attributes:
-        count: Number of examples.
+        examples: Number of examples.
         batch_size: Examples in a batch.
         shuffle: Whether each epoch has an order of its own.
-        drop_remainder: Whether a last batch smaller than the others is left out.
+        drop_remainder: Whether to drop a last batch that is smaller than the others.
     """
 
-    count: int
+    examples: int
     batch_size: int
     shuffle: bool
     drop_remainder: bool
@@ -103,32 +104,33 @@ class Cut:
         """Batches in an epoch.
 
         Raises:
-            DataError: If there is none.
+            DataError: There are none.
         """
-        length = self.count // self.batch_size if self.drop_remainder else -(-self.count // self.batch_size)
+        if not self.examples:
+            raise DataError("HL413: The data is empty: it has 0 examples.")
+        length = self.examples // self.batch_size if self.drop_remainder else -(-self.examples // self.batch_size)
         if not length:
             raise DataError(
-                f"HL415: The data has {self.count} example(s), which makes no full batch of {self.batch_size}. Use a "
-                "smaller batch_size, or drop_remainder=False.",
+                f"HL415: The data has {self.examples} example(s), fewer than one full batch of {self.batch_size}.",
+                fix="Use a smaller batch_size, or drop_remainder=False.",
             )
         return length
 
     def batches(self, seed: int, epoch: int, start: int) -> Iterator[slice | np.ndarray]:
-        """The numbers of the examples of each batch that this process reads, from batch number `start` on."""
-        order = permutation(seed, epoch, self.count) if self.shuffle else None
+        """The numbers of the examples of each batch that this process reads, beginning at batch number `start`."""
+        order = permutation(seed, epoch, self.examples) if self.shuffle else None
         size, shard = self.batch_size, current().shard
         for first in range(start * size, self.length * size, size):
             yield shard(slice(first, first + size) if order is None else order[first : first + size])
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {
-            "examples": self.count,
-            "batch_size": self.batch_size,
-            "shuffle": self.shuffle,
-            "drop_remainder": self.drop_remainder,
-        }
+    fingerprint = dataclasses.asdict
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """An order that follows from seed and epoch alone."""
+    """An order that depends on seed and epoch alone."""
     return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def has(data: Any, *names: str) -> bool:
+    """Whether data has all of these attributes."""
+    return all(hasattr(data, name) for name in names)

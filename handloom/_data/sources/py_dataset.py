@@ -1,4 +1,4 @@
-"""`keras.utils.PyDataset`: batches by their numbers, read by workers."""
+"""`keras.utils.PyDataset`: numbered batches, read by workers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from multiprocessing import get_context
 from typing import Any
 
-from handloom._data.sources.base import Batch, Look, Source, permutation
+from handloom._data.sources.base import Batch, BatchCheck, Source, permutation
 from handloom._keras import keras
 from handloom.errors import DataError
 
 
 class PyDatasets(Source):
-    """A `PyDataset`, by index, with its workers. Any position is reached at once."""
+    """A `PyDataset`, read by index with its workers. Any position is restored at once."""
 
     name = "the PyDataset"
 
@@ -27,10 +27,10 @@ class PyDatasets(Source):
         if self.length == 0:
             raise DataError("HL425: The data is empty: the PyDataset has length 0.")
 
-    def batches(self, epoch: int, start: int, look: Look | None = None) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int, check: BatchCheck | None = None) -> Iterator[Batch]:
         self._data.on_epoch_begin()
         for batch in self._read(self._indices(epoch, start)):
-            yield self._as_batch(batch, look)
+            yield self._as_batch(batch, check)
         self._data.on_epoch_end()
 
     def fingerprint(self) -> dict[str, Any]:
@@ -53,9 +53,9 @@ class PyDatasets(Source):
 
 
 class _Processes:
-    """Worker processes, each with a copy of the data; kept from pass to pass as long as the data is what it was.
+    """Worker processes, each with a copy of the data; they are kept from pass to pass until the data changes.
 
-    Starting one takes seconds: it is a new Python, which imports Keras and a backend.
+    Starting one takes seconds: it is a new Python process, which imports Keras and a backend.
     """
 
     def __init__(self, data: keras.utils.PyDataset) -> None:
@@ -67,13 +67,13 @@ class _Processes:
         pool, self._pool = self._ready(), None
         try:
             yield from _read_ahead(pool, _read_in_worker, indices, self._data.max_queue_size)
-            self._pool = pool  # Not if the pass is given up, or fails.
+            self._pool = pool  # Not reached if the pass is abandoned, or fails.
         finally:
             if self._pool is None:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _ready(self) -> ProcessPoolExecutor:
-        now = pickle.dumps(self._data)  # As it goes to the workers; only they read it.
+        now = pickle.dumps(self._data)  # The form in which workers receive it; only they read it.
         if self._pool is not None and now == self._copied:
             return self._pool
         if self._pool is not None:  # The data has changed, perhaps at the end of the last epoch.
@@ -103,7 +103,7 @@ def _threads_read(data: keras.utils.PyDataset, indices: Iterable[int]) -> Iterat
 
 
 def _read_ahead(pool: Executor, read: Callable[[int], Any], indices: Iterable[int], size: int) -> Iterator[Any]:
-    """Results of `read` in order, up to `size` of them under way at a time."""
+    """Results of `read` in order, with up to `size` of them pending at a time."""
     waiting: collections.deque[Future[Any]] = collections.deque()
     for index in indices:
         waiting.append(pool.submit(read, index))

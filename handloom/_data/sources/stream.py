@@ -6,39 +6,39 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from handloom._data.sources.base import Batch, Look, Source
+from handloom._data.sources.base import Batch, BatchCheck, Source, has
 from handloom.checkpoint.encoding import decode_position
 from handloom.errors import DataError
 
 
 class Reader(Protocol):
-    """Begins passes over some data, and says where the last one stands."""
+    """Begins passes over some data, and knows the position of the last one."""
 
     @property
     def exact(self) -> bool | None:
-        """Whether it can go back to where it stood; `None` if that shows only once a pass has begun."""
+        """Whether it can restore a position; `None` if that is not known before a pass has begun."""
 
     def begin(self) -> Iterator[Any]:
-        """A new pass."""
+        """Begins a new pass."""
 
     def state(self) -> Any:
-        """Where the pass begun last stands, in plain values; `None` if, after all, that can't be said."""
+        """The position of the last pass, in plain values; `None` if it turns out to be unknown."""
 
-    def go_on(self, state: Any, batch: int | None) -> Iterator[Any] | None:
-        """Goes back to where it stood, which is before batch number `batch`, or between two passes if that is `None`.
+    def resume(self, state: Any, batch: int | None) -> Iterator[Any] | None:
+        """Restores a position, which is before batch number `batch`, or between two passes if that is `None`.
 
         Returns:
-            The rest of that pass; between two passes the next one, or `None` to have it begun.
+            The rest of that pass. Between two passes, the next pass, or `None` if `begin` should begin it.
         """
 
 
 class Stream(Source):
-    """What a reader reads. Without an exact one, a position is reached by reading up to it.
+    """Batches from a reader. If the reader is not exact, restoring a position reads all batches before it.
 
     Args:
-        name: What it is called.
-        data: What is read, as the user gave it: it is told of each epoch, if it wants to know.
-        reader: What reads it.
+        name: The name of the data in messages.
+        data: The user's data. Its `set_epoch` method, if it has one, is called with the number of each epoch.
+        reader: Reads the data.
         length: Batches in a pass, `None` if unknown.
         repeatable: Whether there can be more than one pass.
     """
@@ -47,67 +47,67 @@ class Stream(Source):
         self.name, self.length, self.repeatable = name, length, repeatable
         self._data, self._reader = data, reader
         self._ready: tuple[Iterator[Any], int] | None = None  # A pass, and the number of its next batch.
-        self._stands: Any = None  # Where, if nothing was given since that was noted.
-        self._under_way: bool | None = None  # Whether a pass is; `None` before the first.
+        self._position: Any = None  # The state, if no batch was read since it was taken.
+        self._within_pass: bool | None = None  # `None` before the first pass.
 
     @property
     def seekable(self) -> bool:
         if self._reader.exact is None and self._ready is None:
-            self._ready = self._begin(0), 0
+            self._ready = self._begin(0)
         return bool(self._reader.exact)
 
-    def peek(self, epoch: int, look: Look | None = None) -> Batch:
-        given, number = self._ready or (self._begin(epoch), 0)
-        self._stands = self._stands or self._where(under_way=True)
-        first = list(itertools.islice(given, 1))
-        self._ready = itertools.chain(first, given), number
+    def peek(self, epoch: int, check: BatchCheck | None = None) -> Batch:
+        batches, number = self._ready or self._begin(epoch)
+        self._position = self._position or self._state(within_pass=True)
+        first = list(itertools.islice(batches, 1))
+        self._ready = itertools.chain(first, batches), number
         if not first:
-            raise DataError(f"HL426: The data is empty: {self.name} gave no batch.")
-        return self._as_batch(first[0], look)
+            raise self.empty()
+        return self._as_batch(first[0], check)
 
-    def batches(self, epoch: int, start: int, look: Look | None = None) -> Iterator[Batch]:
-        given, number = self._ready or (self._begin(epoch), 0)
-        self._ready, self._under_way = None, True
-        for batch in itertools.islice(given, start - number, None):
-            self._stands = None
-            yield self._as_batch(batch, look)
-        self._stands, self._under_way = None, False
+    def batches(self, epoch: int, start: int, check: BatchCheck | None = None) -> Iterator[Batch]:
+        batches, number = self._ready or self._begin(epoch)
+        self._ready, self._within_pass = None, True
+        for batch in itertools.islice(batches, start - number, None):
+            self._position = None
+            yield self._as_batch(batch, check)
+        self._position, self._within_pass = None, False
 
     def state(self) -> Any:
-        if self._stands is None and self._under_way is not None:
-            return self._where(under_way=self._under_way)
-        return self._stands
+        if self._position is None and self._within_pass is not None:
+            return self._state(within_pass=self._within_pass)
+        return self._position
 
     def restore(self, state: Any, epoch: int, start: int) -> None:
         if state is not None and self.seekable:
-            self._tell(epoch)
-            given = self._gone_back(state, start)
-            self._stands, self._ready = state, None if given is None else (given, start)
+            self._set_epoch(epoch)
+            rest = self._resumed(state, start)
+            self._position, self._ready = state, None if rest is None else (rest, start)
             return
-        self._stands = self._under_way = None
-        if self.repeatable:  # Else it can't be begun again.
+        self._position = self._within_pass = None
+        if self.repeatable:  # Otherwise the pass cannot begin again.
             self._ready = None
 
-    def _gone_back(self, state: Any, start: int) -> Iterator[Any] | None:
+    def _resumed(self, state: Any, start: int) -> Iterator[Any] | None:
         try:
             position = decode_position(state["at"]) if "at" in state else state["position"]  # "at" is of format 1.
-            return self._reader.go_on(position, start if state["under_way"] else None)
-        except Exception as error:  # Whatever a library says of what it cannot use.
+            return self._reader.resume(position, start if state["under_way"] else None)
+        except Exception as error:  # Libraries raise errors of any class for a state that they cannot use.
             raise DataError(
-                f"HL427: {self.name} cannot go back to the position in the state: {error} Make it as the one was that "
-                "the state is of.",
+                f"HL427: {self.name} cannot go back to the position in the state: {error}",
+                fix="Create the data as it was when the state was saved.",
             ) from error
 
-    def _begin(self, epoch: int) -> Iterator[Any]:
-        self._tell(epoch)
-        return self._reader.begin()
+    def _begin(self, epoch: int) -> tuple[Iterator[Any], int]:
+        self._set_epoch(epoch)
+        return self._reader.begin(), 0
 
-    def _where(self, *, under_way: bool) -> Any:
-        at = self._reader.state() if self._reader.exact else None
-        return None if at is None else {"under_way": under_way, "position": at}
+    def _state(self, *, within_pass: bool) -> Any:
+        position = self._reader.state() if self._reader.exact else None
+        return None if position is None else {"under_way": within_pass, "position": position}
 
-    def _tell(self, epoch: int) -> None:
-        """Tells the data, or the sampler in it, the number of the epoch, of which its order may be a function."""
+    def _set_epoch(self, epoch: int) -> None:
+        """Passes the number of the epoch to the data, or to its sampler, whose order may depend on it."""
         parts = (getattr(self._data, name, None) for name in ("sampler", "batch_sampler", "dataset"))
         for part in (self._data, *parts):
             if callable(getattr(part, "set_epoch", None)):
@@ -115,7 +115,7 @@ class Stream(Source):
 
 
 class ByIterator:
-    """Reads what is iterated. It knows its position if its iterators have `get_state()` and `set_state(state)`."""
+    """Reads an iterable. It is exact if the iterators have `get_state()` and `set_state(state)`."""
 
     def __init__(self, iterate: Callable[[], Iterable[Any]]) -> None:
         self._iterate = iterate
@@ -123,9 +123,7 @@ class ByIterator:
 
     @property
     def exact(self) -> bool | None:
-        if self._iterator is None:
-            return None
-        return all(hasattr(self._iterator, method) for method in ("get_state", "set_state"))
+        return None if self._iterator is None else has(self._iterator, "get_state", "set_state")
 
     def begin(self) -> Iterator[Any]:
         self._iterator = iter(self._iterate())
@@ -134,7 +132,7 @@ class ByIterator:
     def state(self) -> Any:
         return self._iterator.get_state()
 
-    def go_on(self, state: Any, batch: int | None) -> Iterator[Any] | None:
+    def resume(self, state: Any, batch: int | None) -> Iterator[Any] | None:
         iterator: Any = iter(self._iterate())
         iterator.set_state(state)
         self._iterator = iterator
@@ -142,7 +140,7 @@ class ByIterator:
 
 
 class ByLoader:
-    """Reads what has `state_dict()` and `load_state_dict(state)` itself, as a `StatefulDataLoader` has."""
+    """Reads a loader that has `state_dict()` and `load_state_dict(state)`, such as a `StatefulDataLoader`."""
 
     exact = True
 
@@ -155,7 +153,7 @@ class ByLoader:
     def state(self) -> Any:
         return self._data.state_dict()
 
-    def go_on(self, state: Any, batch: int | None) -> Iterator[Any] | None:
-        del batch  # At the end of a pass, the next one begins.
+    def resume(self, state: Any, batch: int | None) -> Iterator[Any] | None:
+        del batch  # After the end of a pass, the loader begins the next one.
         self._data.load_state_dict(state)
         return self.begin()

@@ -1,4 +1,4 @@
-"""Hugging Face's data sets: tables, whose rows are cut into batches, and streams, which give batches of columns."""
+"""Hugging Face data sets: tables, whose rows are cut into batches, and streams, which yield batches of columns."""
 
 from __future__ import annotations
 
@@ -7,63 +7,55 @@ from typing import Any
 
 import numpy as np
 
-from handloom._data.sources.base import Batch, Cut, Look, Source
+from handloom._data.sources.base import Batch, BatchCheck, Cut, Source, has
+from handloom._data.sources.stream import ByLoader
 from handloom._interop.hugging_face import forgets_a_buffer
 from handloom.errors import DataError
 
 
 def is_table(data: Any) -> bool:
     """Whether data is a `datasets.Dataset`."""
-    return _has(data, "column_names", "features", "format", "with_format", "__getitem__")
+    return has(data, "column_names", "features", "format", "with_format", "__getitem__")
 
 
 def is_stream_of_columns(data: Any) -> bool:
     """Whether data is a `datasets.IterableDataset`."""
-    return _has(data, "column_names", "features", "state_dict", "load_state_dict", "set_epoch")
-
-
-def _has(data: Any, *names: str) -> bool:
-    return all(hasattr(data, name) for name in names)
+    return has(data, "column_names", "features", "state_dict", "load_state_dict", "set_epoch")
 
 
 class Table(Source):
-    """Rows by their numbers. Any position is reached at once; only the rows of a batch are read.
+    """Rows by their numbers. Any position is restored at once; only the rows of a batch are read.
 
-    Batches are dicts of columns: NumPy arrays, unless the data set has another format set.
+    Batches are dicts of columns: NumPy arrays, unless the data set has another format.
     """
 
     name = "the Dataset"
 
     def __init__(self, data: Any, batch_size: int, shuffle: bool, drop_remainder: bool) -> None:
-        if not len(data):
-            raise DataError("HL428: The data is empty: the Dataset has no rows.")
         self._data = data if data.format["type"] else data.with_format("numpy")
         self._cut = Cut(len(data), batch_size, shuffle, drop_remainder)
         self.length = self._cut.length
 
-    def batches(self, epoch: int, start: int, look: Look | None = None) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int, check: BatchCheck | None = None) -> Iterator[Batch]:
         for chosen in self._cut.batches(self.seed, epoch, start):
-            yield self._as_batch(self._data[chosen], look)
+            yield self._as_batch(self._data[chosen], check)
 
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | self._cut.fingerprint() | {"columns": str(self._data.features)}
 
 
-class Columns:
-    """Reads a stream; see `Reader`. Its order follows from the epoch, of which it is told."""
+class Columns(ByLoader):
+    """Reads a stream. Its order depends on the epoch, whose number it is given."""
 
     def __init__(self, data: Any) -> None:
-        self._data = data
+        super().__init__(data)
         self.exact = not forgets_a_buffer(data)
 
     def begin(self) -> Iterator[Any]:
-        self._data.load_state_dict({})  # It would begin again where it once was told to.
+        self._data.load_state_dict({})  # Otherwise it would begin at the position that was loaded last.
         return map(_columns, self._data)
 
-    def state(self) -> Any:
-        return self._data.state_dict()
-
-    def go_on(self, state: Any, batch: int | None) -> Iterator[Any] | None:
+    def resume(self, state: Any, batch: int | None) -> Iterator[Any] | None:
         if batch is None:
             return None
         self._data.load_state_dict(state)
@@ -71,13 +63,13 @@ class Columns:
 
 
 def _columns(batch: Any) -> dict[str, Any]:
-    """A batch of a stream: what are lists, unless a format is set, as arrays."""
+    """A batch of a stream, whose columns are lists unless the stream has a format, as arrays."""
     columns = {name: _array(name, column) if isinstance(column, list) else column for name, column in batch.items()}
     single = [name for name, column in columns.items() if not len(getattr(column, "shape", ()))]
     if single:
         raise DataError(
-            f"HL429: The IterableDataset gives single examples ({single[0]!r} is no column but one value). Have it "
-            "give batches: dataset.batch(32).",
+            f"HL429: The IterableDataset gives single examples: {single[0]!r} is one value, not a column.",
+            fix="Make it give batches: dataset.batch(32).",
         )
     return columns
 
@@ -87,5 +79,5 @@ def _array(name: str, column: list[Any]) -> np.ndarray:
         return np.asarray(column)
     except ValueError as error:
         raise DataError(
-            f"HL430: The rows of the column {name!r} differ in length; pad them, with dataset.map(...)."
+            f"HL430: The rows of the column {name!r} differ in length.", fix="Pad them with dataset.map(...)."
         ) from error

@@ -1,30 +1,25 @@
-"""Every kind of data that a feed is made of, each made alike as often as it is asked for."""
-
-import functools
+"""Feeds over every kind of data; each function makes the same feed again each time."""
 
 import keras
-import numpy as np
 import pytest
-from keras import ops
 
 import handloom as hl
-from tests.numbered import Numbered
+from tests.numbered import Numbered, X, Y
+from tests.numbers import numpy
 
-COUNT = 10
-X = np.arange(COUNT, dtype="float32")
-Y = (np.arange(COUNT, dtype="int32") ** 2).astype("int32")
+COUNT = len(X)
 
 
 def arrays(**options):
     return lambda: hl.Feed((X, Y), batch_size=4, **options)
 
 
-def py_dataset(**options):
-    return lambda: hl.Feed(Numbered(), **options)
+def py_dataset(workers=1, **options):
+    return lambda: hl.Feed(Numbered(workers=workers, max_queue_size=2), **options)
 
 
 def grain(make):
-    """Of a function of the library and of a data set of the pairs."""
+    """A feed over Grain data, made from the library and a data set of pairs."""
 
     def feed():
         library = pytest.importorskip("grain")
@@ -34,7 +29,7 @@ def grain(make):
 
 
 def tf_data(make):
-    """Of a function of the library and of a data set of the pairs."""
+    """A feed over `tf.data`, made from TensorFlow and a data set of pairs."""
 
     def feed():
         tf = pytest.importorskip("tensorflow")
@@ -43,17 +38,14 @@ def tf_data(make):
     return feed
 
 
-def loader(seed=None, stateful=False, sampler=None, **options):
-    """A `DataLoader` over the pairs; with a seed, one that has a generator of its own."""
+def loader(seed=None, stateful=False, **options):
+    """A feed over a `DataLoader` of pairs; with a seed, the loader has a generator of its own."""
 
     def feed():
         torch = pytest.importorskip("torch")
         data = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
         own = {} if seed is None else {"generator": torch.Generator().manual_seed(seed)}
-        own |= {} if sampler is None else {"sampler": sampler(torch, data)}
-        return hl.Feed(
-            stateful_loader()(data, 4, **own, **options) if stateful else plain_loader()(data, 4, **own, **options)
-        )
+        return hl.Feed((stateful_loader() if stateful else plain_loader())(data, 4, **own, **options))
 
     return feed
 
@@ -67,7 +59,7 @@ def stateful_loader():
 
 
 def table(make=lambda table: table, **options):
-    """Of a function of a Hugging Face data set of the columns x and y."""
+    """A feed over a Hugging Face data set, made from one with the columns x and y."""
 
     def feed():
         datasets = pytest.importorskip("datasets")
@@ -81,7 +73,7 @@ def grain_loader(grain, _):
         COUNT, shuffle=True, seed=1, num_epochs=1, shard_options=grain.sharding.NoSharding()
     )
     return grain.DataLoader(
-        # Grain knows a source again by its `repr`.
+        # Grain identifies a source by its `repr`.
         data_source=list(zip(X.tolist(), Y.tolist(), strict=True)),
         sampler=sampler,
         operations=[grain.transforms.Batch(4)],
@@ -93,11 +85,12 @@ def tripled(x, y):
     return 3 * x, y
 
 
-# Those that go back to any position by themselves.
+# Sources that restore any position by themselves.
 EXACT = {
     "arrays": arrays(),
     "shuffled arrays": arrays(shuffle=True, seed=3),
     "PyDataset": py_dataset(),
+    "PyDataset with threads": py_dataset(workers=2),
     "shuffled PyDataset": py_dataset(shuffle=True, seed=5),
     "Grain map": grain(lambda _, data: data.shuffle(seed=3).map(lambda pair: tripled(*pair)).batch(4)),
     "Grain random map": grain(
@@ -122,14 +115,6 @@ EXACT = {
     "DataLoader": loader(),
     "shuffled DataLoader": loader(shuffle=True),
     "DataLoader with a generator": loader(seed=7, shuffle=True),
-    "DataLoader with replacement": loader(
-        sampler=lambda torch, data: torch.utils.data.RandomSampler(
-            data, replacement=True, num_samples=10, generator=torch.Generator().manual_seed(3)
-        )
-    ),
-    "weighted DataLoader": loader(
-        sampler=lambda torch, _: torch.utils.data.WeightedRandomSampler([1.0] * 9 + [9.0], 10)
-    ),
     "StatefulDataLoader": loader(stateful=True),
     "shuffled StatefulDataLoader": loader(stateful=True, shuffle=True),
     "Dataset": table(batch_size=4),
@@ -159,38 +144,31 @@ class Batches:
         return batches()
 
 
-# Those that are read again up to a position. What they give is the same each time.
+def streamed_loader():
+    class Pairs(pytest.importorskip("torch").utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(x, y) for x, y in zip(X, Y, strict=True)])
+
+    return hl.Feed(plain_loader()(Pairs(), 4))
+
+
+# Sources that are read again up to a position. They yield the same batches each time.
 REPLAYED = {
     "function": lambda: hl.Feed(batches),
     "iterable": lambda: hl.Feed(Batches()),
     "tf.data of Python": tf_data(from_generator),
-    "streamed DataLoader": lambda: hl.Feed(plain_loader()(streamed_pairs(), 4)),
+    "streamed DataLoader": streamed_loader,
     "buffered IterableDataset": table(
         lambda data: data.to_iterable_dataset(num_shards=3).shuffle(seed=3, buffer_size=4).batch(4)
     ),
 }
 
 
-@functools.cache
-def _streams():
-    torch = pytest.importorskip("torch")
-
-    class Pairs(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter([(x, y) for x, y in zip(X, Y, strict=True)])
-
-    return Pairs
-
-
-def streamed_pairs():
-    return _streams()()
-
-
 ALL = EXACT | REPLAYED
 
 
 def as_numbers(batch):
-    return keras.tree.map_structure(lambda part: ops.convert_to_numpy(part).tolist(), batch)
+    return keras.tree.map_structure(lambda part: numpy(part).tolist(), batch)
 
 
 def read(feed):

@@ -1,4 +1,4 @@
-"""The next batch is made, and moved, while the device works on the last."""
+"""The next batch is read while the device works on the last one."""
 
 import keras
 import numpy as np
@@ -7,13 +7,13 @@ from keras import ops
 
 import handloom as hl
 
-# On a CPU the others compute before a call returns; with an accelerator all three return at once.
+# On a CPU the other backends compute before a call returns; on an accelerator all three return at once.
 pytestmark = pytest.mark.backend("jax")
 
 BATCHES = 4
 
 
-def test_the_next_batch_is_asked_for_before_the_last_step_is_done():
+def test_fit_reads_the_next_batch_before_the_last_step_ends():
     state, ahead = keras.Variable(np.eye(500, dtype="float32")), []
 
     def batches():
@@ -27,14 +27,14 @@ def test_the_next_batch_is_asked_for_before_the_last_step_is_done():
         return {"first": state.value[0, 0]}
 
     feed = hl.Feed(batches)
-    hl.fit(long, feed, verbose=0)  # Compiles, too.
+    hl.fit(long, feed, verbose=0)  # Compiles the step.
     ahead.clear()
     hl.fit(long, feed, verbose=0)
     assert ahead == [True] * (BATCHES - 1)
     assert feed.state()["epoch"] == 2
 
 
-def test_a_position_is_that_of_what_was_given_however_far_the_device_is():
+def test_feed_state_is_the_position_of_the_batches_given_while_the_device_works():
     state, positions = keras.Variable(np.eye(500, dtype="float32")), []
     step = hl.function(
         lambda x: state.assign(ops.fori_loop(0, 60, lambda _, value: ops.tanh(ops.matmul(value, x)), state.value))
