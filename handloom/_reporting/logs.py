@@ -1,7 +1,7 @@
 """Reported values on the host: the means and last values of an epoch, read from the device as late as possible.
 
-Steps add what they return to totals, which are variables (see `totals.py`). `Logs` reads the totals when somebody
-looks, and once every `READ_AFTER` steps, into sums in double precision.
+Steps add what they return to totals, which are variables (see `totals.py`). `Logs` reads the totals when a value is
+asked for, and once every `READ_AFTER` steps, into sums in double precision.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Report:
         examples: Number of examples in the batch.
         metrics: The metrics that the step updates.
         sources: The metrics that returned reported values, by name.
-        unused: What the step was given and did not use, in words.
+        unused: Descriptions of added losses and regularizers that no loss of the step includes.
         suspects: The names of scalars that may be computed from a metric's running result, which has no mean.
         metric_marks: The marks of metric results in the program.
         computed_from_metrics: The suspects that are computed so; their last value is reported. Set once it is known.
     """
 
-    reductions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    reductions: dict[str, str] = dataclasses.field(default_factory=dict)
     totals: tuple[Totals, ...] = ()
     examples: int = 0
     metrics: tuple[keras.Metric, ...] = ()
@@ -58,8 +58,8 @@ class Logs(MutableMapping[str, Value]):
     """The values that the steps of an epoch have reported so far: a dict that computes itself when it is looked at.
 
     A scalar's value is the mean over the steps, weighted by examples (or sample weights); a metric's value is its last
-    result. A metric that nothing has updated in this epoch is absent. What a callback writes here is seen by the
-    callbacks after it, until the next step. Reading does not change the values, not even in the last digit.
+    result. A metric that nothing has updated in this epoch is absent. A value that a callback writes here is seen by
+    the callbacks after it, until the next step. Reading does not change the values, not even in the last digit.
 
     Attributes:
         steps: The reports of the steps whose values are still in the totals.
@@ -75,8 +75,7 @@ class Logs(MutableMapping[str, Value]):
         self._steps_read = self._examples_read = 0
         self._sums = Sums()
         self._cached: tuple[int, dict[str, Value]] = (-1, {})
-        self._added: dict[str, Value] = {}
-        self._added_at = 0
+        self._added: tuple[int, dict[str, Value]] = (0, {})
         self._sources: dict[str, keras.Metric] = {}
         self._updated: dict[int, keras.Metric] = {}
         self._updated_before: set[str] = set()
@@ -125,7 +124,6 @@ class Logs(MutableMapping[str, Value]):
 
     def __setitem__(self, name: str, value: Value) -> None:
         self._now_added()[name] = value
-        self._added_at = self._count()
 
     def __delitem__(self, name: str) -> None:
         del self._now_added()[name]
@@ -138,9 +136,9 @@ class Logs(MutableMapping[str, Value]):
 
     def _now_added(self) -> dict[str, Value]:
         # Cleared here, and not by each step: that would cost every step something.
-        if self._added_at != self._count():
-            self._added.clear()
-        return self._added
+        if self._added[0] != self._count():
+            self._added = self._count(), {}
+        return self._added[1]
 
     def _count(self) -> int:
         return self._steps_read + len(self.steps)
@@ -183,7 +181,7 @@ class Logs(MutableMapping[str, Value]):
         self.steps.clear()
 
     def state(self) -> dict[str, Any]:
-        """The values so far, and what is still in the totals, as JSON and arrays."""
+        """The values so far, and those that are still in the totals, as JSON and arrays."""
         updated = {name for name, metric in self._sources.items() if id(metric) in self._updated}
         names = {"updated": sorted(updated | self._updated_before), "computed": sorted(self._computed)}
         return {
@@ -212,7 +210,7 @@ class Logs(MutableMapping[str, Value]):
 
 @dataclasses.dataclass
 class Sums:
-    """What was read from totals, in double precision, by name.
+    """The values read from totals, in double precision, by name.
 
     Attributes:
         sums: The weighted sums of averaged values.
@@ -231,11 +229,9 @@ class Sums:
         """Adds the contents of totals."""
         for totals in waiting:
             values, count = totals.values(), len(totals.means)
-            if values.shape != (2 * count + len(totals.lasts),):
-                self.last[totals.lasts[0]] = values
-                continue
             summed, lasts = current().sum(values[: 2 * count]), values[2 * count :]
             for name, total, weight in zip(totals.means, summed[:count], summed[count:], strict=True):
                 self.sums[name] = self.sums.get(name, 0.0) + float(total)
                 self.weights[name] = self.weights.get(name, 0.0) + float(weight)
-            self.last.update((name, float(value)) for name, value in zip(totals.lasts, lasts, strict=True))
+            for name, value in zip(totals.lasts, lasts, strict=True):
+                self.last[name] = value if np.ndim(value) else float(value)

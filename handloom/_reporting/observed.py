@@ -1,4 +1,4 @@
-"""Observes in a step what decides how its results are reported."""
+"""Observes everything in a step that decides how its results are reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StepObserver(Observer):
     Attributes:
         updated: The metrics whose `update_state` was called, by id, in the order of the first call.
         marks: The marks of metric results.
-        denominators: What losses were divided by.
+        denominators: The denominators of the losses.
         losses: The losses that are in no minimized loss.
         all: The observers to pass to `observing`.
     """

@@ -1,4 +1,4 @@
-"""What a step returns: checked, and described by how each value is reduced to the epoch's value."""
+"""The results of a step: checked, and described by how each value is reduced to the epoch's value."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Results:
 
     Args:
         step: The name of the step.
-        returned: What it returned.
-        seen: What was observed while it ran.
+        returned: The value that it returned.
+        seen: The observer of its run.
         examples: Number of examples in the batch.
         weight: The sum of its sample weights; `None` to count its examples.
 

@@ -65,7 +65,6 @@ class ReportingStep:
         self._weighed, self._reset_metrics = weighed, reset_metrics
         self._totals = AllTotals()
         self._accumulating: dict[int, GradientAccumulation] = {}
-        self._warned_of: set[str] = set()
         self._fused: set[int] = set()
         self._side_traces: dict[tuple[str, ...], Version | None] = {}
         self.renewed: dict[int, keras.Metric] = {}
@@ -78,7 +77,7 @@ class ReportingStep:
         self.take = self._taking_known_steps()
 
     def _report(self, *batch: Any) -> Report:
-        """Runs the step and adds what it returns to totals. This function is what is compiled."""
+        """Runs the step and adds what it returns to totals. This function is compiled."""
         self._check_call(batch)
         parts, weight = self._weighed(*batch)
         # In eager execution, a metric is reset right before its first update of an epoch; see also `_about_to_run`.
@@ -130,17 +129,6 @@ class ReportingStep:
             if waiting:
                 _log.info("%s: last update of the epoch, from %d of %d steps", optimizer.name, waiting, optimizer.steps)
                 self._flush(optimizer, optimizer.reached)
-
-    @contextlib.contextmanager
-    def metrics_kept(self) -> Iterator[None]:
-        """Keeps the metrics of this epoch while another step, which may use them too, runs an epoch of its own."""
-        variables = [variable for metric in self.renewed.values() for variable in metric.variables]
-        before = [ops.copy(variable.value) for variable in variables]
-        try:
-            yield
-        finally:
-            for variable, value in zip(variables, before, strict=True):
-                variable.assign(value)
 
     # -------------------------------------------------------------------- steps
 
@@ -251,8 +239,7 @@ class ReportingStep:
         self.logs.note(report)
         self.reductions.update(report.reductions)
         for name in unused:
-            if name not in self._warned_of:
-                self._warned_of.add(name)
+            if self.function.is_news(name):
                 _warn_of_unused(self.function.__name__, name)
 
     def _find_computed(self, report: Report, version: Version) -> None:
@@ -261,11 +248,9 @@ class ReportingStep:
         computed = version.dependencies.depend_on(marks)
         mixed = computed & version.dependencies.depend_on_arguments(not_through=marks)
         report.computed_from_metrics = frozenset(name for name in report.suspects if mark_of(name) in computed)
-        computed_reductions = dict.fromkeys(report.computed_from_metrics, "last value, computed from a metric's result")
-        report.reductions = dict(report.reductions) | computed_reductions
         for name in report.computed_from_metrics:
-            if mark_of(name) in mixed and name not in self._warned_of:
-                self._warned_of.add(name)
+            report.reductions[name] = "last value, computed from a metric's result"
+            if mark_of(name) in mixed and self.function.is_news(mark_of(name)):
                 warn(
                     f"HL205: {self.function.__name__} computes {name!r} from the batch and a metric's running result.",
                     "Such a value has no mean over the epoch: the last batch's value is reported.",

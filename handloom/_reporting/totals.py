@@ -37,12 +37,12 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Totals:
-    """A variable that holds reported values of one dtype.
+    """A variable that holds reported values of one dtype and shape.
 
     Attributes:
         means: The names of averaged values: first their sums, then their weights.
-        lasts: The names of last values, which follow; or the only name, of an array.
-        variable: Shape `(2 * means + lasts,)`, or the shape of the array.
+        lasts: The names of last values, which follow.
+        variable: Shape `(2 * means + lasts, ...)`; only last values can be arrays.
     """
 
     means: tuple[str, ...]
@@ -75,12 +75,10 @@ class AllTotals:
         Returns:
             The totals that now hold the values.
         """
-        packs: dict[str, dict[str, Entry]] = {}
+        packs: dict[tuple[str, tuple[int, ...]], dict[str, Entry]] = {}
         for name, entry in entries.items():
-            if not _is_array(entry):
-                packs.setdefault(_dtype(entry), {})[name] = entry
-        packed = [self._add(dtype, pack, examples, weight) for dtype, pack in packs.items()]
-        return (*packed, *(self._keep(name, entry.last) for name, entry in entries.items() if _is_array(entry)))
+            packs.setdefault(_dtype_and_shape(entry), {})[name] = entry
+        return tuple(self._add(*kind, pack, examples, weight) for kind, pack in packs.items())
 
     def restored(self, state: Mapping[str, Any]) -> Totals:
         """The totals that have this state, with its values in them."""
@@ -96,24 +94,21 @@ class AllTotals:
             self._known[key] = Totals(means, lasts, variable)
         return self._known[key]
 
-    def _add(self, dtype: str, pack: Mapping[str, Entry], examples: int, weight: Tensor | None) -> Totals:
+    def _add(
+        self, dtype: str, shape: tuple[int, ...], pack: Mapping[str, Entry], examples: int, weight: Tensor | None
+    ) -> Totals:
         means = {name: entry for name, entry in pack.items() if entry.total is not None}
         lasts = {name: entry.last for name, entry in pack.items() if entry.last is not None}
         parts = [entry.total for entry in means.values()] + [entry.weight for entry in means.values()]
         values = ops.stack([ops.cast(part, dtype) for part in [*parts, *lasts.values()]])
-        counts = np.array([entry.counts for entry in means.values()] * 2 + [False] * len(lasts))
-        is_sum = np.arange(len(counts)) < len(parts)
-        totals = self._totals(tuple(means), tuple(lasts), dtype, counts.shape)
-        before = totals.variable.value
-        if lasts:
-            before = ops.where(is_sum, before, ops.zeros_like(before))
-        totals.variable.assign(before + _weighted(values, counts, examples, weight, dtype))
-        return totals
-
-    def _keep(self, name: str, array: Tensor) -> Totals:
-        dtype = str(keras.backend.standardize_dtype(array.dtype))
-        totals = self._totals((), (name,), dtype, tuple(array.shape))
-        totals.variable.assign(array)
+        totals = self._totals(tuple(means), tuple(lasts), dtype, (len(parts) + len(lasts), *shape))
+        if means:
+            counts = np.array([entry.counts for entry in means.values()] * 2 + [False] * len(lasts))
+            before = totals.variable.value
+            if lasts:
+                before = ops.where(np.arange(len(counts)) < len(parts), before, ops.zeros_like(before))
+            values = before + _weighted(values, counts, examples, weight, dtype)
+        totals.variable.assign(values)
         return totals
 
 
@@ -129,12 +124,9 @@ def _weighted(values: Tensor, counts: np.ndarray, examples: int, weight: Tensor 
     return values * ops.where(counts, weight, ops.ones_like(weight))
 
 
-def _is_array(entry: Entry) -> bool:
-    return entry.last is not None and len(entry.last.shape) > 0
-
-
-def _dtype(entry: Entry) -> str:
-    """A dtype that holds the scalar, or its mean, exactly, and that as many as possible share."""
+def _dtype_and_shape(entry: Entry) -> tuple[str, tuple[int, ...]]:
+    """A dtype that holds the value, or its mean, exactly, and that as many as possible share; and the shape."""
     value: Tensor = entry.last if entry.total is None else entry.total
     dtype = str(keras.backend.standardize_dtype(value.dtype))
-    return dtype if dtype == "float64" or (entry.total is None and "int" in dtype) else "float32"
+    is_kept = dtype == "float64" or (entry.total is None and "float" not in dtype)
+    return dtype if is_kept else "float32", tuple(value.shape)

@@ -38,18 +38,15 @@ class Callbacks:
                 )
             callback.set_params(params)
             callback.set_model(model)
-        self._handled: set[str] = set()
         for hook in _HOOKS:
             handlers = [getattr(callback, hook) for callback in self._callbacks if _handles(callback, hook)]
-            self._handled |= {hook} if handlers else set()
             setattr(self, hook, _all_of(handlers))
 
     def close(self) -> None:
         """Closes the callbacks that can be closed: Keras has no hook for the end of a run by an exception."""
         for callback in self._callbacks:
-            close = getattr(callback, "close", None)
-            if callable(close):
-                close()
+            if callable(getattr(callback, "close", None)):
+                callback.close()
 
     @property
     def each_step(self) -> bool:
@@ -65,12 +62,7 @@ class Callbacks:
     @property
     def triggers(self) -> list[Every]:
         """The schedules of callbacks that have one."""
-        schedules = [getattr(callback, "every", None) for callback in self._callbacks]
-        return [schedule for schedule in schedules if isinstance(schedule, Every)]
-
-    def handlers(self, hook: str) -> Callable[..., None] | None:
-        """A function that calls all handlers of a hook; `None` if there are none, so that a loop can skip the call."""
-        return getattr(self, hook) if hook in self._handled else None
+        return [every for each in self._callbacks if isinstance(every := getattr(each, "every", None), Every)]
 
     def __getattr__(self, hook: str) -> Callable[..., None]:
         raise AttributeError(f"Keras callbacks have no hook {hook!r}.")

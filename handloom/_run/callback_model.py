@@ -1,4 +1,4 @@
-"""What a plain step trains, as the model that callbacks see."""
+"""The model that callbacks see while a plain step trains."""
 
 from __future__ import annotations
 

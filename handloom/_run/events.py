@@ -38,7 +38,7 @@ class Events:
         self._schedules = [
             (reader, reader.every) for reader in self._readers if reader.every and reader.every.is_within_epochs
         ]
-        self._last_tick = dict.fromkeys(map(id, self._readers), self._begun)
+        self._last_tick = {id(reader): self._begun for reader, _ in self._schedules}
         self.wants_progress = bool(self._schedules)
         for reader in self._readers:
             reader.begin_reading()
@@ -61,8 +61,8 @@ class Events:
 
     def trace(self, function: str, trace: Trace) -> None:
         """A step was compiled."""
-        facts = {name: value for name, value in vars(trace).items() if name != "seconds"}
-        self.append("trace", function=function, duration=trace.seconds, **facts)
+        facts = dict(vars(trace))
+        self.append("trace", function=function, duration=facts.pop("seconds"), **facts)
 
     def finding(self, finding: Finding) -> None:
         """A warning was given."""

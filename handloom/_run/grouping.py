@@ -29,19 +29,6 @@ def limited(batches: Iterable[Batch], steps: int | None) -> Iterator[Batch]:
         )
 
 
-def steps_a_dispatch(asked: int | str, recorded: int | None, *, each_step: bool) -> int:
-    """The largest number of steps that run in one dispatch.
-
-    Args:
-        asked: A number, or `"auto"`.
-        recorded: The number chosen in the run that is resumed, which `"auto"` repeats; without it, `"auto"` is 1.
-        each_step: Whether a callback needs every step.
-    """
-    if each_step:
-        return 1
-    return (recorded or 1) if asked == "auto" else int(asked)
-
-
 def grouped(batches: Iterator[Batch], size: int, progress: Progress, due: Sequence[Every]) -> Iterator[list[Batch]]:
     """Batches in groups of `size`; single batches where something is due before that many steps are taken."""
     for batch in batches:

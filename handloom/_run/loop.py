@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from handloom._run.events import Events
 from handloom._run.grouping import limited
 from handloom._run.interrupt import Interrupts
 from handloom._run.options import RunOptions
-from handloom._run.plain_step import feed_for, reporting_step
+from handloom._run.plain_step import plain_step
 from handloom._run.run import Run
 from handloom._run.seed import seed_run
 from handloom._run.validation import NEVER, Schedule, Validation, by_function
@@ -74,10 +75,10 @@ def fit(
             `hl.Feed(data, batch_size=64, shuffle=True)`.
         epochs: Number of epochs.
         steps_per_epoch: Steps in an epoch; by default one pass over the data. If it is given, an epoch continues
-            reading where the one before stopped.
-        state: What the step trains, in any structure: `{"model": model, "optimizer": optimizer}`. Callbacks find the
-            model as `self.model`; several models (or only layers and variables) as one model that has each as an
-            attribute. They find the optimizer as `self.model.optimizer`, several as `self.model.optimizer[name]`.
+            reading where the previous epoch stopped.
+        state: The objects that the step trains, in any structure: `{"model": model, "optimizer": optimizer}`. Callbacks
+            find the model as `self.model`; several models (or only layers and variables) as one model that has each as
+            an attribute. They find the optimizer as `self.model.optimizer`, several as `self.model.optimizer[name]`.
         validate: A pair `(step, data)`, whose results are reported as `val_...`, or a function without arguments that
             returns such a dict.
         validate_every: When to validate.
@@ -120,8 +121,7 @@ def fit(
     seed_run(seed, state)
     with callback_model(state) as model:
         run = Run(
-            reporting_step(step),
-            feed_for(step, data, training=True),
+            *plain_step(step, data, training=True),
             options,
             model=model,
             state=state,
@@ -137,15 +137,12 @@ def train(run: Run, finish: Callable[[], None] = lambda: None) -> keras.callback
     """The training loop. Calls `finish` after the last epoch, before `on_train_end`."""
     with run, Interrupts() as interrupts:
         run.begin()
-        progress, logs = run.progress, run.step.logs
-        batch_begins = run.callbacks.handlers("on_train_batch_begin")
-        batch_ends = run.callbacks.handlers("on_train_batch_end")
+        progress, callbacks, logs = run.progress, run.callbacks, run.step.logs
         while progress.epoch < run.epochs and not run.model.stop_training:
             run.begin_epoch()
             take, dispatches = run.dispatches()
             for dispatch in dispatches:
-                if batch_begins:
-                    batch_begins(progress.batch, {})
+                callbacks.on_train_batch_begin(progress.batch, {})
                 # DO NOT reorder: between here and the release, an interrupt would leave weights half updated.
                 interrupts.held = True
                 try:
@@ -153,8 +150,7 @@ def train(run: Run, finish: Callable[[], None] = lambda: None) -> keras.callback
                 finally:
                     interrupts.release()
                 progress.advance(steps)
-                if batch_ends:
-                    batch_ends(progress.batch - 1, logs)
+                callbacks.on_train_batch_end(progress.batch - 1, logs)
                 if run.acts_within_epochs:
                     run.after_steps()
                 if run.model.stop_training:
@@ -185,21 +181,20 @@ def evaluate(
 
 def predict(step: Function, feed: Feed, callbacks: Callbacks, after_step: AfterStep, steps: int | None = None) -> Any:
     """The loop of a prediction; returns the outputs for all batches, concatenated, as NumPy arrays."""
-    outputs: list[list[np.ndarray]] = []
+    outputs: list[Any] = []
     callbacks.model.stop_predicting = False
     callbacks.on_predict_begin({})
     for index, batch in enumerate(limited(feed, steps or None)):
         callbacks.on_predict_batch_begin(index, {})
         output = step(batch)
-        leaves, structure = optree.tree_flatten(output)
-        outputs.append([keras.ops.convert_to_numpy(leaf) for leaf in leaves])
+        outputs.append(optree.tree_map(keras.ops.convert_to_numpy, output))
         callbacks.on_predict_batch_end(index, {"outputs": output})
         after_step({})
         if callbacks.model.stop_predicting:
             break
     callbacks.on_predict_end({})
-    # The feed has given a batch: an empty one raises an error.
-    return structure.unflatten([_joined(parts) for parts in zip(*outputs, strict=True)])
+    # There was a batch: an empty feed raises an error.
+    return optree.tree_map(lambda *parts: np.concatenate(parts) if len(parts) > 1 else parts[0], *outputs)
 
 
 @contextlib.contextmanager
@@ -212,8 +207,7 @@ def standalone(
 
     def after_step(logs: Mapping[str, Any]) -> None:
         progress.advance()
-        if events.wants_progress:
-            events.tick(logs)
+        events.tick(logs)
 
     hooks = Callbacks(chosen, model, {"epochs": 1, "steps": steps, "verbose": verbose})
     with contextlib.closing(hooks), contextlib.closing(events), given.added(events.finding):
@@ -224,18 +218,13 @@ def standalone(
 
 def by_step(step: ReportingStep, feed: Feed, when: Schedule, steps: int | None = None) -> Validation:
     """Validation by a test step on held-out data."""
-    return Validation(
-        when,
-        lambda callbacks, after_step: evaluate(step, feed, callbacks, after_step, steps),
-        prepare=lambda: step.prepare(feed.peek()),
-        assigned=lambda: step.function.assigned,
-        feed=feed,
-    )
+    run = functools.partial(evaluate, step, feed, steps=steps)
+    return Validation(when, run, lambda: step.prepare(feed.peek()), lambda: step.function.assigned, feed)
 
 
 def _validation(validate: Any, when: Every) -> Validation:
     if isinstance(validate, Sequence) and len(validate) == 2 and callable(validate[0]):
-        return by_step(reporting_step(validate[0]), feed_for(*validate), when)
+        return by_step(*plain_step(*validate), when)
     if callable(validate):
         return by_function(validate, when)
     if validate is None:
@@ -244,7 +233,3 @@ def _validation(validate: Any, when: Every) -> Validation:
         f"HL210: validate received {reprlib.repr(validate)} (of type {type(validate).__name__}).",
         fix="Pass a pair (step, data), or a function without arguments that returns a dict of numbers.",
     )
-
-
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]

@@ -12,23 +12,17 @@ from handloom._reporting.step import ReportingStep, signature_of
 from handloom.errors import StepError
 
 
-def reporting_step(step: Callable[..., Any]) -> ReportingStep:
-    """A plain step, to be called with batches."""
+def plain_step(step: Callable[..., Any], data: Any, *, training: bool = False) -> tuple[ReportingStep, Feed]:
+    """A plain step, to be called with batches; and its data, as a feed that checks its sample weights."""
     if not callable(step):
         raise StepError(
             f"HL251: The step is {step!r} (of type {type(step).__name__}), which cannot be called.",
             fix="Pass a function of a batch that returns a dict of scalars.",
         )
-    position = _position_of_weights(step)
-    return ReportingStep(step, unpacks=_unpacks(step), weighed=lambda *batch: weighed_at(batch, position))
-
-
-def feed_for(step: Callable[..., Any], data: Any, *, training: bool = False) -> Feed:
-    """Data as a feed that checks its sample weights."""
-    feed, position = data.view() if isinstance(data, Feed) else Feed(data), _position_of_weights(step)
+    position, feed = _position_of_weights(step), data.view() if isinstance(data, Feed) else Feed(data)
     if position is not None:
         feed.check(lambda batch: check_weights(weights_in(None, batch[position : position + 1]), training=training))
-    return feed
+    return ReportingStep(step, unpacks=_unpacks(step), weighed=lambda *batch: weighed_at(batch, position)), feed
 
 
 def _unpacks(step: Callable[..., Any]) -> bool:

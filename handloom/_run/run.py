@@ -15,17 +15,19 @@ from handloom._reporting.logs import Value
 from handloom._reporting.step import ReportingStep
 from handloom._run.callback_list import Callbacks, as_list, by_name
 from handloom._run.events import Events
-from handloom._run.grouping import grouped, limited, steps_a_dispatch
+from handloom._run.grouping import grouped, limited
 from handloom._run.interrupt import Signals
 from handloom._run.options import RunOptions
 from handloom._run.saving import NotSaving, Saving
-from handloom._run.state import CallbackState, EpochReports, Record, StrictFeed
+from handloom._run.state import EpochReports, Part, Record, restore_exactly
 from handloom._run.validation import NEVER, Validation, Validations
 from handloom._trace.function import traced
 from handloom._util.arguments import whole_number
 from handloom._util.findings import given
+from handloom._util.first_few import first_few
 from handloom._util.progress import Progress
 from handloom.backends import backend
+from handloom.callbacks import callback_state, restore_callback
 from handloom.checkpoint.names import named
 from handloom.distribute._strategy import check_strategy
 from handloom.errors import StepError
@@ -39,7 +41,7 @@ class Run:
         feed: Its data.
         options: The options that `hl.fit` and `Model.fit` have in common.
         model: The model that callbacks see as `self.model`.
-        state: What the run trains.
+        state: The objects that the run trains.
         epochs: The epoch at which the run ends.
         initial_epoch: The epoch at which it begins, unless it is resumed.
         steps_per_epoch: Steps in an epoch; `None` for one pass over the data.
@@ -54,8 +56,8 @@ class Run:
         callbacks: The callbacks, by their hooks.
         events: The log of the run.
         strategy: How the run uses its devices.
-        history: What every epoch reported.
-        results: What the last epoch reported.
+        history: The reported values of all epochs.
+        results: The reported values of the last epoch.
         acts_within_epochs: Whether there is anything to do between two steps.
     """
 
@@ -77,7 +79,6 @@ class Run:
         self._feed, self._options, self._state, self._passes = feed, options, state, feed.stream()
         self._steps_per_epoch = steps_per_epoch
         self._steps = feed.length if steps_per_epoch is None else whole_number("fit", steps_per_epoch=steps_per_epoch)
-        self._steps_taken = self._steps or 0
         self.progress, self._signals = Progress(epoch=initial_epoch), Signals()
         self.strategy = check_strategy(options.strategy)
         self.history = keras.callbacks.History()
@@ -95,15 +96,21 @@ class Run:
 
     def _new_saving(self, callbacks: list[keras.callbacks.Callback]) -> Saving:
         # In the order in which they are restored: first what may raise an error, then random numbers, then variables.
+        feed: Any = self._feed
+        if self._options.resume == "exact":
+            feed = Part(feed.state, functools.partial(restore_exactly, feed))
         parts = {
-            "feed": StrictFeed(self._feed) if self._options.resume == "exact" else self._feed,
+            "feed": feed,
             "run": self._record,
             "progress": self,
             "step": EpochReports(self.step, self._state, self.progress),
             "state": self._state,
             "validations": self._validations,
             "events": self.events,
-            "callbacks": {name: CallbackState(callback) for name, callback in by_name(callbacks).items()},
+            "callbacks": {
+                name: Part(functools.partial(callback_state, callback), functools.partial(restore_callback, callback))
+                for name, callback in by_name(callbacks).items()
+            },
         }
         return Saving(self._options, parts, self.progress, self._signals, self.events)
 
@@ -133,17 +140,20 @@ class Run:
         self.progress.epoch = max(self.progress.epoch, take_initial_epoch(self.model))
         resumed = self._saving.resume(self._prepare)
         self.strategy.place(_variables_in(self._state))
-        asked, recorded = self._options.steps_per_execution, self._record.recorded.get("steps_per_execution")
+        asked, recorded = self._options.steps_per_execution, self._record.saved["choices"].get("steps_per_execution")
+        size = (recorded or 1) if asked == "auto" else int(asked)
         self._record.choices = {
             "jit_compile": backend.compiles_kernels(self.step.function.jit_compile),
-            "steps_per_execution": steps_a_dispatch(asked, recorded, each_step=self.callbacks.each_step),
+            "steps_per_execution": 1 if self.callbacks.each_step else size,
         }
         if resumed is not None:
-            reread = None if self._feed.seekable else self._feed.name
-            resumed |= {"differences": self._record.differences, "reread": reread}
+            resumed["differences"] = self._record.differences
+            resumed["reread"] = None if self._feed.seekable else self._feed.name
         self.events.append("run_begin", activity="fit", epochs=self.epochs, steps=self._steps, resumed=resumed)
-        if self._validations.interrupted:
-            (self.after_steps if self.progress.batch else self._after_epoch)()
+        if self._validations.interrupted and self.progress.batch:
+            self.after_steps()
+        elif self._validations.interrupted:
+            self._after_epoch(self._steps or 0)
 
     def begin_epoch(self) -> None:
         """Begins an epoch, unless the run has resumed within one."""
@@ -164,8 +174,7 @@ class Run:
 
     def after_steps(self) -> None:
         """After each dispatch: shows progress, validates and saves, if they are due."""
-        if self.events.wants_progress:
-            self.events.tick(self.step.logs)
+        self.events.tick(self.step.logs)
         results = self._validations.if_due(self.progress, self.callbacks) if self._validations.triggers else {}
         if not self.model.stop_training:
             self._saving.if_due(results)
@@ -173,18 +182,18 @@ class Run:
     def end_epoch(self) -> None:
         """After the last step of an epoch."""
         self.step.end_epoch()
-        self._steps_taken = self.progress.batch
+        steps = self.progress.batch
         self.progress.end_epoch()
-        self._after_epoch()
+        self._after_epoch(steps)
 
-    def _after_epoch(self) -> None:
+    def _after_epoch(self, steps: int) -> None:
         """Validates, calls the callbacks and saves, in this order."""
         self.results = self.step.logs.reported()
-        self.results.update(self._validations.if_due(self.progress, self.callbacks))
+        self.results |= self._validations.if_due(self.progress, self.callbacks)
         if self._validations.interrupted:
-            self._saving.if_due()  # Does not return: a signal asks to stop.
+            self._saving.if_due({})  # Does not return: a signal asks to stop.
         self.callbacks.on_epoch_end(self.progress.epoch - 1, self.results)
-        self.events.append("epoch", values=dict(self.results), steps=self._steps_taken)
+        self.events.append("epoch", values=dict(self.results), steps=steps)
         self._saving.if_due(self.results)
 
     def end(self, finish: Callable[[], None]) -> None:
@@ -198,17 +207,16 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """The progress, and whether a callback has ended the run."""
-        progress = self.progress
-        within = bool(progress.batch or self._validations.interrupted)
-        epoch = progress.epoch if progress.batch else progress.epoch - 1
-        return vars(progress) | {
-            "epoch_begun": epoch if within else None,
-            "stopped": bool(self.model.stop_training),
-            "epochs": self.epochs,
-        }
+        begun = None
+        if self.progress.batch:
+            begun = self.progress.epoch
+        elif self._validations.interrupted:
+            begun = self.progress.epoch - 1
+        stopped = bool(self.model.stop_training)
+        return vars(self.progress) | {"epoch_begun": begun, "stopped": stopped, "epochs": self.epochs}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state()` returned."""
+        """Restores a result of `state()`."""
         vars(self.progress).update({name: state[name] for name in vars(self.progress)})
         if state["epoch_begun"] is not None:  # Before callbacks are restored, which this hook may reset.
             self.callbacks.on_epoch_begin(state["epoch_begun"], {})
@@ -224,7 +232,7 @@ class Run:
         if lost:
             raise StepError(
                 f"HL250: {self.step.function.__name__} uses variables that are not in state and would not be saved: "
-                f"{', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}.",
+                f"{first_few(lost, 5)}.",
                 fix="Add what they belong to, such as state={'model': model, 'metric': metric}; in a model, make them "
                 "attributes of the model.",
             )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +21,6 @@ from handloom.checkpoint.store import Written
 from handloom.distribute._strategy import current
 from handloom.errors import CheckpointError
 
-_NONE: Mapping[str, Any] = MappingProxyType({})
-
 
 class NotSaving(contextlib.nullcontext[None]):
     """The null object for a run that is not saved."""
@@ -32,7 +30,7 @@ class NotSaving(contextlib.nullcontext[None]):
     def resume(self, prepare: Callable[[], None]) -> dict[str, Any] | None:
         """Does nothing."""
 
-    def if_due(self, results: Mapping[str, Any] = _NONE) -> None:
+    def if_due(self, results: Mapping[str, Any]) -> None:
         """Does nothing."""
 
     def end(self, results: Mapping[str, Any]) -> None:
@@ -61,7 +59,7 @@ class Saving:
         self._options, self._progress, self._signals, self._events = options, progress, signals, events
         self._checkpointer = Checkpointer(options.directory / OF_RUN, parts, keep=options.keep, best=options.best)
         self._when, self.triggers = options.save, [options.save]
-        self._saved: tuple[int, int] | None = None
+        self._saved: Progress | None = None
         self._saved_at = time.perf_counter()
         self._reported: Written | None = None
 
@@ -82,7 +80,7 @@ class Saving:
             prepare: Creates all variables, so that they can be restored, and checks that they will be saved.
 
         Returns:
-            What was restored, as data of an event; `None` if there is no checkpoint.
+            A description of the restored state, as data of an event; `None` if there is no checkpoint.
 
         Raises:
             CheckpointError: The run must not resume, or the checkpoint is of another run.
@@ -99,7 +97,7 @@ class Saving:
             return None
         # Callbacks may come and go: a new one starts from scratch.
         self._checkpointer.restore(allow=[*self._options.allow, "callbacks.*", "events"])
-        self._saved, restored = self._now, self._checkpointer.restored
+        self._saved, restored = dataclasses.replace(self._progress), self._checkpointer.restored
         callbacks = [name.removeprefix("callbacks.") for name in restored.things if name.startswith("callbacks.")]
         return {
             "directory": str(self._checkpointer.directory),
@@ -109,7 +107,7 @@ class Saving:
             "unused": list(restored.unused),
         }
 
-    def if_due(self, results: Mapping[str, Any] = _NONE) -> None:
+    def if_due(self, results: Mapping[str, Any]) -> None:
         """Saves if it is due. If a signal asks to stop, saves and does not return.
 
         Raises:
@@ -119,25 +117,18 @@ class Saving:
         self._report_written()
         strategy = current()
         if strategy.agree(self._signals.received is not None):
-            self._save_and_stop(results)
+            self._save(results)
+            self._wait()
+            self._signals.stop()
         due = self._when.due(self._progress, time.perf_counter() - self._saved_at) or self._is_best(results)
         if strategy.agree(due):
             self._save(results)
 
     def end(self, results: Mapping[str, Any]) -> None:
         """Saves the end of the run, unless it is saved already."""
-        if self._saved != self._now:
+        if self._saved != self._progress:
             self._save(results)
         self._wait()
-
-    def _save_and_stop(self, results: Mapping[str, Any]) -> NoReturn:
-        self._save(results)
-        self._wait()
-        self._signals.stop()
-
-    @property
-    def _now(self) -> tuple[int, int]:
-        return self._progress.step, self._progress.batch
 
     def _is_best(self, results: Mapping[str, Any]) -> bool:
         return bool(results) and self._options.best is not None and self._checkpointer.is_best(_numbers(results))
@@ -145,7 +136,7 @@ class Saving:
     def _save(self, results: Mapping[str, Any]) -> None:
         self._checkpointer.save(self._progress.step, _numbers(results))
         self._report_written()  # Of the checkpoint before, for which this one has waited.
-        self._saved, self._saved_at = self._now, time.perf_counter()
+        self._saved, self._saved_at = dataclasses.replace(self._progress), time.perf_counter()
 
     def _wait(self) -> None:
         self._checkpointer.wait()

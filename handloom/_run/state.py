@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from handloom._data.feed import Feed
-from handloom._keras import keras
 from handloom._reporting.step import ReportingStep
 from handloom._util.findings import warn
 from handloom._util.progress import Progress
 from handloom.backends import backend
-from handloom.callbacks import callback_state, restore_callback
 from handloom.checkpoint.configured import configured
 from handloom.checkpoint.names import keras_objects
 from handloom.errors import CheckpointError
@@ -23,18 +22,17 @@ class Record:
     """The versions, choices and configuration of a run: for readers of a checkpoint, and to compare on resume.
 
     Args:
-        state: What the run trains.
+        state: The objects that the run trains.
 
     Attributes:
-        choices: What was chosen for the run, by name.
-        recorded: What was chosen for the run that is resumed; empty before `restore`.
+        choices: The choices made for the run, by name.
+        saved: The record of the run that is resumed; empty before `restore`.
     """
 
     def __init__(self, state: Any) -> None:
         self.choices: dict[str, Any] = {}
-        self.recorded: dict[str, Any] = {}
+        self.saved: Mapping[str, Any] = {"versions": {}, "choices": {}, "configured": {}}
         self._configured = configured({"state": state})
-        self._saved: Mapping[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         versions = {name: importlib.metadata.version(name) for name in ("handloom", "keras", "numpy")}
@@ -42,48 +40,42 @@ class Record:
         return {"versions": facts, "choices": self.choices, "configured": self._configured}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._saved, self.recorded = state, dict(state["choices"])
+        self.saved = state
 
     @property
     def differences(self) -> list[str]:
-        """What has changed since the run was saved, in words."""
-        if self._saved is None:
-            return []
-        then, now = self._saved, self.state()
-        changed = [
-            f"{name} {then[kind].get(name)} -> {now[kind].get(name)}"
-            for kind in ("versions", "choices")
-            for name in sorted(then[kind].keys() | now[kind].keys())
-            if then[kind].get(name) != now[kind].get(name)
-        ]
-        before = then["configured"]
+        """The changes since the run was saved, in words."""
+        then, now = ({**record["versions"], **record["choices"]} for record in (self.saved, self.state()))
+        names = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+        changed = [f"{name} {then.get(name)} -> {now.get(name)}" for name in names]
+        before = self.saved["configured"]
         others = [name for name, after in sorted(self._configured.items()) if before.get(name, after) != after]
         return changed + ([f"the configuration of {', '.join(others)}"] if others else [])
 
 
-class StrictFeed:
-    """A feed that resumes at its exact position or raises an error."""
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the state that other functions return and restore."""
 
-    def __init__(self, feed: Feed) -> None:
-        self._feed = feed
+    state: Callable[[], dict[str, Any]]
+    restore: Callable[[dict[str, Any]], None]
 
-    def state(self) -> dict[str, Any]:
-        return self._feed.state()
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        if not self._feed.seekable:
-            raise CheckpointError(
-                f"HL753: resume='exact' needs data with a position; {self._feed.name} has none.",
-                "It would be read again up to the batch at which the run was stopped, in whatever order it has now.",
-                "Pass arrays, which have a position; or, if the order is the same, resume='auto'.",
-            )
-        differences = self._feed.differences(state)
-        if differences:
-            raise CheckpointError(
-                f"HL754: The data has changed since the run was saved: {'; '.join(differences)}.",
-                fix="Pass the same data, or resume with the new data by resume='auto'.",
-            )
-        self._feed.restore(state)
+def restore_exactly(feed: Feed, state: Mapping[str, Any]) -> None:
+    """Resumes a feed at its exact position, or raises an error."""
+    if not feed.seekable:
+        raise CheckpointError(
+            f"HL753: resume='exact' needs data with a position; {feed.name} has none.",
+            "It would be read again up to the batch at which the run was stopped, in whatever order it has now.",
+            "Pass arrays, which have a position; or, if the order is the same, resume='auto'.",
+        )
+    differences = feed.differences(state)
+    if differences:
+        raise CheckpointError(
+            f"HL754: The data has changed since the run was saved: {'; '.join(differences)}.",
+            fix="Pass the same data, or resume with the new data by resume='auto'.",
+        )
+    feed.restore(state)
 
 
 class EpochReports:
@@ -103,16 +95,3 @@ class EpochReports:
                 warn("HL755: The checkpoint has an older format: the averages of this epoch begin at the resumed step.")
             return
         self._step.continue_epoch(logs, [known[name] for name in state["metrics"] if name in known])
-
-
-class CallbackState:
-    """A callback with `state()` and `restore(state)`."""
-
-    def __init__(self, callback: keras.callbacks.Callback) -> None:
-        self._callback = callback
-
-    def state(self) -> dict[str, Any]:
-        return callback_state(self._callback)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        restore_callback(self._callback, state)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from handloom._data.feed import Feed
@@ -98,13 +97,19 @@ class Validations:
         return self._results if due or progress.batch == 0 else {}
 
     def _validate(self, callbacks: Callbacks) -> None:
+        # Training and validation may use the same metrics.
+        metrics = [variable for metric in self._training.renewed.values() for variable in metric.variables]
+        restore_metrics, undo, before = _copied(metrics), _copied(self._validation.assigned()), random_state()
+        self.interrupted = False
         try:
-            with self._training.metrics_kept(), _undone_if_interrupted(self._validation.assigned()):
-                results = self._validation.run(callbacks, self._check_signals)
+            results = self._validation.run(callbacks, self._check_signals)
         except _Interrupted:
             self.interrupted = True
+            undo()
+            set_random_state(before)
             return
-        self.interrupted = False
+        finally:
+            restore_metrics()
         self._results = {f"val_{name}": value for name, value in results.items()}
         self._last_time = time.perf_counter()
         self._events.append("validation", values=results)
@@ -120,14 +125,11 @@ class Validations:
     def state(self) -> dict[str, Any]:
         """The last results of this epoch, and the position in the data."""
         feed = self._feed()
-        return {
-            "results": dict(self._results),
-            "broken_off": self.interrupted,
-            "feed": None if feed is None else feed.state() | {"batch": 0},  # Each pass begins at its first batch.
-        }
+        position = None if feed is None else feed.state() | {"batch": 0}  # Each pass begins at its first batch.
+        return {"results": dict(self._results), "broken_off": self.interrupted, "feed": position}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state()` returned."""
+        """Restores a result of `state()`."""
         self._results, self.interrupted = dict(state["results"]), state["broken_off"]
         feed = self._feed()
         if feed is not None and state["feed"] is not None:
@@ -143,14 +145,12 @@ class Validations:
         self._results = {}
 
 
-@contextlib.contextmanager
-def _undone_if_interrupted(variables: list[Variable]) -> Iterator[None]:
-    """Restores variables and random states if a signal interrupts the block."""
-    before, values = random_state(), [keras.ops.copy(variable.value) for variable in variables]
-    try:
-        yield
-    except _Interrupted:
-        set_random_state(before)
+def _copied(variables: list[Variable]) -> Callable[[], None]:
+    """Copies the values of variables; returns a function that restores them."""
+    values = [keras.ops.copy(variable.value) for variable in variables]
+
+    def restore() -> None:
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
-        raise
+
+    return restore

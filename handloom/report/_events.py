@@ -6,7 +6,8 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+import optree
 
 from handloom._util.findings import warn
 from handloom.callbacks import Event
@@ -16,7 +17,7 @@ _ATTRIBUTES = ("kind", "epoch", "step", "batch", "seconds", "time")
 
 
 def read_events(path: str | Path, *, superseded: bool = False) -> list[Event]:
-    """Reads the events of a run; the run may still be going on.
+    """Reads the events of a run; the run may not have ended yet.
 
     Args:
         path: A file that `handloom.callbacks.JSONLogger` wrote, or a run directory.
@@ -38,15 +39,15 @@ def _events(path: Path) -> Iterator[Event]:
     lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            fields = json.loads(line) if line else None
+            data = json.loads(line)
         except ValueError:
-            fields = None
-            if number < len(lines):  # The last line may still be being written.
+            if line and number < len(lines):  # The last line may still be being written.
                 warn(f"HL950: Line {number} of {path} is not JSON; it is skipped.")
-        if fields is not None:
-            data = {name: value for name, value in fields.items() if name not in _ATTRIBUTES}
-            data |= {"values": _numbers(data["values"])} if data.get("values") else {}
-            yield Event(**{name: fields[name] for name in _ATTRIBUTES}, data=data)
+            continue
+        attributes = {name: data.pop(name) for name in _ATTRIBUTES}
+        if "values" in data:  # NaN and infinity are text in JSON.
+            data["values"] = optree.tree_map(lambda leaf: _NUMBERS.get(leaf, leaf), data["values"])
+        yield Event(**attributes, data=data)
 
 
 def _without_superseded(events: list[Event]) -> list[Event]:
@@ -62,11 +63,3 @@ def _is_before(event: Event, resumed: Event) -> bool:
     """Whether an event happened before the point at which a run was resumed."""
     ended = event.kind == "run_end"
     return not ended and (event.step < resumed.step or (event.step == resumed.step and event.epoch <= resumed.epoch))
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _numbers(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return _NUMBERS.get(value, value) if isinstance(value, str) else value

@@ -102,30 +102,25 @@ def identity(loss, **options):
     return compiled(functional(layers.Identity(), inputs=1), loss=loss, **options)
 
 
-@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_evaluate_returns_the_loss_of_the_whole_with_each_reduction(reduction, weighted):
+def test_evaluate_returns_the_loss_of_the_whole_or_the_average_of_sums(reduction, weighted):
     loss = keras.losses.MeanAbsoluteError(reduction=reduction)
     model = identity(loss, weighted_metrics=[keras.metrics.MeanAbsoluteError(name="metric")])
 
     def law(batches):
-        error, weight = whole(batches)
-        error, weight = np.abs(error), weight if weighted else np.ones_like(weight)
-        given = [(x[:, None], np.zeros_like(x)[:, None], *([w] if weighted else [])) for x, w in batches]
-        found = evaluated(model, given)
-        near(found["loss"], sum(error * weight) / (len(error) if reduction == "sum_over_batch_size" else sum(weight)))
-        near(found["metric"], np.average(error, weights=weight))
-
-    holds(law, examples=25)
-
-
-def test_evaluate_averages_a_sum_by_examples_as_keras_does():
-    model = identity(keras.losses.MeanAbsoluteError(reduction="sum"))
-
-    def law(batches):
+        if not weighted:
+            batches = [(x, np.ones_like(w)) for x, w in batches]
+        values, weight = whole(batches)
+        mean = np.average(np.abs(values), weights=weight)
         sums = [np.sum(np.abs(x) * w, dtype="float64") for x, w in batches]
-        found = evaluated(model, [(x[:, None], np.zeros_like(x)[:, None], w) for x, w in batches])
-        near(found["loss"], np.average(sums, weights=[len(x) for x, _ in batches]))
+        expected = {
+            "sum_over_batch_size": sum(sums) / len(values),
+            "mean_with_sample_weight": mean,
+            "sum": np.average(sums, weights=[len(x) for x, _ in batches]),  # As Keras does.
+        }
+        found = evaluated(model, [(x[:, None], 0 * x[:, None], w)[: 2 + weighted] for x, w in batches])
+        near([found["loss"], found["metric"]], [expected[reduction], mean])
 
     holds(law, examples=25)
 

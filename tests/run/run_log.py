@@ -1,10 +1,10 @@
-"""What a run left in its log."""
+"""Reads the log of a run."""
 
 from handloom.report import read_events
 
 
 def epochs_in(run_dir):
-    """What each epoch ended with: a dict of `epoch` (those finished, so from 1), `step` and the values."""
+    """The values of each epoch, with `epoch` (the number of finished epochs) and `step`."""
     return [
         {"epoch": event.epoch, "step": event.step, **event.values}
         for event in read_events(run_dir)
@@ -13,5 +13,5 @@ def epochs_in(run_dir):
 
 
 def saves_in(run_dir):
-    """The events that are saves, those of steps taken again among them."""
+    """The events of saves, including those of steps that were taken again."""
     return [event for event in read_events(run_dir, superseded=True) if event.kind == "saved"]

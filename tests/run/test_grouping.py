@@ -1,14 +1,13 @@
 """Several steps in one dispatch: which go together, and that the results are those of single steps."""
 
 import keras
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from keras import layers, ops
+from keras import layers
 
 import handloom as hl
-from handloom._run.grouping import grouped, steps_a_dispatch
+from handloom._run.grouping import grouped
 from handloom._util.progress import Progress
 from tests.models import compiled, sequential
 from tests.numbers import close, each_close, normal
@@ -50,37 +49,7 @@ def test_grouped_makes_full_groups_where_nothing_is_due():
     assert list(map(len, groups_of(10, 4, [hl.every(steps=6)]))) == [4, 1, 1, 4]
 
 
-@pytest.mark.parametrize(
-    ("asked", "recorded", "each_step", "expected"),
-    [(8, None, True, 1), (8, 4, False, 8), ("auto", None, False, 1), ("auto", 4, False, 4), (np.int64(8), 2, False, 8)],
-)
-def test_steps_a_dispatch_is_the_number_asked_for_or_for_auto_that_of_the_resumed_run(
-    asked, recorded, each_step, expected
-):
-    assert steps_a_dispatch(asked, recorded, each_step=each_step) == expected
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "all", None])
-def test_steps_per_execution_must_be_a_positive_whole_number(steps):
-    with pytest.raises(ValueError, match=r"steps_per_execution=...\) takes a whole number, at least 1; received"):
-        hl.fit(lambda x: {}, X, steps_per_execution=steps)
-
-
 # ------------------------------------------------------------------------ in a run
-
-
-class Calls(keras.callbacks.Callback):
-    """Records the batches at which it is called."""
-
-    def __init__(self, takes_executions):
-        super().__init__()
-        self.takes_executions, self.begun, self.ended = takes_executions, [], []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.begun.append(batch)
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.ended.append(batch)
 
 
 def fit(steps, *callbacks, epochs=2, **options):
@@ -101,31 +70,16 @@ def test_steps_per_execution_changes_no_result(steps):
     assert int(several.optimizer.iterations) == 18
 
 
-def test_steps_per_execution_changes_no_result_of_a_plain_step():
-    def history(steps):
-        keras.utils.set_random_seed(0)
-        model, optimizer = keras.Sequential([layers.Dense(1)]), keras.optimizers.SGD(0.1)
-        error = keras.metrics.MeanAbsoluteError()
-
-        def step(x, y):
-            loss = hl.minimize(lambda: ops.mean((model(x) - y) ** 2), model, optimizer)
-            error.update_state(y, model(x))
-            return {"loss": loss, "error": error}
-
-        return hl.fit(step, (X, Y), epochs=3, verbose=0, steps_per_execution=steps).history
-
-    one, two = history(1), history(2)
-    for name, values in one.items():
-        close(two[name], values)
-
-
 @pytest.mark.parametrize(
     ("takes_executions", "begun", "ended"), [(False, range(9), range(9)), (True, [0, 4, 8], [3, 7, 8])]
 )
 def test_steps_per_execution_calls_a_callback_at_each_step_or_at_each_dispatch(takes_executions, begun, ended):
-    calls = Calls(takes_executions)
-    fit(1, calls, epochs=1, steps_per_execution=4)  # Of `fit`, over that of `compile`.
-    assert (calls.begun, calls.ended) == (list(begun), list(ended))
+    numbers, count = {"begun": [], "ended": []}, keras.callbacks.Callback()
+    count.takes_executions = takes_executions
+    count.on_train_batch_begin = lambda batch, logs: numbers["begun"].append(batch)
+    count.on_train_batch_end = lambda batch, logs: numbers["ended"].append(batch)
+    fit(1, count, epochs=1, steps_per_execution=4)  # The option of `fit` counts, not that of `compile`.
+    assert numbers == {"begun": list(begun), "ended": list(ended)}
 
 
 def test_steps_per_execution_lets_callbacks_of_handloom_act_when_they_are_due():

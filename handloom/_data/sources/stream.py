@@ -95,7 +95,7 @@ class Stream(Source):
         except Exception as error:  # Libraries raise errors of any class for a state that they cannot use.
             raise DataError(
                 f"HL427: {self.name} cannot go back to the position in the state: {error}",
-                fix="Create the data as it was when the state was saved.",
+                fix="Create the data in the same way as when the state was saved.",
             ) from error
 
     def _begin(self, epoch: int) -> tuple[Iterator[Any], int]:
