@@ -5,20 +5,20 @@ internal, so that a change in Keras shows there and not at a user's.
 
 | internal | reason |
 |---|---|
-| `get_stateless_scope` | a scope of ours must know the scope around it |
+| `get_stateless_scope` | Handloom's own scopes must know the scope around them |
 | `Variable._value` | `assign` takes ten times longer per step, and converts values that need no conversion |
 | `Variable._shape`, `_dtype` | the shape and dtype of a variable that has no value yet |
 | `Layer._flatten_layers` | all layers inside a layer |
-| `Functional` | not exported; a subclass built from inputs and outputs must become one |
+| `Functional` | not exported; a subclass that is built from inputs and outputs must become one |
 | `Model._compute_loss`, `_loss_tracker` | Keras's own default steps use them |
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order |
 | `Metric._direction` | callbacks that monitor a metric must know whether higher is better |
 | `Model._initial_epoch` | `BackupAndRestore` sets the epoch at which `fit` resumes |
 | `Optimizer._trainable_variables` | the variables that `apply` updates when it is given gradients only |
-| `Optimizer._variables`, `_iterations`, `_tracker` | the slots, to make them again for further variables |
+| `Optimizer._variables`, `_iterations`, `_tracker` | the slots, to create them again for further variables |
 | `Optimizer._learning_rate` | copies of an optimizer share it |
 | `global_seed_generator` | it must exist before a step is traced, as any variable must |
-| `global_state` | a variable whose initializer failed would fail again in each later scope |
+| `global_state` | to forget a variable whose initializer failed: it would fail again in each later scope |
 | `GLOBAL_SEED_GENERATOR` | its name: `set_random_seed` replaces the generator, compiled steps keep the old one |
 | `Layer._seed_generators` | the generators of dropout and noise, to seed them for a run |
 | `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, and the result of a gradient lacks it |
@@ -55,14 +55,14 @@ def _strange_backend(name: str | None) -> BackendNotInstalledError:
 
 
 try:
-    import keras
+    import keras as keras
 except ModuleNotFoundError as error:
     if error.name in BACKENDS:
         raise _missing_backend(str(error.name)) from error
-    if error.name == os.environ.get("KERAS_BACKEND"):  # One of Keras's, not of ours, and not installed.
+    if error.name == os.environ.get("KERAS_BACKEND"):  # A backend of Keras that Handloom does not run on.
         raise _strange_backend(error.name) from error
     raise
-except ValueError as error:  # Not one of Keras's either.
+except ValueError as error:  # No backend of Keras.
     if "Unable to import backend" not in str(error):
         raise
     raise _strange_backend(str(error).rpartition(" ")[2]) from error
@@ -71,10 +71,12 @@ if keras.backend.backend() not in BACKENDS:
     raise _strange_backend(keras.backend.backend())
 
 from keras.src.backend.common import global_state  # noqa: E402
-from keras.src.backend.common.masking import get_keras_mask, set_keras_mask  # noqa: E402
-from keras.src.backend.common.stateless_scope import get_stateless_scope  # noqa: E402
-from keras.src.models.functional import Functional  # noqa: E402
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator  # noqa: E402
+from keras.src.backend.common.masking import get_keras_mask as get_keras_mask  # noqa: E402
+from keras.src.backend.common.masking import set_keras_mask as set_keras_mask  # noqa: E402
+from keras.src.backend.common.stateless_scope import get_stateless_scope as get_stateless_scope  # noqa: E402
+from keras.src.models.functional import Functional as Functional  # noqa: E402
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR  # noqa: E402
+from keras.src.random.seed_generator import global_seed_generator as global_seed_generator  # noqa: E402
 
 Variable: TypeAlias = Any
 """A `keras.Variable`. Keras has no type annotations, so this one only tells the reader."""
@@ -85,43 +87,12 @@ Layer: TypeAlias = Any
 Tensor: TypeAlias = Any
 """A tensor of the backend."""
 
-__all__ = [
-    "BACKENDS",
-    "Functional",
-    "Layer",
-    "Tensor",
-    "Variable",
-    "current_value",
-    "default_loss",
-    "direction_of",
-    "first_line",
-    "forget_slots",
-    "forget_uninitialized",
-    "get_keras_mask",
-    "get_stateless_scope",
-    "global_seed_generator",
-    "has_value",
-    "in_keras_order",
-    "keep_global_seed_generator",
-    "keras",
-    "layers_of",
-    "seed_generators_of",
-    "set_keras_mask",
-    "set_loss_tracker",
-    "share_learning_rate",
-    "slots_of",
-    "stored_value",
-    "take_initial_epoch",
-    "trained_by",
-    "value_in",
-]
-
 
 def stored_value(variable: Variable) -> Tensor:
     """The tensor that a variable holds, whatever scope is open.
 
-    A variable made while a scope is open has no value until the scope closes. Zeros take its place: callers look at
-    shape and dtype only.
+    A variable that is created while a scope is open has no value until the scope closes. Zeros replace it: callers use
+    the shape and dtype only.
     """
     if variable._value is None:
         return keras.ops.zeros(variable._shape, dtype=variable._dtype)
@@ -129,13 +100,9 @@ def stored_value(variable: Variable) -> Tensor:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something."""
-    # Where a layer or an operation failed, Keras puts above it what was called, and sets the rest in bold.
-    lines = str(error).replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
-    told = [
-        line.strip() for line in lines if line.strip() and not line.startswith("Exception encountered when calling")
-    ]
-    return told[0] if told else ""
+    """The first line of an error's message, without the one that Keras puts above the errors of layers, and plain."""
+    lines = map(str.strip, str(error).replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines())
+    return next((line for line in lines if line and not line.startswith("Exception encountered when calling")), "")
 
 
 def has_value(variable: Variable) -> bool:
@@ -144,7 +111,7 @@ def has_value(variable: Variable) -> bool:
 
 
 def forget_uninitialized() -> None:
-    """Makes Keras forget the variables that it could not initialize, so that the next scope does not try again."""
+    """Removes the variables that Keras could not initialize, so that the next scope does not try again."""
     global_state.set_global_attribute("uninitialized_variables", [])
 
 
@@ -155,7 +122,7 @@ def seed_generators_of(layer: Layer) -> list[keras.random.SeedGenerator]:
 
 @contextlib.contextmanager
 def keep_global_seed_generator() -> Iterator[None]:
-    """Puts the global seed generator back after the block, with the state of the new one if Keras made one.
+    """Restores the global seed generator after the block, with the state of the new one if Keras created one.
 
     Compiled steps hold the old generator.
     """
@@ -183,7 +150,7 @@ def default_loss(model: Layer, x: Any, y: Any, y_pred: Any, sample_weight: Any, 
 
 def set_loss_tracker(model: Layer, metric: keras.Metric) -> None:
     """Replaces the metric in which Keras's own steps average the loss."""
-    model.__dict__["_loss_tracker"] = metric  # As `compile` does it: not as a metric of the model's own.
+    model.__dict__["_loss_tracker"] = metric  # As in `compile`: Keras would track an attribute as a metric.
 
 
 def direction_of(metric: keras.Metric) -> str | None:
@@ -221,7 +188,7 @@ def share_learning_rate(optimizer: keras.Optimizer, other: keras.Optimizer) -> N
 
 
 def take_initial_epoch(model: Any) -> int:
-    """The epoch at which a callback of Keras told the run to resume, or 0; resets it, which Keras never does."""
+    """The epoch at which a callback of Keras makes the run resume, or 0; resets it, which Keras never does."""
     epoch = getattr(model, "_initial_epoch", None) or 0
     model._initial_epoch = None
     return int(epoch)

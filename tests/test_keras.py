@@ -161,6 +161,15 @@ def test_keras_optimizer_keeps_the_variables_that_it_was_built_for():
     assert list(map(id, optimizer._trainable_variables)) == list(map(id, variables))
 
 
+def test_slots_of_lists_the_slots_of_an_optimizer_until_forget_slots_removes_them():
+    optimizer = keras.optimizers.Adam()
+    assert _keras.slots_of(optimizer) == []
+    optimizer.build([keras.Variable(ones(2), name="w")])
+    assert [slot.name for slot in _keras.slots_of(optimizer)] == ["w_momentum", "w_velocity"]
+    _keras.forget_slots(optimizer)
+    assert [kept.name for kept in optimizer.variables] == ["iteration", "learning_rate"]
+
+
 def test_global_seed_generator_draws_unseeded_numbers():
     generator = _keras.global_seed_generator()
     before = generator.state.numpy()

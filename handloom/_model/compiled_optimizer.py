@@ -9,7 +9,7 @@ from handloom._model.steps import layers_are_built
 from handloom.errors import OptimizerError
 from handloom.optimizers import GradientAccumulation, LossScaleOptimizer, NamedOptimizers
 from handloom.optimizers._named import as_optimizer
-from handloom.optimizers._tree import check_options, named_inside
+from handloom.optimizers._tree import check_options, inside
 
 
 def prepared(optimizer: Any, policy: keras.DTypePolicy, *, auto_scale_loss: bool) -> keras.Optimizer | None:
@@ -40,7 +40,7 @@ def prepared(optimizer: Any, policy: keras.DTypePolicy, *, auto_scale_loss: bool
 
 def attach(optimizer: keras.Optimizer | None, model: keras.Model) -> None:
     """Tells optimizers by name which model their names refer to, and checks the names if its layers are built."""
-    for named in named_inside(optimizer):
+    for named in inside(optimizer, NamedOptimizers):
         named.attach(model)
         if layers_are_built(model):
             named.owners()
@@ -64,7 +64,7 @@ def compiled_optimizer(model: keras.Model) -> keras.Optimizer:
 def build_optimizer(model: keras.Model) -> None:
     """Builds the optimizer of a built model, with all optimizers that it wraps or names."""
     model.optimizer.build(model.trainable_variables)
-    for named in named_inside(model.optimizer):
+    for named in inside(model.optimizer, NamedOptimizers):
         named.build(model.trainable_variables)
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from handloom._keras import Variable, keras
-from handloom.optimizers import LossScaleOptimizer
-from handloom.optimizers._tree import inside, named_inside
+from handloom.optimizers import LossScaleOptimizer, NamedOptimizers
+from handloom.optimizers._tree import inside
 
 ops = keras.ops
 
@@ -82,7 +82,7 @@ def shown(explanation: Explanation) -> Explanation:
 
 def _owners(model: keras.Model) -> Iterator[Owner]:
     optimizer = getattr(model, "optimizer", None)
-    named = next(named_inside(optimizer), None)
+    named = next(inside(optimizer, NamedOptimizers), None)
     if named is not None:
         wrappers = list(itertools.takewhile(lambda part: part is not named, inside(optimizer)))
         for name, variables in named.owners().items():

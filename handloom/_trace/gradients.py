@@ -57,7 +57,7 @@ def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = Fals
 
         def call(*tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
             result = backend.with_control_flow(fn)(*sources.arguments(tensors), **kwargs)
-            value, aux = _split(result) if has_aux else (result, None)
+            value, aux = split(result) if has_aux else (result, None)
             return scalar(value), rest.put(aux)
 
         value, tensors, of_tensors, of_variables = backend.value_and_grad(call, sources.tensors, sources.variables)
@@ -331,7 +331,12 @@ class _Rest:
         return aux
 
 
-def _split(result: Any) -> tuple[Any, Any]:
+def split(result: Any) -> tuple[Any, Any]:
+    """The value and the auxiliary result of a function with `has_aux=True`.
+
+    Raises:
+        GradientError: They are not a pair.
+    """
     if not isinstance(result, tuple) or len(result) != 2:
         raise GradientError(
             "HL115: With has_aux=True the function must return a pair (value, aux); "

@@ -18,10 +18,12 @@ class Denominator(NamedTuple):
     Attributes:
         by: `"examples"`, `"mask"`, `"weights"`, or `"nothing"` for a sum.
         value: The number of examples, the sum of the mask or of the weights; `SUM` for a sum.
+        summed: The mask or weights themselves: denominators of the same ones are the same.
     """
 
     by: str
     value: Weight
+    summed: tuple[Any, ...] = ()
 
 
 class Denominators(Observer):
@@ -35,7 +37,6 @@ class Denominators(Observer):
         self.losses: list[Tensor] = []
         # By id, with the tensor: an id belongs to it only as long as it lives.
         self._known: dict[int, tuple[Tensor, Denominator]] = {}
-        self._sums_of_masks: dict[int, tuple[Any, Tensor]] = {}
 
     def loss_called(self, loss: keras.Loss, value: Tensor, y_pred: Any, sample_weight: Any) -> None:
         denominator = self._denominator(loss.reduction, y_pred, sample_weight)
@@ -59,7 +60,7 @@ class Denominators(Observer):
     def distinct(self) -> list[Denominator]:
         """The different denominators."""
         found = [denominator for _, denominator in self._known.values()]
-        return list({(denominator.by, _identity(denominator.value)): denominator for denominator in found}.values())
+        return list({_identity(denominator): denominator for denominator in found}.values())
 
     def _denominator(self, reduction: str | None, y_pred: Any, sample_weight: Any) -> Denominator | None:
         if reduction == "sum":
@@ -68,17 +69,15 @@ class Denominators(Observer):
         if reduction == "mean_with_sample_weight" and sample_weight is not None:
             weight = ops.convert_to_tensor(sample_weight, keras.config.floatx())
             weight = weight if mask is None else weight * ops.cast(mask, weight.dtype)
-            return Denominator("weights", ops.sum(weight))
+            return Denominator("weights", ops.sum(weight), (sample_weight, mask))
         if mask is None:
             shape = tuple(getattr(keras.tree.flatten(y_pred)[0], "shape", ()))
             return Denominator("examples", shape[0]) if shape else None
-        if id(mask) not in self._sums_of_masks:  # All losses under one mask share this tensor.
-            self._sums_of_masks[id(mask)] = mask, ops.sum(ops.cast(mask, keras.config.floatx()))
-        return Denominator("mask", self._sums_of_masks[id(mask)][1])
+        return Denominator("mask", ops.sum(ops.cast(mask, keras.config.floatx())), (mask,))
 
 
-def _identity(value: Weight) -> Any:
-    return value if isinstance(value, (int, str)) else id(value)
+def _identity(denominator: Denominator) -> Any:
+    return denominator.by, tuple(map(id, denominator.summed)) or denominator.value
 
 
 def note_loss(loss: Tensor, divided_by: Sequence[Denominator]) -> None:

@@ -26,12 +26,12 @@ def whole_number(of: str, *, least: Any = 1, **argument: Any) -> int:
 
 
 def positive_number(of: str, **argument: Any) -> float:
-    """Returns an argument that is a number above zero.
+    """Returns an argument that is a number above zero, as a `float`.
 
     Raises:
         ArgumentError: The value is not a number, or not above zero.
     """
     [(name, value)] = argument.items()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) > 0:
         raise ArgumentError(f"HL005: {of}({name}=...) takes a positive number; received {value!r}.")
-    return value
+    return float(value)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import os
-import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -39,8 +39,8 @@ def shown(place: tuple[str, int] | None) -> str:
 
 def users_frame() -> FrameType:
     """The innermost frame of the user's code on the call stack; if there is none, the innermost that is not ours."""
-    # Beginning with the caller's frame: a frame whose variables refer to itself would keep all it holds alive.
-    frames = [frame for frame, _ in traceback.walk_stack(sys._getframe(1))]
+    # Without the frame of this call: a frame whose variables refer to itself would keep all it holds alive.
+    frames = [frame for frame, _ in traceback.walk_stack(inspect.currentframe())][1:]
     foreign = [frame for frame in frames if not _is_ours(frame.f_code.co_filename)]
     users = [frame for frame in foreign if _is_users(frame.f_code.co_filename)]
     return (users or foreign or frames[-1:])[0]

@@ -7,7 +7,8 @@ from typing import Any
 
 from handloom._keras import keras
 from handloom.errors import OptimizerError
-from handloom.optimizers._tree import named_inside
+from handloom.optimizers import NamedOptimizers
+from handloom.optimizers._tree import inside
 
 
 def learning_rates(model: Any) -> dict[str, float]:
@@ -71,7 +72,7 @@ def takes_rate(schedule: Any) -> bool:
 
 def _optimizers(model: Any) -> dict[str, keras.Optimizer]:
     optimizer = getattr(model, "optimizer", None)
-    named = next(named_inside(optimizer), None)
+    named = next(inside(optimizer, NamedOptimizers), None)
     if named is not None:
         return dict(named.items())
     return {} if optimizer is None else {"": optimizer}

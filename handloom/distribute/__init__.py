@@ -1,4 +1,4 @@
-"""How a run uses its devices: the contract that every strategy fulfils, and the one for a single device."""
+"""Strategies, which decide how a run uses its devices: their contract, and the one for a single device."""
 
 from handloom._util.shard import Shard as Shard
 from handloom.distribute._strategy import SingleDevice as SingleDevice

@@ -19,15 +19,15 @@ T = TypeVar("T")
 
 
 class Strategy(abc.ABC):
-    """Where a run's state and data lie, and what its processes do together.
+    """Places a run's state and data on devices, and combines the results of its processes.
 
-    A step is written for the global batch, and no line of it knows of devices. A run asks its strategy wherever they
-    matter: when it reads data, before each update, when it reads reported values, when it decides something, and when
-    it saves. Every process asks in the same order.
+    A step is written for the global batch and does not mention devices. A run calls its strategy where devices matter:
+    when it reads data, before each update, when it reads reported values, when it makes a decision, and when it saves.
+    All processes call it in the same order.
 
     Attributes:
         rank: The number of this process, from 0.
-        size: How many processes there are.
+        size: The number of processes.
     """
 
     rank: int = 0
@@ -35,23 +35,23 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def place(self, variables: Sequence[Variable]) -> None:
-        """Puts variables where they belong; called for all that a run trains, before its first step."""
+        """Moves the variables that a run trains to their devices; called before the first step."""
 
     @abc.abstractmethod
     def shard(self, examples: slice | np.ndarray) -> slice | np.ndarray:
-        """The examples of a global batch that this process reads, of those given by their numbers."""
+        """Selects the examples that this process reads, from the positions of those of a global batch."""
 
     @abc.abstractmethod
     def put(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches, on the devices."""
+        """Moves batches to the devices."""
 
     @abc.abstractmethod
     def reduce(self, gradients: list[Tensor | None], weight: Any) -> list[Tensor | None]:
-        """The gradients of the global batch, in the trace of a step, before they are unscaled and clipped.
+        """Computes the gradients of the global batch, in the trace of a step, before they are unscaled and clipped.
 
         Args:
-            gradients: Those of this process's part of the batch; `None` where there is none, on every process.
-            weight: How much that part counts: its examples, or what its loss was divided by.
+            gradients: The gradients of this process's part of the batch; those that are `None` are so on every process.
+            weight: The weight of that part: its number of examples, or the number that its loss was divided by.
 
         Returns:
             `sum(weight * gradient) / sum(weight)` over the processes.
@@ -59,22 +59,22 @@ class Strategy(abc.ABC):
 
     @abc.abstractmethod
     def sum(self, array: np.ndarray) -> np.ndarray:
-        """The sum of an array over the processes; on the host, when reported values are read."""
+        """Sums an array over the processes, on the host; for reported values."""
 
     @abc.abstractmethod
     def agree(self, value: T) -> T:
-        """The value that the process of rank 0 has: whether a signal came, a timer is due, a value is the best."""
+        """Returns the value of the process of rank 0: whether a signal came, a timer is due, a value is the best."""
 
     @abc.abstractmethod
     def shards_of(self, variable: Variable) -> list[Shard]:
-        """The parts of a variable that this process saves.
+        """Returns the parts of a variable that this process saves.
 
-        Those of all processes together are the variable, each element once. None is empty, unless the variable is.
+        The parts of all processes contain each element once. No part is empty, unless the variable is.
         """
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """Makes this the strategy of the block, for loops by hand; `fit` does so itself."""
+        """Sets the strategy of a block, for loops by hand; `fit` does so itself."""
         token = _current.set(self)
         try:
             yield
@@ -83,34 +83,34 @@ class Strategy(abc.ABC):
 
 
 class SingleDevice(Strategy):
-    """One process and one device: leaves everything as it is, and costs nothing."""
+    """The strategy of one process and one device: leaves everything as it is."""
 
     def place(self, variables: Sequence[Variable]) -> None:
-        """They are where they belong."""
+        """Does nothing."""
 
     def shard(self, examples: slice | np.ndarray) -> slice | np.ndarray:
-        """All of them."""
+        """Returns all examples."""
         return examples
 
     def put(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """They are there."""
+        """Returns the batches as they are."""
         return batches
 
     def reduce(self, gradients: list[Tensor | None], weight: Any) -> list[Tensor | None]:
-        """The part is the whole."""
+        """Returns the gradients as they are."""
         del weight
         return gradients
 
     def sum(self, array: np.ndarray) -> np.ndarray:
-        """There is one process."""
+        """Returns the array as it is."""
         return array
 
     def agree(self, value: T) -> T:
-        """There is nobody to ask."""
+        """Returns the value as it is."""
         return value
 
     def shards_of(self, variable: Variable) -> list[Shard]:
-        """The whole variable."""
+        """Returns the whole variable as one part."""
         return [Shard.whole(backend.to_numpy(variable.value))]
 
 
@@ -119,15 +119,15 @@ _current: ContextVar[Strategy | None] = ContextVar("strategy", default=None)
 
 
 def current() -> Strategy:
-    """The strategy of the run, or of the loop by hand, that the caller is in; by default for a single device."""
+    """The strategy of the caller's run or `scope()`; by default that of a single device."""
     return _current.get() or _SINGLE
 
 
 def check_strategy(strategy: Strategy | None) -> Strategy:
-    """What was given as `strategy=`; by default that of the caller's block.
+    """Returns the argument `strategy`; by default the strategy of the caller's block.
 
     Raises:
-        ArgumentError: If it is no strategy.
+        ArgumentError: It is not a strategy.
     """
     if strategy is None:
         return current()

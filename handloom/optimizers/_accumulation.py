@@ -17,8 +17,18 @@ from handloom.optimizers._wrapper import Wrapper
 ops = keras.ops
 
 
+class _EveryNthStep(Wrapper):
+    """The base of optimizers that update on every n-th step."""
+
+    options = ("steps",)
+
+    def __init__(self, inner_optimizer: Any, steps: int, name: str | None = None) -> None:
+        super().__init__(inner_optimizer, name=name)
+        self.steps = whole_number(type(self).__name__, steps=steps)
+
+
 @keras.saving.register_keras_serializable("handloom")
-class GradientAccumulation(Wrapper):
+class GradientAccumulation(_EveryNthStep):
     """Accumulates the gradients of several steps into one update, equal to the update of one step on all examples.
 
     The gradient of a step is weighted by its batch: by the number of examples, or by `hl.minimize(..., weight=)` (the
@@ -38,12 +48,9 @@ class GradientAccumulation(Wrapper):
         ArgumentError: `steps` is not a positive whole number.
     """
 
-    options = ("steps",)
-
     def __init__(self, inner_optimizer: Any, steps: int, name: str | None = None) -> None:
-        super().__init__(inner_optimizer, name=name)
-        self.steps = whole_number("GradientAccumulation", steps=steps)
-        self.__dict__["_reached"] = {}  # An attribute set as usual: Keras would track the variables in it as slots.
+        super().__init__(inner_optimizer, steps, name)
+        self.__dict__["_reached"] = {}  # Not as an attribute: Keras would track the variables in it as slots.
 
     def add_slots(self, variables: list[Variable]) -> None:
         self._sums = self.add_optimizer_variables(variables, "gradient_sum")
@@ -57,7 +64,7 @@ class GradientAccumulation(Wrapper):
         for gradient, variable in zip(gradients, variables, strict=True):
             if gradient is not None:
                 if id(variable) not in sums:
-                    raise ArgumentError(f"HL301: Unknown variable: {variable.path}.")  # As Keras's optimizers say it.
+                    raise ArgumentError(f"HL301: Unknown variable: {variable.path}.")  # Keras's own words.
                 self._reached[id(variable)] = variable
                 total = sums[id(variable)]
                 total.assign(total + gradient * ops.cast(factor, total.dtype))
@@ -95,7 +102,7 @@ class GradientAccumulation(Wrapper):
 
 
 @keras.saving.register_keras_serializable("handloom")
-class UpdateEvery(Wrapper):
+class UpdateEvery(_EveryNthStep):
     """Updates on every n-th step and discards the gradients of the other steps.
 
     For networks that train at different rates, such as a generator that is updated once per five steps of its critic.
@@ -109,12 +116,6 @@ class UpdateEvery(Wrapper):
     Raises:
         ArgumentError: `steps` is not a positive whole number.
     """
-
-    options = ("steps",)
-
-    def __init__(self, inner_optimizer: Any, steps: int, name: str | None = None) -> None:
-        super().__init__(inner_optimizer, name=name)
-        self.steps = whole_number("UpdateEvery", steps=steps)
 
     def add_slots(self, variables: list[Variable]) -> None:
         del variables  # One counter for all of them.

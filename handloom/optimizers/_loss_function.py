@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from handloom._keras import Tensor, Variable, keras
-from handloom._trace.gradients import Wrt, gradients_of, gradients_of_each, scalar, vector
+from handloom._trace.gradients import Wrt, gradients_of, gradients_of_each, scalar, split, vector
 from handloom._trace.losses import Denominators, OwnLosses
 from handloom._trace.observe import observing
 from handloom.backends import backend
-from handloom.errors import GradientError
 from handloom.optimizers._tree import Gradients
 
 ops = keras.ops
@@ -67,12 +66,7 @@ class LossFunction:
         denominators, own = Denominators(), OwnLosses(self.variables, layers)
         with observing(denominators, own):
             result = backend.with_control_flow(self.function)()
-            if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
-                raise GradientError(
-                    f"HL125: With has_aux=True the loss function returned {type(result).__name__}, not a pair.",
-                    fix="Return a pair: return loss, aux.",
-                )
-            loss, aux = result if self.has_aux else (result, None)
+            loss, aux = split(result) if self.has_aux else (result, None)
             loss = form(loss)
             penalties = [ops.cast(ops.sum(penalty), loss.dtype) for penalty in own.left_out()]
         if form is scalar:

@@ -16,7 +16,7 @@ from handloom.optimizers._accumulation import GradientAccumulation
 from handloom.optimizers._loss_function import LossFunction
 from handloom.optimizers._loss_scale import apply_unscaled, loss_scale, unscaled
 from handloom.optimizers._named import NamedOptimizers
-from handloom.optimizers._tree import Gradients, check_options, inside
+from handloom.optimizers._tree import Gradients, check_options, inside, taker_inside
 
 
 def minimize(
@@ -59,9 +59,9 @@ def minimize(
     if scale is None:
         _warn_of_underflow(wrt)
     loss_function = LossFunction(loss_fn, wrt, variables, scale, has_aux)
-    takers: list[Any] = [part for part in inside(optimizer) if hasattr(part, "take_gradients")]
-    taken = takers[0].take_gradients(loss_function) if takers else loss_function.gradients()
-    (loss, aux, divided_by), gradients = taken
+    taker = taker_inside(optimizer)
+    result, gradients = taker.take_gradients(loss_function) if taker else loss_function.gradients()
+    loss, aux, divided_by = result
     _check_reached(gradients, variables)
     weight = _weight(weight, divided_by, optimizer)
     gradients = current().reduce(gradients, weight)

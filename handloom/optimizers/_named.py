@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from handloom._keras import Layer, Variable, keras, trained_by
 from handloom.errors import OptimizerError
 from handloom.optimizers._loss_scale import apply_unscaled
-from handloom.optimizers._tree import Gradients, inside
+from handloom.optimizers._tree import Gradients, taker_inside
 
 ops = keras.ops
 REST = "*"
@@ -42,9 +42,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
     def __init__(self, optimizers: Mapping[str, Any], name: str = "named_optimizers") -> None:
         super().__init__(learning_rate=0.0, name=name)
         if not optimizers:
-            raise OptimizerError(
-                "HL316: There are no optimizers.", fix='For example: {"generator": "adam", "*": "sgd"}.'
-            )
+            raise OptimizerError("HL316: There are no optimizers.", fix='Pass some: {"encoder": "adam", "*": "sgd"}.')
         pairs = {key: value if isinstance(value, tuple) else (None, value) for key, value in optimizers.items()}
         self._choices = {key: predicate for key, (predicate, _) in pairs.items() if predicate is not None}
         self._by_name = {key: _optimizer(key, optimizer) for key, (_, optimizer) in pairs.items()}
@@ -76,13 +74,11 @@ class NamedOptimizers(keras.optimizers.Optimizer):
 
     def with_each(self, change: Callable[[keras.Optimizer], keras.Optimizer]) -> NamedOptimizers:
         """The same names, with the results of a function of each optimizer."""
-        changed = NamedOptimizers({name: change(own) for name, own in self._by_name.items()}, name=self.name)
-        changed._choices.update(self._choices)
-        return changed
+        return NamedOptimizers({name: (self._choices.get(name), change(own)) for name, own in self.items()}, self.name)
 
     def attach(self, model: Layer) -> None:
-        """Makes the names those of attributes of this model."""
-        self._model = weakref.ref(model)  # Keras follows attributes when it saves; the model holds this optimizer.
+        """Sets the model whose attributes the names refer to."""
+        self._model = weakref.ref(model)  # Weak: Keras saves attributes too, and the model holds this optimizer.
 
     def _attached(self) -> Layer:
         model = self._model()
@@ -91,7 +87,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         return model
 
     def owners(self) -> dict[str, list[Variable]]:
-        """For each name, the trainable variables that the model has there now.
+        """Returns for each name the trainable variables that the model has there now.
 
         Raises:
             OptimizerError: A name is not an attribute of the model, or a variable has two owners or none.
@@ -177,7 +173,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         return functools.reduce(ops.maximum, [optimizer.iterations for optimizer in self._by_name.values()])
 
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
-        del var_list  # Averages are those of each optimizer's own variables; before its first update they are zeros.
+        del var_list  # Each optimizer averages its own variables; before its first update, the averages are zeros.
         for optimizer in self._by_name.values():
             if optimizer.built and int(ops.convert_to_numpy(optimizer.iterations)):
                 optimizer.finalize_variable_values(trained_by(optimizer))
@@ -190,13 +186,12 @@ class NamedOptimizers(keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> NamedOptimizers:
-        loaded = cls(keras.saving.deserialize_keras_object(config["optimizers"], custom_objects), name=config["name"])
-        loaded._choices.update(config["places"])
-        return loaded
+        loaded, places = keras.saving.deserialize_keras_object(config["optimizers"], custom_objects), config["places"]
+        return cls({name: (places.get(name), optimizer) for name, optimizer in loaded.items()}, config["name"])
 
 
 def as_optimizer(optimizer: Any) -> keras.Optimizer:
-    """The optimizer that `compile` was given: an optimizer, its name or config, or a dict of several."""
+    """Converts an optimizer, its name or config, or a dict of several to an optimizer."""
     if isinstance(optimizer, Mapping) and "class_name" not in optimizer:
         return NamedOptimizers(optimizer)
     return keras.optimizers.get(optimizer)
@@ -207,11 +202,11 @@ def _optimizer(name: str, given: Any) -> keras.Optimizer:
         optimizer = keras.optimizers.get(given)
     except ValueError as error:
         raise OptimizerError(f"HL322: optimizer={{{name!r}: {given!r}}}: {error}") from error
-    takers = [type(part).__name__ for part in inside(optimizer) if hasattr(part, "take_gradients")]
-    if takers:
+    if taker := taker_inside(optimizer):
+        kind = type(taker).__name__
         raise OptimizerError(
-            f"HL350: The optimizer named {name!r} contains {takers[0]}, which takes the gradients of a whole loss.",
-            fix=f"Put it around all optimizers by name: {takers[0]}({{{name!r}: ..., ...}}).",
+            f"HL350: The optimizer named {name!r} contains {kind}, which takes the gradients of a whole loss.",
+            fix=f"Put it around all optimizers by name: {kind}({{{name!r}: ..., ...}}).",
         )
     return optimizer
 
@@ -241,8 +236,9 @@ def _variables_at(model: Layer, path: str) -> list[Variable]:
     for leaf in keras.tree.flatten(found):
         if not isinstance(leaf, (keras.Layer, keras.Variable)):
             raise OptimizerError(
-                f"HL324: There is an optimizer for {path!r}, but {type(model).__name__} has something else than layers "
-                f"and variables there: {leaf!r} (of type {type(leaf).__name__}).",
+                f"HL324: There is an optimizer for {path!r}, but {type(model).__name__} has {leaf!r} there (of type "
+                f"{type(leaf).__name__}).",
+                fix="Name a layer, a variable, or a list of these.",
             )
         variables.update((id(variable), variable) for variable in getattr(leaf, "trainable_variables", [leaf]))
     return list(variables.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar, dataclass_transform
+from typing import Any, TypeAlias, dataclass_transform
 
 from handloom._keras import Tensor, Variable, keras
 from handloom._util.arguments import positive_number
@@ -18,8 +18,6 @@ from handloom.optimizers._tree import Gradients
 from handloom.optimizers._wrapper import Wrapper
 
 ops = keras.ops
-
-T = TypeVar("T", bound=type)
 
 Transform: TypeAlias = Callable[[Gradients, list[Variable]], Gradients]
 """Takes gradients and their variables, and returns as many gradients. An attribute `variables` lists its state."""
@@ -78,23 +76,6 @@ def _checked(changed: Gradients, variables: list[Variable], transform: Transform
     return gradients
 
 
-@dataclass_transform(frozen_default=True)
-def _transform(cls: T) -> T:
-    """Makes a class a transform with a configuration; its numbers must be positive."""
-    made: Any = cls
-    made.__post_init__ = _check_numbers
-    made.get_config = dataclasses.asdict
-    made.from_config = classmethod(lambda cls, config: cls(**config))
-    registered: T = keras.saving.register_keras_serializable("handloom")(dataclasses.dataclass(frozen=True)(made))
-    return registered
-
-
-def _check_numbers(transform: Any) -> None:
-    for field in dataclasses.fields(transform):
-        if field.type == "float":
-            positive_number(type(transform).__name__, **{field.name: getattr(transform, field.name)})
-
-
 class _EachGradient:
     """A transform that changes each gradient by itself."""
 
@@ -104,6 +85,26 @@ class _EachGradient:
 
     def _changed(self, gradient: Tensor, variable: Variable) -> Tensor | None:
         raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> _EachGradient:
+        return cls(**config)
+
+
+@dataclass_transform(frozen_default=True)
+class _Transform(_EachGradient):
+    """The base of transforms with a configuration: dataclasses, registered with Keras, whose numbers are positive."""
+
+    def __init_subclass__(cls) -> None:
+        keras.saving.register_keras_serializable("handloom")(dataclasses.dataclass(frozen=True)(cls))
+
+    def __post_init__(self) -> None:
+        for name, kind in type(self).__annotations__.items():
+            if kind == "float":
+                positive_number(type(self).__name__, **{name: getattr(self, name)})
+
+    def get_config(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in type(self).__annotations__}
 
 
 def _norm(tensor: Tensor, axis: Any = None, keepdims: bool = False) -> Tensor:
@@ -121,8 +122,7 @@ def global_norm(gradients: Gradients) -> Tensor:
     return ops.sqrt(sum(squares[1:], start=squares[0])) if squares else ops.zeros(())
 
 
-@_transform
-class ClipByValue(_EachGradient):
+class ClipByValue(_Transform):
     """Limits each entry to the range from `-limit` to `limit`."""
 
     limit: float
@@ -131,8 +131,7 @@ class ClipByValue(_EachGradient):
         return ops.clip(gradient, -self.limit, self.limit)
 
 
-@_transform
-class ClipByNorm(_EachGradient):
+class ClipByNorm(_Transform):
     """Shrinks each gradient whose norm is above the limit to that norm."""
 
     limit: float
@@ -141,19 +140,17 @@ class ClipByNorm(_EachGradient):
         return gradient * _shrinking(_norm(gradient), self.limit)
 
 
-@_transform
-class ClipByGlobalNorm:
+class ClipByGlobalNorm(_Transform):
     """Shrinks all gradients by one factor, if their norm together is above the limit (Pascanu et al., 2013)."""
 
     limit: float
 
     def __call__(self, gradients: Gradients, variables: list[Variable]) -> Gradients:
         factor = _shrinking(global_norm(gradients), self.limit)
-        return [gradient if gradient is None else gradient * ops.cast(factor, gradient.dtype) for gradient in gradients]
+        return [None if gradient is None else gradient * ops.cast(factor, gradient.dtype) for gradient in gradients]
 
 
-@_transform
-class AdaptiveGradientClip(_EachGradient):
+class AdaptiveGradientClip(_Transform):
     """Shrinks the gradient of each unit to at most `ratio` times the norm of its weights.
 
     The weights of a unit are those of one output: all axes but the last. (Brock et al., High-Performance Large-Scale
@@ -170,8 +167,7 @@ class AdaptiveGradientClip(_EachGradient):
         return gradient * _shrinking(_norm(gradient, axes, keepdims=True), limit)
 
 
-@_transform
-class Centralize(_EachGradient):
+class Centralize(_Transform):
     """Subtracts the mean over the inputs of each unit from its gradient (Yong et al., Gradient Centralization, 2020).
 
     Gradients with one axis, such as those of biases, stay as they are.
@@ -182,8 +178,7 @@ class Centralize(_EachGradient):
         return gradient - ops.mean(gradient, axis=axes, keepdims=True) if axes else gradient
 
 
-@_transform
-class Scale(_EachGradient):
+class Scale(_Transform):
     """Multiplies gradients by factors for the paths of their variables; the first pattern found in a path counts.
 
     Example:
@@ -198,8 +193,7 @@ class Scale(_EachGradient):
         return gradient * next(found, 1.0)
 
 
-@_transform
-class Freeze(_EachGradient):
+class Freeze(_Transform):
     """Excludes the variables whose path contains the pattern from updates, weight decay included."""
 
     pattern: str
@@ -232,7 +226,3 @@ class AddNoise(_EachGradient):
 
     def get_config(self) -> dict[str, Any]:
         return {"stddev": self.stddev, "seed": self.seed}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> AddNoise:
-        return cls(**config)

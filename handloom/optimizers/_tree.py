@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from handloom._keras import Tensor, keras
-from handloom.errors import OptimizerError
+from handloom._util.arguments import positive_number, whole_number
 
 Gradients: TypeAlias = "list[Tensor | None]"
 """One gradient per variable; `None` if the variable does not reach the loss."""
@@ -26,28 +26,21 @@ def inside(optimizer: Any, kind: type = keras.Optimizer) -> Iterator[Any]:
         yield from inside(child, kind)
 
 
+def taker_inside(optimizer: Any) -> Any:
+    """The optimizer in a tree that takes the gradients of a loss itself (see `LossFunction`), or `None`."""
+    return next((part for part in inside(optimizer) if hasattr(part, "take_gradients")), None)
+
+
 def check_options(optimizer: Any) -> None:
     """Checks the options of every optimizer in a tree that Keras accepts and then ignores.
 
     Raises:
-        OptimizerError: A limit for clipping is not positive, or gradients are to be accumulated over 0 steps.
+        ArgumentError: A limit for clipping is not positive, or gradients are to be accumulated over less than 2 steps.
     """
     for part in inside(optimizer):
-        kind = type(part).__name__
+        kind, steps = type(part).__name__, part.gradient_accumulation_steps
         for name in ("clipvalue", "clipnorm", "global_clipnorm"):
-            limit = getattr(part, name)
-            if limit is not None and not limit > 0:
-                raise OptimizerError(
-                    f"HL325: {kind} has {name}={limit!r}: a limit for clipping is a positive number.",
-                    fix=f"Pass a positive limit, such as {name}=1.0, or leave it out to clip nothing.",
-                )
-        if part.gradient_accumulation_steps == 0:
-            raise OptimizerError(
-                f"HL326: {kind} has gradient_accumulation_steps=0: an update accumulates 2 steps or more.",
-                fix="To update on every step, leave it out.",
-            )
-
-
-def named_inside(optimizer: Any) -> Iterator[Any]:
-    """The optimizers by name in a tree."""
-    return (part for part in inside(optimizer) if hasattr(part, "owners"))
+            if (limit := getattr(part, name)) is not None:
+                positive_number(kind, **{name: limit})
+        if steps is not None:
+            whole_number(kind, least=2, gradient_accumulation_steps=steps)

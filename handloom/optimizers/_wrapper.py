@@ -10,7 +10,7 @@ from handloom.backends import backend
 from handloom.errors import ArgumentError
 from handloom.optimizers._loss_scale import apply_unscaled, built_variables
 from handloom.optimizers._named import as_optimizer
-from handloom.optimizers._tree import Gradients, inside
+from handloom.optimizers._tree import Gradients, inside, taker_inside
 
 serialized, deserialized = keras.saving.serialize_keras_object, keras.saving.deserialize_keras_object
 
@@ -34,9 +34,15 @@ class Wrapper(keras.optimizers.Optimizer):
     def __init__(self, inner_optimizer: Any, name: str | None = None) -> None:
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = as_optimizer(inner_optimizer)
+        mine, taker = type(self).__name__, taker_inside(self.inner_optimizer)
+        if taker and hasattr(self, "take_gradients"):
+            raise ArgumentError(
+                f"HL351: {mine} is around {type(taker).__name__}: both take the gradients of the loss themselves.",
+                fix="Use one of them.",
+            )
         for part in inside(self.inner_optimizer):
             if steps := part.gradient_accumulation_steps:
-                mine, inner = type(self).__name__, type(part).__name__
+                inner = type(part).__name__
                 raise ArgumentError(
                     f"HL328: {mine} is around {inner}(gradient_accumulation_steps={steps}).",
                     "It would see the gradients of single steps, not those of updates.",

@@ -72,7 +72,6 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*changes a tensor in place:handloom.errors.FallbackWarning")  # See below.
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_minimize_equals_keras_apply_with_the_gradients_given(make):
     model, twin = line(), line()
@@ -82,16 +81,6 @@ def test_minimize_equals_keras_apply_with_the_gradients_given(make):
         _, *gradients = by_hand(*twin.get_weights())
         optimizer.apply([ops.convert_to_tensor(g) for g in gradients], twin.trainable_variables)
     each_close(model.get_weights(), twin.get_weights(), rtol=1e-4)
-
-
-def test_minimize_compiles_gradient_accumulation_steps_of_keras():
-    """Keras's optimizers for torch change variables in place, there in a branch."""
-    model = line()
-    step = training(model, SGD(0.1, gradient_accumulation_steps=2))
-    step(X, Y)
-    same(model.get_weights()[0], W)
-    step(X, Y)
-    close(model.get_weights()[0], W - 0.1 * by_hand()[1])
 
 
 def test_minimize_builds_a_layer_in_its_first_update(eagerly):
@@ -169,7 +158,7 @@ def test_minimize_with_has_aux_returns_the_loss_and_anything_else(eagerly):
 
 def test_minimize_with_has_aux_requires_a_pair():
     w = keras.Variable(3.0)
-    with pytest.raises(GradientError, match=r"has_aux=True the loss function returned .*not a pair.*HL125"):
+    with pytest.raises(GradientError, match=r"has_aux=True the function must return a pair .* it returned .*HL115"):
         hl.minimize(lambda: w**2, w, SGD(0.1), has_aux=True)
 
 
@@ -272,30 +261,24 @@ def test_minimize_leaves_out_the_penalties_of_layers_that_it_does_not_train(eage
 # ---------------------------------------------------------------------- what is not reached
 
 
-def test_minimize_without_a_reached_variable_is_an_error_that_names_all(eagerly):
-    model = line(name="head")
-    step = training(model, SGD(0.1), loss_fn=lambda model, x, y: ops.mean(y))
-    with pytest.raises(GradientError, match=r"head/kernel, .*head/bias.*Call the layers inside.*HL124"):
+def test_minimize_treats_predictions_computed_outside_as_constants_and_names_the_variables(eagerly):
+    model, optimizer = line(name="head"), SGD(0.1)
+
+    @hl.function
+    def step(x, y):
+        y_pred = model(x)
+        return hl.minimize(lambda: ops.mean((y_pred - y) ** 2), model, optimizer)
+
+    with pytest.raises(GradientError, match=r"head/kernel, .*head/bias.*outside.*constants.*Call the layers.*HL124"):
         step(X, Y)
-
-
-def test_minimize_treats_predictions_computed_outside_as_constants():
-    model = line()
-    y_pred = model(X)
-    with pytest.raises(GradientError, match=r"computed outside of the loss function are constants.*HL124"):
-        hl.minimize(lambda: ops.mean((y_pred - ops.convert_to_tensor(Y)) ** 2), model, SGD(0.1))
-
-
-class Mishap(Exception):
-    pass
 
 
 def test_minimize_leaves_the_weights_when_the_loss_function_raises_the_users_error(eagerly):
     def loss_fn(model, x, y):
-        raise Mishap("in the loss")
+        raise KeyError("in the loss")
 
     model, optimizer = line(), SGD(0.1)
-    with pytest.raises(Mishap, match="in the loss"):
+    with pytest.raises(KeyError, match="in the loss"):
         training(model, optimizer, loss_fn=loss_fn)(X, Y)
     same(model.get_weights()[0], W)
     close(training(model, optimizer)(X, Y), by_hand()[0])
@@ -346,22 +329,10 @@ def test_minimize_clips_gradients_that_a_fixed_loss_scale_factor_scaled(eagerly)
     close(np.linalg.norm(model.get_weights()[0] - W), 0.1)
 
 
-each_scaling = pytest.mark.parametrize(
-    "scaling", [keras.optimizers.LossScaleOptimizer, hl.optimizers.LossScaleOptimizer], ids=["Keras", "Handloom"]
-)
-
-
-@each_scaling
-def test_minimize_with_a_loss_scale_optimizer_returns_the_unscaled_loss(scaling, eagerly):
-    model = line()
-    close(training(model, scaling(SGD(0.1)))(X, Y), by_hand()[0])
-    close(model.get_weights()[0], W - 0.1 * by_hand()[1])
-
-
-@each_scaling
-def test_minimize_with_a_loss_scale_optimizer_skips_an_overflow_and_halves_the_scale(scaling, eagerly):
+@pytest.mark.parametrize("of", [keras.optimizers, hl.optimizers], ids=["Keras", "Handloom"])
+def test_minimize_with_a_loss_scale_optimizer_skips_an_overflow_and_returns_the_unscaled_loss(of, eagerly):
     w, steepness = keras.Variable(2.0), keras.Variable(1e38, trainable=False)
-    optimizer = scaling(keras.optimizers.Adam(0.1), initial_scale=16.0)
+    optimizer = of.LossScaleOptimizer(keras.optimizers.Adam(0.1), initial_scale=16.0)
     step = hl.function(lambda: hl.minimize(lambda: w * steepness, w, optimizer))
     step()  # 16e38 is beyond float32.
     close([w, optimizer.dynamic_scale, optimizer.inner_optimizer.iterations], [2, 8, 0])
@@ -429,14 +400,3 @@ def test_minimize_updates_metrics_batch_statistics_and_seeds_once(eagerly):
     close(normalize.moving_variance, 0.5 + 0.5 * np.var(X, axis=0))
     same(numpy(seeds.state) - before, [0, 1])
     assert int(optimizer.iterations.value) == 1
-
-
-def test_minimize_runs_the_loss_function_on_the_weights_before_the_update(eagerly):
-    w, seen = keras.Variable(3.0), keras.Variable(0.0, trainable=False)
-
-    def loss_fn():
-        seen.assign(w)
-        return w**2
-
-    step_of(loss_fn, w, SGD(0.1))
-    close([seen, w], [3, 2.4])

@@ -8,7 +8,7 @@ from keras import layers
 import handloom as hl
 from handloom.errors import OptimizerError
 from tests.models import compiled, fit
-from tests.numbers import close, each_close, each_same, normal, same_values, values_of
+from tests.numbers import close, each_close, each_same, normal, same_values
 
 SGD, Adam = keras.optimizers.SGD, keras.optimizers.Adam
 X = normal(16, 2)
@@ -128,21 +128,6 @@ def test_owners_by_a_predicate_are_saved_twice_also_while_they_are_frozen(tmp_pa
 
 
 # ---------------------------------------------------------------------- frozen and unfrozen
-
-
-def test_named_optimizers_leave_a_frozen_part_and_its_slots_and_continue_with_them(eagerly):
-    optimizer = keras.optimizers.AdamW(0.05, weight_decay=0.5)
-    model = made({"first": optimizer, "*": SGD(0.1)})
-    train(model)
-    model.first.trainable = False
-    before = model.first.get_weights(), values_of(optimizer)
-    train(model)
-    each_same(model.first.get_weights(), before[0])
-    each_same(values_of(optimizer), before[1])
-    model.first.trainable = True
-    train(model)
-    assert not any(stay(before[0], model.first.get_weights()))
-    assert int(optimizer.iterations) == 2 * 2
 
 
 def test_named_optimizers_continue_an_unfrozen_part_with_the_momentum_that_it_had():

@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.errors import GradientError
+from handloom.errors import ArgumentError, GradientError
 from handloom.optimizers import SAM, GradientAccumulation, LossScaleOptimizer, PCGrad
 from tests.models import built, compiled, fit, functional
 from tests.numbers import close, normal, numpy, same
@@ -151,15 +151,17 @@ def test_pcgrad_runs_the_loss_function_once_and_returns_its_aux(eagerly):
     close([loss, calls], [-2, 1])
 
 
-def test_pcgrad_requires_several_losses_and_other_optimizers_one():
+def test_pcgrad_requires_several_losses_and_no_sam_around_it_and_other_optimizers_one_loss():
     w = keras.Variable(START)
-    with pytest.raises(GradientError, match=r"keras.ops.stack\(\[a, b\]\).* shape \(\)"):
+    with pytest.raises(GradientError, match=r"as one vector.*shape \(\).*keras.ops.stack\(\[a, b\]\).*HL116"):
         hl.minimize(lambda: ops.sum(w), w, PCGrad("sgd"))
-    with pytest.raises(GradientError, match=r"shape \(2,\)"):
+    with pytest.raises(GradientError, match=r"shape \(2,\).*HL117"):
         hl.minimize(lambda: ops.stack([w[0], w[1]]), w, SGD())
+    with pytest.raises(ArgumentError, match=r"SAM is around PCGrad: both take the gradients.*HL351"):
+        SAM(GradientAccumulation(PCGrad("sgd"), 2))
 
 
 @pytest.mark.parametrize(("optimizer", "name"), [(PCGrad(SGD(0.5), seed=3), "seed"), (SAM(SGD(0.5), 3), "radius")])
-def test_pcgrad_and_sam_are_made_again_from_their_config(optimizer, name):
+def test_pcgrad_and_sam_are_loaded_from_their_config(optimizer, name):
     loaded = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
     assert (type(loaded), getattr(loaded, name), float(loaded.learning_rate)) == (type(optimizer), 3, 0.5)

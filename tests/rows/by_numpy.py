@@ -44,7 +44,7 @@ def descended(weights, gradients, rate):
 
 
 def linear_gradients(weights, x, y, weight=None):
-    """Of the mean squared error of a kernel and a bias: the gradients, and the error of each example."""
+    """The gradients of the mean squared error of a kernel and a bias, and the error of each example."""
     kernel, bias = weights
     off = x @ kernel + bias - y
     slope = 2 * off / len(off) * (1 if weight is None else weight[:, None])
@@ -81,13 +81,13 @@ def softmax_regression(data, epochs=1, batch_size=32, rate=0.5):
 
 
 def two_layer_gradients(x, hidden, kernel, slope):
-    """Of a tanh layer and a linear one, both with a bias: the gradients, given the slope of the loss in the outputs."""
+    """The gradients of a tanh layer and a linear one, both with a bias, from the slope of the loss in the outputs."""
     inner = slope @ kernel.T * (1 - hidden**2)
     return [x.T @ inner, inner.sum(axis=0), hidden.T @ slope, slope.sum(axis=0)]
 
 
 def two_layer_regression(weights, x, y):
-    """Of the mean squared error of these layers: the gradients, and the squared error of each example."""
+    """The gradients of the mean squared error of these layers, and the squared error of each example."""
     w1, b1, w2, b2 = weights
     hidden = np.tanh(x @ w1 + b1)
     off = hidden @ w2 + b2 - y

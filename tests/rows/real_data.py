@@ -1,4 +1,4 @@
-"""Real data that scikit-learn and Python carry, in the shape that the rows want it."""
+"""Real data from scikit-learn and Python, in the shapes that the rows need."""
 
 import collections
 import inspect

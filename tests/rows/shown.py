@@ -57,7 +57,7 @@ class Rows:
             row = rows.setdefault(row_of(report.nodeid), {"failed": [], FIGURE: [], REFUSAL: []})
             row["failed"] += [report.nodeid] if report.failed else []
             for kind, text in report.user_properties:
-                # Of a parametrized test, the first text counts: the others differ only by rounding.
+                # The first text of a parametrized test counts: the others differ only by rounding.
                 row[kind] += [text] if blank(text) not in map(blank, row[kind]) else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = {"backend": keras.backend.backend(), "rows": rows}

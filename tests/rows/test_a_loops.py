@@ -1,6 +1,7 @@
 """Rows A1 to A10, A12 and A13: loops written by hand."""
 
 import io
+import itertools
 
 import keras
 import numpy as np
@@ -383,9 +384,7 @@ def test_a12_minimize_takes_two_gradients_a_step_each_clipped_by_norm(eagerly, s
     largest, smallest = np.max(norms, axis=0), np.min(norms, axis=0)
     assert (largest > 1)[[0, 2]].all()  # The gradients of both kernels were clipped,
     assert (smallest < 1)[[1, 3]].all()  # those of both biases were not, at times.
-    shown(
-        f"gradient norms up to {largest.max():.1f}, clipped to 1.0; each optimizer moves its own network, as in NumPy"
-    )
+    shown(f"gradient norms up to {largest.max():.1f}, clipped to 1.0; each optimizer moves its own network as in NumPy")
 
 
 BINS = 4
@@ -397,10 +396,8 @@ def crossed_tumours():
     edges = np.quantile(x[:, :6], [0.25, 0.5, 0.75], axis=0)
     bins = (x[:, None, :6] > edges).sum(axis=1)
     cross = layers.HashedCrossing(num_bins=BINS**2, output_mode="one_hot")
-    crossings = [
-        numpy(cross((bins[:, [left]], bins[:, [right]]))) for left, right in zip(*np.triu_indices(6, k=1), strict=True)
-    ]
-    wide = np.concatenate(crossings, axis=1).astype("float32")
+    pairs = itertools.combinations(np.split(bins, 6, axis=1), 2)
+    wide = np.concatenate([numpy(cross(pair)) for pair in pairs], axis=1).astype("float32")
     assert wide.shape == (569, 15 * BINS**2)
     same(wide.sum(axis=1), np.full(569, 15))  # One feature of each crossing holds.
     return {"deep": x, "wide": wide}, malignant[:, None]

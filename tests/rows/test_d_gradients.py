@@ -192,7 +192,7 @@ def quadratic(theta, curvature, minimum):
 
 
 def test_d7_minimize_through_an_update_follows_the_closed_form(eagerly, shown):
-    """Of q2(t - r q1'(t)), with qi(t) = (t - mi) Hi (t - mi) / 2, that is (1 - r H1) H2 (t' - m2)."""
+    """The gradient of q2(t - r q1'(t)), with qi(t) = (t - mi) Hi (t - mi) / 2, is (1 - r H1) H2 (t' - m2)."""
     random = np.random.default_rng(0)
     roots, (start, *minima) = random.normal(size=(2, 3, 3)), random.normal(size=(3, 3))
     h1, h2 = roots @ roots.swapaxes(1, 2)

@@ -19,7 +19,7 @@ from tests.rows.real_data import counts_of_words, lines_of_code
 
 # --------------------------------------------------------------------------- F1, dtypes
 
-# By the dtype of the data, the dtype in a step: the same on every backend.
+# The dtype in a step by the dtype of the data; the same on every backend.
 GIVEN = {"float64": "float32"} | {
     dtype: dtype for dtype in ("float32", "float16", "int8", "uint8", "int16", "int32", "bool")
 }

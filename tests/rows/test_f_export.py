@@ -150,12 +150,3 @@ def test_f4_export_on_torch_names_a_command_that_writes_a_saved_model(tmp_path, 
     for outputs in run_elsewhere("tf_saved_model", tmp_path, exported=SEVEN)["exported"]:
         close(outputs, model.predict(SEVEN, verbose=0), rtol=0, atol=1e-5)
     refused("tf_saved_model, which TensorFlow writes from the saved model")
-
-
-@pytest.mark.backend("tensorflow")
-def test_f4_export_of_an_unknown_operation_is_an_error_and_leaves_no_file(tmp_path):
-    model = of_layers(layers.Lambda(ops.log1p))
-    model.predict(ZEROS, verbose=0)
-    with pytest.raises(ExportError, match=r"Log1p(?s:.)*on another backend"):
-        model.export(tmp_path / "logarithm", format="onnx", verbose=False)
-    assert list(tmp_path.iterdir()) == []
