@@ -13,12 +13,13 @@ from typing import Any
 
 import optree
 
-from handloom._data.sample_weight import WEIGHTS
 from handloom._keras import Tensor, keras
 from handloom._reporting.logs import READ_AFTER, Logs, Report
+from handloom._reporting.metrics import EpochMetrics
 from handloom._reporting.observed import StepObserver
 from handloom._reporting.results import Results, mark_of
 from handloom._reporting.totals import AllTotals
+from handloom._reporting.unused import warn_of_unused
 from handloom._trace.eager import eagerly
 from handloom._trace.function import Function, Version
 from handloom._trace.observe import observing
@@ -40,14 +41,13 @@ class ReportingStep:
         unpacks: Whether the parts of a tuple are the step's arguments.
         weighed: Returns a batch as the step takes it, with its sample weights marked, and the sum of these, a scalar
             tensor; or `None` to count its examples.
-        reset_metrics: Resets the metrics at the start of an epoch. By default, the metrics that the step updates are
-            reset.
+        reset_metrics: As for `EpochMetrics`.
         jit_compile: As for `hl.function`.
 
     Attributes:
         function: The step as a compiled function.
         logs: The values since the start of the epoch, by name.
-        renewed: The metrics that were reset when a step of this epoch first used them, by id.
+        metrics: The metrics that the steps of this epoch update.
         reductions: How batch values are reduced to the epoch's value, in words, by name; of the steps taken so far.
         take: Takes one step on a batch, and returns 1, the number of steps. Does not wait for the device.
     """
@@ -62,12 +62,11 @@ class ReportingStep:
         jit_compile: bool | str = "auto",
     ) -> None:
         self._step, self._signature, self._unpacks = step, signature_of(step), unpacks
-        self._weighed, self._reset_metrics = weighed, reset_metrics
+        self._weighed, self.metrics = weighed, EpochMetrics(reset_metrics)
         self._totals = AllTotals()
         self._accumulating: dict[int, GradientAccumulation] = {}
         self._fused: set[int] = set()
         self._side_traces: dict[tuple[str, ...], Version | None] = {}
-        self.renewed: dict[int, keras.Metric] = {}
         self.reductions: dict[str, str] = {}
         self.logs = Logs()
         reporting = functools.update_wrapper(functools.partial(self._report), step, updated=())
@@ -81,7 +80,7 @@ class ReportingStep:
         self._check_call(batch)
         parts, weight = self._weighed(*batch)
         # In eager execution, a metric is reset right before its first update of an epoch; see also `_about_to_run`.
-        seen = StepObserver(None if backend.nested else self._renew, self._accumulating)
+        seen = StepObserver(None if backend.nested else self.metrics.about_to_update, self._accumulating)
         with observing(*seen.all):
             returned = backend.with_control_flow(self._step)(*parts)
         return Results(self.function.__name__, returned, seen, _examples(batch), weight).report(self._totals)
@@ -102,10 +101,8 @@ class ReportingStep:
     def start_epoch(self) -> None:
         """Resets the values and the metrics."""
         self.logs.clear()
-        self.renewed.clear()
+        self.metrics.start_epoch()
         self._known.clear()
-        if self._reset_metrics is not None:
-            self._reset_metrics()
 
     def prepare(self, batch: Any) -> None:
         """Compiles the step for a batch and creates its variables, without taking the step."""
@@ -119,7 +116,7 @@ class ReportingStep:
             state: From `logs.state()`.
             metrics: The metrics that were reset in this epoch already.
         """
-        self.renewed.update((id(metric), metric) for metric in metrics)
+        self.metrics.continue_epoch(metrics)
         self.logs.restore(state, self._totals.restored)
 
     def end_epoch(self) -> None:
@@ -208,7 +205,7 @@ class ReportingStep:
             self._find_computed(report, version)
         self._note(report, [*version.dependencies.unused, *report.unused])
         for metric in report.metrics:
-            self._renew(metric)
+            self.metrics.about_to_update(metric)
         return report
 
     def _resolve(self, batch: Any) -> tuple[Version, Sequence[Tensor]]:
@@ -216,11 +213,6 @@ class ReportingStep:
 
     def _arguments(self, batch: Any) -> tuple[Any, ...]:
         return batch if self._unpacks and type(batch) is tuple else (batch,)
-
-    def _renew(self, metric: keras.Metric) -> None:
-        if self._reset_metrics is None and id(metric) not in self.renewed:
-            self.renewed[id(metric)] = metric
-            metric.reset_state()
 
     @contextlib.contextmanager
     def _timing_compilation(self) -> Iterator[None]:
@@ -240,7 +232,7 @@ class ReportingStep:
         self.reductions.update(report.reductions)
         for name in unused:
             if self.function.is_news(name):
-                _warn_of_unused(self.function.__name__, name)
+                warn_of_unused(self.function.__name__, name)
 
     def _find_computed(self, report: Report, version: Version) -> None:
         """Finds the values that a version computes from a metric's running result: they are not averaged."""
@@ -265,29 +257,6 @@ class ReportingStep:
                 version, _ = Function(self.function.python_function).resolve(self._arguments(batch))
                 self._side_traces[names] = version if version.compiled else None
         return self._side_traces[names]
-
-
-def _warn_of_unused(step: str, name: str) -> None:
-    """Warns of something that a step was given and does not use. Other marks than these may be unused."""
-    if name == WEIGHTS:
-        warn(
-            f"HL204: {step} does not use the sample weights.",
-            "Every example counts alike in its losses and metrics.",
-            "Pass the weights on, for example compute_loss(x, y, y_pred, sample_weight), or do not give them to fit().",
-        )
-    elif name.startswith("the mask of"):
-        warn(
-            f"HL252: {step} does not use {name}.",
-            "Masked values count like all others.",
-            "Call a Keras loss with y_pred exactly as the layer returned it; in a loss of your own, multiply by "
-            "layer.compute_mask(inputs).",
-        )
-    elif name.startswith(("the losses added by", "the regularizer of")):
-        warn(
-            f"HL253: {step} does not use {name}.",
-            "It is part of no loss that the step minimizes.",
-            "Use minimize(), which includes it, or add sum(layer.losses) to the loss.",
-        )
 
 
 def signature_of(step: Callable[..., Any]) -> inspect.Signature | None:

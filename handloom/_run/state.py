@@ -85,7 +85,7 @@ class EpochReports:
         self._step, self._state, self._progress = step, state, progress
 
     def state(self) -> dict[str, Any]:
-        metrics = [name for name, thing in keras_objects(self._state).items() if id(thing) in self._step.renewed]
+        metrics = [name for name, thing in keras_objects(self._state).items() if thing in self._step.metrics]
         return {"logs": self._step.logs.state(), "metrics": metrics}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -98,8 +98,8 @@ class Validations:
 
     def _validate(self, callbacks: Callbacks) -> None:
         # Training and validation may use the same metrics.
-        metrics = [variable for metric in self._training.renewed.values() for variable in metric.variables]
-        restore_metrics, undo, before = _copied(metrics), _copied(self._validation.assigned()), random_state()
+        restore_metrics, before = _copied(self._training.metrics.variables), random_state()
+        undo = _copied(self._validation.assigned())
         self.interrupted = False
         try:
             results = self._validation.run(callbacks, self._check_signals)

@@ -1,0 +1,29 @@
+"""Warnings about sample weights, masks and losses that a step was given and does not use."""
+
+from __future__ import annotations
+
+from handloom._data.sample_weight import WEIGHTS
+from handloom._util.findings import warn
+
+
+def warn_of_unused(step: str, mark: str) -> None:
+    """Warns that a step does not use a marked value. Values with other marks may be unused."""
+    if mark == WEIGHTS:
+        warn(
+            f"HL204: {step} does not use the sample weights.",
+            "Every example counts alike in its losses and metrics.",
+            "Pass the weights on, for example compute_loss(x, y, y_pred, sample_weight), or do not give them to fit().",
+        )
+    elif mark.startswith("the mask of"):
+        warn(
+            f"HL252: {step} does not use {mark}.",
+            "Masked values count like all others.",
+            "Call a Keras loss with y_pred exactly as the layer returned it; in a loss of your own, multiply by "
+            "layer.compute_mask(inputs).",
+        )
+    elif mark.startswith(("the losses added by", "the regularizer of")):
+        warn(
+            f"HL253: {step} does not use {mark}.",
+            "It is part of no loss that the step minimizes.",
+            "Use minimize(), which includes it, or add sum(layer.losses) to the loss.",
+        )
