@@ -166,7 +166,7 @@ class HandloomWarning(_WithFinding, UserWarning):
 
 
 class RetraceWarning(HandloomWarning):
-    """A Python value that changes from call to call makes a function compile again each time."""
+    """A Python value that changes from call to call compiles a function again each time."""
 
 
 class FallbackWarning(HandloomWarning):
