@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_BUFFERED = "BufferShuffledExamplesIterable"
-
 
 def forgets_a_buffer(data: Any) -> bool:
     """Whether the state of a data set, or of a loader over one, omits examples that are read and not yet returned."""
     chain = getattr(data, "_ex_iterable", None) or getattr(getattr(data, "dataset", None), "_ex_iterable", None)
-    return any(type(link).__name__ == _BUFFERED for link in _links(chain))
+    return any(type(link).__name__ == "BufferShuffledExamplesIterable" for link in _links(chain))
 
 
 def _links(link: Any) -> Iterator[Any]:

@@ -39,7 +39,7 @@ class TensorFlowData:
         self._exact = False
         with tempfile.TemporaryDirectory() as directory:
             try:
-                self._checkpoint(self._iterator).write(f"{directory}/at")
+                self._tf.train.Checkpoint(iterator=self._iterator).write(f"{directory}/at")
             except self._tf.errors.OpError:
                 return None
             self._exact = True
@@ -50,13 +50,10 @@ class TensorFlowData:
         with tempfile.TemporaryDirectory() as directory:
             for name, file in _FILES.items():
                 (Path(directory) / file).write_bytes(state[name])
-            self._checkpoint(iterator).read(f"{directory}/at").assert_consumed()
+            self._tf.train.Checkpoint(iterator=iterator).read(f"{directory}/at").assert_consumed()
         self._iterator = iterator
         # Read between two passes too: it restores the generator from which a shuffle draws its next order.
         return None if batch is None else iterator
-
-    def _checkpoint(self, iterator: Any) -> Any:
-        return self._tf.train.Checkpoint(iterator=iterator)
 
 
 def tensorflow_data(data: Any) -> TensorFlowData | None:

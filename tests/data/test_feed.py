@@ -244,22 +244,6 @@ def test_feed_copies_batches_that_a_source_overwrites():
     assert [as_numbers(y) for _, y in kept] == [[0] * 4, [1] * 4, [2] * 4]
 
 
-def test_fit_is_not_disturbed_by_a_source_that_overwrites_the_batch_of_a_running_step():
-    buffer = np.zeros((4, 2**16), "float32")
-
-    def overwriting():
-        for index in range(40):
-            buffer[:] = index
-            yield buffer
-
-    def slow(x):
-        for _ in range(4):
-            x = x + ops.sin(x) - ops.cos(x - np.pi / 2)
-        return {"mean": ops.mean(x)}
-
-    close(hl.fit(slow, overwriting, verbose=0).history["mean"], [np.mean(np.arange(40))], rtol=1e-4)
-
-
 def test_feed_leaves_the_arrays_of_the_user_unchanged():
     x = X.copy()
     read(hl.Feed((x, Y), batch_size=3, shuffle=True))

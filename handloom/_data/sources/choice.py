@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -52,16 +51,14 @@ def _batched_source(data: Any, shuffle: bool) -> Source:
     if isinstance(data, keras.utils.PyDataset):
         return PyDatasets(data, shuffle)
     if isinstance(data, Iterator):
-        kind = "the generator" if isinstance(data, types.GeneratorType) else f"the {type(data).__name__}"
-        return Stream(kind, data, ByIterator(lambda: data), None, repeatable=False)
+        return Stream(f"the {type(data).__name__}", data, ByIterator(lambda: data), None, repeatable=False)
     if isinstance(data, Iterable) and not isinstance(data, _NOT_SOURCES):
         return Stream(f"the {type(data).__name__.lstrip('_')}", data, _reader(data), _length(data))
     if callable(data) and not isinstance(data, keras.Layer):
         return Stream("the function of data", data, ByIterator(data), None)
     raise DataError(
         f"HL418: No batches can be made of data of type {type(data).__name__}: {short(data)}.",
-        "",
-        "Pass arrays (NumPy, pandas, or tensors) in a tuple or dict, a tf.data.Dataset, a torch DataLoader, a "
+        fix="Pass arrays (NumPy, pandas, or tensors) in a tuple or dict, a tf.data.Dataset, a torch DataLoader, a "
         "keras.utils.PyDataset, a Grain or Hugging Face data set, an iterable of batches, or a function that returns "
         "one. Convert lists of numbers with np.array(...).",
     )

@@ -80,7 +80,11 @@ def as_tensor(leaf: Any, path: Path) -> Tensor:
     if kind == "sparse" and (tensor := backend.sparse_tensor(*sparse_on_host(leaf))) is not None:
         return tensor
     if kind != "dense":
-        raise _not_held(path, f"a {kind} tensor", _INSTEAD[kind])
+        raise DataError(
+            f"HL414: {place(path)} is a {kind} tensor, which this backend cannot hold in a step.",
+            fix="Make it dense where the batches are made: a sparse tensor with dataset.map(tf.sparse.to_dense), a "
+            "ragged tensor with to_tensor(), or padded_batch(...).",
+        )
     # A copy: the source may overwrite the batch with the next one before the device has read it.
     array = np.array(on_host(leaf))
     _check_kind(array, path)
@@ -88,20 +92,16 @@ def as_tensor(leaf: Any, path: Path) -> Tensor:
     return backend.to_tensor(array)
 
 
-_INSTEAD = {
-    "sparse": "Make it dense where the batches are made: dataset.map(tf.sparse.to_dense).",
-    "ragged": "Make it dense where the batches are made: with to_tensor(), or padded_batch(...).",
-    "text": "Convert it to numbers: labels with np.unique(labels, return_inverse=True)[1], text with "
-    "keras.layers.StringLookup or TextVectorization in a pipeline of tf.data. Or leave it out.",
-}
-
-
 def _check_kind(array: np.ndarray, path: Path) -> None:
     """Raises an error unless the array holds numbers, or text on a backend that has text."""
     kind = array.dtype.kind
     if kind in _TEXT or (kind == "O" and array.size and isinstance(array.flat[0], (str, bytes))):
         if not backend.holds_text:
-            raise _not_held(path, f"text, for example {short(array.flat[0])}", _INSTEAD["text"])
+            raise DataError(
+                f"HL424: {place(path)} is text, for example {short(array.flat[0])}; this backend has no text.",
+                fix="Convert it to numbers: labels with np.unique(labels, return_inverse=True)[1], text with "
+                "keras.layers.StringLookup or TextVectorization in a pipeline of tf.data. Or leave it out.",
+            )
         if kind in _TEXT:
             return
     if kind == "O":
@@ -132,10 +132,6 @@ def check_range(array: np.ndarray, path: Path) -> None:
             f"{kept.name}, the largest integer dtype of this backend.",
             fix="Number them from 0, or hash them to fewer values.",
         )
-
-
-def _not_held(path: Path, what: str, instead: str) -> DataError:
-    return DataError(f"HL424: {place(path)} is {what}, which this backend cannot hold in a step.", fix=instead)
 
 
 def described(paths: Sequence[Path], leaves: Sequence[Any]) -> dict[str, str]:

@@ -145,7 +145,7 @@ SOME = {
 }
 SAID = {
     "text": r"'x' is text, for example .*a.*np\.unique.*StringLookup or TextVectorization.*HL424",
-    "ragged": r"'x' is a ragged tensor, .*to_tensor\(\), or padded_batch.*HL424",
+    "ragged": r"'x' is a ragged tensor, .*to_tensor\(\), or padded_batch.*HL414",
 }
 
 
