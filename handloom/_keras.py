@@ -24,8 +24,6 @@ internal, so that a change in Keras shows there and not at a user's.
 | `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, and the result of a gradient lacks it |
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """The command line. It imports no backend until a command needs one, so that `handloom --help` answers at once."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 import importlib

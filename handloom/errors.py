@@ -23,33 +23,12 @@ An error has a class of its own if a caller may want to catch it alone. Each cla
 built-in exception that Python programmers expect. Each error carries a `Finding`.
 """
 
-import dataclasses
+from dataclasses import dataclass as _dataclass
 
 from handloom._util.source_line import users_frame as _users_frame
 
-__all__ = [
-    "ArgumentError",
-    "BackendNotInstalledError",
-    "CheckpointError",
-    "DataError",
-    "ExportError",
-    "ExtraNotInstalledError",
-    "FallbackWarning",
-    "Finding",
-    "GradientError",
-    "HandloomError",
-    "HandloomWarning",
-    "OptimizerError",
-    "RecipeError",
-    "RetraceWarning",
-    "SavedModelError",
-    "StepError",
-    "TraceError",
-    "VariableError",
-]
 
-
-@dataclasses.dataclass(frozen=True)
+@_dataclass(frozen=True)
 class Finding:
     """A mistake that was found.
 
@@ -171,3 +150,6 @@ class RetraceWarning(HandloomWarning):
 
 class FallbackWarning(HandloomWarning):
     """A step falls back to eager execution, or to another slower way."""
+
+
+__all__ = [name for name in dir() if not name.startswith("_")]

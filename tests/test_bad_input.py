@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.errors import ArgumentError, DataError, OptimizerError, StepError
+from handloom.errors import ArgumentError, DataError, StepError
 from tests.models import compiled, sequential
 from tests.numbers import each_close, each_same, normal, values_of
 from tests.run.run_log import epochs_in

@@ -1,7 +1,5 @@
 """Class labels: sample weights by class, and the check that all labels are among the classes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

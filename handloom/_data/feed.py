@@ -6,14 +6,12 @@ device, while the device works on the last one. The position is therefore always
 that of batches only read.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import numbers
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 from handloom._data.sources import Batch, source_of
 from handloom._util.findings import warn
@@ -101,7 +99,7 @@ class Feed:
         """Calls a function with each batch before it becomes tensors, to raise an error if something is wrong."""
         self._check = check
 
-    def view(self) -> Feed:
+    def view(self) -> Self:
         """A feed that shares the position of this one and can have a check of its own (see `check`)."""
         return copy.copy(self)
 

@@ -1,7 +1,5 @@
 """Sample weights: checked on the host, marked and summed in the step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

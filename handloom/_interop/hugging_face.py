@@ -4,8 +4,6 @@ Uses internals: `IterableDataset._ex_iterable`, the chain of transformations of 
 transformation that shuffles through a buffer. `state_dict()` does not include the buffer, so examples would be lost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

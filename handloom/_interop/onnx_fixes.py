@@ -1,7 +1,5 @@
 """Corrections of the ONNX files that converters write, so that runtimes can run them. It needs `onnx`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """PyTorch: changes that its ONNX exporter needs while Keras exports a model."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """`tf.data` on any backend: TensorFlow saves the position of an iterator into files, which are read here."""
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from collections.abc import Iterator

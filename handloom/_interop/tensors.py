@@ -1,7 +1,5 @@
 """Tensors of JAX, TensorFlow and PyTorch on any backend: their library, their kind, and their values on the host."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from typing import Any

@@ -5,8 +5,6 @@ the sampler draws from. The state of these generators before the pass is saved; 
 and its first batches are skipped.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import sys
@@ -25,7 +23,7 @@ def seed_sources_of_data(seed: int) -> None:
         sys.modules["torch"].manual_seed(seed)
 
 
-def torch_data(data: Any) -> TorchData | None:
+def torch_data(data: Any) -> "TorchData | None":
     """The reader of a `DataLoader` over numbered examples with a sampler of PyTorch; `None` for any other data."""
     utils = getattr(sys.modules.get("torch"), "utils", None)
     # Subclasses are left out: they may do anything.

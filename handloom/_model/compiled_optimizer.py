@@ -1,7 +1,5 @@
 """The optimizer of a compiled model: by name, with gradient accumulation, and with automatic loss scaling."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from handloom._keras import keras, share_learning_rate, trained_by

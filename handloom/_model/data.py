@@ -1,7 +1,5 @@
 """Data as `keras.Model.fit` takes it: `x`, `y` and `sample_weight` apart, or a source that gives all of them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast

@@ -1,7 +1,5 @@
 """`Model.explain`: which optimizer trains which variables, how values are reported, and what may surprise."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Iterator

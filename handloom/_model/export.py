@@ -1,7 +1,5 @@
 """`Model.export`: writes a model for a runtime that knows neither Handloom nor Keras."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`hl.Model`: a Keras model that trains with Handloom's loop, whatever its step does."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -58,7 +56,7 @@ class Model(keras.Model):
         gan.compile(optimizer={"discriminator": "adam", "generator": "adam"})
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Model:
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Model":
         sequential = is_list_of_layers(args) and cls.__init__ is Model.__init__
         return cast(Model, super().__new__(variant(cls, keras.Sequential) if sequential else cls, *args, **kwargs))
 
@@ -87,7 +85,7 @@ class Model(keras.Model):
         return cast(dict[str, Any], super().get_config())
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Model:
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "Model":
         """Makes the model that `get_config` describes."""
         if "layers" in config and "input_layers" not in config and not issubclass(cls, keras.Sequential):
             return cast(Model, variant(cls, keras.Sequential).from_config(config, custom_objects))

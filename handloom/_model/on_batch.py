@@ -1,7 +1,5 @@
 """The methods of `hl.Model` that train, evaluate or predict on one batch, without a loop."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

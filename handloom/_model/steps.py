@@ -1,7 +1,5 @@
 """The compiled steps of a model, kept until the model changes."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Iterator

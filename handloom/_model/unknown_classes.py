@@ -3,8 +3,6 @@
 Keras reports a missing class inside a copy of the whole config, and does not report a missing regularizer at all.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any

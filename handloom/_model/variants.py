@@ -5,8 +5,6 @@ class in between, every later subclassed model would become functional too. Here
 for its functional instances and one for its sequential instances. No other class inherits from a variant.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

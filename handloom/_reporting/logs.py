@@ -4,8 +4,6 @@ Steps add what they return to totals, which are variables (see `totals.py`). `Lo
 asked for, and once every `READ_AFTER` steps, into sums in double precision.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import ChainMap
@@ -152,7 +150,7 @@ class Logs(MutableMapping[str, Value]):
             self._cached = self._count(), {name: self._value(name, sums) for name in names}
         return self._cached[1]
 
-    def _value(self, name: str, sums: Sums) -> Value:
+    def _value(self, name: str, sums: "Sums") -> Value:
         if name not in sums.sums or name in self._computed:
             return sums.last[name]
         return sums.sums[name] / sums.weights[name] if sums.weights[name] else math.nan
@@ -222,7 +220,7 @@ class Sums:
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
     last: dict[str, Value] = dataclasses.field(default_factory=dict)
 
-    def copy(self) -> Sums:
+    def copy(self) -> "Sums":
         return Sums(dict(self.sums), dict(self.weights), dict(self.last))
 
     def add(self, waiting: Iterable[Totals]) -> None:

@@ -1,7 +1,5 @@
 """The metric in which a compiled model keeps the loss of an epoch."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The metrics of an epoch: each is reset once in it, before its first update."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 from handloom._keras import Variable, keras

@@ -1,7 +1,5 @@
 """Observes everything in a step that decides how its results are reported."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The results of a step: checked, and described by how each value is reduced to the epoch's value."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

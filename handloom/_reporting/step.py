@@ -1,7 +1,5 @@
 """A compiled step, together with the reports of what it returns."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """Variables to which steps add what they report, so that the loop neither waits for results nor collects them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple

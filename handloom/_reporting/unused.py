@@ -1,7 +1,5 @@
 """Warnings about sample weights, masks and losses that a step was given and does not use."""
 
-from __future__ import annotations
-
 from handloom._data.sample_weight import WEIGHTS
 from handloom._util.findings import warn
 

@@ -1,7 +1,5 @@
 """Keras's callback protocol. Which callbacks handle which hooks is determined once, before the first step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -1,10 +1,8 @@
 """The model that callbacks see while a plain step trains."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import optree
 
@@ -58,7 +56,7 @@ class JointModel(keras.Model):
         return {"parts": {name: keras.saving.serialize_keras_object(part) for name, part in parts.items()}}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> JointModel:
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         deserialize = keras.saving.deserialize_keras_object
         return cls({name: deserialize(part, custom_objects) for name, part in config["parts"].items()})
 

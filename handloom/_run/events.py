@@ -1,7 +1,5 @@
 """The events of a run: one log that only grows, and its readers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ The groups follow from progress and from what is due, and from nothing else. So 
 the run that was stopped, and its results are bitwise identical.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 

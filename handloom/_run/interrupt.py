@@ -1,7 +1,5 @@
 """Signals are handled between steps, never within one."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

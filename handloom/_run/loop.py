@@ -5,8 +5,6 @@
 `train` is the training loop of models and plain steps alike. Read it from top to bottom.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import reprlib

@@ -1,7 +1,5 @@
 """The options that `hl.fit` and `Model.fit` have in common."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

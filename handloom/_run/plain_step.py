@@ -1,7 +1,5 @@
 """A plain step, as `hl.fit` takes it: how a batch becomes its arguments, and which argument is the sample weights."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

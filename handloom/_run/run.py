@@ -1,11 +1,9 @@
 """One run: its progress, and everything around its steps."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import optree
 
@@ -114,7 +112,7 @@ class Run:
         }
         return Saving(self._options, parts, self.progress, self._signals, self.events)
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         with contextlib.ExitStack() as opened:
             opened.callback(self.events.close)
             opened.callback(self.callbacks.close)

@@ -1,7 +1,5 @@
 """When a run is saved, and how it resumes."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import time

@@ -1,7 +1,5 @@
 """The seed of everything random in a run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The parts of a run's state besides what it trains. Each has `state()` and `restore(state)`."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import platform

@@ -1,7 +1,5 @@
 """Validation within a run. If a signal interrupts a validation, its effects are undone, and it runs again later."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Arguments and results of compiled functions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`hl.run_eagerly`."""
 
-from __future__ import annotations
-
 import contextlib
 
 from handloom._util.switch import Switch

@@ -3,8 +3,6 @@
 This module handles arguments and structure; the backend does the arithmetic.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias

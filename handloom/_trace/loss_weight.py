@@ -1,13 +1,11 @@
 """The weight of a step's batch, by which gradient accumulation weights its gradients."""
 
-from __future__ import annotations
-
 from typing import TypeAlias
 
 from handloom._keras import Tensor
 from handloom._util.switch import Switch
 
-Weight: TypeAlias = "Tensor | float"
+Weight: TypeAlias = Tensor | float
 """A number, or a scalar tensor; `SUM` for a loss that is a sum."""
 
 SUM = "sum"

@@ -1,7 +1,5 @@
 """The losses of a step: their denominators, and the added losses and regularizers that none of them includes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

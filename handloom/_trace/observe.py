@@ -4,8 +4,6 @@ Users register no variables, metrics or losses with Handloom, so it observes Ker
 Keras calls the methods below for everything that happens in this thread. No other module watches Keras.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence

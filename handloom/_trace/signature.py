@@ -1,7 +1,5 @@
 """Signatures of compiled functions as text, and how two of them differ."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias

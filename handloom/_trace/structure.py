@@ -1,7 +1,5 @@
 """Nested structures, separated into tensors and everything else."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`hl.every`: a schedule as a value."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

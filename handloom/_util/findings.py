@@ -1,7 +1,5 @@
 """Warnings of Handloom: given, silenced, collected, or turned into errors."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Functions that are called when something happens, registered for a block of one thread."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any

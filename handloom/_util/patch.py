@@ -1,7 +1,5 @@
 """Patches of other libraries that only the code that enters them sees."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import threading

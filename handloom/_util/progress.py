@@ -1,7 +1,5 @@
 """The counts of a run."""
 
-from __future__ import annotations
-
 import dataclasses
 
 

@@ -1,8 +1,7 @@
 """A part of an array."""
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Self
 
 import numpy as np
 
@@ -20,6 +19,6 @@ class Shard:
     value: np.ndarray
 
     @classmethod
-    def whole(cls, array: np.ndarray) -> Shard:
+    def whole(cls, array: np.ndarray) -> Self:
         """The shard that is the whole array."""
         return cls((0,) * array.ndim, array)

@@ -1,7 +1,5 @@
 """Finds the line of the user's code that an error or warning is about."""
 
-from __future__ import annotations
-
 import inspect
 import linecache
 import os

@@ -1,7 +1,5 @@
 """A setting of the process that a block of one thread can override."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar, copy_context

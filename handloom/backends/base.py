@@ -5,8 +5,6 @@ variables, and nothing of models, loops or data. All other code is written once 
 needs to know which backend runs, this contract lacks a method.
 """
 
-from __future__ import annotations
-
 import abc
 import contextlib
 import importlib

@@ -1,7 +1,5 @@
 """Dependencies between marked tensors of a traced program; see `Backend.marked`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Set
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """Programs: compiled versions of a step, whose variables are known."""
 
-from __future__ import annotations
-
 import abc
 import contextlib
 import dataclasses

@@ -4,8 +4,6 @@ Internals used: the methods of Keras's public `StatelessScope` by which variable
 (`get_current_value`, `add_update`), its `state_mapping`, and `original_scope`, the scope around it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

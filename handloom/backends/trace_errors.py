@@ -1,7 +1,5 @@
 """Errors of a trace, with the line of the user's code that failed."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

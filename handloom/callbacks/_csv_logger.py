@@ -1,7 +1,5 @@
 """A table of epochs, as comma-separated values."""
 
-from __future__ import annotations
-
 import csv
 import os
 from collections.abc import Mapping, Sequence

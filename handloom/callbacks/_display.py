@@ -1,7 +1,5 @@
 """The output of a run for people: a progress bar in a terminal, or a line an epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Early stopping."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

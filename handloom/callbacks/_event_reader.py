@@ -1,7 +1,5 @@
 """Events of a run, and callbacks that read them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

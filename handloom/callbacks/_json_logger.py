@@ -1,7 +1,5 @@
 """The events of a run as JSON, one object a line."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Sets learning rates by a function of the epoch or the step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The learning rates of a model's optimizers, by name."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The base of callbacks that watch one reported value, which may be missing or NaN."""
 
-from __future__ import annotations
-
 import math
 import operator
 import sys

@@ -1,7 +1,5 @@
 """Profiles of a few steps."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Lowers learning rates when a value stops improving."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

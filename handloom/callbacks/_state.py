@@ -1,7 +1,5 @@
 """The state of callbacks between hooks, saved and restored with a run."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from typing import Any

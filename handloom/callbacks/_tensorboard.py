@@ -1,7 +1,5 @@
 """Scalars and profiles for TensorBoard, on every backend."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Stops training when a reported value is not finite."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The speed of training."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any

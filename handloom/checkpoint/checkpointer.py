@@ -1,13 +1,11 @@
 """`hl.Checkpointer`: saves a state in the background, and restores it."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from handloom._util.arguments import whole_number
 from handloom._util.findings import warn
@@ -204,7 +202,7 @@ class Checkpointer:
             )
             self._metrics.clear()  # Warn once.
 
-    def __enter__(self) -> Checkpointer:
+    def __enter__(self) -> Self:
         self._store.open()  # A directory that cannot be written is an error before training, not after.
         return self
 

@@ -1,7 +1,5 @@
 """Fingerprints of settings: they tell models apart that have the same names and shapes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any

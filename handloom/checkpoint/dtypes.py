@@ -1,7 +1,5 @@
 """The element types of safetensors, under their NumPy names."""
 
-from __future__ import annotations
-
 import ml_dtypes  # noqa: F401 - makes bfloat16 and float8 known to NumPy.
 import numpy as np
 

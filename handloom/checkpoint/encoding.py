@@ -3,8 +3,6 @@
 A value that JSON lacks is an object with one key that names its type: `{"__tuple__": [1, 2]}`.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping

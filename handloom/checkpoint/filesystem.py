@@ -1,7 +1,5 @@
 """The system calls that checkpoints are made of, all in this module, so that tests can watch each of them."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io
@@ -48,7 +46,7 @@ def write(file: int, data: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def reading(directory: Path, name: str, *, from_disk: bool = False) -> Iterator[Reader]:
+def reading(directory: Path, name: str, *, from_disk: bool = False) -> "Iterator[Reader]":
     """Opens a file of a checkpoint: a regular file with one name, reached through no link.
 
     A file with a second name could change after the check. Handloom never writes one.

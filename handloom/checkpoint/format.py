@@ -9,8 +9,6 @@ This module reads and writes the safetensors format itself. The safetensors libr
 nor from an open file, and writes without a second copy of the arrays only if it is given addresses in memory.
 """
 
-from __future__ import annotations
-
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The output of `handloom checkpoint`, line by line."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator

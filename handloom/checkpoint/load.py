@@ -1,7 +1,5 @@
 """`hl.load_checkpoint`: the contents of a checkpoint, without a model and without a backend."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from handloom._util.findings import warn

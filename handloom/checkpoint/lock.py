@@ -1,7 +1,5 @@
 """One writer for a directory, by a lock that the system releases when its process ends."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

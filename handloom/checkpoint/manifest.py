@@ -1,7 +1,5 @@
 """The manifest of a checkpoint: its arrays and files, with sizes and checksums. One that is read is not trusted."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -9,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 from handloom.checkpoint.dtypes import CODES, dtype_of
 from handloom.checkpoint.strict_json import decode, encode
@@ -133,7 +131,7 @@ class Manifest:
         return b'{"sha256":"%s",' % hashlib.sha256(body).hexdigest().encode() + body[1:]
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Manifest:
+    def from_bytes(cls, data: bytes) -> Self:
         """Reads the bytes of a file and checks every field.
 
         Raises:

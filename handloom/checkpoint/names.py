@@ -1,7 +1,5 @@
 """Names for variables that are the same in every process: the place of a variable, not the name that Keras gave it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias

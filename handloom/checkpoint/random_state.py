@@ -1,7 +1,5 @@
 """The states of all random number generators, which every checkpoint holds."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from typing import Any

@@ -1,11 +1,10 @@
 """The names of checkpoints in a directory, and the rule by which checkpoints are kept."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 from handloom.errors import ArgumentError
 
@@ -29,7 +28,7 @@ class Slot:
         return f"step_{self.step:09d}" + (f"_{self.again}" if self.again else "")
 
     @classmethod
-    def of(cls, name: str) -> Slot | None:
+    def of(cls, name: str) -> Self | None:
         """The place with that name, or `None` if no place has it."""
         match = _NAME.fullmatch(name)
         slot = cls(int(match[1]), int(match[2] or 0)) if match else None
@@ -44,7 +43,7 @@ class Best:
     sign: int
 
     @classmethod
-    def of(cls, words: str) -> Best:
+    def of(cls, words: str) -> Self:
         """Parses `"min:val_loss"` or `"max:accuracy"`.
 
         Raises:

@@ -1,7 +1,5 @@
 """The state that a checkpoint holds: the values of variables, and the states of other objects, as arrays and JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence

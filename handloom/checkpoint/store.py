@@ -5,8 +5,6 @@ step_000000100/    a checkpoint; if the same step is saved again later, step_000
 .lock              held by the process that writes
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno

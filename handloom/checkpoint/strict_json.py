@@ -1,7 +1,5 @@
 """JSON that may come from an untrusted file."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from typing import Any

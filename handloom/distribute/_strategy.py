@@ -1,7 +1,5 @@
 """The contract between a run and the devices that it runs on."""
 
-from __future__ import annotations
-
 import abc
 import contextlib
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Updates on every n-th step: from the gradients of all steps, or of that step."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Slots for variables that are added, or unfrozen, after an optimizer was built."""
 
-from __future__ import annotations
-
 from handloom._keras import Variable, forget_slots, keras, slots_of, trained_by
 from handloom._trace.gradients import Wrt, variables_of
 from handloom.errors import OptimizerError

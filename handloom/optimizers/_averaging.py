@@ -1,7 +1,5 @@
 """Averages of the weights, beside the live weights."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

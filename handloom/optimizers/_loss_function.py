@@ -1,7 +1,5 @@
 """A loss function with everything that belongs to its loss, ready to be differentiated."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ Small gradients become zero in float16. The loss is therefore multiplied by a la
 and the gradients are divided by it afterwards. (Micikevicius et al., Mixed Precision Training, 2018.)
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

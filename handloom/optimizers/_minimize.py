@@ -1,7 +1,5 @@
 """One update of variables, from a loss function to changed weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

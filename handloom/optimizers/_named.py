@@ -1,11 +1,9 @@
 """Several optimizers of one model, each with its own part of the variables."""
 
-from __future__ import annotations
-
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from handloom._keras import Layer, Variable, keras, trained_by
 from handloom.errors import OptimizerError
@@ -15,7 +13,7 @@ from handloom.optimizers._tree import Gradients, taker_inside
 ops = keras.ops
 REST = "*"
 
-Choice: TypeAlias = "Callable[[str], bool] | Sequence[int]"
+Choice: TypeAlias = Callable[[str], bool] | Sequence[int]
 """Chooses among the weights of a model: a predicate by their paths, positions by their order."""
 
 
@@ -72,7 +70,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         """The optimizers as a list, under the name that Keras's callbacks use."""
         return list(self._by_name.values())
 
-    def with_each(self, change: Callable[[keras.Optimizer], keras.Optimizer]) -> NamedOptimizers:
+    def with_each(self, change: Callable[[keras.Optimizer], keras.Optimizer]) -> Self:
         """The same names, with the results of a function of each optimizer."""
         return NamedOptimizers({name: (self._choices.get(name), change(own)) for name, own in self.items()}, self.name)
 
@@ -185,7 +183,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         return {"name": self.name, "optimizers": optimizers, "places": places}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> NamedOptimizers:
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         loaded, places = keras.saving.deserialize_keras_object(config["optimizers"], custom_objects), config["places"]
         return cls({name: (places.get(name), optimizer) for name, optimizer in loaded.items()}, config["name"])
 

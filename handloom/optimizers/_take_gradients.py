@@ -1,7 +1,5 @@
 """Optimizers that take the gradients of the loss themselves: sharpness-aware minimization and gradient surgery."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

@@ -4,12 +4,10 @@ A transform is a plain object, called with gradients and their variables. It lea
 that does not reach the loss, as it is, and does not depend on the backend.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, dataclass_transform
+from typing import Any, Self, TypeAlias, dataclass_transform
 
 from handloom._keras import Tensor, Variable, keras
 from handloom._util.arguments import positive_number
@@ -87,7 +85,7 @@ class _EachGradient:
         raise NotImplementedError
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> _EachGradient:
+    def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**config)
 
 

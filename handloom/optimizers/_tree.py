@@ -1,14 +1,12 @@
 """Trees of optimizers: a wrapper contains one optimizer, `NamedOptimizers` contains several."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from handloom._keras import Tensor, keras
 from handloom._util.arguments import positive_number, whole_number
 
-Gradients: TypeAlias = "list[Tensor | None]"
+Gradients: TypeAlias = list[Tensor | None]
 """One gradient per variable; `None` if the variable does not reach the loss."""
 
 

@@ -1,9 +1,7 @@
 """The base class of optimizers around another optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from handloom._keras import Variable, keras
 from handloom.backends import backend
@@ -101,5 +99,5 @@ class Wrapper(keras.optimizers.Optimizer):
         return {name: serialized(getattr(self, name)) for name in ("name", "inner_optimizer", *self.options)}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Wrapper:
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
         return cls(**deserialized(config, custom_objects))

@@ -1,7 +1,5 @@
 """Reads the events of a run from its log."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Figures, drawn by matplotlib without a display."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

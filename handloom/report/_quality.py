@@ -1,7 +1,5 @@
 """Measures of the quality of generated examples."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from handloom.errors import ArgumentError

@@ -1,7 +1,5 @@
 """Arrays, cut into batches."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The base class of sources of batches."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from collections.abc import Callable, Iterator

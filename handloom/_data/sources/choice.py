@@ -1,7 +1,5 @@
 """Chooses the source for some data."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any

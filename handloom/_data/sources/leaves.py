@@ -4,8 +4,6 @@ One rule for dtypes, on every backend: 64-bit floating-point numbers become `ker
 are kept. If the backend has fewer bits for integers, an integer that does not fit is an error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

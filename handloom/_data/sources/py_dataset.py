@@ -1,7 +1,5 @@
 """`keras.utils.PyDataset`: numbered batches, read by workers."""
 
-from __future__ import annotations
-
 import collections
 import itertools
 import pickle

@@ -1,7 +1,5 @@
 """Sources that are read from their beginning: iterables, generators, loaders."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """Hugging Face data sets: tables, whose rows are cut into batches, and streams, which yield batches of columns."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

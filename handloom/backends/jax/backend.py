@@ -4,8 +4,6 @@ Internals used: the check by which `keras.random` refuses to draw unseeded numbe
 that is a constant of the program; here the state of the global seed generator is captured like any other variable.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ results of the branch, and are assigned again outside.
 Internals used: `keras.src.backend.jax.core.cond` (replaced while a user's function runs).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Internals used: `jaxpr_as_fun` of `jax.extend.core`, which runs a traced function for several derivatives.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias

@@ -5,14 +5,12 @@ Internals used: `Variable._value` (see `handloom/_keras.py`); `subjaxprs` and `g
 CPython's reference counts, which show that others hold an array too.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import jax
 import jax.extend.core
@@ -222,7 +220,7 @@ def find_variables(fn: Step, tensors: Sequence[Tensor]) -> tuple[list[Variable],
 class OneTrace(Scope):
     """Refuses assignments inside an inner trace, such as that of a loop, which loses them."""
 
-    def __enter__(self) -> OneTrace:
+    def __enter__(self) -> Self:
         super().__enter__()
         self._trace = jax.extend.core.get_opaque_trace_state()
         return self

@@ -13,8 +13,6 @@ assignments go, and that `ResourceVariable` wraps the last three; `_handle`, whi
 again elsewhere.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -6,8 +6,6 @@ to run a function on shapes; `Variable._value` (see `handloom/_keras.py`) and `V
 TensorFlow's variable; `_self_...`, the attributes under which TensorFlow tracks an object.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence

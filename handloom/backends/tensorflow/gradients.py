@@ -3,8 +3,6 @@
 Internals used: `dynamic_update_slice`, XLA's operation behind `ops.slice_update`.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 import tensorflow as tf

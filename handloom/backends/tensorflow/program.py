@@ -4,8 +4,6 @@ Internals used: `get_read_only_resource_input_indices_graph`, which finds the va
 branches, loops and functions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 

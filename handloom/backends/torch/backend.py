@@ -5,8 +5,6 @@ Internals used: `keras.src.backend.torch.core.get_device`; `disable_proxy_modes_
 reaches a value; `Module._modules`, where torch keeps the layers that are attributes of a layer.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence

@@ -10,13 +10,11 @@ Internals used: `keras.src.backend.torch.core.cond`, `while_loop`, `fori_loop` (
 `FakeTensor`, to recognize tensors of the trace; `disable_proxy_modes_tracing`, for the run outside of the trace.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Self
 
 import optree
 import torch
@@ -51,7 +49,7 @@ class _Closure(TorchFunctionMode):
         self._copies: dict[int, torch.Tensor] = {}
         self._made: dict[int, torch.Tensor] = {id(tensor): tensor for tensor in known}
 
-    def __enter__(self) -> _Closure:
+    def __enter__(self) -> Self:
         _open.set((*_open.get(), self))
         super().__enter__()
         return self

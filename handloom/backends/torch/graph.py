@@ -7,8 +7,6 @@ Internals used: `OpOverload`, the operations of a graph, with its `_schema`, whi
 `_op`, the operator without its Python wrapper.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Internals used: `TorchLayer._post_build`, which registers the variables of a lay
 in a scope, where variables have no values yet; `get_stateless_scope`, to know whose scope that is.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

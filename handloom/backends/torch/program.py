@@ -9,8 +9,6 @@ if shapes of fake tensors do not match; `torch._C._AutoDispatchBelowAutograd`, w
 its own backward pass.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

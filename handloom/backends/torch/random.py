@@ -9,8 +9,6 @@ Internals used: `keras.src.backend.torch.random`, its `torch_seed_generator`, `g
 `torch`; `draw_seed`, which returns the seed as a tensor.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any
