@@ -36,7 +36,7 @@ def extremes():
 def mean_and_sum():
     """Two results by name."""
     return Stateful(
-        lambda value, x: value + ops.stack([ops.sum(x), float(len(x))]),
+        lambda value, x: value + ops.stack([ops.sum(x), float(x.shape[0])]),
         shape=(2,),
         result=lambda value: {"mean": value[0] / value[1], "sum": value[0] + 0},
     )
