@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE, CODES = ROOT / "docs" / "messages.md", ROOT / "handloom" / "checks" / "messages.json"
+PAGE, CODES = ROOT / "docs" / "messages.md", ROOT / "handloom" / "_util" / "messages.json"
 SECTIONS = {
     "0": "Arguments",
     "1": "Tracing and gradients",
@@ -31,7 +31,7 @@ Every error and warning of Handloom has a stable code, which ends its text. Erro
 `HandloomWarning`s; both carry a `Finding` with the code, the line of your code, and the three parts of the text: the
 observation, the reason, and the fix. Values are shown as {name} here.
 
-`hl.checks.silence("HL210")` silences a warning, for a `with` block or for good; `hl.checks.strict()` makes warnings
+`hl.checks.silence("HL204")` silences a warning, for a `with` block or for good; `hl.checks.strict()` makes warnings
 errors; `hl.checks.collect()` gives the list of findings of a block.
 
 This page is generated: `make messages`.

@@ -33,7 +33,7 @@ class Finding:
     """A mistake that was found.
 
     Attributes:
-        code: The stable code of the message, such as `"HL210"`; `docs/messages.md` lists them.
+        code: The stable code of the message, such as `"HL204"`; `docs/messages.md` lists them.
         filename: The user's file.
         lineno: The line in the file, counted from 1.
         saw: What was seen.
@@ -56,7 +56,7 @@ class _WithFinding(Exception):
     """An exception that carries a finding.
 
     Args:
-        saw: The code and what was seen: `"HL210: Something was seen."`
+        saw: The code and what was seen: `"HL204: Something was seen."`
         why: Why it is wrong.
         fix: What to do instead.
         at: File and line; by default the innermost line of the user's code.

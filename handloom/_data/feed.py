@@ -7,12 +7,11 @@ that of batches only read.
 """
 
 import copy
-import dataclasses
-import numbers
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
+from handloom._data.position import Position, check_state, differences
 from handloom._data.sources import Batch, source_of
 from handloom._util.findings import warn
 from handloom.errors import ArgumentError, DataError
@@ -65,7 +64,7 @@ class Feed:
         self._source = source_of(data, batch_size, shuffle, drop_remainder)
         self._source.seed = random.randint(0, 2**31 - 1) if seed is None else seed
         self._any_seed = seed is None
-        self._at = _Position()
+        self._at = Position()
         self._check: Callable[[Any], None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -133,31 +132,17 @@ class Feed:
         Raises:
             DataError: It has another seed, is beyond the end, or is not a state.
         """
-        if not _is_state(state):
-            raise DataError(
-                f"HL404: The state of a feed is a dict of whole numbers epoch, batch and seed; received {state!r}."
-            )
-        if self._any_seed:
-            self._source.seed = state["seed"]
-        if state["seed"] != self._source.seed:
-            raise DataError(
-                f"HL405: The state is of a feed with seed={state['seed']}; this feed has seed={self._source.seed}.",
-                "The order of the examples would differ.",
-                f"Create the feed with seed={state['seed']}.",
-            )
-        if self.length is not None and state["batch"] > self.length:
-            raise DataError(
-                f"HL406: The state is at batch {state['batch']}; this feed has {self.length} batches an epoch."
-            )
-        if differences := self.differences(state):
+        check_state(state, None if self._any_seed else self._source.seed, self.length)
+        self._source.seed = state["seed"]
+        if changed := self.differences(state):
             warn(
-                f"HL407: The data has changed since its position was saved: {'; '.join(differences)}.",
+                f"HL407: The data has changed since its position was saved: {'; '.join(changed)}.",
                 f"The feed resumes after {state['batch']} batches of epoch {state['epoch']}, but its next batches may "
                 "hold examples that were used before.",
             )
         same_kind = state.get("data", {}).get("source", self.name) == self.name
         self._source.restore(state.get("source") if same_kind else None, state["epoch"], state["batch"])
-        self._at.epoch, self._at.batch, self._at.restored = state["epoch"], state["batch"], True
+        self._at.restore(state)
 
     def differences(self, state: Mapping[str, Any]) -> list[str]:
         """Compares the data with that of a state of `state()`, as far as both are known.
@@ -166,8 +151,7 @@ class Feed:
             A phrase for each difference; none if the data is the same. It is not a difference that a source must be
             read again up to its position; see `seekable`.
         """
-        then, now = state.get("data", {}), self._source.fingerprint()
-        return [_difference(name, then[name], now[name]) for name in then if name in now and then[name] != now[name]]
+        return differences(state.get("data", {}), self._source.fingerprint())
 
     @property
     def name(self) -> str:
@@ -200,30 +184,3 @@ class Feed:
             f"HL408: {self.name} is exhausted: it gave its batches in the first epoch.",
             fix="Pass a function that returns a new generator each time (without calling it), or set steps_per_epoch.",
         )
-
-
-@dataclasses.dataclass
-class _Position:
-    """The position of a feed.
-
-    Attributes:
-        epoch: Epochs finished.
-        batch: Batches yielded in the current epoch.
-        restored: Whether the next iteration continues from there, instead of beginning the epoch again.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    restored: bool = False
-
-
-def _is_state(state: Any) -> bool:
-    counts = {"epoch", "batch", "seed"}
-    if not isinstance(state, Mapping) or not counts <= set(state) <= counts | {"data", "source"}:
-        return False
-    whole = all(isinstance(state[name], numbers.Integral) for name in counts)
-    return whole and min(state["epoch"], state["batch"]) >= 0 and isinstance(state.get("data", {}), Mapping)
-
-
-def _difference(name: str, then: Any, now: Any) -> str:
-    return f"the {name} have changed" if name.startswith("values of ") else f"{name} was {then} and is {now}"

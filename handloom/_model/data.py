@@ -4,8 +4,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
-import optree
-
 from handloom._data.class_weight import class_weights, label_check
 from handloom._data.feed import Feed
 from handloom._data.sample_weight import check_weights, weights_in, weights_in_batch
@@ -87,29 +85,6 @@ def packed(parts: Parts) -> Any:
 def unpacked(data: Any) -> Parts:
     """The inverse of `packed`."""
     return cast(Parts, keras.utils.unpack_x_y_sample_weight(data))
-
-
-def split(parts: Parts, fraction: float) -> tuple[Parts, Parts]:
-    """Splits arrays into all but the last part, and the last part, which is the given fraction of the examples."""
-    if not is_arrays(parts):
-        raise DataError(
-            "HL436: validation_split takes the end of arrays, and this data is a source of batches.",
-            fix="Pass the batches to validate on as validation_data.",
-        )
-    if not 0 < fraction < 1:
-        raise DataError(f"HL437: validation_split takes a fraction between 0 and 1; received {fraction!r}.")
-    count = len(optree.tree_leaves(parts)[0])
-    first = int(count * (1 - fraction))
-    if first in (0, count):
-        raise DataError(
-            f"HL438: validation_split={fraction} of {count} example(s) leaves none to "
-            f"{'train' if first == 0 else 'validate'} on."
-        )
-
-    def rows(chosen: slice) -> Any:
-        return optree.tree_map(lambda array: getattr(array, "iloc", cast(Any, array))[chosen], parts)
-
-    return rows(slice(first)), rows(slice(first, None))
 
 
 def _weights_by_class(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) -> Any:

@@ -7,12 +7,13 @@ from typing import Any, cast
 
 from handloom._keras import Functional, Tensor, default_loss, in_keras_order, keras, set_loss_tracker
 from handloom._model.compiled_optimizer import attach, build_optimizer, compiled_optimizer, finish_training, prepared
-from handloom._model.data import model_feed, split, unpacked
+from handloom._model.data import model_feed, unpacked
 from handloom._model.explain import Explanation, explain, shown
 from handloom._model.export import export
 from handloom._model.on_batch import predict_on_batch, test_on_batch, train_on_batch
 from handloom._model.steps import ModelSteps
 from handloom._model.unknown_classes import naming_unknown_classes
+from handloom._model.validation_split import split
 from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, register_as_its_class, variant
 from handloom._reporting.loss_tracker import LossTracker, holding
 from handloom._run import loop

@@ -114,7 +114,8 @@ class Saving:
         self._checkpointer.check()
         self._report_written()
         strategy = current()
-        if strategy.agree(self._signals.received is not None):
+        self._signals.received = strategy.agree(self._signals.received)
+        if self._signals.received is not None:
             self._save(results)
             self._wait()
             self._signals.stop()

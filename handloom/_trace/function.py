@@ -23,6 +23,7 @@ from handloom._util.listeners import Listeners
 from handloom.backends import backend
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Fused, Program, Untraceable
+from handloom.distribute._strategy import current
 from handloom.errors import ArgumentError, FallbackWarning, RetraceWarning, VariableError
 
 Key: TypeAlias = Any
@@ -158,7 +159,7 @@ class Function:
         # The fast path of a training loop with a few arrays: no flattening, no conversions.
         leaves = args[0] if len(args) == 1 and type(args[0]) is tuple else args
         try:
-            key = (runs_eagerly(), leaves is args, *map(backend.key, leaves))
+            key = (runs_eagerly(), current(), leaves is args, *map(backend.key, leaves))
         except AttributeError:
             key = None
         version = None if kwargs else self._by_raw_key.get(key)
@@ -171,7 +172,7 @@ class Function:
 
     def _resolve_any(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Version, Sequence[Tensor]]:
         arguments = Arguments(args, kwargs)
-        key = (runs_eagerly(), *arguments.key)
+        key = (runs_eagerly(), current(), *arguments.key)
         try:
             version = self._versions.get(key)
         except TypeError as error:

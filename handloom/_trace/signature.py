@@ -36,7 +36,7 @@ def reason_for(signature: Signature, others: Iterable[Signature]) -> str:
     if not differences:
         return "first call"
     fewest: list[str] = min(differences, key=len)
-    return "; ".join(fewest) or "another structure or type of the same arguments"
+    return "; ".join(fewest) or "another structure, type or strategy of the same arguments"
 
 
 def static_values(name: str, signatures: Iterable[Signature]) -> list[str]:

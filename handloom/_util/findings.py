@@ -1,9 +1,12 @@
 """Warnings of Handloom: given, silenced, collected, or turned into errors."""
 
 import contextlib
-import re
+import functools
+import json
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
 
 from handloom._util.listeners import Listeners
 from handloom._util.source_line import users_frame
@@ -22,7 +25,7 @@ def warn(saw: str, why: str = "", fix: str = "", category: type[HandloomWarning]
     """Warns the user, at the line of their code that the warning is about.
 
     Args:
-        saw: The code and what was seen: `"HL210: Something was seen."`
+        saw: The code and what was seen: `"HL204: Something was seen."`
         why: Why it is wrong.
         fix: What to do instead.
         category: The class of the warning.
@@ -46,7 +49,7 @@ def silence(code: str) -> contextlib.AbstractContextManager[None]:
     """Silences a warning: from now on, or, as a context manager, for a block of this thread.
 
     Args:
-        code: The code of the warning, such as `"HL210"`. `docs/messages.md` lists all codes.
+        code: The code of the warning, such as `"HL204"`. `docs/messages.md` lists all codes.
 
     Returns:
         The context manager.
@@ -55,11 +58,20 @@ def silence(code: str) -> contextlib.AbstractContextManager[None]:
         ArgumentError: There is no warning of that code.
 
     Example:
-        `hl.checks.silence("HL210")`, or `with hl.checks.silence("HL210"): ...`
+        `hl.checks.silence("HL204")`, or `with hl.checks.silence("HL204"): ...`
     """
-    if not isinstance(code, str) or not re.fullmatch("HL[0-9]{3}", code):
-        raise ArgumentError(f"HL001: hl.checks.silence takes a code such as 'HL210'; received {code!r}.")
+    if code not in _codes():
+        raise ArgumentError(
+            f"HL001: hl.checks.silence takes the code of a warning, such as 'HL204'; received {code!r}.",
+            fix="docs/messages.md lists all codes. An error cannot be silenced.",
+        )
     return _silenced.set(_silenced.get() | {code})
+
+
+@functools.cache
+def _codes() -> list[str]:
+    """The codes of all warnings; `make messages` writes them."""
+    return cast(list[str], json.loads(Path(__file__).with_name("messages.json").read_bytes())["warnings"])
 
 
 def strict() -> contextlib.AbstractContextManager[None]:

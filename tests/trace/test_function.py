@@ -147,7 +147,7 @@ CHANGES = {
     "an argument more": ((2,), (2, 5), "y=5 is new"),
     "an argument less": ((2, 5), (2,), "y=5 is gone"),
     "inside a structure": (({"a": [2]},), ({"a": [3]},), "x['a'][0]: 2 -> 3"),
-    "kind of a structure": (((ONE, TWO),), ([ONE, TWO],), "another structure or type of the same arguments"),
+    "kind of a structure": (((ONE, TWO),), ([ONE, TWO],), "another structure, type or strategy of the same arguments"),
 }
 
 
