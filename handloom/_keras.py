@@ -27,7 +27,7 @@ internal, so that a change in Keras shows there and not at a user's.
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from handloom.errors import BackendNotInstalledError
@@ -84,6 +84,8 @@ Layer: TypeAlias = Any
 
 Tensor: TypeAlias = Any
 """A tensor of the backend."""
+
+Tensors: TypeAlias = Sequence[Tensor]
 
 
 def stored_value(variable: Variable) -> Tensor:

@@ -130,9 +130,7 @@ def _recipe_file(recipe: str) -> Path:
     if recipe not in recipes:
         near = difflib.get_close_matches(recipe, recipes, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"The recipes are {', '.join(recipes)}."
-        raise RecipeError(
-            f"HL907: There is no recipe {recipe!r}.", fix=f"{hint} To run a file, give its path: {recipe}.py."
-        )
+        raise RecipeError(f"HL907: There is no recipe {recipe!r}.", fix=f"{hint} To run a file, type {recipe}.py.")
     return recipes[recipe]
 
 
@@ -191,9 +189,7 @@ def _in_use(path: Path) -> bool:
 def _main_of(path: Path) -> Callable[..., str | None]:
     function: Callable[..., str | None] | None = getattr(_imported(path), "main", None)
     if not callable(function):
-        raise RecipeError(
-            f"HL909: {path} has no function main for handloom to run.", fix="Define main(run_dir, epochs=...) in it."
-        )
+        raise RecipeError(f"HL909: {path} has no function main.", fix="Define main(run_dir, epochs=...) in it.")
     return function
 
 

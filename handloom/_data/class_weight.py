@@ -29,9 +29,7 @@ def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray:
     if wrong:
         raise DataError(f"HL401: class_weight takes finite numbers, 0 or more; received {wrong}.")
     if not _is_one_array(y):
-        raise DataError(
-            "HL402: class_weight needs the labels of one output as y.", fix="For several outputs, pass sample_weight."
-        )
+        raise DataError("HL402: class_weight needs labels of one output as y.", fix="Pass sample_weight instead.")
     labels = on_host(y)
     if labels.ndim > 1:
         labels = labels[..., 0] if labels.shape[-1] == 1 else labels.argmax(-1)

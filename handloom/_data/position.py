@@ -39,9 +39,7 @@ def check_state(state: Any, seed: int | None, length: int | None) -> None:
         DataError: It cannot.
     """
     if not _is_state(state):
-        raise DataError(
-            f"HL404: The state of a feed is a dict of whole numbers epoch, batch and seed; received {state!r}."
-        )
+        raise DataError(f"HL404: The state of a feed has whole numbers epoch, batch and seed; received {state!r}.")
     if seed not in (None, state["seed"]):
         raise DataError(
             f"HL405: The state is of a feed with seed={state['seed']}; this feed has seed={seed}.",

@@ -112,9 +112,7 @@ def _not_together(x: Any, y: Any, sample_weight: Any) -> DataError:
 
 def _with_class_weight(class_weight: Mapping[int, float], batch: Any) -> Parts:
     if _inputs_and_labels(batch)[1] is None:
-        raise DataError(
-            "HL440: class_weight needs labels, and a batch has none.", fix="Give batches of the form (x, y)."
-        )
+        raise DataError("HL440: class_weight needs labels; a batch has none.", fix="Give batches of the form (x, y).")
     x, y, sample_weight = unpacked(batch)
     return x, y, _weights_by_class(y, sample_weight, class_weight)
 

@@ -12,9 +12,7 @@ from handloom.errors import SavedModelError
 
 
 @contextlib.contextmanager
-def naming_unknown_classes(
-    config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
-) -> Iterator[None]:
+def naming_unknown_classes(config: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Replaces an error in the block, which makes an object from a config, by one that names what is not known.
 
     Raises:
@@ -24,7 +22,7 @@ def naming_unknown_classes(
     try:
         yield
     except (TypeError, ValueError) as error:
-        unknown = {} if isinstance(error, SavedModelError) else dict(_unknown(config, custom_objects or {}))
+        unknown = {} if isinstance(error, SavedModelError) else dict(_unknown(config, known or {}))
         if not unknown:
             raise
         names = ", ".join(f"{name} (of {module})" for name, module in unknown.items())

@@ -20,10 +20,7 @@ def split(data: Any, fraction: float) -> tuple[Any, Any]:
     count = len(optree.tree_leaves(data)[0])
     first = int(count * (1 - fraction))
     if first in (0, count):
-        raise DataError(
-            f"HL438: validation_split={fraction} of {count} example(s) leaves none to "
-            f"{'train' if first == 0 else 'validate'} on."
-        )
+        raise DataError(f"HL438: validation_split={fraction} of {count} example(s) leaves an empty part.")
 
     def rows(chosen: slice) -> Any:
         return optree.tree_map(lambda array: getattr(array, "iloc", cast(Any, array))[chosen], data)

@@ -11,7 +11,7 @@ from typing import Any
 
 import optree
 
-from handloom._keras import Tensor, keras
+from handloom._keras import Tensor, Tensors, keras
 from handloom._reporting.logs import READ_AFTER, Logs, Report
 from handloom._reporting.metrics import EpochMetrics
 from handloom._reporting.observed import StepObserver
@@ -70,7 +70,7 @@ class ReportingStep:
         reporting = functools.update_wrapper(functools.partial(self._report), step, updated=())
         self.function = Function(reporting, jit_compile=jit_compile)
         self._flush = Function(_flush, jit_compile=jit_compile)
-        self._known: dict[Any, tuple[Callable[[Sequence[Tensor]], Any], Report]] = {}
+        self._known: dict[Any, tuple[Callable[[Tensors], Any], Report]] = {}
         self.take = self._taking_known_steps()
 
     def _report(self, *batch: Any) -> Report:
@@ -187,7 +187,7 @@ class ReportingStep:
         if len(leaves) == len(tensors) and all(map(operator.is_, leaves, tensors)):
             self._known[(leaves is batch, *map(backend.key, leaves))] = version.run, report
 
-    def _take_eagerly(self, version: Version, tensors: Sequence[Tensor], batch: Any) -> None:
+    def _take_eagerly(self, version: Version, tensors: Tensors, batch: Any) -> None:
         report: Report = version.rebuild(version.run(tensors))
         if report.suspects:
             traced = self._traced_aside(tuple(report.reductions), batch)
@@ -206,7 +206,7 @@ class ReportingStep:
             self.metrics.about_to_update(metric)
         return report
 
-    def _resolve(self, batch: Any) -> tuple[Version, Sequence[Tensor]]:
+    def _resolve(self, batch: Any) -> tuple[Version, Tensors]:
         return self.function.resolve(self._arguments(batch))
 
     def _arguments(self, batch: Any) -> tuple[Any, ...]:

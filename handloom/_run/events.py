@@ -33,9 +33,7 @@ class Events:
         chosen = [callback for callback in callbacks if isinstance(callback, EventReader)]
         self._readers: list[EventReader] = [*chosen, *log, *progress_display(verbose)]
         self._progress, self._begun = progress, time.perf_counter()
-        self._schedules = [
-            (reader, reader.every) for reader in self._readers if reader.every and reader.every.is_within_epochs
-        ]
+        self._schedules = [(each, each.every) for each in self._readers if each.every and each.every.is_within_epochs]
         self._last_tick = {id(reader): self._begun for reader, _ in self._schedules}
         self.wants_progress = bool(self._schedules)
         for reader in self._readers:

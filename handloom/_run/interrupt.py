@@ -78,7 +78,6 @@ class Signals(_Handler):
     received: int | None = None
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        del frame
         if self.received is None:
             self.received = signum
         elif signum == signal.SIGINT and hasattr(sys, "ps1"):  # A prompt or a notebook must stay alive.

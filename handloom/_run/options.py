@@ -34,9 +34,7 @@ class RunOptions:
         if self.save is not None:
             check_every(self.save, "save", "hl.every(epochs=1), or None")
         if isinstance(self.allow, str):
-            raise ArgumentError(
-                f"HL007: allow takes a list of patterns; received {self.allow!r}.", fix=f"Pass [{self.allow!r}]."
-            )
+            raise ArgumentError(f"HL007: allow takes a list; received {self.allow!r}.", fix=f"Pass [{self.allow!r}].")
         if self.steps_per_execution != "auto":
             whole_number("fit", steps_per_execution=self.steps_per_execution)
 

@@ -56,8 +56,7 @@ def by_function(validate: Callable[[], Any], when: Schedule) -> Validation:
         results = validate()
         if not isinstance(results, Mapping):
             raise StepError(
-                f"HL211: The function given as validate returned {results!r}.",
-                fix="Return a dict of numbers, such as {'loss': 0.1}.",
+                f"HL211: validate() returned {results!r}.", fix="Return a dict of numbers, such as {'loss': 0.1}."
             )
         numbers: Results = {str(name): float(keras.ops.convert_to_numpy(value)) for name, value in results.items()}
         callbacks.on_test_end(numbers)

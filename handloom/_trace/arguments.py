@@ -5,7 +5,7 @@ from typing import Any
 
 import optree
 
-from handloom._keras import Tensor, keras
+from handloom._keras import Tensors, keras
 from handloom._trace.loss_weight import step_weight
 from handloom._trace.structure import Structure
 from handloom.backends import backend
@@ -26,7 +26,7 @@ class Arguments:
         signatures = ((backend.signature(tensor), backend.placement(tensor)) for tensor in self.tensors)
         self.key = (self._structure.spec, *signatures, *map(_static_key, self._structure.rest))
 
-    def call(self, fn: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+    def call(self, fn: Callable[..., Any], tensors: Tensors) -> Any:
         """Calls a function with these arguments, and with these tensors in place of theirs."""
         args, kwargs = self._structure.filled(map(keras.ops.convert_to_tensor, tensors))
         examples = next((tensor.shape[0] for tensor in tensors if len(tensor.shape)), 1)

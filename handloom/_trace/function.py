@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast, overload
 
 import numpy as np
 
-from handloom._keras import Tensor, Variable, global_seed_generator
+from handloom._keras import Tensor, Tensors, Variable, global_seed_generator
 from handloom._trace.arguments import Arguments, results
 from handloom._trace.eager import runs_eagerly
 from handloom._trace.observe import VariableUse, observing
@@ -154,7 +154,7 @@ class Function:
         """The variables that they assign, without those that an optimizer updates in place on some backends."""
         return _distinct(version.use.written for version in self._versions.values())
 
-    def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Sequence[Tensor]]:
+    def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Tensors]:
         """The version for these arguments, compiled if it is new, and the tensors among them."""
         # The fast path of a training loop with a few arrays: no flattening, no conversions.
         leaves = args[0] if len(args) == 1 and type(args[0]) is tuple else args
@@ -170,7 +170,7 @@ class Function:
             self._by_raw_key[key] = version
         return version, tensors
 
-    def _resolve_any(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Version, Sequence[Tensor]]:
+    def _resolve_any(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Version, Tensors]:
         arguments = Arguments(args, kwargs)
         key = (runs_eagerly(), current(), *arguments.key)
         try:
@@ -267,7 +267,7 @@ class Version:
         self._program: Program | None = None
         self._fused: dict[int, Fused | None] = {}
         self.use = VariableUse()
-        self.run: Callable[[Sequence[Tensor]], Sequence[Tensor]] = self._run_eagerly
+        self.run: Callable[[Tensors], Tensors] = self._run_eagerly
 
     def compile(self, jit_compile: bool | str, *, first: bool) -> None:
         """Compiles it, if the backend can."""
@@ -325,12 +325,12 @@ class Version:
         assert self._results is not None
         return self._results.rest
 
-    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+    def rebuild(self, tensors: Tensors) -> Any:
         """The results of the function, from the tensors that `run` returned."""
         assert self._results is not None
         return self._results.filled(tensors)
 
-    def _run_eagerly(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _run_eagerly(self, tensors: Tensors) -> list[Tensor]:
         try:
             result = self._arguments.call(backend.with_control_flow(self._function.python_function), tensors)
         except Exception:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import optree
 
-from handloom._keras import Tensor, Variable, get_keras_mask, keras, layers_of, set_keras_mask
+from handloom._keras import Tensor, Tensors, Variable, get_keras_mask, keras, layers_of, set_keras_mask
 from handloom._trace.observe import building, tell
 from handloom._trace.structure import Structure
 from handloom.backends import backend
@@ -211,7 +211,7 @@ class _Positions:
             names = [variable.path for variable in self.variables]
             raise GradientError(f"HL122: wrt names two arguments that are the same variable: {names}.")
 
-    def arguments(self, tensors: Sequence[Tensor]) -> list[Any]:
+    def arguments(self, tensors: Tensors) -> list[Any]:
         """The arguments of the function, with these tensors as sources. Variables stay themselves."""
         args = list(self._args)
         replaced = self._filled(tensors, self.variables)
@@ -233,7 +233,7 @@ class _Positions:
 class _Variables:
     """Variables as sources of a gradient."""
 
-    tensors: Sequence[Tensor] = ()
+    tensors: Tensors = ()
 
     def __init__(self, wrt: Wrt, fn: Callable[[], Any], args: Sequence[Any]) -> None:
         self._wrt = wrt
@@ -241,12 +241,10 @@ class _Variables:
         build(wrt, lambda: fn(*args))
         self.variables = variables_of(wrt)
 
-    def arguments(self, tensors: Sequence[Tensor]) -> Sequence[Any]:
-        del tensors  # There are none.
+    def arguments(self, tensors: Tensors) -> Sequence[Any]:
         return self._args
 
     def mirror(self, of_tensors: Sequence[Any], of_variables: Sequence[Any]) -> Any:
-        del of_tensors  # There are none.
         gradients = dict(zip(map(id, self.variables), of_variables, strict=True))
 
         def gradient(leaf: Any) -> Any:
@@ -321,7 +319,7 @@ class _Rest:
         self._structure = Structure((aux, masks))
         return list(map(keras.ops.convert_to_tensor, self._structure.tensors))
 
-    def get(self, found: Sequence[Tensor]) -> Any:
+    def get(self, found: Tensors) -> Any:
         aux, masks = self._structure.filled(found)
         for tensor, mask in zip(Structure(aux).tensors, masks, strict=True):
             if mask is not None:
@@ -376,19 +374,16 @@ def scalar(value: Any) -> Tensor:
 
 
 def _floating(value: Any) -> Tensor:
-    if not (backend.is_array(value) or isinstance(value, (int, float, keras.Variable))):
-        raise GradientError(
-            "HL118: The function to differentiate must return a floating-point tensor; it returned "
-            f"{_described(value)} (of type {type(value).__name__}).",
-            fix="To return more than the value, use has_aux=True." if isinstance(value, (tuple, dict)) else "",
-        )
-    value = keras.ops.convert_to_tensor(value, dtype=keras.config.floatx() if isinstance(value, int) else None)
-    if not keras.backend.is_float_dtype(value.dtype):
-        raise GradientError(
-            "HL119: The function to differentiate must return a floating-point tensor; it returned one of dtype "
-            f"{keras.backend.standardize_dtype(value.dtype)}, which has no gradient.",
-        )
-    return value
+    found = f"{_described(value)} (of type {type(value).__name__})"
+    if backend.is_array(value) or isinstance(value, (int, float, keras.Variable)):
+        value = keras.ops.convert_to_tensor(value, dtype=keras.config.floatx() if isinstance(value, int) else None)
+        if keras.backend.is_float_dtype(value.dtype):
+            return value
+        found = f"one of dtype {keras.backend.standardize_dtype(value.dtype)}"
+    raise GradientError(
+        f"HL118: The function to differentiate must return a floating-point tensor; it returned {found}.",
+        fix="To return more than the value, use has_aux=True." if isinstance(value, (tuple, dict)) else "",
+    )
 
 
 def _source_tensor(leaf: Any, fn: Callable[..., Any]) -> Tensor:

@@ -154,13 +154,11 @@ def assignments_undone() -> Iterator[None]:
 
 
 def _creation(original: Callable[..., None]) -> Callable[..., None]:
-    def init(
-        self: Variable, initializer: Any, shape: Any = None, dtype: Any = None, *args: Any, **options: Any
-    ) -> None:
+    def init(self: Variable, initializer: Any, shape: Any = None, dtype: Any = None, *args: Any, **rest: Any) -> None:
         if _is_known(initializer):
             shape, dtype, initializer = _as_initializer(initializer, dtype)
         tell("created", self)
-        original(self, initializer, shape, dtype, *args, **options)
+        original(self, initializer, shape, dtype, *args, **rest)
 
     return init
 

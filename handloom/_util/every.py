@@ -87,7 +87,6 @@ class AfterEpochs:
 
     def due(self, progress: Progress, seconds_since: float = 0.0) -> bool:
         """Whether one of these epochs ends now."""
-        del seconds_since
         return progress.batch == 0 and progress.epoch in self.epochs
 
 

@@ -18,17 +18,13 @@ class Patch(contextlib.ContextDecorator):
     inside itself. Each attribute belongs to one patch.
 
     Args:
-        replacements: Triples (owner, name, make). `make` takes the original and returns its replacement: for a
+        patches: Triples (owner, name, make). `make` takes the original and returns its replacement: for a
             property, from getter to getter; for an object that is not callable, an object with the attributes used.
         when: Whether the caller gets the replacement. By default it does in a context that has entered the patch.
     """
 
-    def __init__(
-        self,
-        *replacements: tuple[Any, str, Callable[[Any], Any]],
-        when: Callable[[], bool] | None = None,
-    ) -> None:
-        self._replacements = replacements
+    def __init__(self, *patches: tuple[Any, str, Callable[[Any], Any]], when: Callable[[], bool] | None = None) -> None:
+        self._replacements = patches
         self._depth: ContextVar[int] = ContextVar("depth", default=0)
         self._when = when or self._is_entered
         self._users = 0

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from handloom._keras import Tensor, Variable, keras
+from handloom._keras import Tensor, Tensors, Variable, keras
 from handloom._util.switch import Switch
 from handloom.backends.program import Program, Step
 from handloom.backends.trace_errors import naming_what_has_no_derivative
 
 Gradients = list[Tensor | None]
+
+Derivatives = tuple[list[Tensor], list[Tensor], list[Gradients]]
 
 Outputs = Callable[..., tuple[list[Tensor], list[Tensor]]]
 """Takes tensors; returns the tensors to differentiate, and further tensors."""
@@ -65,7 +67,6 @@ class Backend(abc.ABC):
             values: The values, of shape `(stored,)`; all others are zero.
             shape: The shape of the tensor.
         """
-        del indices, values, shape  # None by default.
         return None
 
     @abc.abstractmethod
@@ -74,7 +75,6 @@ class Backend(abc.ABC):
 
     def placement(self, tensor: Tensor) -> Hashable:
         """The devices of a tensor that is not on the default device; else `None`."""
-        del tensor
         return None  # By default there is one device.
 
     def key(self, leaf: Any) -> Hashable:
@@ -109,11 +109,9 @@ class Backend(abc.ABC):
 
     def set_random_state(self, state: dict[str, np.ndarray]) -> None:
         """Restores a state from `random_state`; ignores that of another backend."""
-        del state  # Nothing by default.
 
     def seed_random_state(self, seed: int) -> None:
         """Seeds that state, where `keras.utils.set_random_seed` does not; nothing by default."""
-        del seed
 
     @abc.abstractmethod
     def profiled(self, directory: Path) -> contextlib.AbstractContextManager[Any]:
@@ -134,7 +132,6 @@ class Backend(abc.ABC):
         Raises:
             ExportError: If the format cannot be written on this backend; says what to do instead.
         """
-        del format  # By default Keras can.
         return contextlib.nullcontext()
 
     # --------------------------------------------------------------- compiling
@@ -142,7 +139,7 @@ class Backend(abc.ABC):
     def trace(
         self,
         fn: Step,
-        tensors: Sequence[Tensor],
+        tensors: Tensors,
         *,
         jit_compile: bool | str,
         seen: Mapping[int, Variable] = MappingProxyType({}),
@@ -169,9 +166,7 @@ class Backend(abc.ABC):
         return self._program(fn, tensors, seen, self.compiles_kernels(jit_compile))
 
     @abc.abstractmethod
-    def _program(
-        self, fn: Step, tensors: Sequence[Tensor], seen: Mapping[int, Variable], kernels: bool
-    ) -> Program | None:
+    def _program(self, fn: Step, tensors: Tensors, seen: Mapping[int, Variable], kernels: bool) -> Program | None:
         """See `trace`; `kernels` tells whether to use the kernel compiler."""
 
     @abc.abstractmethod
@@ -215,7 +210,7 @@ class Backend(abc.ABC):
     # ---------------------------------------------------------- differentiating
 
     def value_and_grad(
-        self, fn: Callable[..., tuple[Tensor, list[Tensor]]], tensors: Sequence[Tensor], variables: Sequence[Variable]
+        self, fn: Callable[..., tuple[Tensor, list[Tensor]]], tensors: Tensors, variables: Sequence[Variable]
     ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
         """Runs `fn(*tensors)` once and differentiates its value.
 
@@ -245,7 +240,7 @@ class Backend(abc.ABC):
         return gradient
 
     def jacobian(
-        self, fn: Outputs, tensors: Sequence[Tensor], variables: Sequence[Variable]
+        self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable]
     ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
         """The derivatives of several outputs of any shape.
 
@@ -264,9 +259,7 @@ class Backend(abc.ABC):
         return outputs, aux, [self._split(row, len(tensors)) for row in rows]
 
     @abc.abstractmethod
-    def _derivatives(
-        self, fn: Outputs, tensors: Sequence[Tensor], variables: Sequence[Variable], *, scalar: bool
-    ) -> tuple[list[Tensor], list[Tensor], list[Gradients]]:
+    def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
         """The outputs of `fn`, the further tensors, and for each output its derivatives by tensors, then variables.
 
         With `scalar` there is one output, a scalar.

@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from handloom._keras import Tensor, Variable
+from handloom._keras import Tensor, Tensors, Variable
 from handloom.backends.dependencies import Dependencies
 
-Step: TypeAlias = Callable[..., Sequence[Tensor]]
+Step: TypeAlias = Callable[..., Tensors]
 """Takes tensors and returns tensors; reads and writes any variables."""
 
 Tracing: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
 """Makes the context in which a step is traced."""
 
-Fused: TypeAlias = Callable[[Sequence[Sequence[Tensor]]], Sequence[Tensor]]
+Fused: TypeAlias = Callable[[Sequence[Tensors]], Tensors]
 """Runs a program once on each of several sets of tensors; returns the results of the last run."""
 
 
@@ -52,16 +52,14 @@ class Program(abc.ABC):
     dependencies = Dependencies()
 
     @abc.abstractmethod
-    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def __call__(self, tensors: Tensors) -> Tensors:
         """Runs once: reads the values of the variables, writes their new values, returns the results.
 
         After an exception or an interrupt, each variable has either its old or its new value.
         """
 
     @abc.abstractmethod
-    def pure(
-        self, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def pure(self, written: Tensors, read: Tensors, tensors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
         """Runs once on given values in place of the variables'; no variable and no argument changes.
 
         Args:
@@ -85,7 +83,6 @@ class Program(abc.ABC):
         Raises:
             Untraceable: The tensors cannot be stacked.
         """
-        del steps  # None by default.
         return None
 
     def cost(self) -> Cost:

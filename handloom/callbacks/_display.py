@@ -22,9 +22,7 @@ def progress_display(verbose: str | int) -> list[EventReader]:
         verbose = 1 if Console().is_terminal else 2
     displays: dict[Any, list[type[EventReader]]] = {0: [], 1: [ProgressBar], 2: [EpochLines]}
     if verbose not in displays:
-        raise ArgumentError(
-            f"HL750: verbose takes 0 (silent), 1 (bar), 2 (a line an epoch) or 'auto'; received {verbose!r}."
-        )
+        raise ArgumentError(f"HL750: verbose takes 0, 1 (bar), 2 (line an epoch) or 'auto'; received {verbose!r}.")
     return [display() for display in displays[verbose]]
 
 

@@ -47,10 +47,7 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
     ) -> None:
         super().__init__(schedule, verbose)
         if not isinstance(every, Every) or every.seconds is not None:
-            raise ArgumentError(
-                "HL756: LearningRateScheduler(every=...) takes hl.every(epochs=...) or hl.every(steps=...); "
-                f"received {every!r}."
-            )
+            raise ArgumentError(f"HL756: every takes hl.every(epochs=...) or hl.every(steps=...); received {every!r}.")
         self.every, self.optimizer = every, optimizer
         self.step = 0
         self._takes_rate = takes_rate(schedule)
@@ -90,6 +87,4 @@ def _number(answer: Any) -> float:
     try:
         return float(keras.ops.convert_to_numpy(answer))
     except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"HL757: A schedule must return the learning rate as a number; it returned {answer!r}."
-        ) from error
+        raise ArgumentError(f"HL757: The schedule must return a number; it returned {answer!r}.") from error

@@ -183,9 +183,7 @@ def verify(directory: Path, *, from_disk: bool = False) -> Manifest:
 def _read(directory: Path, name: str, *, from_disk: bool) -> bytes:
     with filesystem.reading(directory, name, from_disk=from_disk) as reader:
         if reader.size > _LARGEST:
-            raise CheckpointError(
-                f"HL515: {directory / name} has {reader.size:,} bytes; at most {_LARGEST:,} are allowed."
-            )
+            raise CheckpointError(f"HL515: {directory / name} has {reader.size:,} bytes; the limit is {_LARGEST:,}.")
         return reader.read(reader.size)
 
 
@@ -208,9 +206,7 @@ def _read_arrays(
                 if _read_piece(reader, stop - start, piece, into.get(name)) != piece.crc32:
                     damaged.append(f"the array {name!r}")
         if damaged:
-            raise CheckpointError(
-                f"HL517: {directory / file} is damaged: {first_few(damaged, 3)} changed since the save."
-            )
+            raise CheckpointError(f"HL517: {directory / file} is damaged: {first_few(damaged, 3)} changed.")
 
 
 def _read_piece(reader: filesystem.Reader, nbytes: int, piece: Piece, array: np.ndarray | None) -> int:

@@ -40,9 +40,7 @@ class WriterLock:
     def _take(self, path: Path) -> None:
         found = os.fstat(self._file)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:  # Writing to it could change another file.
-            raise CheckpointError(
-                f"HL521: {path} is not a regular file, or has a second name (hard link).", fix="Remove it."
-            )
+            raise CheckpointError(f"HL521: {path} is not a regular file, or has a hard link.", fix="Remove it.")
         try:
             _lock(self._file)
         except (BlockingIOError, PermissionError):

@@ -98,9 +98,7 @@ class Manifest:
 
         Large elements come first, so that all are aligned in memory; then the order is by name and offset.
         """
-        pieces = [
-            (name, piece) for name, tensor in self.tensors.items() for piece in tensor.pieces if piece.file == file
-        ]
+        pieces = [(name, part) for name, tensor in self.tensors.items() for part in tensor.pieces if part.file == file]
         itemsize = {name: dtype_of(tensor.dtype).itemsize for name, tensor in self.tensors.items()}
         stop = 0
         for name, piece in sorted(pieces, key=lambda item: (-itemsize[item[0]], item[0], item[1].offset)):
@@ -268,9 +266,7 @@ def _is_grid(shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> bool:
 def _check_files(manifest: Manifest) -> None:
     named = {piece.file for tensor in manifest.tensors.values() for piece in tensor.pieces}
     if not named <= manifest.files.keys():
-        raise CheckpointError(
-            f"HL550: The arrays are in {sorted(named)!r:.200}; the files are {list(manifest.files)!r:.200}."
-        )
+        raise CheckpointError(f"HL550: Arrays are in {sorted(named)!r:.200}; files are {list(manifest.files)!r:.200}.")
     for file, size in manifest.files.items():
         if not _ARRAYS.fullmatch(file):
             raise CheckpointError(f"HL524: {file!r:.200} is listed, which is not a name for a file of arrays.")

@@ -51,9 +51,7 @@ class Best:
         """
         direction, _, metric = str(words).partition(":")
         if direction not in ("min", "max") or not metric:
-            raise ArgumentError(
-                f"HL023: best= takes 'min:METRIC' or 'max:METRIC', as in 'min:val_loss'; received {words!r}."
-            )
+            raise ArgumentError(f"HL023: best= takes 'min:METRIC' or 'max:METRIC'; received {words!r}.")
         return cls(metric, 1 if direction == "min" else -1)
 
     def better(self, metrics: Mapping[str, float], than: Mapping[str, float]) -> bool:

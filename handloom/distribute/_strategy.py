@@ -96,7 +96,6 @@ class SingleDevice(Strategy):
 
     def reduce(self, gradients: list[Tensor | None], weight: Any) -> list[Tensor | None]:
         """Returns the gradients as they are."""
-        del weight
         return gradients
 
     def sum(self, array: np.ndarray) -> np.ndarray:

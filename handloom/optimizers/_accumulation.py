@@ -116,7 +116,6 @@ class UpdateEvery(_EveryNthStep):
     """
 
     def add_slots(self, variables: list[Variable]) -> None:
-        del variables  # One counter for all of them.
         self._calls = self.add_variable((), name="calls", dtype="int32")
 
     def update(self, gradients: Gradients, variables: list[Variable]) -> None:

@@ -171,7 +171,6 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         return functools.reduce(ops.maximum, [optimizer.iterations for optimizer in self._by_name.values()])
 
     def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
-        del var_list  # Each optimizer averages its own variables; before its first update, the averages are zeros.
         for optimizer in self._by_name.values():
             if optimizer.built and int(ops.convert_to_numpy(optimizer.iterations)):
                 optimizer.finalize_variable_values(trained_by(optimizer))

@@ -70,8 +70,7 @@ def _matplotlib(module: str) -> Any:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:
         raise ExtraNotInstalledError(
-            "HL904: Drawing figures needs matplotlib, which is not installed.",
-            fix='Run pip install "handloom[recipes]".',
+            "HL904: Figures need matplotlib.", fix='Type: pip install "handloom[recipes]".'
         ) from error
 
 

@@ -66,9 +66,9 @@ def test_load_checkpoint_finds_a_flipped_bit_in_any_byte_and_names_its_place(run
         flip(path, position, bit)
         assert f"{path} is damaged" in message or f"{path} cannot be used. The manifest is damaged" in message, position
         if kind == "data":
-            assert f"the array {array_at(path, position)!r} changed since the save" in message
+            assert f"the array {array_at(path, position)!r} changed" in message
         if kind == "header":
-            assert "its header changed since the save" in message
+            assert "its header changed" in message
     assert is_of(hl.load_checkpoint(run), 2)
 
 

@@ -12,7 +12,7 @@ from tests.checkpoint.common import ARRAYS, CONTENTS, contents, flip, save
 
 pytestmark = pytest.mark.once
 
-DAMAGE = "is damaged: the array 'model.mask' changed since the save. [HL517]"
+DAMAGE = "is damaged: the array 'model.mask' changed. [HL517]"
 
 
 def run(*words):

@@ -236,7 +236,7 @@ def test_validation_data_may_be_a_source_of_batches():
     [
         ((X, Y), 1.0, r"between 0 and 1; received 1\.0.*HL437"),
         ((X, Y), -0.5, r"between 0 and 1; received -0\.5.*HL437"),
-        ((X[:1], Y[:1]), 0.05, r"validation_split=0\.05 of 1 example.* none to train on.*HL438"),
+        ((X[:1], Y[:1]), 0.05, r"validation_split=0\.05 of 1 example.* leaves an empty part.*HL438"),
         ((iter([(X, Y)]),), 0.5, "source of batches.*validation_data.*HL436"),
     ],
 )

@@ -74,6 +74,6 @@ def test_save_image_grid_takes_images_with_a_channel_axis(tmp_path):
 
 def test_save_curves_tells_what_to_install_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'needs matplotlib, .* pip install "handloom\[recipes\]"\. \[HL904\]'):
+    with pytest.raises(ImportError, match=r'need matplotlib\. Type: pip install "handloom\[recipes\]"\. \[HL904\]'):
         save_curves({"loss": [1.0]}, tmp_path / "new" / "picture.png")
     assert not list(tmp_path.iterdir())

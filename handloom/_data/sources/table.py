@@ -76,6 +76,4 @@ def _array(name: str, column: list[Any]) -> np.ndarray:
     try:
         return np.asarray(column)
     except ValueError as error:
-        raise DataError(
-            f"HL430: The rows of the column {name!r} differ in length.", fix="Pad them with dataset.map(...)."
-        ) from error
+        raise DataError(f"HL430: Rows of column {name!r} differ in length.", fix="Pad with dataset.map().") from error

@@ -17,10 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.sparse import BCOO
 from keras.src.random import seed_generator
 
-from handloom._keras import Tensor, Variable, keras
+from handloom._keras import Tensor, Tensors, Variable, keras
 from handloom._util.patch import Patch
 from handloom._util.source_line import frames_of, place_in, shown
-from handloom.backends.base import Backend, Gradients, Outputs
+from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.jax.control_flow import assignments_in_branches, cond
 from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each
 from handloom.backends.jax.program import MARK, JaxProgram, leaked
@@ -69,10 +69,7 @@ class JaxBackend(Backend):
     def detach(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def _program(
-        self, fn: Step, tensors: Sequence[Tensor], seen: Mapping[int, Variable], kernels: bool
-    ) -> Program | None:
-        del seen
+    def _program(self, fn: Step, tensors: Tensors, seen: Mapping[int, Variable], kernels: bool) -> Program | None:
         try:
             return JaxProgram(fn, tensors, self._tracing) if kernels else None
         except _NEEDS_A_VALUE as error:
@@ -105,9 +102,7 @@ class JaxBackend(Backend):
         with self._tracing(), Scope(creates=True):
             jax.eval_shape(lambda: [fn()][:0])
 
-    def _derivatives(
-        self, fn: Outputs, tensors: Sequence[Tensor], variables: Sequence[Variable], *, scalar: bool
-    ) -> tuple[list[Tensor], list[Tensor], list[Gradients]]:
+    def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
         sources = Sources(tensors, variables)
         with self._in_gradient.here(True), Scope(creates=True) as scope:
             outputs, aux, news, rows = (gradients_of_one if scalar else rows_of_each)(fn, sources)

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from handloom._keras import Tensor, Variable, current_value
+from handloom._keras import Tensor, Tensors, Variable, current_value
 from handloom.backends.base import Gradients, Outputs
 from handloom.backends.jax.program import OneTrace
 
@@ -18,20 +18,20 @@ from handloom.backends.jax.program import OneTrace
 class Sources:
     """The sources of a gradient as one flat list: tensors, then variables."""
 
-    def __init__(self, tensors: Sequence[Tensor], variables: Sequence[Variable]) -> None:
+    def __init__(self, tensors: Tensors, variables: Sequence[Variable]) -> None:
         self._count = len(tensors)
         self._variables = variables
         self._written: list[Variable] = []
         self.values = [*tensors, *map(current_value, variables)]
 
-    def call(self, fn: Outputs, flat: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    def call(self, fn: Outputs, flat: Tensors) -> tuple[Any, list[Tensor]]:
         """Calls `fn` with these values of the variables; also returns the new values of those that it assigns."""
         with OneTrace(zip(self._variables, flat[self._count :], strict=True)) as scope:
             result = fn(*flat[: self._count])
         self._written = scope.written
         return result, [scope.get_current_value(variable) for variable in self._written]
 
-    def write(self, news: Sequence[Tensor]) -> None:
+    def write(self, news: Tensors) -> None:
         """Assigns the new values, once."""
         for variable, new in zip(self._written, news, strict=True):
             variable.assign(new)
@@ -47,11 +47,11 @@ class Reached:
     def __init__(self) -> None:
         self._indices: set[int] = set()
 
-    def watch(self, flat: Sequence[Tensor]) -> list[Tensor]:
+    def watch(self, flat: Tensors) -> list[Tensor]:
         """The same values, observed."""
         return [_noted(functools.partial(self._indices.add, index), value) for index, value in enumerate(flat)]
 
-    def only(self, gradients: Sequence[Tensor]) -> Gradients:
+    def only(self, gradients: Tensors) -> Gradients:
         """The gradients, with `None` for sources that do not reach the value."""
         return [gradient if index in self._indices else None for index, gradient in enumerate(gradients)]
 
@@ -93,7 +93,7 @@ def rows_of_each(fn: Outputs, sources: Sources) -> Results:
     return outputs, aux, news, [_row(flat_fn, index, sources.values) for index in range(len(outputs))]
 
 
-def _row(flat_fn: Callable[..., list[Tensor]], index: int, values: Sequence[Tensor]) -> Gradients:
+def _row(flat_fn: Callable[..., list[Tensor]], index: int, values: Tensors) -> Gradients:
     """The derivatives of one output with respect to each source."""
     reached = Reached()
     output, pullback = jax.vjp(lambda *flat: flat_fn(*reached.watch(flat))[index], *values)

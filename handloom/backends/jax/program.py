@@ -17,7 +17,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from handloom._keras import Tensor, Variable, stored_value
+from handloom._keras import Tensor, Tensors, Variable, stored_value
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Cost, Fused, Program, Step, Tracing, Untraceable
 from handloom.backends.scope import Recorder, Scope, refuse
@@ -25,7 +25,7 @@ from handloom.errors import TraceError, VariableError
 
 MARK = "handloom: "
 
-Pure: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+Pure: TypeAlias = Callable[[Tensors, Tensors, Tensors], list[Tensor]]
 """A step without side effects: (written values, read values, tensors) -> [*new written values, *results]."""
 
 
@@ -38,7 +38,7 @@ class JaxProgram(Program):
         tracing: Makes the context in which the step is traced.
     """
 
-    def __init__(self, fn: Step, tensors: Sequence[Tensor], tracing: Tracing) -> None:
+    def __init__(self, fn: Step, tensors: Tensors, tracing: Tracing) -> None:
         self._fn, self._tensors, self._tracing = fn, tensors, tracing
         with tracing():
             written, read = find_variables(fn, tensors)
@@ -47,12 +47,10 @@ class JaxProgram(Program):
         self.dependencies = _dependencies(self._executable.jaxpr, len(written) + len(read))
         self._call = self._executable.bound()
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, tensors: Tensors) -> list[Tensor]:
         return self._call(tensors)
 
-    def pure(
-        self, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def pure(self, written: Tensors, read: Tensors, tensors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
         copies = list(map(jnp.array, written))  # They are donated.
         returned = self._executable.compiled(copies, list(read), tuple(tensors))
         return returned[: len(written)], returned[len(written) :]
@@ -89,12 +87,12 @@ class _Executable:
             raise leaked("(line unknown)")
         self.compiled = traced.lower().compile()
 
-    def bound(self) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    def bound(self) -> Callable[[Tensors], list[Tensor]]:
         """A function that runs it on the variables themselves; see `Program.__call__`."""
         written, read, compiled = self._written, self._read, self.compiled
         native: Callable[..., list[Tensor]] | None = None
 
-        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        def run(tensors: Tensors) -> list[Tensor]:
             nonlocal native
             values = [variable._value for variable in written]
             if native is None:
@@ -136,9 +134,7 @@ _HELD_BY_VARIABLE = _references_of_a_variables_value()
 
 
 def _pure(fn: Step, written: Sequence[Variable], read: Sequence[Variable]) -> Pure:
-    def pure(
-        written_values: Sequence[Tensor], read_values: Sequence[Tensor], tensors: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def pure(written_values: Tensors, read_values: Tensors, tensors: Tensors) -> list[Tensor]:
         bindings = zip([*written, *read], [*written_values, *read_values], strict=True)
         with OneTrace(bindings, outer=refuse) as scope:
             results = list(fn(*tensors))
@@ -147,12 +143,10 @@ def _pure(fn: Step, written: Sequence[Variable], read: Sequence[Variable]) -> Pu
     return pure
 
 
-def _repeated(
-    pure: Pure, steps: int, written: Sequence[Tensor], read: Sequence[Tensor], stacked: Sequence[Tensor]
-) -> list[Tensor]:
+def _repeated(pure: Pure, steps: int, written: Tensors, read: Tensors, stacked: Tensors) -> list[Tensor]:
     """Runs a step on each slice of tensors along their first axis; returns the results of the last."""
 
-    def step(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def step(values: Tensors, tensors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
         returned = pure(values, read, tensors)
         news = [jnp.asarray(new, old.dtype) for new, old in zip(returned, values, strict=False)]
         return news, returned[len(written) :]
@@ -171,7 +165,7 @@ def _primitives(jaxpr: Any) -> set[str]:
     return names.union(*map(_primitives, jax.extend.core.subjaxprs(jaxpr)))
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+def _stacked(tensors: Tensors) -> Tensor:
     return (np if all(isinstance(tensor, np.ndarray) for tensor in tensors) else jnp).stack(tensors)
 
 
@@ -201,7 +195,7 @@ def _marks(jaxpr: Any) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix(MARK), equation.outvars[0]
 
 
-def find_variables(fn: Step, tensors: Sequence[Tensor]) -> tuple[list[Variable], list[Variable]]:
+def find_variables(fn: Step, tensors: Tensors) -> tuple[list[Variable], list[Variable]]:
     """Runs a step on shapes alone; returns the variables that it writes, and those that it only reads."""
     recorder, written = Recorder(stored_value), list[Variable]()
 

@@ -19,11 +19,11 @@ from tensorflow.python.autograph.core import config as autograph_config
 from tensorflow.python.autograph.impl.api import StagingError, convert
 
 import handloom.backends.tensorflow.gradients  # noqa: F401  # Registers them.
-from handloom._keras import Tensor, Variable, keras, stored_value
+from handloom._keras import Tensor, Tensors, Variable, keras, stored_value
 from handloom._util.patch import Patch
 from handloom._util.source_line import Frames, frames_of
 from handloom._util.switch import Switch
-from handloom.backends.base import Backend, Gradients, Outputs
+from handloom.backends.base import Backend, Derivatives, Gradients, Outputs
 from handloom.backends.program import Step
 from handloom.backends.scope import Scope
 from handloom.backends.tensorflow.assigned import assignments_noted, watch
@@ -83,9 +83,7 @@ class TensorFlowBackend(Backend):
     def seed_random_state(self, seed: int) -> None:
         tf.random.get_global_generator().reset_from_seed(seed)
 
-    def _program(
-        self, fn: Step, tensors: Sequence[Tensor], seen: Mapping[int, Variable], kernels: bool
-    ) -> TensorFlowProgram:
+    def _program(self, fn: Step, tensors: Tensors, seen: Mapping[int, Variable], kernels: bool) -> TensorFlowProgram:
         try:
             return TensorFlowProgram(fn, tensors, seen, kernels, functools.partial(self._tracing, kernels))
         except (TypeError, NotImplementedError, AttributeError) as error:
@@ -121,9 +119,7 @@ class TensorFlowBackend(Backend):
     def dense(self, gradient: Tensor | None) -> Tensor | None:
         return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
 
-    def _derivatives(
-        self, fn: Outputs, tensors: Sequence[Tensor], variables: Sequence[Variable], *, scalar: bool
-    ) -> tuple[list[Tensor], list[Tensor], list[Gradients]]:
+    def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
         # Only uses as the argument are differentiated, not other uses of the same tensor in the function.
         copies = [tf.identity(tensor) for tensor in tensors]
         tape = tf.GradientTape(persistent=not scalar, watch_accessed_variables=False)

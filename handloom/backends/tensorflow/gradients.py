@@ -33,10 +33,6 @@ def _view(operation: tf.Operation, gradient: Tensor) -> Tensor | None:
     return gradient if same else None  # The reinterpreted bits of a number are not a differentiable function of it.
 
 
-for _operation, _gradient in {
-    "XlaDynamicUpdateSlice": _slice_update,
-    "DenseBincount": _bincount,
-    "Bitcast": _view,
-}.items():
+for _name, _gradient in {"XlaDynamicUpdateSlice": _slice_update, "DenseBincount": _bincount, "Bitcast": _view}.items():
     with contextlib.suppress(KeyError):  # The operation has a gradient, which may be TensorFlow's own: it stays.
-        tf.RegisterGradient(_operation)(_gradient)
+        tf.RegisterGradient(_name)(_gradient)

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework.auto_control_deps_utils import get_read_only_resource_input_indices_graph
 
-from handloom._keras import Tensor, Variable, stored_value
+from handloom._keras import Tensor, Tensors, Variable, stored_value
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Fused, Program, Step, Tracing, Untraceable
 
@@ -29,7 +29,7 @@ class TensorFlowProgram(Program):
     """
 
     def __init__(
-        self, fn: Step, tensors: Sequence[Tensor], seen: Mapping[int, Variable], kernels: bool, tracing: Tracing
+        self, fn: Step, tensors: Tensors, seen: Mapping[int, Variable], kernels: bool, tracing: Tracing
     ) -> None:
         self._fn, self._tensors, self._kernels, self._tracing = fn, tensors, kernels, tracing
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
@@ -48,13 +48,11 @@ class TensorFlowProgram(Program):
         with self._tracing():
             return function.get_concrete_function(*specs)
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, tensors: Tensors) -> list[Tensor]:
         results: list[Tensor] = self._concrete(*tensors)
         return results
 
-    def pure(
-        self, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def pure(self, written: Tensors, read: Tensors, tensors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
         stored = [stored_value(variable) for variable in (*self.written, *self.read)]
         # Other variables replace those that the function has captured.
         copies = [

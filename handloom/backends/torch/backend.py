@@ -19,9 +19,9 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from handloom._interop.onnx_torch import exportable
 from handloom._interop.tensors import tensor_of
-from handloom._keras import Tensor, Variable, current_value, first_line, keras
+from handloom._keras import Tensor, Tensors, Variable, current_value, first_line, keras
 from handloom._util.source_line import frames_of
-from handloom.backends.base import Backend, Gradients, Outputs
+from handloom.backends.base import Backend, Derivatives, Gradients, Outputs
 from handloom.backends.dependencies import reached
 from handloom.backends.program import Step, Untraceable
 from handloom.backends.scope import Scope
@@ -97,10 +97,7 @@ class TorchBackend(Backend):
         with exportable():
             yield
 
-    def _program(
-        self, fn: Step, tensors: Sequence[Tensor], seen: Mapping[int, Variable], kernels: bool
-    ) -> TorchProgram:
-        del seen
+    def _program(self, fn: Step, tensors: Tensors, seen: Mapping[int, Variable], kernels: bool) -> TorchProgram:
         try:
             with self._in_trace.here(True), torch.no_grad():
                 program = TorchProgram(fn, tensors)
@@ -119,7 +116,7 @@ class TorchBackend(Backend):
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
         return jit_compile is True
 
-    def _trace_with_gradients_recorded(self, fn: Step, tensors: Sequence[Tensor], first: Exception) -> TorchProgram:
+    def _trace_with_gradients_recorded(self, fn: Step, tensors: Tensors, first: Exception) -> TorchProgram:
         """Traces a step in torch's own style, `loss.backward()`: autograd records every use of a variable."""
         try:
             with self._in_trace.here(True), torch.enable_grad():
@@ -137,9 +134,7 @@ class TorchBackend(Backend):
         with self._in_trace.here(True), parameters_made(), Scope(creates=True), torch.no_grad(), tracing(), mode:
             fn()
 
-    def _derivatives(
-        self, fn: Outputs, tensors: Sequence[Tensor], variables: Sequence[Variable], *, scalar: bool
-    ) -> tuple[list[Tensor], list[Tensor], list[Gradients]]:
+    def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
         keep = self._in_gradient.get()
         sources = [_copy(tensor, keep) for tensor in [*tensors, *map(current_value, variables)]]
         derivative = functools.partial(_gradient if scalar else _jacobian, keep=keep)
@@ -153,9 +148,7 @@ class TorchBackend(Backend):
         return outputs, aux, rows
 
 
-def _called(
-    fn: Outputs, values: Sequence[Tensor], variables: Sequence[Variable]
-) -> tuple[Any, list[tuple[Variable, Tensor]]]:
+def _called(fn: Outputs, values: Tensors, variables: Sequence[Variable]) -> tuple[Any, list[tuple[Variable, Tensor]]]:
     """Calls `fn` on the values of its tensors and of variables; also returns the values that it assigns."""
     count = len(values) - len(variables)
     bindings = zip(variables, values[count:], strict=True)
@@ -185,9 +178,7 @@ def _jacobian(output: Tensor, sources: list[Tensor], *, keep: bool) -> Gradients
     return [None if column is None else column.reshape(output.shape + column.shape[1:]) for column in columns]
 
 
-def _reached(
-    value: Tensor, sources: list[Tensor], derivative: Callable[[Tensor, list[Tensor]], Gradients]
-) -> Gradients:
+def _reached(value: Tensor, sources: list[Tensor], derivative: Callable[..., Gradients]) -> Gradients:
     """Derivatives with respect to the sources that reach the value; `None` for the others."""
     ends = _ends(value)
     reached = [source for source in sources if (source.grad_fn or id(source)) in ends]

@@ -61,7 +61,6 @@ class _Closure(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        del types
         args, kwargs = optree.tree_map(self.replace, (tuple(args), kwargs or {}))
         if _in_place(func):
             args = (optree.tree_map(functools.partial(self._copy_of, func), args[0]), *args[1:])
@@ -264,9 +263,7 @@ def _while_loop(
 def _as_carried(new: Any, old: torch.Tensor) -> torch.Tensor:
     new = core.convert_to_tensor(new)
     if (new.shape, new.dtype) != (old.shape, old.dtype):
-        raise Untraceable(
-            f"a loop variable changes from {old.dtype}{tuple(old.shape)} to {new.dtype}{tuple(new.shape)}"
-        )
+        raise Untraceable(f"loop variables change from {old.dtype}{tuple(old.shape)} to {new.dtype}{tuple(new.shape)}")
     return new
 
 

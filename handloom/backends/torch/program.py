@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
-from handloom._keras import Tensor, Variable, stored_value
+from handloom._keras import Tensor, Tensors, Variable, stored_value
 from handloom._util.findings import warn
 from handloom._util.patch import Patch
 from handloom.backends.program import Program, Step, Untraceable
@@ -48,7 +48,7 @@ class TorchProgram(Program):
         tensors: One set of arguments.
     """
 
-    def __init__(self, fn: Step, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, fn: Step, tensors: Tensors) -> None:
         tensors = contiguous(tensors)
         self._variables = _find_variables(fn, tensors)
         graph = make_fx(
@@ -68,12 +68,12 @@ class TorchProgram(Program):
         self._step = generate(self._graph)
         self._guard: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
 
-    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def __call__(self, tensors: Tensors) -> Tensors:
         with self._guard():
             return self._step(*self._values(), *contiguous(tensors))
 
     def pure(
-        self, written: Sequence[Tensor], read: Sequence[Tensor], tensors: Sequence[Tensor], *, step: Step | None = None
+        self, written: Tensors, read: Tensors, tensors: Tensors, *, step: Step | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         news = [value.detach().clone() for value in written]
         values = dict(zip(map(id, [*self.written, *self.read]), [*news, *read], strict=True))
@@ -82,7 +82,7 @@ class TorchProgram(Program):
             results = step(*(values[id(variable)] for variable in self._variables), *contiguous(tensors))
         return news, list(results)
 
-    def compile_kernels(self, tensors: Sequence[Tensor]) -> None:
+    def compile_kernels(self, tensors: Tensors) -> None:
         """Generates kernels for the graph with Inductor; uses them if they give the same results."""
         kernels = torch.compile(self._graph, fullgraph=True, dynamic=False)
         with warnings.catch_warnings():  # Torch's own, which no user can fix.
@@ -100,7 +100,7 @@ class TorchProgram(Program):
         else:
             self._step, self._guard = kernels, torch.no_grad
 
-    def _agrees(self, kernels: Step, tensors: Sequence[Tensor]) -> bool:
+    def _agrees(self, kernels: Step, tensors: Tensors) -> bool:
         """Whether both compilations of the step give the same results, on copies of the variables."""
         plain, compiled = self._sample(self._step, tensors), self._sample(kernels, tensors)
         if any(
@@ -112,7 +112,7 @@ class TorchProgram(Program):
             for one, two in zip(plain, compiled, strict=True)
         )
 
-    def _sample(self, step: Step, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _sample(self, step: Step, tensors: Tensors) -> list[Tensor]:
         """Some values of each result and new variable: two full copies of large variables may not fit in memory."""
         written, read = ([variable._value for variable in variables] for variables in (self.written, self.read))
         news, results = self.pure(written, read, tensors, step=step)
@@ -134,12 +134,12 @@ def _check_closed(graph: torch.fx.GraphModule) -> None:
             raise Untraceable("a function given to an operation uses a tensor that the operation cannot pass to it")
 
 
-def contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:
+def contiguous(tensors: Tensors) -> list[Tensor]:
     """Contiguous tensors: a graph contains the strides of the tensors that it was traced with."""
     return list(map(torch.Tensor.contiguous, tensors))
 
 
-def _find_variables(fn: Step, tensors: Sequence[Tensor]) -> list[Variable]:
+def _find_variables(fn: Step, tensors: Tensors) -> list[Variable]:
     """Runs a step on fake tensors; returns the variables that it reads or writes."""
     # Numbers taken out of fake tensors are unknown, which is no error here.
     shapes = ShapeEnv()
@@ -193,7 +193,6 @@ class _NoValues(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        del types
         if func in self._ASKING and isinstance(args[0], FakeTensor):
             raise NeedsValue
         return func(*args, **(kwargs or {}))

@@ -45,8 +45,7 @@ def _operation(sampler: Callable[..., torch.Tensor], schema: str) -> Callable[..
     def run(*args: Any, seed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return sampler(*args, generator=_generator(seed), **kwargs)
 
-    def shape_only(*args: Any, seed: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        del seed
+    def shape_only(*args: Any, seed: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # noqa: ARG001
         return sampler(*args, generator=None, **kwargs)
 
     _library.impl(name, run, "CompositeExplicitAutograd")

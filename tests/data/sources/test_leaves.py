@@ -168,7 +168,7 @@ def test_feed_holds_text_and_ragged_tensors_on_tensorflow_and_elsewhere_refuses_
         (
             {"x": [[1, 2], [3]]},
             lambda data: data.to_iterable_dataset().batch(2),
-            r"rows of the column 'x' differ in length\. Pad them with dataset\.map.*HL430",
+            r"Rows of column 'x' differ in length\. Pad with dataset\.map.*HL430",
         ),
         (
             {"x": [1, 2]},
