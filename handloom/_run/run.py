@@ -142,7 +142,7 @@ class Run:
         size = (recorded or 1) if asked == "auto" else int(asked)
         self._record.choices = {
             "jit_compile": backend.compiles_kernels(self.step.function.jit_compile),
-            "steps_per_execution": 1 if self.callbacks.each_step else size,
+            "steps_per_execution": self.strategy.agree(1 if self.callbacks.each_step else size),
         }
         if resumed is not None:
             resumed["differences"] = self._record.differences
@@ -191,6 +191,7 @@ class Run:
         if self._validations.interrupted:
             self._saving.if_due({})  # Does not return: a signal asks to stop.
         self.callbacks.on_epoch_end(self.progress.epoch - 1, self.results)
+        self.model.stop_training = self.strategy.agree(self.model.stop_training)
         self.events.append("epoch", values=dict(self.results), steps=steps)
         self._saving.if_due(self.results)
 

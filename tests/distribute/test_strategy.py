@@ -118,13 +118,8 @@ def updated(model, gradient_of, size=4, rate=0.1):
 def test_strategy_of_fit_is_asked_along_the_way_of_the_data(way, tmp_path):
     strategy = Recording()
     way(strategy, run_dir=tmp_path)
-    assert strategy.asked[:4] == ["place", "shard", "put", "reduce"] or strategy.asked[:4] == [
-        "shard",
-        "reduce",
-        "place",
-        "put",
-    ]
-    assert set(strategy.asked[4:]) == {"sum", "agree", "shards_of"}
+    assert set(strategy.asked) == {"place", "shard", "put", "reduce", "sum", "agree", "shards_of"}
+    assert strategy.asked.index("place") < strategy.asked.index("put") < strategy.asked.index("sum")
 
 
 @pytest.mark.parametrize("way", [by_model_fit, by_hl_fit, by_hand])
@@ -189,6 +184,20 @@ def test_strategy_agrees_on_a_signal_that_another_process_received(way, tmp_path
         way(Signalled(), run_dir=tmp_path, epochs=3)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert hl.Checkpointer(tmp_path / "checkpoints", {}).steps == [1]
+
+
+@pytest.mark.parametrize("way", [by_model_fit, by_hl_fit])
+def test_strategy_agrees_on_the_end_of_fit(way):
+    class Stopped(SingleDevice):
+        """A callback of rank 0 stops the training."""
+
+        def agree(self, value):
+            return True if value is False else value
+
+    stops = []
+    counter = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: stops.append(epoch))
+    way(Stopped(), epochs=3, callbacks=[counter])
+    assert stops == [0]
 
 
 def test_strategy_scope_ends_with_the_block_and_is_not_seen_by_other_threads():
