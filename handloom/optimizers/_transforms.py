@@ -98,7 +98,7 @@ class _Transform(_EachGradient):
 
     def __post_init__(self) -> None:
         for name, kind in type(self).__annotations__.items():
-            if kind == "float":
+            if kind is float:
                 positive_number(type(self).__name__, **{name: getattr(self, name)})
 
     def get_config(self) -> dict[str, Any]:
