@@ -3,6 +3,7 @@
 import ast
 import functools
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,14 @@ def test_no_imports_go_in_a_circle():
     # The package itself imports by name, and late.
     graph = {name: modules - {".__init__"} for name, modules in graph.items()}
     assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_contributing_names_files_and_layers_that_exist():
+    text = (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:handloom/)?([\w/*]+\.py)`", text)
+    assert len(named) > 20
+    assert [path for path in named if not [*PACKAGE.glob(path), *TESTS.parent.glob(path)]] == []
+    assert all(f"`{part}`" in text for parts in LAYERS for part in parts)
 
 
 # --------------------------------------------------------------------- backends
