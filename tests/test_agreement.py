@@ -13,7 +13,6 @@ from rich.console import Console
 import handloom as hl
 from handloom.callbacks import EpochLines, ProgressBar
 from tests.models import built, compiled, fit, functional
-from tests.numbers import close
 from tests.run.run_log import epochs_in
 
 RANDOM = np.random.default_rng(0)
@@ -112,15 +111,6 @@ def test_fit_shows_the_same_values_in_history_callbacks_files_and_displays(train
     in_the_bar = shown_in(terminal.file.getvalue())
     assert in_the_bar[-1] == printed[-1]
     assert all(epoch in in_the_bar for epoch in printed)
-
-
-@pytest.mark.parametrize("train", [by_model, by_step])
-def test_fit_reports_the_values_of_numpy(train):
-    found, squares = train(epochs=1), (X - Y)[:, 0].astype("float64") ** 2
-    weighted = np.average(squares, weights=WEIGHT)
-    expected = {"weighted": weighted, "pair": weighted, "metric": np.abs(X - Y).mean(), "result": weighted}
-    for name, value in expected.items():
-        close(found[name], [value])
 
 
 def test_evaluate_returns_the_values_that_its_callbacks_see():

@@ -17,8 +17,8 @@ from handloom.optimizers import (
     WeightAveraging,
     averaged_weights,
 )
-from tests.models import built, fit, functional
-from tests.numbers import close, each_close, same
+from tests.models import fit, functional
+from tests.numbers import close, same
 
 EXAMPLES, BATCH, PENALTY, RATE = 80, 32, 0.1, 0.1
 
@@ -294,34 +294,6 @@ def test_explain_says_why_one_error_is_reported_three_ways_as_in_keras():
     model, found = evaluated(hl.Model, keras.losses.MeanAbsoluteError(reduction="mean_with_sample_weight"))
     assert found == [4.0, 4.0, 1.0]
     assert model.explain().notes == ()
-
-
-# ------------------------------------------------------- optimizers that take turns
-
-
-def test_minimize_by_optimizers_in_turn_where_keras_requires_gradients_for_all_variables():
-    class Two(hl.Model):
-        def __init__(self):
-            super().__init__()
-            self.left, self.right = (built(layers.Dense(1, use_bias=False)) for _ in range(2))
-
-        def train_step(self, data):
-            x, y = data
-            left = self.minimize(lambda: ops.mean((self.left(x) - y) ** 2), wrt=self.left)
-            right = self.minimize(lambda: ops.mean((self.right(x) - y) ** 2), wrt=self.right)
-            return {"left": left, "right": right}
-
-    model = Two()
-    model.set_weights([START, START])
-    keras_optimizer = keras.optimizers.MultiOptimizer(lambda variable: keras.optimizers.SGD(RATE))
-    keras_optimizer.build(model.trainable_variables)
-    with pytest.raises(ValueError, match="Gradients must match trainable variables one-to-one"):
-        keras_optimizer.apply([ops.ones((3, 1))], model.left.trainable_variables)
-
-    model.compile(optimizer={"left": keras.optimizers.SGD(RATE), "right": keras.optimizers.SGD(2 * RATE)})
-    fitted(model, batch_size=EXAMPLES)
-    gradient = gradient_of_squared_error(START)
-    each_close([model.left.kernel, model.right.kernel], [START - RATE * gradient, START - 2 * RATE * gradient], 1e-4)
 
 
 # ------------------------------------------------------------- the training flag

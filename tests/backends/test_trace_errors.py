@@ -4,21 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from handloom.backends.trace_errors import naming_what_has_no_derivative, needs_a_value, tensorflow_called
-from handloom.errors import GradientError, TraceError
+from handloom.backends.trace_errors import naming_what_has_no_derivative, tensorflow_called
+from handloom.errors import GradientError
 
 pytestmark = pytest.mark.once
 
 LIBRARY = str(Path(pytest.__file__))
-
-
-def test_needs_a_value_says_where_why_and_what_to_do():
-    error = needs_a_value([(__file__, 3)])
-    assert isinstance(error, TraceError)
-    message = str(error)
-    assert f"{__file__}, line 3: from pathlib import Path" in message
-    for cure in ("keras.ops.cond", "keras.ops.where", "keras.ops.while_loop", "keras.ops.fori_loop", "run_eagerly"):
-        assert cure in message
 
 
 def test_tensorflow_called_names_the_backend_and_the_line():

@@ -82,18 +82,6 @@ def test_callback_state_restored_equals_a_run_that_never_stopped(kind, cut, tmp_
         assert (other / "log.csv").read_text() == (one / "log.csv").read_text()
 
 
-def test_early_stopping_restores_the_best_weights_from_its_state():
-    stopping, model = EarlyStopping("loss", patience=9, restore_best_weights=True), fresh()
-    model.count.assign(3)
-    feed(stopping, LOGS[:2], model)
-    state = through_a_checkpoint(stopping.state())
-    model.count.assign(8)
-    again = EarlyStopping("loss", patience=9, restore_best_weights=True)
-    feed(again, [{"loss": 7.0}], model, first=2, state=state)
-    again.on_train_end({})
-    assert float(model.count) == 3
-
-
 def test_csv_logger_restored_replaces_rows_written_after_its_state(tmp_path):
     first, second = (CSVLogger(tmp_path / "log.csv") for _ in range(2))
     feed(first, LOGS[:2], fresh())

@@ -10,7 +10,7 @@ import pytest
 
 import handloom as hl
 from handloom.checkpoint.store import valid_steps
-from handloom.errors import CheckpointError, HandloomWarning
+from handloom.errors import HandloomWarning
 from tests.checkpoint.common import ARRAYS, CONTENTS, FILES, MANIFEST, flip, forge, forge_file, header_size, is_of, save
 
 pytestmark = pytest.mark.once
@@ -97,14 +97,6 @@ def test_load_checkpoint_finds_a_file_of_another_checkpoint(run, second, name):
     assert "step_000000002" in warned(run)
 
 
-@pytest.mark.parametrize(("one", "other"), [(ARRAYS, CONTENTS), (CONTENTS, MANIFEST), (ARRAYS, MANIFEST)])
-def test_load_checkpoint_finds_files_that_are_swapped(run, second, one, other):
-    (second / one).rename(second / "third")
-    (second / other).rename(second / one)
-    (second / "third").rename(second / other)
-    assert warned(run)
-
-
 def test_load_checkpoint_compares_the_step_with_the_name_of_the_directory(run, second):
     shutil.copytree(second, run / "the best of them")
     assert is_of(hl.load_checkpoint(run / "the best of them"), 2)
@@ -132,12 +124,6 @@ def test_load_checkpoint_refuses_a_name_given_twice_in_the_header_of_safetensors
     table = data[8:begin].rstrip().replace(entry, entry + b"," + entry)
     forge_file(second, ARRAYS, len(table).to_bytes(8, "little") + table + data[begin:])
     assert warned(run)
-
-
-def test_load_checkpoint_raises_if_the_only_checkpoint_asked_for_is_damaged(second):
-    flip(second / ARRAYS, header_size(second / ARRAYS))
-    with pytest.raises(CheckpointError, match=r"arrays.safetensors is damaged: the array 'model.dense.bias' changed"):
-        hl.load_checkpoint(second)
 
 
 def test_load_checkpoint_names_three_of_many_damaged_arrays(run, second):

@@ -277,10 +277,7 @@ def test_load_checkpoint_refuses_huge_json_by_its_size_alone(checkpoint, name):
 
 @pytest.mark.parametrize(
     "data",
-    [
-        *(b"[]", b"1", b"null", b"", b"{", b'{"a":}', b"\xff\xfe", b"\xef\xbb\xbf{}", b"{}{}", b'{"a":1,"a":1}'),
-        pickle.dumps(Trap()),
-    ],
+    [b"[]", b"1", b"null", b"", b"{", b'{"a":}', b"\xff\xfe", b"\xef\xbb\xbf{}", b"{}{}", b'{"a":1,"a":1}'],
 )
 def test_load_checkpoint_refuses_contents_that_are_not_an_object(checkpoint, data):
     forge_file(checkpoint, CONTENTS, data)

@@ -338,12 +338,6 @@ def test_fit_continues_from_the_position_of_a_restored_feed():
     assert position(feed.state()) == (2, 0, 0)
 
 
-def test_fit_with_steps_per_epoch_continues_in_the_pass_of_a_feed():
-    feed = hl.Feed(X, batch_size=5)
-    history = hl.fit(lambda x: {"mean": ops.mean(x)}, feed, epochs=3, steps_per_epoch=1, verbose=0).history
-    assert history["mean"] == [2.0, 7.0, 2.0]
-
-
 @pytest.mark.parametrize(
     ("state", "match"),
     [

@@ -203,15 +203,6 @@ def test_fit_does_not_warn_without_weights_or_in_an_eager_step():
         fit(regressor(Forgetful), X, Y, sample_weight=WEIGHTS)
 
 
-def test_fit_takes_a_third_part_that_is_not_weights():
-    class Triplets(hl.Model):
-        def train_step(self, data):
-            anchor, positive, negative = data
-            return {"error": self.minimize(lambda: error(self, anchor, self(positive)) - ops.mean(self(negative)))}
-
-    fit(regressor(Triplets), batches_of((X, X + 1, X - 9)))
-
-
 # ------------------------------------------------------------- masks, penalties
 
 

@@ -8,9 +8,8 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
-import handloom as hl
+from tests.callbacks.scripted import Scripted
 from tests.models import compiled, functional
 from tests.models import fit as fit_model
 from tests.numbers import close, each_close, same
@@ -18,28 +17,14 @@ from tests.resume.stopped import StopAt, Stopped
 
 X = np.linspace(-1, 1, 24, dtype="float32").reshape(8, 3)
 Y = X[:, :1] + 1
+hook = keras.callbacks.LambdaCallback
 
 
-class Scripted(hl.Model):
-    """Reports given losses, one per step, and counts its steps in a weight."""
-
-    def __init__(self, script):
-        super().__init__()
-        self.script = keras.Variable(np.array(script, dtype="float32"), trainable=False)
-        self.count = self.add_weight(initializer="zeros", trainable=False, name="count")
-        self.built = True
-        self.compile(keras.optimizers.SGD(0.1))
-
-    def call(self, x):
-        return x
-
-    def train_step(self, data):
-        loss = ops.take(self.script, ops.cast(self.count, "int32"))
-        self.count.assign(self.count + 1)
-        return {"loss": loss}
+class Validated(Scripted):
+    """Reports, in validation, the number of its steps."""
 
     def test_step(self, data):
-        return {"loss": 2 * ops.take(self.script, ops.cast(self.count, "int32") - 1), "steps": self.count}
+        return {"steps": self.count}
 
 
 def fit(model, *callbacks, **options):
@@ -49,10 +34,6 @@ def fit(model, *callbacks, **options):
 
 def regressor():
     return compiled(functional(), keras.optimizers.SGD(0.1, momentum=0.9))
-
-
-def hook(**hooks):
-    return keras.callbacks.LambdaCallback(**hooks)
 
 
 class Events(keras.callbacks.Callback):
@@ -107,15 +88,6 @@ def test_backup_and_restore_of_keras_resumes_a_run_that_failed(tmp_path):
     assert not (tmp_path / "backup").exists()
 
 
-def test_fit_after_backup_and_restore_of_keras_begins_at_epoch_zero(tmp_path):
-    """With Keras, the next fit silently runs no epoch at all."""
-    backup = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
-    fit(Scripted(range(9)), backup, epochs=3)
-    model = Scripted(range(9))
-    assert fit(model, backup, epochs=4).epoch == [3]
-    assert fit(model, epochs=2).epoch == [0, 1]
-
-
 def test_swap_ema_weights_of_keras_validates_with_the_averages():
     model = compiled(functional(), keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.9))
     history = fit(model, keras.callbacks.SwapEMAWeights(), epochs=3, validation_data=(X, Y)).history
@@ -131,14 +103,6 @@ def test_fit_gives_callbacks_the_model_and_the_parameters():
     fit(model, events, batch_size=2, epochs=2)
     assert events.model is model
     assert events.params == {"epochs": 2, "steps": 4, "verbose": 0}
-
-
-def test_fit_stops_within_an_epoch_when_a_hook_sets_stop_training():
-    model = Scripted(range(8))
-    stop = hook(on_train_batch_end=lambda batch, logs: setattr(model, "stop_training", batch == 2))
-    assert fit(model, stop, batch_size=1, epochs=5).epoch == [0]
-    assert float(model.count) == 3
-    assert fit(model, batch_size=4).history["loss"] == [3.5]
 
 
 @pytest.mark.parametrize("name", ["on_train_begin", "on_epoch_begin", "on_train_batch_begin", "on_train_batch_end"])
@@ -220,7 +184,7 @@ def test_fit_counts_epochs_from_the_initial_one():
     ("frequency", "values"), [(2, [2, 4]), (np.int64(3), [3]), ([1, 4], [1, 4]), ((3,), [3]), (6, None)]
 )
 def test_fit_validates_at_the_epochs_of_validation_freq(frequency, values):
-    history = fit(Scripted(range(9)), epochs=5, validation_data=(X, Y), validation_freq=frequency).history
+    history = fit(Validated(range(9)), epochs=5, validation_data=(X, Y), validation_freq=frequency).history
     assert history.get("val_steps") == values
     assert len(history["loss"]) == 5
 

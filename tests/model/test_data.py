@@ -268,7 +268,7 @@ def test_sample_weight_of_steps_in_time_weighs_the_averages():
 
 
 @pytest.mark.parametrize(
-    "third", [X + np.zeros((1, 3), "float32"), {"a": WEIGHT}], ids=["triplets", "weights of several outputs"]
+    "third", [X - np.full((1, 3), 9, "float32"), {"a": WEIGHT}], ids=["triplets", "weights of several outputs"]
 )
 def test_fit_averages_by_examples_where_the_third_part_is_not_a_weight_per_example(third):
     class First(hl.Model):

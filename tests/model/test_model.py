@@ -9,6 +9,7 @@ import handloom as hl
 from handloom.errors import HandloomWarning, StepError
 from tests.models import compiled, fit, functional
 from tests.numbers import close, each_close, normal, numpy, same
+from tests.test_pain import KERAS_STEP
 
 X = normal(40, 3)
 Y = (X @ [[1.0], [-2.0], [0.5]]).astype("float32")
@@ -56,40 +57,9 @@ def test_test_step_and_predict_step_need_no_compile():
     same(predicted["count"], [30.0] * 30 + [10.0] * 10)
 
 
-class Taped(hl.Model):
-    """The step that Keras's guide for TensorFlow teaches."""
-
-    def train_step(self, data):
-        import tensorflow as tf  # noqa: PLC0415
-
-        x, y = data
-        with tf.GradientTape() as tape:
-            y_pred = self(x, training=True)
-            loss = self.compute_loss(y=y, y_pred=y_pred)
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
-        return self.compute_metrics(x, y, y_pred) | {"loss": loss}
-
-
-class Backward(hl.Model):
-    """The step that Keras's guide for PyTorch teaches."""
-
-    def train_step(self, data):
-        import torch  # noqa: PLC0415
-
-        x, y = data
-        self.zero_grad()
-        y_pred = self(x, training=True)
-        loss = self.compute_loss(y=y, y_pred=y_pred)
-        loss.backward()
-        with torch.no_grad():
-            self.optimizer.apply([variable.value.grad for variable in self.trainable_variables])
-        return self.compute_metrics(x, y, y_pred) | {"loss": loss}
-
-
 @pytest.mark.backend("tensorflow", "torch")
 def test_fit_trains_with_a_train_step_written_for_one_backend_as_with_the_default_one(eagerly):
-    default, own = mlp(), mlp({"tensorflow": Taped, "torch": Backward}[keras.backend.backend()])
+    default, own = mlp(), mlp(type("Own", (KERAS_STEP, hl.Model), {}))
     own.set_weights(default.get_weights())
     histories = []
     for model in (default, own):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers, ops
+from keras import layers
 
 import handloom as hl
 from handloom.errors import OptimizerError
@@ -16,25 +16,14 @@ from handloom.optimizers import (
 )
 from tests.models import built, compiled, fit, functional, sequential
 from tests.numbers import close, normal, numpy
+from tests.test_pain import START, CustomStep, StepWithGradients
 
 X, Y = normal(40, 3), normal(40, 1, seed=1)
-START = np.array([[0.5], [0.2], [-0.4]], "float32")
 RATE, STEPS, MOMENTUM = 0.1, 4, 0.9
 SGD = keras.optimizers.SGD
 
 
-class CustomStep(hl.Model):
-    def train_step(self, data):
-        x, y = data
-        return {"error": self.minimize(lambda: ops.mean((self(x, training=True) - y) ** 2))}
-
-
-class CustomStepWithGradients(hl.Model):
-    def train_step(self, data):
-        x, y = data
-        loss, gradients = hl.value_and_grad(lambda: ops.mean((self(x, training=True) - y) ** 2), wrt=self)()
-        self.optimizer.apply(gradients, self.trainable_variables)
-        return {"error": loss}
+CUSTOM = [type(step.__name__, (step, hl.Model), {}) for step in (CustomStep, StepWithGradients)]
 
 
 def linear(cls, optimizer):
@@ -43,7 +32,7 @@ def linear(cls, optimizer):
     return model
 
 
-@pytest.mark.parametrize("cls", [hl.Model, CustomStep, CustomStepWithGradients])
+@pytest.mark.parametrize("cls", [hl.Model, *CUSTOM])
 def test_compile_makes_keras_accumulation_equal_the_big_batch_and_average_its_updates_alone(cls, eagerly):
     model = linear(cls, SGD(RATE, use_ema=True, ema_momentum=MOMENTUM, gradient_accumulation_steps=STEPS))
     fit(model, X, Y, batch_size=4)
@@ -99,7 +88,7 @@ def test_minimize_refuses_keras_averages_with_accumulation():
         hl.minimize(lambda: variable * 1.0, variable, optimizer)
 
 
-@pytest.mark.parametrize("cls", [CustomStep, CustomStepWithGradients])
+@pytest.mark.parametrize("cls", CUSTOM)
 def test_explain_counts_the_updates_that_loss_scaling_skipped(cls, eagerly, capsys):
     model = linear(cls, LossScaleOptimizer(SGD(RATE), initial_scale=8.0))
     x = X.copy()

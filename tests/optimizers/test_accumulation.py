@@ -57,22 +57,11 @@ def test_gradient_accumulation_equals_the_larger_batch(kind, steps):
     trained_both_ways(OPTIMIZERS[kind], steps)
 
 
-def test_gradient_accumulation_run_eagerly_equals_the_larger_batch():
-    hl.run_eagerly(True)
-    trained_both_ways(OPTIMIZERS["Adam"], 3)
-
-
 @pytest.mark.parametrize(("decay", "steps"), [(0.5, 2), (None, 3), (0.5, 8)])
 def test_gradient_accumulation_averages_the_weights_of_the_larger_batch(decay, steps):
     models = trained_both_ways(lambda: WeightAveraging(OPTIMIZERS["momentum"](), decay), steps)
     with averaged_weights(models[0]), averaged_weights(models[1]):
         each_close(*(model.get_weights() for model in models))
-
-
-@pytest.mark.parametrize(("reduction", "regularizer"), [("mean_with_sample_weight", "l2"), ("sum", None)])
-def test_gradient_accumulation_weights_by_the_denominator_of_the_loss(reduction, regularizer):
-    model = lambda optimizer: net(optimizer, MSE(reduction=reduction), regularizer)  # noqa: E731
-    trained_both_ways(lambda: SGD(0.01), 7, model=model, sample_weight=RANDOM.uniform(0, 3, 26))
 
 
 def test_gradient_accumulation_leaves_a_layer_frozen_between_two_runs_which_momentum_would_move():

@@ -10,12 +10,12 @@ from handloom.optimizers import GradientAccumulation, WeightAveraging
 from tests.models import compiled
 from tests.numbers import normal
 from tests.resume import runs
-from tests.resume.runs import assert_same, bits_of, left
+from tests.resume.runs import assert_same, left
 from tests.resume.stopped import StopAt, Stopped
 
 X = normal(24, 3)
 Y = X[:, :1] ** 2
-BATCH, STEPS = 6, 4
+BATCH = 6
 
 
 class Net(hl.Model):
@@ -166,40 +166,6 @@ def test_hl_fit_resumes_bitwise_with_several_models_and_validation_within_epochs
         runs.outcome("step", tmp_path / "run", stop)
     assert_same(runs.outcome("step", tmp_path / "run"), whole)
     assert len(whole["history"][1]["val_error"]) == 3
-
-
-def test_checkpointer_resumes_a_loop_by_hand_bitwise(tmp_path):
-    def run(directory, stops_at=0):
-        keras.utils.set_random_seed(1)
-        model, optimizer = keras.Sequential([layers.Dense(4), layers.Dropout(0.5), layers.Dense(1)]), momentum()
-        error, feed = keras.metrics.MeanSquaredError(), hl.Feed((X, Y), batch_size=BATCH, shuffle=True)
-        model.build((None, 3))
-        optimizer.build(model.trainable_variables)
-
-        @hl.function
-        def train_step(x, y):
-            loss = hl.minimize(lambda: ops.mean((model(x, training=True) - y) ** 2), model, optimizer)
-            error.update_state(y, model(x))
-            return loss
-
-        state = {"model": model, "optimizer": optimizer, "error": error, "feed": feed}
-        with hl.Checkpointer(directory, state) as checkpointer:
-            taken = checkpointer.restore() or 0
-            while taken < 3 * STEPS:
-                for batch in feed:
-                    train_step(*batch)
-                    taken += 1
-                    if taken % 3 == 0:
-                        checkpointer.save(taken)
-                    if taken == stops_at:
-                        raise Stopped
-        return feed.state(), bits_of([model, optimizer, error])
-
-    whole = run(tmp_path / "whole")
-    for stop in (5, 10):
-        with pytest.raises(Stopped):
-            run(tmp_path / "run", stop)
-    assert run(tmp_path / "run") == whole
 
 
 # ----------------------------------------------------------- the end, and after it

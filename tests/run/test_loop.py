@@ -15,7 +15,6 @@ import handloom as hl
 from handloom._run.grouping import limited
 from handloom.errors import HandloomWarning, StepError
 from tests.numbers import close, each_close, numpy, ones
-from tests.threads import in_a_thread
 
 X = np.arange(40, dtype="float32")  # In batches of 10: means 4.5, 14.5, 24.5, 34.5.
 hook = keras.callbacks.LambdaCallback
@@ -325,12 +324,6 @@ def test_fit_keeps_whole_steps_after_ctrl_c_at_any_moment(eagerly):
             trainer.fit(on_train_batch_end=lambda batch, logs, begin=begin: begin(), epochs=10_000)
         timer.join()
         assert_trains_on(trainer, eagerly)
-
-
-def test_fit_works_in_another_thread(eagerly):
-    trainer = Trainer()
-    in_a_thread(trainer.fit)
-    assert trainer.steps == 12
 
 
 class Broken(Exception):

@@ -8,8 +8,6 @@ import functools
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from keras import layers, ops
 
 import handloom as hl
@@ -22,20 +20,6 @@ ONE, TWO, THREE = (np.float32(n) for n in (1, 2, 3))
 
 
 # ------------------------------------------------------------------------ state
-
-
-def test_function_reads_and_writes_a_variable(eagerly):
-    total, factor = keras.Variable(ones(3)), keras.Variable(2.0)
-
-    @hl.function
-    def add(x):
-        total.assign_add(x)
-        return total * factor
-
-    close(add(ones(3)), 4 * ones(3))
-    factor.assign(5.0)  # From outside, and seen by the next call.
-    close(add(ones(3)), 15 * ones(3))
-    close(total, 3 * ones(3))
 
 
 def test_function_writes_variables_that_layers_and_other_functions_read_at_once(eagerly):
@@ -172,15 +156,6 @@ def test_function_ignores_the_order_of_keywords_and_keys():
     close(minus(a=ONE, b=TWO, options={"c": ONE, "d": TWO}), -4)
     close(minus(b=TWO, options={"d": TWO, "c": ONE}, a=ONE), -4)
     assert len(minus.traces) == 1
-
-
-@settings(max_examples=5, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["float32", "int32"])), max_size=6))
-def test_function_has_one_version_for_each_shape_and_dtype(kinds):
-    double = hl.function(lambda x: x * 2)
-    for size, dtype in kinds:
-        close(double(np.arange(size, dtype=dtype)), 2 * np.arange(size))
-    assert len(double.traces) == len(set(kinds))
 
 
 def test_function_warns_at_the_sixth_value_of_an_argument_and_only_then():
@@ -403,16 +378,6 @@ def test_function_as_a_static_method_needs_no_instance():
 
 
 # --------------------------------------------------------- variables that are created
-
-
-def test_function_creates_optimizer_slots_in_its_first_call(eagerly):
-    w, optimizer = keras.Variable(ones(2)), keras.optimizers.Adam(0.1)
-    step = hl.function(lambda: optimizer.apply([ops.ones(2)], [w]))
-    for _ in range(3):
-        step()
-    # With a constant gradient Adam goes down by the learning rate at each step.
-    close(w, 0.7 * ones(2), rtol=1e-4)
-    close(optimizer.iterations, 3)
 
 
 @pytest.mark.parametrize("value", [2.5, [1.0, 2.0], np.array([[1.5]], "float32"), THREE, 7, True])

@@ -494,23 +494,6 @@ def test_grad_of_a_gradient_by_variables_or_by_something_else():
     close(hl.grad(slope)(x), [3, 12])
 
 
-def test_grad_of_a_penalty_on_the_slope_of_a_layer_reaches_its_weights(eagerly):
-    dense = built(layers.Dense(1), 2)
-    dense.kernel.assign([[3.0], [4.0]])
-
-    @hl.function
-    def gradients(x):
-        def loss():
-            slopes = hl.grad(lambda x: ops.sum(dense(x)))(x)
-            return ops.mean(ops.sum(slopes**2, axis=-1))
-
-        return hl.grad(loss, wrt=dense)()
-
-    by_kernel, by_bias = gradients(ones(5, 2))
-    close(by_kernel, [[6], [8]])
-    assert by_bias is None
-
-
 # ---------------------------------------------------------------------- control flow
 
 

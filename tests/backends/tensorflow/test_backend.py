@@ -77,13 +77,6 @@ def test_function_distinguishes_ragged_and_sparse_tensors():
     ]
 
 
-def test_function_takes_strings_as_data():
-    length = hl.function(tf.strings.length)
-    close(length(np.array(["ab", "c"])), [2, 1])
-    close(length(tf.constant(["abc", "de"])), [3, 2])
-    assert len(length.traces) == 1
-
-
 def test_is_array_of_a_variable_of_tensorflow_but_not_of_keras():
     variable = keras.Variable(1.0)
     assert isinstance(variable.value, tf.Variable)

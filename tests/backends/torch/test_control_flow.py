@@ -5,15 +5,14 @@ import numpy as np
 import optree
 import pytest
 import torch
-from keras import layers, ops
+from keras import ops
 from torch._higher_order_ops.cond import cond_op
 from torch._higher_order_ops.while_loop import while_loop_op
 
 import handloom as hl
 from handloom.backends import backend
 from handloom.errors import FallbackWarning
-from tests.models import built
-from tests.numbers import close, each_close, numpy, values_of
+from tests.numbers import numpy
 
 
 @pytest.fixture
@@ -52,20 +51,7 @@ COMPILED = {
         2,
     ),
     "cond of nothing": (lambda v, x: ops.cond(x > 0, lambda: None, lambda: None), X, None, 2),
-    "cond in cond": (
-        lambda v, x: ops.cond(x > 0, lambda: ops.cond(x > 5, lambda: x * 100, lambda: x * v), lambda: -x),
-        X,
-        6,
-        2,
-    ),
     "cond on a variable": (lambda v, x: ops.cond(v > 5, lambda: x, lambda: -x), X, -3, 2),
-    "cond on a python bool": (lambda v, x: ops.cond(True, lambda: x, lambda: -x), X, 3, 2),
-    "both branches assign": (
-        lambda v, x: (ops.cond(x > 0, lambda: v.assign(v * 10), lambda: v.assign(v + 1)), v + 0),
-        X,
-        (20, 20),
-        20,
-    ),
     "one branch assigns": (
         lambda v, x: (ops.cond(x < 0, lambda: v.assign(v * 10), lambda: v.value), v + x),
         X,
@@ -122,14 +108,6 @@ def test_control_flow_is_compiled_and_equal_to_eager_execution(name, v):
     assert trace.compiled, trace.reason
 
 
-def test_cond_chooses_a_branch_and_fori_loop_its_length_when_the_step_runs():
-    choose = hl.function(lambda x: ops.cond(x > 0, lambda: x * 10, lambda: x * 100))
-    count = hl.function(lambda n: ops.fori_loop(0, n, lambda i, s: s + 1, 0))
-    close([choose(np.float32(x)) for x in (1, -1, 2)], [10, -100, 20])
-    close([count(np.int32(n)) for n in (3, 0, 50)], [3, 0, 50])
-    assert len(choose.traces) == len(count.traces) == 1
-
-
 def test_cond_is_one_operation_and_fori_loop_is_not_unrolled():
     assert operations(lambda x: [ops.cond(x > 0, lambda: ops.sin(x), lambda: ops.cos(x))], 1.0).count(cond_op) == 1
     short, long = (
@@ -138,44 +116,6 @@ def test_cond_is_one_operation_and_fori_loop_is_not_unrolled():
     )
     assert short == long
     assert long.count(while_loop_op) == 1
-
-
-# ------------------------------------------------------------------------- gradients
-
-
-DIFFERENTIATED = {
-    "cond, argument": (lambda v: hl.grad(lambda x: ops.cond(x > 0, lambda: x**2 * v, lambda: -x)), {3: 12, -3: -1}),
-    "cond, variable": (
-        lambda v: lambda x: hl.grad(lambda: ops.cond(x > 0, lambda: x * v**2, lambda: v * 7), wrt=v)(),
-        {3: 12, -3: 7},
-    ),
-    "loop of known length": (lambda v: hl.grad(lambda x: ops.fori_loop(0, 3, lambda i, s: s * x, x)), {3: 4 * 27}),
-}
-
-
-@pytest.mark.parametrize(("slope", "expected"), DIFFERENTIATED.values(), ids=DIFFERENTIATED)
-def test_grad_of_control_flow_is_compiled(slope, expected, v):
-    for x, gradient in expected.items():
-        result, _, trace = both_ways(slope(v), v, np.float32(x))
-        assert result == gradient
-        assert trace.compiled
-
-
-def test_minimize_trains_a_layer_in_a_branch_as_in_eager_execution():
-    def run():
-        keras.utils.set_random_seed(1)
-        layer, optimizer = built(layers.Dense(1)), keras.optimizers.SGD(0.1)
-
-        def loss(x, flag):
-            return ops.cond(flag > 0, lambda: ops.mean(layer(x) ** 2), lambda: ops.mean(layer(-x) - 1.0))
-
-        step = hl.function(lambda x, flag: hl.minimize(lambda: loss(x, flag), layer, optimizer))
-        x = np.arange(6, dtype="float32").reshape(2, 3)
-        return [*(step(x, np.float32(flag)) for flag in (1, -1, 1)), *values_of(layer)]
-
-    compiled = run()
-    with hl.run_eagerly(True):
-        each_close(compiled, run())
 
 
 # ---------------------------------------------------------------------- randomness
@@ -219,7 +159,7 @@ FALLS_BACK = {
     "a loop changes the shape of its values": (
         lambda v, n: ops.while_loop(lambda s: ops.sum(s) < n, lambda s: (ops.tile(s, 2),), (ops.ones(1),)),
         N,
-        r"a loop variable changes from torch.float32\(1,\) to torch.float32\(2,\)",
+        r"loop variables change from torch.float32\(1,\) to torch.float32\(2,\)",
         ([1, 1, 1, 1],),
         2,
     ),

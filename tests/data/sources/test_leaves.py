@@ -14,8 +14,7 @@ import handloom as hl
 from handloom._interop.tensors import LIBRARIES
 from handloom.backends import backend
 from handloom.errors import DataError
-from tests.data.sources.kinds import EXACT
-from tests.numbers import close, numpy, same
+from tests.numbers import same
 
 jax, tf, torch = (pytest.importorskip(name) for name in LIBRARIES)
 
@@ -137,10 +136,8 @@ WORDS, RAGGED = np.array(["a", "bc"]), [[1.0], [2.0, 3.0]]
 # Data for TensorFlow alone: the data, the batch on TensorFlow, and the kind of message on the other backends.
 SOME = {
     "text in arrays": (lambda: {"x": WORDS}, ["a", "bc"], "text"),
-    "text in tf.data": (lambda: tf.data.Dataset.from_tensors({"x": WORDS}), ["a", "bc"], "text"),
     "text in a generator": (lambda: iter([{"x": WORDS}]), ["a", "bc"], "text"),
     "text in a Dataset": (lambda: data_set({"x": WORDS}), ["a", "bc"], "text"),
-    "ragged in tf.data": (lambda: tf.data.Dataset.from_tensors({"x": tf.ragged.constant(RAGGED)}), RAGGED, "ragged"),
     "ragged in a generator": (lambda: iter([{"x": tf.ragged.constant(RAGGED)}]), RAGGED, "ragged"),
 }
 SAID = {
@@ -217,17 +214,3 @@ def test_feed_refuses_to_cut_a_sparse_or_ragged_tensor(kind):
 def test_feed_refuses_dtypes_that_no_backend_has(through, dtype):
     with pytest.raises(DataError, match=r"the data has the dtype .*, which no backend has\. Convert it.*HL422"):
         through(np.zeros(2, dtype))
-
-
-# ------------------------------------------------------------------ every source
-
-
-@pytest.mark.parametrize("kind", EXACT)
-def test_function_takes_the_batches_of_every_source(kind):
-    feed = EXACT[kind]()
-    step = hl.function(lambda batch: [ops.sum(ops.cast(leaf, "float32")) for leaf in keras.tree.flatten(batch)])
-    for batch in feed:
-        step(batch)
-        close(step(batch), [numpy(leaf).astype("float64").sum() for leaf in keras.tree.flatten(batch)])
-    assert step.traces
-    assert all(trace.compiled for trace in step.traces)

@@ -13,6 +13,7 @@ from handloom.checkpoint.encoding import decode, encode
 from handloom.errors import CheckpointError, DataError, HandloomWarning
 from tests.checkpoint.common import take
 from tests.data.sources.kinds import ALL, EXACT, X, Y, as_numbers, read, stateful_loader
+from tests.resume.stopped import StopAt, Stopped
 
 every_kind = pytest.mark.parametrize("kind", ALL)
 every_exact_kind = pytest.mark.parametrize("kind", EXACT)
@@ -194,21 +195,6 @@ def test_feed_does_not_read_the_batches_before_a_restored_position(which):
 
 
 # ---------------------------------------------------------------------- in a run
-
-
-class Stopped(Exception):
-    """Ends a run as suddenly as the end of its process."""
-
-
-class StopAt(keras.callbacks.Callback):
-    def __init__(self, steps):
-        super().__init__()
-        self.steps = steps
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.steps -= 1
-        if self.steps == 0:
-            raise Stopped
 
 
 def trained(kind, run_dir, stop=0):
