@@ -86,6 +86,8 @@ def _text(node: ast.expr) -> str:
             return value
         case ast.JoinedStr(values=parts):
             return "".join(map(_text, parts))
+        case ast.FormattedValue(value=ast.IfExp() as choice):
+            return _text(choice)
         case ast.FormattedValue(value=value):
             return f"{{{_name(value)}}}"
         case ast.IfExp(body=body, orelse=orelse):

@@ -3,6 +3,7 @@ from . import checks as checks
 from . import distribute as distribute
 from . import errors as errors
 from . import optimizers as optimizers
+from . import report as report
 from ._data.feed import Feed as Feed
 from ._model.model import Model as Model
 from ._model.model import Sequential as Sequential

@@ -32,7 +32,7 @@ def test_the_public_names_are_those_of_the_contract():
         *("function", "Function", "Trace", "run_eagerly"),
         *("Model", "Sequential", "fit", "Feed", "every", "Every"),
         *("Checkpointer", "load_checkpoint"),
-        *("callbacks", "checks", "distribute", "errors", "optimizers"),
+        *("callbacks", "checks", "distribute", "errors", "optimizers", "report"),
     }
 
 

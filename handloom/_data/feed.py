@@ -137,8 +137,8 @@ class Feed:
         if changed := self.differences(state):
             warn(
                 f"HL407: The data has changed since its position was saved: {'; '.join(changed)}.",
-                f"The feed resumes after {state['batch']} batches of epoch {state['epoch']}, but its next batches may "
-                "hold examples that were used before.",
+                f"The feed resumes after {state['batch']} batches of epoch {state['epoch'] + 1}, but its next batches "
+                "may hold examples that were used before.",
             )
         same_kind = state.get("data", {}).get("source", self.name) == self.name
         self._source.restore(state.get("source") if same_kind else None, state["epoch"], state["batch"])

@@ -1,5 +1,6 @@
 """The events of a run: one log that only grows, and its readers."""
 
+import itertools
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,16 +35,22 @@ class Events:
         self._readers: list[EventReader] = [*chosen, *log, *progress_display(verbose)]
         self._progress, self._begun = progress, time.perf_counter()
         self._schedules = [(each, each.every) for each in self._readers if each.every and each.every.is_within_epochs]
+        self._waiting: list[tuple[str, dict[str, Any]]] = []
+        self._has_begun = self._has_ended = False
         self._last_tick = {id(reader): self._begun for reader, _ in self._schedules}
         self.wants_progress = bool(self._schedules)
         for reader in self._readers:
             reader.begin_reading()
 
     def append(self, kind: str, **data: Any) -> None:
-        """Passes a new event to the readers; see `Event`."""
-        event = self._event(kind, data)
-        for reader in self._readers:
-            reader.read(event)
+        """Passes a new event to the readers; see `Event`. Events before `run_begin` wait for it, and follow it."""
+        self._waiting.append((kind, data))
+        self._has_begun = self._has_begun or kind == "run_begin"
+        if self._has_begun:
+            waiting, self._waiting = sorted(self._waiting, key=lambda event: event[0] != "run_begin"), []
+            for event in itertools.starmap(self._event, waiting):
+                for reader in self._readers:
+                    reader.read(event)
 
     def tick(self, logs: Mapping[str, Any]) -> None:
         """Passes the values so far to the readers that want them now; called after each dispatch."""
@@ -65,7 +72,10 @@ class Events:
         self.append("finding", **vars(finding))
 
     def end(self, values: Mapping[str, Any], error: BaseException | None = None) -> None:
-        """The run has ended."""
+        """The run has ended; does nothing if it has not begun, or has ended before."""
+        if self._has_ended or not self._has_begun:
+            return
+        self._has_ended = True
         finding = vars(error.finding) if isinstance(error, HandloomError) else None
         facts = {"type": type(error).__name__, "message": str(error), "finding": finding}
         self.append("run_end", values=dict(values), error=None if error is None else facts)

@@ -119,6 +119,7 @@ class Run:
             opened.enter_context(self.strategy.scope())
             opened.enter_context(given.added(self.events.finding))
             opened.enter_context(traced.added(self.events.trace))
+            opened.push(self._end_events)  # After the last checkpoint, the event of which comes first.
             opened.enter_context(self._saving)
             self._open = opened.pop_all()
         self.model.stop_training = False
@@ -126,9 +127,11 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        with self._open:
-            if error is not None:
-                self.events.end(self.results, error)
+        self._open.__exit__(kind, error, traceback)
+
+    def _end_events(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None:
+            self.events.end(self.results, error)
 
     # ------------------------------------------------- called by the loop, in this order
 

@@ -15,7 +15,7 @@ from handloom._util.every import Every
 from handloom._util.progress import Progress
 from handloom.checkpoint.checkpointer import Checkpointer
 from handloom.checkpoint.retention import OF_RUN
-from handloom.checkpoint.store import Written
+from handloom.checkpoint.store import Written, slots
 from handloom.distribute._strategy import current
 from handloom.errors import CheckpointError
 
@@ -68,6 +68,7 @@ class Saving:
     def __exit__(self, *error: Any) -> None:
         self._signals.__exit__(*error)
         self._checkpointer.__exit__(*error)
+        self._report_written()
         if self._signals.received is not None and error[0] is None:  # It came after everything was done and saved.
             self._signals.stop()
 
@@ -83,18 +84,17 @@ class Saving:
         Raises:
             CheckpointError: The run must not resume, or the checkpoint is of another run.
         """
-        steps = self._checkpointer.steps
-        if steps and self._options.resume == "never":
+        present = slots(self._checkpointer.directory)
+        if present and self._options.resume == "never":
             raise CheckpointError(
-                f"HL752: {self._checkpointer.directory} has checkpoints of a run, up to step {steps[-1]}, and "
+                f"HL752: {self._checkpointer.directory} has checkpoints of a run, up to step {present[-1].step}, and "
                 "resume='never' starts from scratch.",
                 fix="Use another run_dir, remove this one, or resume with resume='auto'.",
             )
         prepare()
-        if not steps:
-            return None
         # Callbacks may come and go: a new one starts from scratch.
-        self._checkpointer.restore(allow=[*self._options.allow, "callbacks.*", "events"])
+        if self._checkpointer.restore(allow=[*self._options.allow, "callbacks.*", "events"]) is None:
+            return None
         self._saved, restored = dataclasses.replace(self._progress), self._checkpointer.restored
         callbacks = [name.removeprefix("callbacks.") for name in restored.things if name.startswith("callbacks.")]
         return {

@@ -44,8 +44,8 @@ class Record:
     def differences(self) -> list[str]:
         """The changes since the run was saved, in words."""
         then, now = ({**record["versions"], **record["choices"]} for record in (self.saved, self.state()))
-        names = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
-        changed = [f"{name} {then.get(name)} -> {now.get(name)}" for name in names]
+        names = [name for name in sorted(then.keys() & now.keys()) if then[name] != now[name]]
+        changed = [f"{name} {then[name]} -> {now[name]}" for name in names]
         before = self.saved["configured"]
         others = [name for name, after in sorted(self._configured.items()) if before.get(name, after) != after]
         return changed + ([f"the configuration of {', '.join(others)}"] if others else [])

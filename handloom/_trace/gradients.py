@@ -335,8 +335,7 @@ def split(result: Any) -> tuple[Any, Any]:
     """
     if not isinstance(result, tuple) or len(result) != 2:
         raise GradientError(
-            "HL115: With has_aux=True the function must return a pair (value, aux); "
-            f"it returned {_described(result)} (of type {type(result).__name__}).",
+            f"HL115: With has_aux=True the function must return a pair (value, aux); it returned {_described(result)}.",
         )
     return result
 
@@ -374,7 +373,7 @@ def scalar(value: Any) -> Tensor:
 
 
 def _floating(value: Any) -> Tensor:
-    found = f"{_described(value)} (of type {type(value).__name__})"
+    found = _described(value)
     if backend.is_array(value) or isinstance(value, (int, float, keras.Variable)):
         value = keras.ops.convert_to_tensor(value, dtype=keras.config.floatx() if isinstance(value, int) else None)
         if keras.backend.is_float_dtype(value.dtype):
@@ -421,4 +420,4 @@ def _name(fn: Callable[..., Any]) -> str:
 
 def _described(value: Any) -> str:
     shape = getattr(value, "shape", None)
-    return repr(value) if shape is None else f"a tensor of shape {tuple(shape)}"
+    return f"{value!r} (of type {type(value).__name__})" if shape is None else f"a tensor of shape {tuple(shape)}"

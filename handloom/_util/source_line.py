@@ -39,13 +39,19 @@ def users_frame() -> FrameType:
     """The innermost frame of the user's code on the call stack; if there is none, the innermost that is not ours."""
     # Without the frame of this call: a frame whose variables refer to itself would keep all it holds alive.
     frames = [frame for frame, _ in traceback.walk_stack(inspect.currentframe())][1:]
-    foreign = [frame for frame in frames if not _is_ours(frame.f_code.co_filename)]
+    foreign = [frame for frame in frames if not (_is_ours(frame.f_code.co_filename) or _is_generated(frame))]
     users = [frame for frame in foreign if _is_users(frame.f_code.co_filename)]
     return (users or foreign or frames[-1:])[0]
 
 
 def _is_ours(file: str) -> bool:
     return file.startswith(_PACKAGE) and f"{os.sep}recipes{os.sep}" not in file
+
+
+def _is_generated(frame: FrameType) -> bool:
+    """Whether a frame runs a method that `dataclasses` has generated for a class of ours."""
+    name = frame.f_globals.get("__name__", "")
+    return frame.f_code.co_filename == "<string>" and name.startswith(f"{__package__.partition('.')[0]}.")
 
 
 def _is_users(file: str) -> bool:

@@ -18,8 +18,8 @@ def needs_a_value(frames: Frames) -> TraceError:
         f"HL104: A compiled step uses the value of a tensor in Python ({shown(place)}).",
         "Tensors have no values while a step is compiled.",
         "Use operations instead: keras.ops.cond or keras.ops.where for a branch, keras.ops.while_loop or "
-        "keras.ops.fori_loop for a loop, keras.ops.cast for a conversion. To debug, run the step eagerly: "
-        "hl.run_eagerly(True).",
+        "keras.ops.fori_loop for a loop, keras.ops.cast for a conversion, keras.ops.shape for a size. To debug, run "
+        "the step eagerly: hl.run_eagerly(True).",
         at=place,
     )
 

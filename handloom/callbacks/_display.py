@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from handloom._util.every import every
 from handloom.callbacks._event_reader import Event, EventReader
@@ -64,7 +65,8 @@ class ProgressBar(EventReader):
         shown: dict[str, Any] = {"clock": self._clock(event), "values": shown_values(event.values)}
         if self._bar is None:
             bar, numbers = BarColumn(bar_width=24), MofNCompleteColumn()
-            columns = "{task.description}", bar, numbers, "{task.fields[clock]}", "{task.fields[values]}"
+            values = TextColumn("{task.fields[values]}", table_column=Column(overflow="fold"))  # Wraps; others do not.
+            columns = "{task.description}", bar, numbers, "{task.fields[clock]}", values
             self._bar = Progress(*columns, console=self._console, auto_refresh=False)
             title, steps = self._title(event), self._begin.data["steps"]
             self._task: TaskID = self._bar.add_task(title, total=steps, completed=done, **shown)

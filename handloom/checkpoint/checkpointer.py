@@ -125,7 +125,7 @@ class Checkpointer:
             warn(
                 f"HL501: The state at step {step} is not saved: NaN or infinity in {first_few(names, 3)}.",
                 "The earlier checkpoints stay.",
-                "If these values are intended, use finite=False.",
+                "If these values are intended, save with hl.Checkpointer(..., finite=False).",
             )
             return
         draft = Draft(step, [self._copied], contents, numbers)

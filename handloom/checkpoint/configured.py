@@ -41,5 +41,5 @@ def _lasting(config: Any) -> Any:
     return {
         key: _lasting(value)
         for key, value in config.items()
-        if key != "name" and not (key == "learning_rate" and isinstance(value, float))
+        if key != "name" and (key != "learning_rate" or isinstance(value, dict))
     }

@@ -152,5 +152,6 @@ def _check_names(
     if problems:
         raise CheckpointError(
             f"HL536: The checkpoint is of another model or optimizer: {'; '.join(problems)}.",
-            fix="Build them as they were when it was saved, or name what may differ: allow=['model.head.*'].",
+            fix="Build them before restore(), as they were when it was saved, or name what may differ: "
+            "allow=['model.head.*'].",
         )

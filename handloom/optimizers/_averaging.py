@@ -1,6 +1,7 @@
 """Averages of the weights, beside the live weights."""
 
 import contextlib
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +50,7 @@ class WeightAveraging(Wrapper):
         every: int = 1,
         name: str | None = None,
     ) -> None:
-        if decay is not None and not 0 < decay < 1:
+        if decay is not None and not (isinstance(decay, numbers.Real) and 0 < decay < 1):
             raise ArgumentError(f"HL303: WeightAveraging takes a decay between 0 and 1, or None; received {decay!r}.")
         super().__init__(inner_optimizer, name=name)
         if any(inside(self.inner_optimizer, GradientAccumulation)):

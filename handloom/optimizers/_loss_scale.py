@@ -5,12 +5,12 @@ and the gradients are divided by it afterwards. (Micikevicius et al., Mixed Prec
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from handloom._keras import Tensor, Variable, keras, trained_by
 from handloom.backends import backend
-from handloom.errors import OptimizerError
+from handloom.errors import ArgumentError, OptimizerError
 from handloom.optimizers._tree import Gradients, inside
 
 ops = keras.ops
@@ -36,6 +36,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     """
 
     _loss_was_scaled = False
+
+    def __init__(self, inner_optimizer: Any, *args: Any, **options: Any) -> None:
+        if isinstance(inner_optimizer, Mapping):
+            raise ArgumentError(
+                f"HL336: LossScaleOptimizer is around one optimizer; received {inner_optimizer!r}.",
+                fix='Put it around each: {"*": LossScaleOptimizer("adam")}.',
+            )
+        super().__init__(keras.optimizers.get(inner_optimizer), *args, **options)
 
     def build(self, var_list: Sequence[Variable]) -> None:
         """Creates the slots for these variables."""

@@ -5,11 +5,11 @@ from typing import Any
 
 from handloom._keras import Variable, keras, layers_of
 from handloom._trace.gradients import Wrt, build, variables_of
-from handloom._trace.loss_weight import Weight, step_weight, weight_of_step
+from handloom._trace.loss_weight import SUM, Weight, step_weight, weight_of_step
 from handloom._trace.losses import Denominator, note_loss
 from handloom._util.findings import warn
 from handloom.distribute._strategy import current
-from handloom.errors import GradientError, OptimizerError
+from handloom.errors import ArgumentError, GradientError, OptimizerError
 from handloom.optimizers._accumulation import GradientAccumulation
 from handloom.optimizers._loss_function import LossFunction
 from handloom.optimizers._loss_scale import apply_unscaled, loss_scale, unscaled
@@ -50,6 +50,12 @@ def minimize(
         GradientError: None of the variables reaches the loss, or the loss is not a floating-point scalar.
         OptimizerError: The optimizer was built for other variables.
     """
+    if not callable(loss_fn):
+        raise GradientError(
+            f"HL338: minimize() takes a function that returns the loss; received an object of type "
+            f"{type(loss_fn).__name__}.",
+            fix="Call the model inside it: minimize(lambda: loss(y, model(x)), model, optimizer).",
+        )
     build(wrt, loss_fn)
     variables = variables_of(wrt)
     _build_optimizer(optimizer, variables)
@@ -94,6 +100,8 @@ def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
 def _weight(given: Weight | None, divided_by: list[Denominator], optimizer: keras.Optimizer) -> Weight:
     """The weight of the gradient: as given, or what the loss was divided by, or the examples in the batch."""
     if given is not None:
+        if (isinstance(given, str) and given != SUM) or len(getattr(given, "shape", ())):
+            raise ArgumentError(f"HL337: minimize(weight=...) takes a number or a scalar tensor; received {given!r}.")
         return given
     if len(divided_by) > 1 and any(inside(optimizer, GradientAccumulation)):
         warn(

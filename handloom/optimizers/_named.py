@@ -42,6 +42,12 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         if not optimizers:
             raise OptimizerError("HL316: There are no optimizers.", fix='Pass some: {"encoder": "adam", "*": "sgd"}.')
         pairs = {key: value if isinstance(value, tuple) else (None, value) for key, value in optimizers.items()}
+        for key, pair in pairs.items():
+            if not isinstance(key, str) or len(pair) != 2 or pair[1] is None:
+                raise OptimizerError(
+                    f"HL325: optimizer={{{key!r}: {optimizers[key]!r}}} is not a name and an optimizer.",
+                    fix="Pass a name with an optimizer, or with a pair (predicate, optimizer).",
+                )
         self._choices = {key: predicate for key, (predicate, _) in pairs.items() if predicate is not None}
         self._by_name = {key: _optimizer(key, optimizer) for key, (_, optimizer) in pairs.items()}
         self._model: Callable[[], Layer | None] = lambda: None
@@ -224,9 +230,9 @@ def _variables_at(model: Layer, path: str) -> list[Variable]:
     for part in path.split("."):
         if not hasattr(found, part):
             raise OptimizerError(
-                f"HL323: There is an optimizer for {path!r}, but {type(model).__name__} has no such attribute: "
-                f"{type(found).__name__} has no {part!r}.",
-                fix='Name an attribute of the model, a dotted path like "encoder.head", or "*" for the rest.',
+                f"HL323: There is an optimizer for {path!r}, but {type(found).__name__} has no attribute {part!r}.",
+                fix='Name an attribute of the model, a dotted path like "encoder.head", or "*" for the rest. For a '
+                f"layer by its name: {{{path!r}: (lambda path: {path!r} in path, optimizer)}}.",
             )
         found = getattr(found, part)
     variables: dict[int, Variable] = {}

@@ -32,7 +32,7 @@ class GradientTransforms(Wrapper):
     Args:
         inner_optimizer: The optimizer that updates.
         transforms: Functions of (gradients, variables) that return gradients, such as
-            `handloom.optimizers.ClipByGlobalNorm(1.0)`, or your own.
+            `handloom.optimizers.ClipByGlobalNorm(1.0)`, or your own; several, or one.
         name: The name of the optimizer.
 
     Raises:
@@ -44,9 +44,11 @@ class GradientTransforms(Wrapper):
 
     options = ("transforms",)
 
-    def __init__(self, inner_optimizer: Any, transforms: Sequence[Transform], name: str | None = None) -> None:
+    def __init__(
+        self, inner_optimizer: Any, transforms: Sequence[Transform] | Transform, name: str | None = None
+    ) -> None:
         super().__init__(inner_optimizer, name=name)
-        self.transforms = list(transforms)
+        self.transforms = list(transforms) if isinstance(transforms, Sequence) else [transforms]
         for transform in self.transforms:
             if not callable(transform):
                 raise ArgumentError(f"HL307: A transform takes gradients and variables; received {transform!r}.")
@@ -100,9 +102,22 @@ class _Transform(_EachGradient):
         for name, kind in type(self).__annotations__.items():
             if kind is float:
                 positive_number(type(self).__name__, **{name: getattr(self, name)})
+            else:
+                _check_patterns(type(self).__name__, getattr(self, name))
 
     def get_config(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in type(self).__annotations__}
+
+
+def _check_patterns(of: str, patterns: Any) -> None:
+    try:
+        for pattern in [patterns] if isinstance(patterns, str) else dict(patterns):
+            re.compile(pattern)
+    except (TypeError, ValueError, re.error) as error:
+        raise ArgumentError(
+            f"HL335: {of} takes regular expressions for paths of variables; received {patterns!r}: {error}.",
+            fix='For example: Freeze("encoder") or Scale({"encoder": 0.1}).',
+        ) from error
 
 
 def _norm(tensor: Tensor, axis: Any = None, keepdims: bool = False) -> Tensor:

@@ -34,15 +34,15 @@ def read_events(path: str | Path, *, superseded: bool = False) -> list[Event]:
 
 
 def _events(path: Path) -> Iterator[Event]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             data = json.loads(line)
-        except ValueError:
+            attributes = {name: data.pop(name) for name in _ATTRIBUTES}
+        except (AttributeError, KeyError, TypeError, ValueError):
             if line and number < len(lines):  # The last line may still be being written.
-                warn(f"HL950: Line {number} of {path} is not JSON; it is skipped.")
+                warn(f"HL950: Line {number} of {path} is not an event; it is skipped.")
             continue
-        attributes = {name: data.pop(name) for name in _ATTRIBUTES}
         if "values" in data:  # NaN and infinity are text in JSON.
             data["values"] = optree.tree_map(lambda leaf: _NUMBERS.get(leaf, leaf), data["values"])
         yield Event(**attributes, data=data)

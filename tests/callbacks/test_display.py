@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from keras import ops
 from rich.console import Console
 
 import handloom as hl
@@ -163,7 +164,16 @@ def test_fit_verbose_chooses_the_display(capsys, verbose, lines):
     assert capsys.readouterr().out.count("Epoch") == lines
 
 
+def test_progress_bar_wraps_values_that_are_wider_than_the_terminal():
+    file = io.StringIO()
+    names = [f"a_rather_long_name_{index}" for index in range(4)]
+    step = lambda x: dict.fromkeys(names, ops.mean(x))  # noqa: E731
+    hl.fit(step, [ones(2)], callbacks=[ProgressBar(Console(file=file, width=80, force_terminal=True))], verbose=0)
+    last = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", file.getvalue()).replace("\n", "").replace(" ", "")
+    assert all(f"{name}1.0000" in last for name in names)
+
+
 @pytest.mark.parametrize("verbose", [3, "loud", None, -1])
 def test_fit_verbose_takes_nothing_else(verbose):
-    with pytest.raises(ValueError, match=r"verbose takes 0 .*HL750"):
+    with pytest.raises(ValueError, match=r"verbose takes 0, .*HL750"):
         run(verbose=verbose)

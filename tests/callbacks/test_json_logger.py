@@ -1,15 +1,17 @@
 """`JSONLogger` writes the events of a run as JSON lines, which `read_events` reads."""
 
 import errno
+import io
 import json
 import math
 
 import keras
 import numpy as np
 import pytest
+from rich.console import Console
 
 import handloom as hl
-from handloom.callbacks import JSONLogger, _json_logger
+from handloom.callbacks import EpochLines, JSONLogger, ProgressBar, TensorBoard, _json_logger
 from handloom.errors import HandloomWarning
 from handloom.report import read_events
 from tests.callbacks.scripted import at, mean_step, raising
@@ -111,8 +113,39 @@ def test_read_events_reads_a_run_in_progress_and_leaves_out_incomplete_lines(pat
     path.write_text(text[:-20])
     assert read_events(path)[-1].kind == "epoch"
     path.write_text(text[20:])
-    with pytest.warns(HandloomWarning, match="Line 1 of .* is not JSON"):
+    with pytest.warns(HandloomWarning, match="Line 1 of .* is not an event"):
         assert read_events(path)[0].kind == "trace"
+
+
+def test_read_events_skips_lines_that_are_no_events(path):
+    run(JSONLogger(path))
+    whole = read_events(path)
+    with path.open("ab") as file:
+        file.write(b'5\nnull\n{"kind": "epoch"}\n\xff\n')
+    with hl.checks.collect() as findings:
+        assert read_events(path) == whole
+    assert [finding.code for finding in findings] == ["HL950"] * 4
+
+
+def test_event_readers_read_run_begin_first_though_a_saved_run_compiles_its_step_before(tmp_path):
+    for epochs in (1, 2):
+        shown = [ProgressBar(Console(file=io.StringIO())), TensorBoard(tmp_path / "board"), EpochLines()]
+        run(*shown, run_dir=tmp_path, state={}, epochs=epochs)
+    kinds = [event.kind for event in read_events(tmp_path)]
+    assert kinds == [*["run_begin", "trace", "epoch", "saved"] * 2, "run_end"]
+
+
+def test_event_readers_read_nothing_of_a_run_that_fails_before_it_begins(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        run(step=lambda x: 1 / 0, run_dir=tmp_path, state={})
+    assert not (tmp_path / "events.jsonl").exists()
+
+
+def test_json_logger_writes_the_last_save_before_the_error_that_ends_a_run(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        run(at("on_epoch_begin", lambda epoch, logs: 1 // (2 - epoch)), run_dir=tmp_path, state={}, epochs=3)
+    assert [event.data["saved_step"] for event in of_kind("saved", tmp_path)] == [5, 10]
+    assert read_events(tmp_path)[-1].kind == "run_end"
 
 
 def test_read_events_leaves_out_a_run_that_another_one_replaced(path):
@@ -177,6 +210,6 @@ def test_json_logger_on_a_full_disk_warns_once_and_training_continues(path, monk
     assert len(warned) == 1
     monkeypatch.undo()
     run(JSONLogger(path))
-    with pytest.warns(HandloomWarning, match=r"Line 2 of .* is not JSON"):
+    with pytest.warns(HandloomWarning, match=r"Line 2 of .* is not an event"):
         events = read_events(path, superseded=True)
     assert [event.kind for event in events if event.kind != "trace"] == ["run_begin", "run_begin", "epoch", "run_end"]

@@ -116,7 +116,7 @@ def test_averaged_weights_without_an_average_say_what_to_do():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        *(({"decay": decay}, "decay between 0 and 1.*HL303") for decay in (1.0, 0.0, -1)),
+        *(({"decay": decay}, "decay between 0 and 1.*HL303") for decay in (1.0, 0.0, -1, "0.9")),
         ({"start": -1}, r"start=...\) takes a whole number, at least 0"),
         ({"every": 0}, r"every=...\) takes a whole number, at least 1"),
         ({"inner_optimizer": GradientAccumulation("sgd", 2)}, r"GradientAccumulation\(WeightAveraging\(.*HL304"),

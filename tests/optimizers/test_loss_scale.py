@@ -17,6 +17,12 @@ GRADIENTS = [[8.0, 16.0], [np.inf, 1.0], [8.0, 4.0], [8.0, 4.0], [1.0, np.nan], 
 SCALES = [8.0, 4.0, 4.0, 8.0, 4.0, 4.0, 8.0, 8.0]  # After each: halved by the second and fifth, doubled after two good.
 
 
+def test_loss_scale_optimizer_takes_the_name_of_an_optimizer_and_refuses_a_dict():
+    assert isinstance(LossScaleOptimizer("adam").inner_optimizer, Adam)
+    with pytest.raises(ValueError, match=r"around one optimizer; received \{'\*': 'sgd'\}.*HL336"):
+        LossScaleOptimizer({"*": "sgd"})
+
+
 def tensor(values):
     return ops.convert_to_tensor(np.array(values, "float32"))
 

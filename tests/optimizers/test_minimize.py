@@ -400,3 +400,16 @@ def test_minimize_updates_metrics_batch_statistics_and_seeds_once(eagerly):
     close(normalize.moving_variance, 0.5 + 0.5 * np.var(X, axis=0))
     same(numpy(seeds.state) - before, [0, 1])
     assert int(optimizer.iterations.value) == 1
+
+
+@pytest.mark.parametrize("weight", ["tokens", np.ones(3)], ids=repr)
+def test_minimize_refuses_a_weight_that_is_no_scalar(weight):
+    w = keras.Variable(1.0)
+    with pytest.raises(ValueError, match=r"weight=...\) takes a number or a scalar tensor; received .*HL337"):
+        hl.minimize(lambda: 2 * w, w, SGD(0.1), weight=weight)
+
+
+def test_minimize_refuses_a_loss_that_is_no_function():
+    w = keras.Variable(1.0)
+    with pytest.raises(GradientError, match=r"takes a function that returns the loss; received .*lambda.*HL338"):
+        hl.minimize(ops.sum(w), w, SGD(0.1))

@@ -144,11 +144,17 @@ MISTAKES = {
     ),
     "no attribute": (
         {"decoder": "sgd", "*": "sgd"},
-        r"for 'decoder', but Two has no such attribute: Two has no 'decoder'.*\"encoder\.head\".*HL323",
+        r"for 'decoder', but Two has no attribute 'decoder'.*\"encoder\.head\".*lambda path: 'decoder' in path.*HL323",
     ),
-    "no attribute in a part": ({"encoder.core": "sgd", "*": "sgd"}, "'encoder.core'.*: Dense has no 'core'"),
+    "no attribute in a part": (
+        {"encoder.core": "sgd", "*": "sgd"},
+        "'encoder.core', but Dense has no attribute 'core'",
+    ),
     "not a layer": ({"name": "sgd", "*": "sgd"}, r"for 'name', but Two has 'two' there.*Name a layer.*HL324"),
     "unknown to Keras": ({"encoder": "sdg", "*": "sgd"}, r"optimizer=\{'encoder': 'sdg'\}.*HL322"),
+    "not an optimizer": ({"encoder": None, "*": "sgd"}, r"\{'encoder': None\} is not a name and an optimizer.*HL325"),
+    "not a name": ({3: "sgd"}, r"\{3: 'sgd'\} is not a name"),
+    "not a pair": ({"encoder": (1, 2, 3)}, r"is not a name .*a pair \(predicate, optimizer\)"),
     "none": ({}, "There are no optimizers.*HL316"),
     "one that takes gradients": ({"encoder": LossScaleOptimizer(SAM("sgd")), "*": "sgd"}, r"SAM.*whole loss.*HL350"),
 }

@@ -107,6 +107,17 @@ def test_gradient_transforms_check_functions_and_their_results(transform, words)
         moved(GradientTransforms("sgd", [transform]))
 
 
+@pytest.mark.parametrize(("kind", "patterns"), [(Freeze, "("), (Scale, {"(": 0.5}), (Scale, 0.5), (Scale, None)])
+def test_scale_and_freeze_refuse_what_is_no_pattern(kind, patterns):
+    with pytest.raises(ValueError, match=rf"{kind.__name__} takes regular expressions .*; received .*Scale\(.*HL335"):
+        kind(patterns)
+
+
+def test_gradient_transforms_take_a_single_transform():
+    one, several = (GradientTransforms("sgd", form) for form in (ClipByNorm(0.5), [ClipByNorm(0.5)]))
+    each_close(moved(one), moved(several))
+
+
 def test_gradient_transforms_are_saved_with_the_model(tmp_path):
     transforms = [ClipByGlobalNorm(0.5), Scale({"bias": 0.1}), AddNoise(0.1, seed=2)]
     model = compiled(functional(), GradientTransforms("adam", transforms))

@@ -203,6 +203,17 @@ def test_fit_reports_a_metric_that_only_steps_of_an_earlier_process_updated(tmp_
     assert run(tmp_path / "run") == whole
 
 
+@pytest.mark.parametrize("resume", ["auto", "exact"])
+def test_fit_does_not_start_from_scratch_where_all_checkpoints_are_damaged(resume, tmp_path):
+    train(tmp_path, epochs=1)
+    for manifest in tmp_path.glob("checkpoints/*/manifest.json"):
+        os.truncate(manifest, 10)
+    with pytest.raises(CheckpointError, match=r"All checkpoints in .* are damaged.*HL542"):
+        train(tmp_path, epochs=2, resume=resume)
+    with pytest.raises(CheckpointError, match=r"has checkpoints of a run, up to step 5.*HL752"):
+        train(tmp_path, epochs=2, resume="never")
+
+
 # -------------------------------------------------------------------------- saving
 
 

@@ -91,6 +91,12 @@ def test_silence_holds_in_the_process_if_it_is_not_a_block():
     assert shown() == ["HL252", "HL204"]
 
 
+def test_error_of_an_option_of_fit_has_the_line_of_fit():
+    with pytest.raises(ValueError, match="HL004") as error:
+        hl.fit(len, [1.0], steps_per_execution=0)
+    assert "hl.fit(len" in line_of(error.value.finding)
+
+
 @pytest.mark.parametrize("code", ["HL1", "hl204", "HL2044", "HL401", 204, None, "UserWarning"])
 def test_silence_takes_a_code(code):
     with pytest.raises(ValueError, match="takes the code of a warning, such as 'HL204'"):
