@@ -25,7 +25,7 @@ def naming_unknown_classes(config: Mapping[str, Any], known: Mapping[str, Any] |
         unknown = {} if isinstance(error, SavedModelError) else dict(_unknown(config, known or {}))
         if not unknown:
             raise
-        names = ", ".join(f"{name} (of {module})" for name, module in unknown.items())
+        names = ", ".join(name + f" (of {module})" * (module != "None") for name, module in unknown.items())
         given = ", ".join(f"{name!r}: {name}" for name in unknown)
         raise SavedModelError(
             f"HL603: The saved model uses classes or functions that are not known here: {names}.",

@@ -8,9 +8,9 @@ from typing import Any
 
 from handloom._trace.function import Trace
 from handloom._util.progress import Progress
-from handloom.callbacks._display import progress_display
 from handloom.callbacks._event_reader import Event, EventReader
 from handloom.callbacks._json_logger import JSONLogger
+from handloom.callbacks._progress_bar import progress_display
 from handloom.errors import Finding, HandloomError
 
 

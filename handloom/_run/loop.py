@@ -7,7 +7,6 @@
 
 import contextlib
 import functools
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -228,6 +227,6 @@ def _validation(validate: Any, when: Every) -> Validation:
     if validate is None:
         return NEVER
     raise StepError(
-        f"HL210: validate received {reprlib.repr(validate)} (of type {type(validate).__name__}).",
+        f"HL210: validate received an object of type {type(validate).__name__}.",
         fix="Pass a pair (step, data), or a function without arguments that returns a dict of numbers.",
     )
