@@ -98,7 +98,7 @@ def test_owners_follow_an_attribute_to_another_layer_and_miss_a_deleted_one():
     assert owned(model)["chosen"] == [4, 5]
     assert stay(before, model.get_weights()) == [True] * 4 + [False] * 2
     del model.chosen
-    with pytest.raises(OptimizerError, match=r"for 'chosen', but Stack has no such attribute"):
+    with pytest.raises(OptimizerError, match=r"for 'chosen', but Stack has no attribute 'chosen'"):
         model.optimizer.owners()
 
 

@@ -270,7 +270,7 @@ def test_feed_restore_warns_of_other_data_and_restores():
     ]
     assert other.differences(saved(feed)) == expected
     with pytest.warns(
-        HandloomWarning, match=r"data has changed.*batch_size was 4 and is 5; .* after 1 batches of epoch 0.*HL407"
+        HandloomWarning, match=r"data has changed.*batch_size was 4 and is 5; .* after 1 batches of epoch 1.*HL407"
     ):
         other.restore(saved(feed))
     assert as_numbers(next(iter(other))[0]) == [6, 7, 8, 9, 10]
