@@ -75,7 +75,7 @@ def by_gradients():
     model = functional(AddsLoss(), head())
 
     def loss():
-        return ops.mean((model(X) - Y) ** 2) + sum(model.losses)
+        return ops.mean(ops.square(ops.subtract(model(X), Y))) + sum(model.losses)
 
     compute = hl.function(hl.value_and_grad(loss, wrt=model))
     value, gradients = compute()

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import handloom as hl
 from handloom.callbacks import EpochLines, JSONLogger, ProgressBar, TensorBoard, _json_logger
-from handloom.errors import HandloomWarning
+from handloom.errors import HandloomWarning, StepError
 from handloom.report import read_events
 from tests.callbacks.scripted import at, mean_step, raising
 from tests.models import compiled, sequential
@@ -136,8 +136,9 @@ def test_event_readers_read_run_begin_first_though_a_saved_run_compiles_its_step
 
 
 def test_event_readers_read_nothing_of_a_run_that_fails_before_it_begins(tmp_path):
-    with pytest.raises(ZeroDivisionError):
-        run(step=lambda x: 1 / 0, run_dir=tmp_path, state={})
+    lost = keras.Variable(0.0)
+    with pytest.raises(StepError, match="HL250"):
+        run(step=lambda x: {"lost": lost.value * 1}, run_dir=tmp_path, state={})
     assert not (tmp_path / "events.jsonl").exists()
 
 
