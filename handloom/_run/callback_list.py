@@ -46,6 +46,10 @@ class Callbacks:
             if callable(getattr(callback, "close", None)):
                 callback.close()
 
+    def handled(self, hook: str) -> Callable[..., None] | None:
+        """The hook if a callback handles it, else `None`: a loop looks it up once, and calls it only then."""
+        return getattr(self, hook) if any(_handles(callback, hook) for callback in self._callbacks) else None
+
     @property
     def each_step(self) -> bool:
         """Whether a callback needs every step.

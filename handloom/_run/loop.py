@@ -134,12 +134,15 @@ def train(run: Run, finish: Callable[[], None] = lambda: None) -> keras.callback
     """The training loop. Calls `finish` after the last epoch, before `on_train_end`."""
     with run, Interrupts() as interrupts:
         run.begin()
-        progress, callbacks, logs = run.progress, run.callbacks, run.step.logs
+        progress, logs = run.progress, run.step.logs
+        batch_begins = run.callbacks.handled("on_train_batch_begin")
+        batch_ends = run.callbacks.handled("on_train_batch_end")
         while progress.epoch < run.epochs and not run.model.stop_training:
             run.begin_epoch()
             take, dispatches = run.dispatches()
             for dispatch in dispatches:
-                callbacks.on_train_batch_begin(progress.batch, {})
+                if batch_begins:
+                    batch_begins(progress.batch, {})
                 # DO NOT reorder: between here and the release, an interrupt would leave weights half updated.
                 interrupts.held = True
                 try:
@@ -147,7 +150,8 @@ def train(run: Run, finish: Callable[[], None] = lambda: None) -> keras.callback
                 finally:
                     interrupts.release()
                 progress.advance(steps)
-                callbacks.on_train_batch_end(progress.batch - 1, logs)
+                if batch_ends:
+                    batch_ends(progress.batch - 1, logs)
                 if run.acts_within_epochs:
                     run.after_steps()
                 if run.model.stop_training:
@@ -204,7 +208,8 @@ def standalone(
 
     def after_step(logs: Mapping[str, Any]) -> None:
         progress.advance()
-        events.tick(logs)
+        if events.wants_progress:
+            events.tick(logs)
 
     hooks = Callbacks(chosen, model, {"epochs": 1, "steps": steps, "verbose": verbose})
     with contextlib.closing(hooks), contextlib.closing(events), given.added(events.finding):

@@ -175,7 +175,8 @@ class Run:
 
     def after_steps(self) -> None:
         """After each dispatch: shows progress, validates and saves, if they are due."""
-        self.events.tick(self.step.logs)
+        if self.events.wants_progress:
+            self.events.tick(self.step.logs)
         results = self._validations.if_due(self.progress, self.callbacks) if self._validations.triggers else {}
         if not self.model.stop_training:
             self._saving.if_due(results)
