@@ -84,8 +84,7 @@ class Saving:
         Raises:
             CheckpointError: The run must not resume, or the checkpoint is of another run.
         """
-        present = slots(self._checkpointer.directory)
-        if present and self._options.resume == "never":
+        if self._options.resume == "never" and (present := slots(self._checkpointer.directory)):
             raise CheckpointError(
                 f"HL752: {self._checkpointer.directory} has checkpoints of a run, up to step {present[-1].step}, and "
                 "resume='never' starts from scratch.",

@@ -30,12 +30,13 @@ def seed_run(seed: int | None, state: Any) -> None:
     """
     if seed is None:
         return
-    if whole_number("fit", seed=seed, least=0) > _LARGEST:
+    seed = whole_number("fit", seed=seed, least=0)
+    if seed > _LARGEST:
         raise ArgumentError(f"HL031: fit(seed=...) takes a number up to {_LARGEST}; received {seed}.")
     with keep_global_seed_generator():
-        keras.utils.set_random_seed(int(seed))
-    backend.seed_random_state(int(seed))
-    seed_sources_of_data(int(seed))
+        keras.utils.set_random_seed(seed)
+    backend.seed_random_state(seed)
+    seed_sources_of_data(seed)
     numbers = np.random.default_rng(seed)
     leaves = optree.tree_leaves(state)
     layers = {id(inner): inner for leaf in leaves if isinstance(leaf, keras.Layer) for inner in layers_of(leaf)}
