@@ -13,20 +13,22 @@ from handloom._keras import BACKENDS
 ROOT = Path(__file__).parents[1]
 
 
+def started(backend: str, module: str, *arguments: Any, **pipes: int) -> subprocess.Popen[str]:
+    """Starts `python -m MODULE ARGUMENTS` on a backend."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"},  # They share the cores.
+        text=True,
+        **pipes,
+    )
+
+
 def arrays_by_backend(module: str, folder: Path, *arguments: Any) -> dict[str, dict[str, np.ndarray]]:
     """Runs `python -m MODULE FILE ARGUMENTS` on all backends at once; returns the arrays in each backend's FILE.npz."""
     files = {backend: folder / f"{backend}.npz" for backend in BACKENDS}
-    processes = {
-        backend: subprocess.Popen(
-            [sys.executable, "-m", module, file, *arguments],
-            cwd=ROOT,
-            env=os.environ | {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"},  # They share the cores.
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for backend, file in files.items()
-    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    processes = {backend: started(backend, module, file, *arguments, **pipes) for backend, file in files.items()}
     for backend, process in processes.items():
         output, _ = process.communicate()
         assert process.returncode == 0, f"on {backend}:\n{output}"

@@ -7,17 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from handloom.checkpoint.store import Store, read_newest
 from handloom.errors import CheckpointError
 from tests.checkpoint.common import draft, is_of, save
+from tests.on_backends import ROOT
 
 pytestmark = pytest.mark.once
 
-ROOT = Path(__file__).parents[2]
 # Takes the lock, then forks a child that outlives it, as a data loading worker may.
 WRITER = """
 import os, sys, time

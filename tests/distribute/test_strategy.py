@@ -1,5 +1,6 @@
 """Strategies: a run asks its strategy wherever devices and processes matter, in every way in."""
 
+import functools
 import signal
 
 import keras
@@ -15,43 +16,21 @@ from tests.models import compiled, fit, functional
 from tests.numbers import close, normal, numpy, ones, same, values_of
 from tests.threads import in_a_thread
 
+ASKED = {"place", "shard", "put", "reduce", "sum", "agree", "shards_of"}
+
 
 class Recording(SingleDevice):
-    """Does nothing, and records what it is asked, each kind once."""
+    """Does what a single device does, and records what it is asked, each kind once."""
 
     def __init__(self):
         self.asked = []
+        for name in ASKED:
+            setattr(self, name, functools.partial(self._record, name))
 
-    def _record(self, name):
+    def _record(self, name, *arguments):
         if name not in self.asked:
             self.asked.append(name)
-
-    def place(self, variables):
-        self._record("place")
-
-    def shard(self, examples):
-        self._record("shard")
-        return examples
-
-    def put(self, batches):
-        self._record("put")
-        return batches
-
-    def reduce(self, gradients, weight):
-        self._record("reduce")
-        return gradients
-
-    def sum(self, array):
-        self._record("sum")
-        return array
-
-    def agree(self, value):
-        self._record("agree")
-        return value
-
-    def shards_of(self, variable):
-        self._record("shards_of")
-        return super().shards_of(variable)
+        return getattr(super(), name)(*arguments)
 
 
 class FirstOfTwo(SingleDevice):
@@ -118,7 +97,7 @@ def updated(model, gradient_of, size=4, rate=0.1):
 def test_strategy_of_fit_is_asked_along_the_way_of_the_data(way, tmp_path):
     strategy = Recording()
     way(strategy, run_dir=tmp_path)
-    assert set(strategy.asked) == {"place", "shard", "put", "reduce", "sum", "agree", "shards_of"}
+    assert set(strategy.asked) == ASKED
     assert strategy.asked.index("place") < strategy.asked.index("put") < strategy.asked.index("sum")
 
 

@@ -2,40 +2,30 @@
 
 import itertools
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import handloom as hl
+from handloom._keras import BACKENDS
 from tests.numbers import close
+from tests.on_backends import started
 
 pytestmark = pytest.mark.once  # It starts three processes.
 
-ROOT = Path(__file__).parents[2]
-BACKENDS = ("jax", "tensorflow", "torch")
+PIPES = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
 
 
-def started(directory, backend):
+def begun(directory, backend):
     own, *others = sorted(BACKENDS, key=lambda other: other != backend)
     (directory / own).mkdir()
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.resume.across", *[directory / each for each in (own, *others)]],
-        cwd=ROOT,
-        env=os.environ | {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"},  # They share the cores.
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return started(backend, "tests.resume.across", *(directory / each for each in (own, *others)), **PIPES)
 
 
 def run_all(directory):
     """Makes a directory for each backend, with the run that it began, and those that it resumed."""
-    processes = {backend: started(directory, backend) for backend in BACKENDS}
+    processes = {backend: begun(directory, backend) for backend in BACKENDS}
     for process in processes.values():
         process.stdout.readline()
     for process in processes.values():
