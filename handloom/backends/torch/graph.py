@@ -53,7 +53,7 @@ def tidy(module: fx.GraphModule) -> None:
 _library = torch.library.Library("handloom_marks", "DEF")
 _library.define("mark(Tensor value, str name) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("mark", lambda value, _: value.clone(), "CompositeExplicitAutograd")
-torch.library.register_fake("handloom_marks::mark", lambda value, _: torch.empty_like(value), lib=_library)
+_library.impl("mark", lambda value, _: torch.empty_like(value), "Meta")
 mark = torch.ops.handloom_marks.mark.default
 
 
