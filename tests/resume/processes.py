@@ -1,12 +1,7 @@
-"""Runs in separate processes, which tell what they are about to do, and may be killed then.
-
-Each process is forked from one that has imported everything and in which no backend has run: it is as good as new, and
-starts at once.
-"""
+"""Runs in separate processes, which tell what they are about to do, and may be killed then."""
 
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import time
@@ -15,11 +10,8 @@ import warnings
 from handloom.checkpoint import store
 from handloom.errors import HandloomWarning
 from tests.checkpoint.common import install
+from tests.forkserver import forkserver
 from tests.resume.runs import outcome
-
-_server = multiprocessing.get_context("forkserver")
-# With the modules that each would import otherwise: the main module, and what Keras seeds on every backend.
-_server.set_forkserver_preload(["pytest", "tensorflow", "tests.resume.processes"])
 
 
 class Child:
@@ -37,8 +29,8 @@ class Child:
 
     def __init__(self, function, *arguments, output):
         self._output = output
-        reading, writing = _server.Pipe(duplex=False)
-        self._process = _server.Process(target=run_here, args=(function, arguments, writing, output))
+        reading, writing = forkserver.Pipe(duplex=False)
+        self._process = forkserver.Process(target=run_here, args=(function, arguments, writing, output))
         self._process.start()
         self.pid = self._process.pid
         writing.close()

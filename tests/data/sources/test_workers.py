@@ -1,23 +1,19 @@
 """Loaders with workers that read ahead: their position is that of the batches given, not of the batches read."""
 
-import multiprocessing
-
 import pytest
 
 import handloom as hl
 from tests.data.sources.kinds import plain_loader, stateful_loader
+from tests.forkserver import forkserver
 from tests.numbers import numpy
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.once
 
-# Forked from a process that has imported only PyTorch: a child of this one, with threads of a backend, may hang.
-WORKERS = multiprocessing.get_context("forkserver")
-WORKERS.set_forkserver_preload(["torch.utils.data"])
-
 
 def feed(loader, own, persistent):
-    options = {"num_workers": 2, "multiprocessing_context": WORKERS, "persistent_workers": persistent}
+    # A child of this process, with threads of a backend, may hang.
+    options = {"num_workers": 2, "multiprocessing_context": forkserver, "persistent_workers": persistent}
     options |= {"generator": torch.Generator().manual_seed(4)} if own else {}
     return hl.Feed(loader()(torch.utils.data.TensorDataset(torch.arange(30)), 4, shuffle=True, **options))
 
