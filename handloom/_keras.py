@@ -30,9 +30,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
+from handloom._util.backend_names import BACKENDS
 from handloom.errors import BackendNotInstalledError
-
-BACKENDS = ("jax", "tensorflow", "torch")
 
 
 def _missing_backend(name: str) -> BackendNotInstalledError:

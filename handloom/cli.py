@@ -16,10 +16,10 @@ from types import ModuleType
 
 import click
 
+from handloom._util.backend_names import BACKENDS
 from handloom.checkpoint.retention import OF_RUN
 from handloom.errors import HandloomError, RecipeError
 
-_BACKENDS = ("jax", "tensorflow", "torch")
 _RECIPES = Path(__file__).parent / "recipes"
 _RECORD = "run.json"
 
@@ -52,7 +52,7 @@ def list_recipes() -> None:
 
 @main.command()
 @click.argument("recipe", metavar="NAME|FILE.py")
-@click.option("--backend", type=click.Choice(_BACKENDS), help="Default: $KERAS_BACKEND, or an installed backend.")
+@click.option("--backend", type=click.Choice(BACKENDS), help="Default: $KERAS_BACKEND, or an installed backend.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: the number of epochs of the recipe.")
 @click.option("--run-dir", type=click.Path(file_okay=False, path_type=Path), help="Default: runs/NAME-BACKEND.")
 @click.option("--fresh", is_flag=True, help="Remove the run that is in the run directory.")
@@ -136,7 +136,7 @@ def _recipe_file(recipe: str) -> Path:
 
 def _choose_backend(backend: str | None) -> str:
     """Sets the backend for Keras, which reads it when it is first imported."""
-    installed = [name for name in _BACKENDS if importlib.util.find_spec(name)]
+    installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
     backend = backend or os.environ.get("KERAS_BACKEND") or _configured(installed)
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Otherwise TensorFlow prints lines about the processor.
@@ -152,7 +152,7 @@ def _configured(installed: list[str]) -> str:
         configured = json.loads((home / "keras.json").read_text(encoding="utf-8")).get("backend")
     except (OSError, ValueError):
         configured = None
-    return next((name for name in [configured, *installed] if name in installed), _BACKENDS[0])
+    return next((name for name in [configured, *installed] if name in installed), BACKENDS[0])
 
 
 def _prepared(run_dir: Path | None, name: str, fresh: bool) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from handloom._keras import BACKENDS
+from handloom._util.backend_names import BACKENDS
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom import _keras
-from handloom._keras import BACKENDS
+from handloom._util.backend_names import BACKENDS
 from tests.models import compiled, sequential
 from tests.numbers import close, numpy, ones, same
 

@@ -1,6 +1,6 @@
 """A file named after a backend is collected on that backend only: the others need not even be imported."""
 
-from handloom._keras import BACKENDS
+from handloom._util.backend_names import BACKENDS
 from handloom.backends import backend
 
 others = [name for name in BACKENDS if name != backend.name]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import handloom as hl
-from handloom._keras import BACKENDS
+from handloom._util.backend_names import BACKENDS
 from tests.numbers import close
 from tests.on_backends import started
 
