@@ -85,6 +85,10 @@ Tensor: TypeAlias = Any
 """A tensor of the backend."""
 
 Tensors: TypeAlias = Sequence[Tensor]
+Variables: TypeAlias = Sequence[Variable]
+
+Gradients: TypeAlias = list[Tensor | None]
+"""One gradient per variable; `None` if the variable does not reach the loss."""
 
 
 def stored_value(variable: Variable) -> Tensor:

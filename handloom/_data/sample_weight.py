@@ -94,6 +94,5 @@ def weights_in(y: Any, sample_weight: Any) -> list[np.ndarray]:
 
 def weights_in_batch(batch: Any) -> list[np.ndarray]:
     """The same in a batch of a source: only arrays that can be nothing else, with one weight for each example."""
-    if type(batch) is not tuple or len(batch) != 3:
-        return []
-    return [weights for weights in weights_in(None, batch[2]) if _is_weight(weights, None)]
+    weights = weights_in(None, batch[2]) if type(batch) is tuple and len(batch) == 3 else []
+    return [array for array in weights if _is_weight(array, None)]

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,7 @@ class Events:
         wants_progress: Whether a reader wants `progress` events within epochs.
     """
 
-    def __init__(
-        self, callbacks: Iterable[Any], verbose: str | int, progress: Progress, directory: Path | None = None
-    ) -> None:
+    def __init__(self, callbacks: list[Any], verbose: str | int, progress: Progress, directory: Path | None) -> None:
         log = [] if directory is None else [JSONLogger(directory / "events.jsonl")]
         chosen = [callback for callback in callbacks if isinstance(callback, EventReader)]
         self._readers: list[EventReader] = [*chosen, *log, *progress_display(verbose)]

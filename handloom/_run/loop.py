@@ -204,7 +204,7 @@ def standalone(
 ) -> Iterator[tuple[Callbacks, AfterStep, Events]]:
     """Everything around an evaluation or prediction outside of training: the callbacks, `after_step`, the events."""
     chosen, progress = as_list(callbacks), Progress()
-    events = Events(chosen, verbose, progress)
+    events = Events(chosen, verbose, progress, None)
 
     def after_step(logs: Mapping[str, Any]) -> None:
         progress.advance()

@@ -55,9 +55,7 @@ def by_function(validate: Callable[[], Any], when: Schedule) -> Validation:
         callbacks.on_test_begin({})
         results = validate()
         if not isinstance(results, Mapping):
-            raise StepError(
-                f"HL211: validate() returned {results!r}.", fix="Return a dict of numbers, such as {'loss': 0.1}."
-            )
+            raise StepError(f"HL211: validate() returned {results!r}.", fix="Return numbers in a dict: {'loss': 0.1}.")
         numbers: Results = {str(name): float(keras.ops.convert_to_numpy(value)) for name, value in results.items()}
         callbacks.on_test_end(numbers)
         return numbers

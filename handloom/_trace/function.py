@@ -272,9 +272,8 @@ class Version:
     def compile(self, jit_compile: bool | str, *, first: bool) -> None:
         """Compiles it, if the backend can."""
         global_seed_generator()  # Must exist before the function is traced.
-        program = backend.trace(
-            self._flat(first), self._arguments.tensors, jit_compile=jit_compile, seen=self.use.known
-        )
+        flat, tensors = self._flat(first), self._arguments.tensors
+        program = backend.trace(flat, tensors, jit_compile=jit_compile, seen=self.use.known)
         if program is not None:
             self.run, self._program, self.compiled = program.__call__, program, True
             self.dependencies = program.dependencies

@@ -52,10 +52,7 @@ def _described(leaf: Any) -> str:
 
 
 def _differences(old: Signature, new: Signature) -> list[str]:
-    changed = [
-        f"{name}: {old[name].lstrip(':= ')} -> {new[name].lstrip(':= ')}"
-        for name in new
-        if name in old and old[name] != new[name]
-    ]
+    differing = [name for name in new if name in old and old[name] != new[name]]
+    changed = [f"{name}: {old[name].lstrip(':= ')} -> {new[name].lstrip(':= ')}" for name in differing]
     added = [f"{name}{new[name]} is new" for name in new if name not in old]
     return [*changed, *added, *(f"{name}{old[name]} is gone" for name in old if name not in new)]

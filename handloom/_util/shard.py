@@ -1,7 +1,8 @@
 """A part of an array."""
 
 import dataclasses
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Self, TypeAlias
 
 import numpy as np
 
@@ -22,3 +23,7 @@ class Shard:
     def whole(cls, array: np.ndarray) -> Self:
         """The shard that is the whole array."""
         return cls((0,) * array.ndim, array)
+
+
+Shards: TypeAlias = Mapping[str, Sequence[Shard]]
+"""The shards of arrays, by the names of the arrays."""

@@ -8,19 +8,17 @@ needs to know which backend runs, this contract lacks a method.
 import abc
 import contextlib
 import importlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from handloom._keras import Tensor, Tensors, Variable, keras
+from handloom._keras import Gradients, Tensor, Tensors, Variables, keras
 from handloom._util.switch import Switch
-from handloom.backends.program import Program, Step
+from handloom.backends.program import Program, Seen, Step
 from handloom.backends.trace_errors import naming_what_has_no_derivative
-
-Gradients = list[Tensor | None]
 
 Derivatives = tuple[list[Tensor], list[Tensor], list[Gradients]]
 
@@ -137,12 +135,7 @@ class Backend(abc.ABC):
     # --------------------------------------------------------------- compiling
 
     def trace(
-        self,
-        fn: Step,
-        tensors: Tensors,
-        *,
-        jit_compile: bool | str,
-        seen: Mapping[int, Variable] = MappingProxyType({}),
+        self, fn: Step, tensors: Tensors, *, jit_compile: bool | str, seen: Seen = MappingProxyType({})
     ) -> Program | None:
         """Compiles `fn(*tensors)` for the shapes and dtypes of `tensors`; finds its variables by itself.
 
@@ -166,7 +159,7 @@ class Backend(abc.ABC):
         return self._program(fn, tensors, seen, self.compiles_kernels(jit_compile))
 
     @abc.abstractmethod
-    def _program(self, fn: Step, tensors: Tensors, seen: Mapping[int, Variable], kernels: bool) -> Program | None:
+    def _program(self, fn: Step, tensors: Tensors, seen: Seen, kernels: bool) -> Program | None:
         """See `trace`; `kernels` tells whether to use the kernel compiler."""
 
     @abc.abstractmethod
@@ -210,7 +203,7 @@ class Backend(abc.ABC):
     # ---------------------------------------------------------- differentiating
 
     def value_and_grad(
-        self, fn: Callable[..., tuple[Tensor, list[Tensor]]], tensors: Tensors, variables: Sequence[Variable]
+        self, fn: Callable[..., tuple[Tensor, list[Tensor]]], tensors: Tensors, variables: Variables
     ) -> tuple[Tensor, list[Tensor], Gradients, Gradients]:
         """Runs `fn(*tensors)` once and differentiates its value.
 
@@ -240,7 +233,7 @@ class Backend(abc.ABC):
         return gradient
 
     def jacobian(
-        self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable]
+        self, fn: Outputs, tensors: Tensors, variables: Variables
     ) -> tuple[list[Tensor], list[Tensor], list[tuple[Gradients, Gradients]]]:
         """The derivatives of several outputs of any shape.
 
@@ -259,7 +252,7 @@ class Backend(abc.ABC):
         return outputs, aux, [self._split(row, len(tensors)) for row in rows]
 
     @abc.abstractmethod
-    def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
+    def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Variables, scalar: bool) -> Derivatives:
         """The outputs of `fn`, the further tensors, and for each output its derivatives by tensors, then variables.
 
         With `scalar` there is one output, a scalar.

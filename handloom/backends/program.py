@@ -3,7 +3,7 @@
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from handloom._keras import Tensor, Tensors, Variable
@@ -11,6 +11,9 @@ from handloom.backends.dependencies import Dependencies
 
 Step: TypeAlias = Callable[..., Tensors]
 """Takes tensors and returns tensors; reads and writes any variables."""
+
+Seen: TypeAlias = Mapping[int, Variable]
+"""The variables that a step uses, by id; filled while it runs."""
 
 Tracing: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
 """Makes the context in which a step is traced."""

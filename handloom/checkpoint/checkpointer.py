@@ -10,7 +10,7 @@ from typing import Any, Self
 from handloom._util.arguments import whole_number
 from handloom._util.findings import warn
 from handloom._util.first_few import first_few
-from handloom._util.shard import Shard
+from handloom._util.shard import Shard, Shards
 from handloom.checkpoint import snapshot
 from handloom.checkpoint.dtypes import is_finite
 from handloom.checkpoint.filesystem import lower_priority
@@ -220,7 +220,7 @@ def _write(store: Store, draft: Draft, seconds_waited: float) -> Written:
     return dataclasses.replace(store.save(draft), seconds_waited=seconds_waited)
 
 
-def _not_finite(shards: Mapping[str, Sequence[Shard]]) -> list[str]:
+def _not_finite(shards: Shards) -> list[str]:
     """The names of variables with values that are not finite; the states of other objects may have them."""
     variables = {name: parts for name, parts in shards.items() if not name.startswith(snapshot.OF_STATE)}
     return [name for name, parts in variables.items() if not all(is_finite(part.value) for part in parts)]

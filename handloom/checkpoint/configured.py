@@ -38,8 +38,5 @@ def _lasting(config: Any) -> Any:
         return config
     if config.get("class_name") == "__lambda__":
         return "lambda"
-    return {
-        key: _lasting(value)
-        for key, value in config.items()
-        if key != "name" and (key != "learning_rate" or isinstance(value, dict))
-    }
+    kept = {key: value for key, value in config.items() if key != "learning_rate" or isinstance(value, dict)}
+    return {key: _lasting(value) for key, value in kept.items() if key != "name"}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from handloom._util.first_few import first_few
-from handloom._util.shard import Shard
+from handloom._util.shard import Shards
 from handloom.checkpoint import filesystem
 from handloom.checkpoint.dtypes import as_bytes, as_stored, dtype_of
 from handloom.checkpoint.manifest import CONTENTS, MANIFEST, Contents, Manifest, Piece, Tensor, arrays_file, check_name
@@ -48,11 +48,7 @@ class Draft:
     """
 
     def __init__(
-        self,
-        step: int,
-        parts: Sequence[Mapping[str, Sequence[Shard]]],
-        contents: dict[str, Any],
-        metrics: Mapping[str, float],
+        self, step: int, parts: Sequence[Shards], contents: dict[str, Any], metrics: Mapping[str, float]
     ) -> None:
         for name in (*(name for part in parts for name in part), *metrics):
             check_name(name)
@@ -84,7 +80,7 @@ class Draft:
                 filesystem.write(out, data)
         verify(directory, from_disk=True)
 
-    def _manifest_of(self, parts: Mapping[str, Mapping[str, Sequence[Shard]]]) -> Manifest:
+    def _manifest_of(self, parts: Mapping[str, Shards]) -> Manifest:
         """The manifest of these parts, each under the name of its file; without checksums. Keeps their arrays."""
         contents = Contents(len(self._contents), hashlib.sha256(self._contents).hexdigest())
         manifest = Manifest(self.step, self.metrics, {}, {}, contents)
@@ -160,7 +156,7 @@ def read_arrays(directory: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         CheckpointError: A byte is not as written. The message names the file and the arrays.
     """
     arrays = {name: np.empty(tensor.shape, dtype_of(tensor.dtype)) for name, tensor in manifest.tensors.items()}
-    _read_arrays(directory, manifest, arrays)
+    _read_arrays(directory, manifest, arrays, from_disk=False)
     return arrays
 
 
@@ -194,9 +190,7 @@ def _cut_off(file: str, size: int, manifest: Manifest) -> str:
     return f"Bytes of {first_few(cut, 3)} are missing." if cut else ""
 
 
-def _read_arrays(
-    directory: Path, manifest: Manifest, into: Mapping[str, np.ndarray], *, from_disk: bool = False
-) -> None:
+def _read_arrays(directory: Path, manifest: Manifest, into: Mapping[str, np.ndarray], *, from_disk: bool) -> None:
     """Reads each file of arrays from its first byte to its last, into the given arrays."""
     for file in manifest.files:
         with filesystem.reading(directory, file, from_disk=from_disk) as reader:

@@ -3,15 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from handloom._keras import Variable, keras
 from handloom._util.first_few import first_few
-from handloom._util.shard import Shard
-from handloom.checkpoint.encoding import decode, encode
+from handloom._util.shard import Shard, Shards
+from handloom.checkpoint.encoding import Arrays, decode, encode
 from handloom.checkpoint.names import named
 from handloom.checkpoint.random_state import random_state, set_random_state
 from handloom.distribute._strategy import current
@@ -22,9 +21,7 @@ OF_STATE = "@"
 _RANDOM = "@random"
 
 
-def take(
-    state: Mapping[str, Any], into: Mapping[str, Sequence[Shard]] = MappingProxyType({})
-) -> tuple[dict[str, list[Shard]], dict[str, Any]]:
+def take(state: Mapping[str, Any], into: Shards) -> tuple[dict[str, list[Shard]], dict[str, Any]]:
     """Copies a state to host memory.
 
     Args:
@@ -82,9 +79,7 @@ def check(state: Mapping[str, Any], arrays: Mapping[str, Any], allow: Sequence[s
     _check_names(variables.keys() - saved, saved - variables.keys(), allow, wrong)
 
 
-def put(
-    state: Mapping[str, Any], arrays: Mapping[str, np.ndarray], contents: Mapping[str, Any], allow: Sequence[str] = ()
-) -> Restored:
+def put(state: Mapping[str, Any], arrays: Arrays, contents: Mapping[str, Any], allow: Sequence[str] = ()) -> Restored:
     """Restores a state that `check` has accepted.
 
     Other objects come first, in the order of the state, then random number generators, then variables: restoring an
@@ -95,7 +90,7 @@ def put(
     """
     variables, stateful = named(state)
     saved = contents.keys() - {_RANDOM}
-    _check_names(stateful.keys() - saved, saved - stateful.keys(), allow)
+    _check_names(stateful.keys() - saved, saved - stateful.keys(), allow, {})
     things = [name for name in stateful if name in saved]
     for name in things:
         stateful[name].restore(decode(contents[name], arrays))
@@ -139,9 +134,7 @@ def _assign(variable: Variable | np.ndarray, array: np.ndarray) -> None:
     variable.assign(keras.ops.cast(array, dtype) if array.dtype.name != dtype else array)
 
 
-def _check_names(
-    missing: Iterable[str], extra: Iterable[str], allow: Sequence[str], wrong: Mapping[str, str] = MappingProxyType({})
-) -> None:
+def _check_names(missing: Iterable[str], extra: Iterable[str], allow: Sequence[str], wrong: Mapping[str, str]) -> None:
     """Raises an error that lists names which only one side has, and others that are `wrong`, unless allowed."""
     patterns = [re.compile(".*".join(map(re.escape, pattern.split("*")))) for pattern in allow]  # `[` is literal.
     problems = []

@@ -3,13 +3,12 @@
 import functools
 from typing import Any
 
-from handloom._keras import Tensor, Variable, keras, trained_by
+from handloom._keras import Gradients, Tensor, Variable, keras, trained_by
 from handloom._trace.loss_weight import SUM, weight_of_step
 from handloom._trace.observe import tell
 from handloom._util.arguments import whole_number
 from handloom.backends import backend
 from handloom.errors import ArgumentError
-from handloom.optimizers._tree import Gradients
 from handloom.optimizers._wrapper import Wrapper
 
 ops = keras.ops

@@ -5,12 +5,12 @@ import numbers
 from collections.abc import Iterator
 from typing import Any
 
-from handloom._keras import Variable, keras, trained_by
+from handloom._keras import Gradients, Variable, keras, trained_by
 from handloom._util.arguments import whole_number
 from handloom.backends import backend
 from handloom.errors import ArgumentError, OptimizerError
 from handloom.optimizers._accumulation import GradientAccumulation
-from handloom.optimizers._tree import Gradients, inside
+from handloom.optimizers._tree import inside
 from handloom.optimizers._wrapper import Wrapper
 
 ops = keras.ops

@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from handloom._keras import Tensor, Variable, keras
+from handloom._keras import Gradients, Tensor, Variable, keras
 from handloom._trace.gradients import Wrt, gradients_of, gradients_of_each, scalar, split, vector
 from handloom._trace.losses import Denominators, OwnLosses
 from handloom._trace.observe import observing
 from handloom.backends import backend
-from handloom.optimizers._tree import Gradients
 
 ops = keras.ops
 

@@ -8,10 +8,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from handloom._keras import Tensor, Variable, keras, trained_by
+from handloom._keras import Gradients, Tensor, Variable, keras, trained_by
 from handloom.backends import backend
 from handloom.errors import ArgumentError, OptimizerError
-from handloom.optimizers._tree import Gradients, inside
+from handloom.optimizers._tree import inside
 
 ops = keras.ops
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from handloom._keras import Variable, keras, layers_of
+from handloom._keras import Gradients, Variable, keras, layers_of
 from handloom._trace.gradients import Wrt, build, variables_of
 from handloom._trace.loss_weight import SUM, Weight, step_weight, weight_of_step
 from handloom._trace.losses import Denominator, note_loss
@@ -14,7 +14,7 @@ from handloom.optimizers._accumulation import GradientAccumulation
 from handloom.optimizers._loss_function import LossFunction
 from handloom.optimizers._loss_scale import apply_unscaled, loss_scale, unscaled
 from handloom.optimizers._named import NamedOptimizers
-from handloom.optimizers._tree import Gradients, check_options, inside, taker_inside
+from handloom.optimizers._tree import check_options, inside, taker_inside
 
 
 def minimize(

@@ -5,10 +5,10 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeAlias
 
-from handloom._keras import Layer, Variable, keras, trained_by
+from handloom._keras import Gradients, Layer, Variable, keras, trained_by
 from handloom.errors import OptimizerError
 from handloom.optimizers._loss_scale import apply_unscaled
-from handloom.optimizers._tree import Gradients, taker_inside
+from handloom.optimizers._tree import taker_inside
 
 ops = keras.ops
 REST = "*"

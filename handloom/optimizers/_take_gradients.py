@@ -4,13 +4,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from handloom._keras import Tensor, Variable, keras
+from handloom._keras import Gradients, Tensor, Variable, keras
 from handloom._trace.observe import assignments_undone
 from handloom._util.arguments import positive_number
 from handloom.backends import backend
 from handloom.optimizers._loss_function import LossFunction
 from handloom.optimizers._transforms import global_norm
-from handloom.optimizers._tree import Gradients
 from handloom.optimizers._wrapper import Wrapper
 
 ops = keras.ops

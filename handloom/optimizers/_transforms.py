@@ -9,10 +9,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, dataclass_transform
 
-from handloom._keras import Tensor, Variable, keras
+from handloom._keras import Gradients, Tensor, Variable, keras
 from handloom._util.arguments import positive_number
 from handloom.errors import ArgumentError
-from handloom.optimizers._tree import Gradients
 from handloom.optimizers._wrapper import Wrapper
 
 ops = keras.ops

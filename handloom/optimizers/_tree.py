@@ -1,13 +1,10 @@
 """Trees of optimizers: a wrapper contains one optimizer, `NamedOptimizers` contains several."""
 
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
-from handloom._keras import Tensor, keras
+from handloom._keras import keras
 from handloom._util.arguments import positive_number, whole_number
-
-Gradients: TypeAlias = list[Tensor | None]
-"""One gradient per variable; `None` if the variable does not reach the loss."""
 
 
 def children(optimizer: Any) -> list[keras.Optimizer]:

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, Self
 
-from handloom._keras import Variable, keras
+from handloom._keras import Gradients, Variable, keras
 from handloom.backends import backend
 from handloom.errors import ArgumentError
 from handloom.optimizers._loss_scale import apply_unscaled, built_variables
 from handloom.optimizers._named import as_optimizer
-from handloom.optimizers._tree import Gradients, inside, taker_inside
+from handloom.optimizers._tree import inside, taker_inside
 
 serialized, deserialized = keras.saving.serialize_keras_object, keras.saving.deserialize_keras_object
 

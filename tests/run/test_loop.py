@@ -89,7 +89,7 @@ def test_limited_gives_no_batch_for_zero_steps_and_all_for_none():
         ({"save": 3}, r"save takes hl\.every\(epochs=1\), or None; received 3"),
         ({"allow": "state.*"}, r"allow takes a list; .* Pass \['state\.\*'\].*HL007"),
         ({"validate_every": 2}, r"validate_every takes hl\.every\(epochs=1\); received 2"),
-        ({"validate": lambda: 0.5}, r"validate\(\) returned 0\.5.*Return a dict of numbers.*HL211"),
+        ({"validate": lambda: 0.5}, r"validate\(\) returned 0\.5.*Return numbers in a dict.*HL211"),
         *(
             ({"validate": wrong}, r"validate received .*Pass a pair \(step, data\), or a function without .*HL210")
             for wrong in (3, "mean", (mean,), (mean, X, X), (3, X))

@@ -5,7 +5,7 @@ that is a constant of the program; here the state of the global seed generator i
 """
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.jax.control_flow import assignments_in_branches, cond
 from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each
 from handloom.backends.jax.program import MARK, JaxProgram, leaked
-from handloom.backends.program import Program, Step
+from handloom.backends.program import Program, Seen, Step
 from handloom.backends.scope import Scope
 from handloom.backends.trace_errors import needs_a_value, tensorflow_called
 
@@ -69,7 +69,7 @@ class JaxBackend(Backend):
     def detach(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def _program(self, fn: Step, tensors: Tensors, seen: Mapping[int, Variable], kernels: bool) -> Program | None:
+    def _program(self, fn: Step, tensors: Tensors, seen: Seen, kernels: bool) -> Program | None:
         try:
             return JaxProgram(fn, tensors, self._tracing) if kernels else None
         except _NEEDS_A_VALUE as error:

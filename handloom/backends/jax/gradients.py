@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from handloom._keras import Tensor, Tensors, Variable, current_value
-from handloom.backends.base import Gradients, Outputs
+from handloom._keras import Gradients, Tensor, Tensors, Variable, current_value
+from handloom.backends.base import Outputs
 from handloom.backends.jax.program import OneTrace
 
 

@@ -17,7 +17,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from handloom._keras import Tensor, Tensors, Variable, stored_value
+from handloom._keras import Tensor, Tensors, Variable, Variables, stored_value
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Cost, Fused, Program, Step, Tracing, Untraceable
 from handloom.backends.scope import Recorder, Scope, refuse
@@ -76,9 +76,7 @@ class JaxProgram(Program):
 class _Executable:
     """A pure function, compiled for the values of its variables."""
 
-    def __init__(
-        self, pure: Pure, tensors: Sequence[Any], written: tuple[Variable, ...], read: tuple[Variable, ...]
-    ) -> None:
+    def __init__(self, pure: Pure, tensors: Sequence[Any], written: Variables, read: Variables) -> None:
         self._written, self._read = written, read
         values = [variable._value for variable in written], [variable._value for variable in read]
         traced = jax.jit(pure, donate_argnums=0).trace(*values, tuple(tensors))
@@ -133,7 +131,7 @@ def _references_of_a_variables_value() -> int:
 _HELD_BY_VARIABLE = _references_of_a_variables_value()
 
 
-def _pure(fn: Step, written: Sequence[Variable], read: Sequence[Variable]) -> Pure:
+def _pure(fn: Step, written: Variables, read: Variables) -> Pure:
     def pure(written_values: Tensors, read_values: Tensors, tensors: Tensors) -> list[Tensor]:
         bindings = zip([*written, *read], [*written_values, *read_values], strict=True)
         with OneTrace(bindings, outer=refuse) as scope:

@@ -8,7 +8,7 @@ TensorFlow's variable; `_self_...`, the attributes under which TensorFlow tracks
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from tensorflow.python.autograph.core import config as autograph_config
 from tensorflow.python.autograph.impl.api import StagingError, convert
 
 import handloom.backends.tensorflow.gradients  # noqa: F401  # Registers them.
-from handloom._keras import Tensor, Tensors, Variable, keras, stored_value
+from handloom._keras import Gradients, Tensor, Tensors, Variable, keras, stored_value
 from handloom._util.patch import Patch
 from handloom._util.source_line import Frames, frames_of
 from handloom._util.switch import Switch
-from handloom.backends.base import Backend, Derivatives, Gradients, Outputs
-from handloom.backends.program import Step
+from handloom.backends.base import Backend, Derivatives, Outputs
+from handloom.backends.program import Seen, Step
 from handloom.backends.scope import Scope
 from handloom.backends.tensorflow.assigned import assignments_noted, watch
 from handloom.backends.tensorflow.program import MARK, TensorFlowProgram
@@ -83,7 +83,7 @@ class TensorFlowBackend(Backend):
     def seed_random_state(self, seed: int) -> None:
         tf.random.get_global_generator().reset_from_seed(seed)
 
-    def _program(self, fn: Step, tensors: Tensors, seen: Mapping[int, Variable], kernels: bool) -> TensorFlowProgram:
+    def _program(self, fn: Step, tensors: Tensors, seen: Seen, kernels: bool) -> TensorFlowProgram:
         try:
             return TensorFlowProgram(fn, tensors, seen, kernels, functools.partial(self._tracing, kernels))
         except (TypeError, NotImplementedError, AttributeError) as error:

@@ -4,15 +4,15 @@ Internals used: `get_read_only_resource_input_indices_graph`, which finds the va
 branches, loops and functions.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.framework.auto_control_deps_utils import get_read_only_resource_input_indices_graph
 
-from handloom._keras import Tensor, Tensors, Variable, stored_value
+from handloom._keras import Tensor, Tensors, stored_value
 from handloom.backends.dependencies import Dependencies
-from handloom.backends.program import Fused, Program, Step, Tracing, Untraceable
+from handloom.backends.program import Fused, Program, Seen, Step, Tracing, Untraceable
 
 MARK = "handloom_mark_"
 
@@ -28,9 +28,7 @@ class TensorFlowProgram(Program):
         tracing: Makes the context in which the step is traced.
     """
 
-    def __init__(
-        self, fn: Step, tensors: Tensors, seen: Mapping[int, Variable], kernels: bool, tracing: Tracing
-    ) -> None:
+    def __init__(self, fn: Step, tensors: Tensors, seen: Seen, kernels: bool, tracing: Tracing) -> None:
         self._fn, self._tensors, self._kernels, self._tracing = fn, tensors, kernels, tracing
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
         self._concrete = self._traced(lambda *tensors: list(fn(*tensors)), specs)
@@ -55,17 +53,13 @@ class TensorFlowProgram(Program):
     def pure(self, written: Tensors, read: Tensors, tensors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
         stored = [stored_value(variable) for variable in (*self.written, *self.read)]
         # Other variables replace those that the function has captured.
-        copies = [
-            tf.Variable(value, dtype=variable.dtype, trainable=False)
-            for variable, value in zip(stored, [*written, *read], strict=True)
-        ]
+        pairs = zip(stored, [*written, *read], strict=True)
+        copies = [tf.Variable(value, dtype=variable.dtype, trainable=False) for variable, value in pairs]
         handles = {id(variable.handle): copy.handle for variable, copy in zip(stored, copies, strict=True)}
         captured = [handles.get(id(handle), handle) for handle in self._concrete.captured_inputs]
         flat = tf.nest.flatten(list(tensors), expand_composites=True)
-        outputs = self._concrete.graph.outputs
-        results = tf.raw_ops.StatefulPartitionedCall(
-            args=[*flat, *captured], Tout=[output.dtype for output in outputs], f=self._concrete
-        )
+        dtypes = [output.dtype for output in self._concrete.graph.outputs]
+        results = tf.raw_ops.StatefulPartitionedCall(args=[*flat, *captured], Tout=dtypes, f=self._concrete)
         packed = tf.nest.pack_sequence_as(self._concrete.structured_outputs, results, expand_composites=True)
         return list(map(tf.identity, copies[: len(written)])), list(packed)
 

@@ -7,7 +7,7 @@ reaches a value; `Module._modules`, where torch keeps the layers that are attrib
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from handloom._interop.onnx_torch import exportable
 from handloom._interop.tensors import tensor_of
-from handloom._keras import Tensor, Tensors, Variable, current_value, first_line, keras
+from handloom._keras import Gradients, Tensor, Tensors, Variable, current_value, first_line, keras
 from handloom._util.source_line import frames_of
-from handloom.backends.base import Backend, Derivatives, Gradients, Outputs
+from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.dependencies import reached
-from handloom.backends.program import Step, Untraceable
+from handloom.backends.program import Seen, Step, Untraceable
 from handloom.backends.scope import Scope
 from handloom.backends.torch.graph import mark
 from handloom.backends.torch.modules import modules_read_variables, parameters_made
@@ -97,7 +97,7 @@ class TorchBackend(Backend):
         with exportable():
             yield
 
-    def _program(self, fn: Step, tensors: Tensors, seen: Mapping[int, Variable], kernels: bool) -> TorchProgram:
+    def _program(self, fn: Step, tensors: Tensors, seen: Seen, kernels: bool) -> TorchProgram:
         try:
             with self._in_trace.here(True), torch.no_grad():
                 program = TorchProgram(fn, tensors)

@@ -26,7 +26,7 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 
-from handloom._keras import Variable, get_stateless_scope, keras, value_in
+from handloom._keras import Tensors, Variable, get_stateless_scope, keras, value_in
 from handloom._util.patch import Patch
 from handloom.backends.program import Untraceable
 from handloom.backends.scope import Reader, Scope
@@ -40,7 +40,7 @@ class _Closure(TorchFunctionMode):
     on, and is assigned to the variable.
     """
 
-    def __init__(self, known: Sequence[torch.Tensor], replacements: dict[int, torch.Tensor] | None = None) -> None:
+    def __init__(self, known: Tensors, replacements: dict[int, torch.Tensor] | None = None) -> None:
         super().__init__()
         self.used: dict[int, torch.Tensor] = {}
         self.values: dict[int, Variable] = {}
@@ -58,9 +58,7 @@ class _Closure(TorchFunctionMode):
         _open.set(_open.get()[:-1])
         super().__exit__(*details)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = optree.tree_map(self.replace, (tuple(args), kwargs or {}))
         if _in_place(func):
             args = (optree.tree_map(functools.partial(self._copy_of, func), args[0]), *args[1:])
@@ -94,13 +92,13 @@ class _Closure(TorchFunctionMode):
 _open: ContextVar[tuple[_Closure, ...]] = ContextVar("open", default=())
 
 
-def _as_seen_here(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _as_seen_here(tensors: Tensors) -> list[torch.Tensor]:
     """Tensors as the enclosing branch sees them, if there is one: it does not see control-flow operations."""
     around = _open.get()
     return [around[-1].replace(tensor) for tensor in tensors] if around else list(tensors)
 
 
-def _show_made(results: Sequence[torch.Tensor]) -> None:
+def _show_made(results: Tensors) -> None:
     if around := _open.get():
         around[-1].note_made(results)
 
@@ -144,7 +142,7 @@ class _Branch:
         carried: Examples of them.
     """
 
-    def __init__(self, fn: Callable[..., Any], carried: Sequence[torch.Tensor]) -> None:
+    def __init__(self, fn: Callable[..., Any], carried: Tensors) -> None:
         self._fn = fn
         # A branch runs again when it is differentiated, then outside of its original scope.
         self.outer = functools.partial(value_in, get_stateless_scope())
@@ -158,7 +156,7 @@ class _Branch:
                 closure.replace(scope.get_current_value(variable))
         self.used = list(closure.used.values())
 
-    def explicit(self, used: Sequence[torch.Tensor], written: Sequence[Variable], carried: int) -> Callable[..., Any]:
+    def explicit(self, used: Tensors, written: Sequence[Variable], carried: int) -> Callable[..., Any]:
         """The same function of the carried tensors and `used`; returns its results, then the values of `written`."""
 
         def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -173,8 +171,7 @@ class _Branch:
 
 
 def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
-    if isinstance(pred, keras.Variable):
-        pred = pred.value
+    pred = pred.value if isinstance(pred, keras.Variable) else pred
     if not isinstance(pred, FakeTensor) or pred.is_meta:
         return _original["cond"](pred, true_fn, false_fn)
     branches = [_Branch(true_fn, ()), _Branch(false_fn, ())]
@@ -195,7 +192,7 @@ def _cond(pred: Any, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) ->
     return optree.tree_unflatten(branches[0].structure, results[:count])
 
 
-def _either(pred: torch.Tensor, runs: Sequence[Callable[..., Any]], used: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _either(pred: torch.Tensor, runs: Sequence[Callable[..., Any]], used: Tensors) -> list[torch.Tensor]:
     """The results of one of two functions of the tensors in `used`."""
     graphs = [_traced(run, used) for run in runs]
     examples = [node.meta["val"] for node in graphs[0].graph.output_node().args[0]]
@@ -225,7 +222,7 @@ def _aside() -> Iterator[None]:
         yield
 
 
-def _traced(fn: Callable[..., Any], operands: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+def _traced(fn: Callable[..., Any], operands: Tensors) -> torch.fx.GraphModule:
     """A function as a graph of its own, with the operations of its gradients."""
     with _aside():
         module = make_fx(fn)(*operands)
@@ -267,9 +264,7 @@ def _as_carried(new: Any, old: torch.Tensor) -> torch.Tensor:
     return new
 
 
-def _loop(
-    condition: Callable[..., Any], advance: Callable[..., Any], carried: Sequence[torch.Tensor]
-) -> Sequence[torch.Tensor]:
+def _loop(condition: Callable[..., Any], advance: Callable[..., Any], carried: Tensors) -> Tensors:
     branches = [_Branch(condition, carried), _Branch(advance, carried)]
     used = _distinct(branches[0].used + branches[1].used)
     if branches[1].written:
@@ -278,7 +273,7 @@ def _loop(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in [*carried, *used]):
         raise Untraceable("the gradient of a loop needs a number of iterations that is known before the step runs")
     continues, body = (branch.explicit(used, (), len(carried)) for branch in branches)
-    results: Sequence[torch.Tensor] = while_loop_op(
+    results: Tensors = while_loop_op(
         lambda *operands: continues(*operands)[0], body, tuple(_as_seen_here(carried)), tuple(_as_seen_here(used))
     )
     _show_made(results)
@@ -290,8 +285,7 @@ def _fori_loop(lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init
         return index + 1, body_fun(index, value)
 
     init_val = optree.tree_map(core.convert_to_tensor, init_val)
-    static = isinstance(lower, int) and isinstance(upper, int)
-    if static and torch.is_grad_enabled():
+    if isinstance(lower, int) and isinstance(upper, int) and torch.is_grad_enabled():
         return _original["fori_loop"](lower, upper, body_fun, init_val)
     upper = core.convert_to_tensor(upper)
     lower = core.convert_to_tensor(lower, dtype=upper.dtype)

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,9 +51,8 @@ class TorchProgram(Program):
     def __init__(self, fn: Step, tensors: Tensors) -> None:
         tensors = contiguous(tensors)
         self._variables = _find_variables(fn, tensors)
-        graph = make_fx(
-            functools.partial(_run_on, fn, self._variables), tracing_mode="fake", _allow_non_fake_inputs=True
-        )
+        run = functools.partial(_run_on, fn, self._variables)
+        graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
         with tracing():
             self._graph = graph(*self._values(), *tensors)
         _check_closed(self._graph)
@@ -103,14 +102,11 @@ class TorchProgram(Program):
     def _agrees(self, kernels: Step, tensors: Tensors) -> bool:
         """Whether both compilations of the step give the same results, on copies of the variables."""
         plain, compiled = self._sample(self._step, tensors), self._sample(kernels, tensors)
-        if any(
-            torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in self._graph.graph.nodes
-        ):
+        tags = [getattr(node.target, "tags", ()) for node in self._graph.graph.nodes]
+        if any(torch.Tag.nondeterministic_seeded in each for each in tags):
             return True  # Operations draw random numbers of their own.
-        return all(
-            torch.allclose(one, two, rtol=1e-2, atol=1e-4, equal_nan=True)
-            for one, two in zip(plain, compiled, strict=True)
-        )
+        agree = functools.partial(torch.allclose, rtol=1e-2, atol=1e-4, equal_nan=True)
+        return all(agree(one, two) for one, two in zip(plain, compiled, strict=True))
 
     def _sample(self, step: Step, tensors: Tensors) -> list[Tensor]:
         """Some values of each result and new variable: two full copies of large variables may not fit in memory."""
@@ -143,16 +139,11 @@ def _find_variables(fn: Step, tensors: Tensors) -> list[Variable]:
     """Runs a step on fake tensors; returns the variables that it reads or writes."""
     # Numbers taken out of fake tensors are unknown, which is no error here.
     shapes = ShapeEnv()
+    unknown = shapes.ignore_fresh_unbacked_symbols()
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
     stand_in = functools.partial(fake.from_tensor, static_shapes=True)
     recorder = Recorder(lambda variable: _as_leaf(stand_in(stored_value(variable)), variable))
-    with (
-        parameters_made(),
-        Scope(outer=recorder, creates=True) as scope,
-        tracing(),
-        fake,
-        shapes.ignore_fresh_unbacked_symbols(),
-    ):
+    with parameters_made(), Scope(outer=recorder, creates=True) as scope, tracing(), fake, unknown:
         fn(*map(stand_in, tensors))
     known = {id(variable): variable for variable in [*recorder.variables, *scope.written]}
     return list(known.values())
@@ -190,17 +181,13 @@ class _NoValues(TorchFunctionMode):
 
     _ASKING = (torch.Tensor.__bool__, torch.Tensor.__index__)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._ASKING and isinstance(args[0], FakeTensor):
             raise NeedsValue
         return func(*args, **(kwargs or {}))
 
 
-_traceable_nadam = Patch(
-    (torch_nadam, "core", lambda _: SimpleNamespace(convert_to_numpy=lambda tensor: tensor)), when=is_traced
-)
+_traceable_nadam = Patch((torch_nadam, "core", lambda _: SimpleNamespace(convert_to_numpy=lambda x: x)), when=is_traced)
 """Lets Keras's Nadam divide by tensors, which it otherwise converts to NumPy numbers first."""
 
 _not_logged = Patch((logging.getLogger("torch._subclasses.fake_tensor"), "handle", lambda _: lambda *_: None))
