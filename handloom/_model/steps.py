@@ -107,6 +107,6 @@ def _check_takes_data(step: Any, model: str) -> None:
     except TypeError as error:
         raise StepError(
             f"HL254: {model}.{step.__name__}{signature} cannot be called with one argument, data.",
-            "On JAX, Keras passes the state to a step and expects it back. Here a step is the same on every backend.",
+            "On one backend, Keras gives a step the state and takes it back. Here a step is the same on every backend.",
             f"Write {step.__name__}(self, data), and read and write variables directly.",
         ) from error

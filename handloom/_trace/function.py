@@ -198,7 +198,8 @@ class Function:
         except Untraceable as error:
             version.fallback_reason = str(error)
         if not version.compiled:
-            reason = f"eager: {version.fallback_reason or 'jit_compile=False, and JAX has no other compiler than XLA'}"
+            no_other = f"jit_compile=False, and {backend.title} has no other compiler"
+            reason = f"eager: {version.fallback_reason or no_other}"
         self._signatures.append(signature)
         seconds = time.perf_counter() - started
         version.trace = Trace(as_text(signature), seconds, reason, compiled=version.compiled)
