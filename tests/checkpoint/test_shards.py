@@ -58,7 +58,7 @@ def test_restore_on_one_device_reads_the_shards_of_two_ranks(tmp_path):
     parts = []
     for rank in range(2):
         with Half(rank).scope():
-            shards, contents = snapshot.take(state)
+            shards, contents = snapshot.take(state, {})
         parts.append(shards if rank == 0 else {name: shards[name] for name in named(state)[0]})  # The rest is rank 0's.
     (tmp_path / "step_000000003").mkdir()
     Draft(3, parts, contents, {}).write(tmp_path / "step_000000003")
