@@ -121,6 +121,8 @@ class TorchBackend(Backend):
         try:
             with self._in_trace.here(True), torch.enable_grad():
                 return TorchProgram(fn, tensors)
+        except Untraceable:
+            raise
         except Exception:
             kind = "" if isinstance(first, Untraceable) else f"{type(first).__name__}: "
             raise Untraceable(kind + first_line(first)) from first

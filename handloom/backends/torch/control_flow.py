@@ -31,6 +31,7 @@ from handloom._util.patch import Patch
 from handloom.backends.program import Untraceable
 from handloom.backends.scope import Reader, Scope
 from handloom.backends.torch.fake import is_traced
+from handloom.backends.torch.native import changes_first
 
 
 class _Closure(TorchFunctionMode):
@@ -60,7 +61,7 @@ class _Closure(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = optree.tree_map(self.replace, (tuple(args), kwargs or {}))
-        if _in_place(func):
+        if changes_first(func):
             args = (optree.tree_map(functools.partial(self._copy_of, func), args[0]), *args[1:])
         result = func(*args, **kwargs)
         self.note_made(optree.tree_leaves(result))
@@ -101,14 +102,6 @@ def _as_seen_here(tensors: Tensors) -> list[torch.Tensor]:
 def _show_made(results: Tensors) -> None:
     if around := _open.get():
         around[-1].note_made(results)
-
-
-def _in_place(func: Callable[..., Any]) -> bool:
-    """Whether a function of torch changes its first argument: `add_`, `__iadd__` or `__setitem__`."""
-    name = getattr(func, "__name__", "")
-    if name.endswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and hasattr(torch.Tensor, f"__{name[3:]}"))
-    return name.endswith("_")
 
 
 class _Values(Scope):

@@ -36,7 +36,9 @@ def tidy(module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node.op == "get_attr":
             value = getattr(module, node.target)
-            if isinstance(value, torch.Tensor) and node not in shared:
+            # Others are tensors from outside of the step, which may change between two steps.
+            is_made_here = all(user.target is aten.lift_fresh_copy.default for user in node.users)
+            if isinstance(value, torch.Tensor) and is_made_here and node not in shared:
                 constants[node] = value
         elif isinstance(node.target, OpOverload):
             same = _same_as(node, constants, shared)

@@ -33,6 +33,7 @@ from handloom.backends.torch.control_flow import traceable_control_flow
 from handloom.backends.torch.fake import is_traced
 from handloom.backends.torch.graph import dependencies, generate, remove_marks, tidy, written_in_place
 from handloom.backends.torch.modules import parameters_made
+from handloom.backends.torch.native import real_tensors_kept
 from handloom.backends.torch.random import traceable_random_ops
 from handloom.errors import FallbackWarning
 
@@ -197,5 +198,5 @@ _not_logged = Patch((logging.getLogger("torch._subclasses.fake_tensor"), "handle
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """A block in which Keras code runs on fake tensors."""
-    with traceable_random_ops, traceable_control_flow, _traceable_nadam, _NoValues(), _not_logged:
+    with traceable_random_ops, traceable_control_flow, _traceable_nadam, real_tensors_kept(), _NoValues(), _not_logged:
         yield
