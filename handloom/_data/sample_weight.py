@@ -27,6 +27,11 @@ def weighed(data: Any) -> tuple[tuple[Any], Tensor | None]:
     return ((x, y, _marked(sample_weight)),), _sum(sample_weight) if is_one else None
 
 
+def unweighed(data: Any) -> tuple[tuple[Any], None]:
+    """A batch for a model's step, all parts of which mean what that step takes them for."""
+    return (data,), None
+
+
 def weighed_at(batch: Sequence[Any], position: int | None) -> tuple[Sequence[Any], Tensor | None]:
     """The parts of a batch, with the sample weights at a position marked; and their sum."""
     if position is None or position >= len(batch) or batch[position] is None:

@@ -18,6 +18,7 @@ Parts: TypeAlias = tuple[Any, Any, Any]
 def model_feed(
     model: keras.Model,
     parts: Parts,
+    weighed: bool,
     batch_size: int | None = None,
     *,
     shuffle: bool = False,
@@ -30,6 +31,7 @@ def model_feed(
     Args:
         model: The model; its number of classes is compared with the labels.
         parts: Inputs, targets and sample weights; targets and weights may be `None`.
+        weighed: Whether the third part of a batch is sample weights.
         batch_size: For arrays.
         shuffle: For arrays and `PyDataset`s; other sources have an order of their own.
         class_weight: Weights of examples, by class.
@@ -48,16 +50,16 @@ def model_feed(
         weights = weights_in(y, sample_weight)
     else:
         feed = _source_feed(parts, shuffle, class_weight)
-        weights = weights_in_batch(feed.whole)
+        weights = weights_in_batch(feed.whole) if weighed else []
     check = label_check(model) if labels else None
     if feed.whole is None:
-        feed.check(functools.partial(_check_batch, check, training=training))
+        feed.check(functools.partial(_check_batch, check, weighed=weighed, training=training))
         return feed
     if check is not None:
-        check(*_inputs_and_labels(feed.whole))
+        check(*_inputs_and_labels(feed.whole, weighed))
     check_weights(weights, training=False)
     if training and not all(array.all() for array in weights):  # Only then can the weights of a batch sum to zero.
-        feed.check(functools.partial(_check_batch, None, training=True))
+        feed.check(functools.partial(_check_batch, None, weighed=True, training=True))
     return feed
 
 
@@ -111,17 +113,19 @@ def _not_together(x: Any, y: Any, sample_weight: Any) -> DataError:
 
 
 def _with_class_weight(class_weight: Mapping[int, float], batch: Any) -> Parts:
-    if _inputs_and_labels(batch)[1] is None:
+    if _inputs_and_labels(batch, weighed=True)[1] is None:
         raise DataError("HL440: class_weight needs labels; a batch has none.", fix="Give batches of the form (x, y).")
     x, y, sample_weight = unpacked(batch)
     return x, y, _weights_by_class(y, sample_weight, class_weight)
 
 
-def _check_batch(check: Callable[[Any, Any], None] | None, batch: Any, *, training: bool) -> None:
+def _check_batch(check: Callable[[Any, Any], None] | None, batch: Any, *, weighed: bool, training: bool) -> None:
     if check is not None:
-        check(*_inputs_and_labels(batch))
-    check_weights(weights_in_batch(batch), training=training)
+        check(*_inputs_and_labels(batch, weighed))
+    if weighed:
+        check_weights(weights_in_batch(batch), training=training)
 
 
-def _inputs_and_labels(batch: Any) -> tuple[Any, Any]:
-    return batch[:2] if isinstance(batch, tuple) and 2 <= len(batch) <= 3 else (batch, None)
+def _inputs_and_labels(batch: Any, weighed: bool) -> tuple[Any, Any]:
+    parts = (2, 3) if weighed else (2,)
+    return batch[:2] if isinstance(batch, tuple) and len(batch) in parts else (batch, None)

@@ -12,6 +12,7 @@ from handloom._model.explain import Explanation, explain, shown
 from handloom._model.export import export
 from handloom._model.on_batch import predict_on_batch, test_on_batch, train_on_batch
 from handloom._model.steps import ModelSteps
+from handloom._model.takes_weights import takes_weights
 from handloom._model.unknown_classes import naming_unknown_classes
 from handloom._model.validation_split import split
 from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, register_as_its_class, variant
@@ -41,6 +42,10 @@ class Model(keras.Model):
     only; it runs compiled on every backend. Each value that a step returns is reported under its name. A scalar is
     averaged over the epoch, weighted by the number of examples (or by the sample weights, if given). A metric, or the
     result of a metric, reports its result at the end of the epoch.
+
+    In a step of your own, the third part of a batch counts as sample weights if they were given to `fit` as
+    `sample_weight` or `class_weight`, if the step has a variable `sample_weight`, or if it unpacks the batch by
+    `keras.utils.unpack_x_y_sample_weight`. Otherwise it means what the step takes it for.
 
     Args:
         args: Inputs and outputs for a functional model, a list of layers for a sequential model, nothing for a model
@@ -303,15 +308,18 @@ class Model(keras.Model):
         data = (x, y, sample_weight)
         if validation_split and validation_data is None:
             data, validation_data = split(data, validation_split)
-        feed = model_feed(self, data, batch_size, shuffle=shuffle, class_weight=class_weight, training=True)
+        weighed = takes_weights(self, "train_step", sample_weight, class_weight)
+        feed = model_feed(self, data, weighed, batch_size, shuffle=shuffle, class_weight=class_weight, training=True)
         validation = NEVER
         with self._steps.running():
             if validation_data is not None:
-                held_out = model_feed(self, unpacked(validation_data), validation_batch_size or batch_size)
-                when = _validation_times(validation_freq)
-                validation = loop.by_step(self._steps.reporting("test_step"), held_out, when, validation_steps)
+                parts, size = unpacked(validation_data), validation_batch_size or batch_size
+                weighs = takes_weights(self, "test_step", parts[2])
+                held_out = model_feed(self, parts, weighs, size)
+                step, when = self._steps.reporting("test_step", weighs), _validation_times(validation_freq)
+                validation = loop.by_step(step, held_out, when, validation_steps)
             run = Run(
-                self._steps.reporting("train_step"),
+                self._steps.reporting("train_step", weighed),
                 feed,
                 options,
                 model=self,
@@ -345,10 +353,11 @@ class Model(keras.Model):
             The reported values: a dict if `return_dict`; otherwise a list in the order of the metrics, or the only one.
         """
         self._check_compiled("evaluate", "test_step")
-        feed = model_feed(self, (x, y, sample_weight), batch_size)
+        weighed = takes_weights(self, "test_step", sample_weight)
+        feed = model_feed(self, (x, y, sample_weight), weighed, batch_size)
         around = loop.standalone("evaluate", self, callbacks, verbose, steps or feed.length)
         with self._steps.running(), _weights(self, weights), around as (hooks, after_step, events):
-            results = loop.evaluate(self._steps.reporting("test_step"), feed, hooks, after_step, steps)
+            results = loop.evaluate(self._steps.reporting("test_step", weighed), feed, hooks, after_step, steps)
             events.append("validation", values=results)
         return results if return_dict else in_keras_order(self, results)
 
@@ -366,7 +375,7 @@ class Model(keras.Model):
         Returns:
             The outputs as NumPy arrays in their structure, with the batches concatenated along the first axis.
         """
-        feed = model_feed(self, (x, None, None), batch_size, labels=False)
+        feed = model_feed(self, (x, None, None), False, batch_size, labels=False)
         around = loop.standalone("predict", self, callbacks, verbose, steps or feed.length)
         with self._steps.running(), _weights(self, weights), around as (hooks, after_step, _):
             return loop.predict(self._steps.prediction, feed, hooks, after_step, steps)

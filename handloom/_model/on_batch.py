@@ -5,6 +5,7 @@ from typing import Any
 
 from handloom._keras import in_keras_order, keras
 from handloom._model.data import Parts, model_feed, packed
+from handloom._model.takes_weights import takes_weights
 
 
 def train_on_batch(
@@ -29,22 +30,24 @@ def test_on_batch(
 def predict_on_batch(self: keras.Model, x: Any) -> Any:
     """Returns the outputs of the model for one batch, given as arrays, as NumPy arrays."""
     with self._steps.running():
-        outputs = self._steps.prediction(_batch(self, (x, None, None), labels=False))
+        outputs = self._steps.prediction(_batch(self, (x, None, None), False, labels=False))
     return keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
 
 
 def _run(model: keras.Model, mode: str, parts: Parts, return_dict: bool, **options: Any) -> Any:
     model._check_compiled(f"{mode}_on_batch", f"{mode}_step")
-    batch = _batch(model, parts, **options)
+    name = f"{mode}_step"
+    weighed = takes_weights(model, name, parts[2], options.get("class_weight"))
+    batch = _batch(model, parts, weighed, **options)
     with model._steps.running():
-        step = model._steps.reporting(f"{mode}_step")
+        step = model._steps.reporting(name, weighed)
         step.start_epoch()
         step.take(batch)
         logs = dict(step.logs)
     return logs if return_dict else in_keras_order(model, logs)
 
 
-def _batch(model: keras.Model, parts: Parts, **options: Any) -> Any:
+def _batch(model: keras.Model, parts: Parts, weighed: bool, **options: Any) -> Any:
     """The parts as one batch of tensors, checked as `model_feed` checks the batches of a source."""
-    [batch] = model_feed(model, (iter([packed(parts)]), None, None), **options)
+    [batch] = model_feed(model, (iter([packed(parts)]), None, None), weighed, **options)
     return batch

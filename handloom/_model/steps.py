@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from handloom._data.sample_weight import weighed
+from handloom._data.sample_weight import unweighed, weighed
 from handloom._keras import keras, layers_of
 from handloom._reporting.step import ReportingStep
 from handloom._trace.eager import eagerly
@@ -34,25 +34,31 @@ class ModelSteps:
     def __init__(self, model: keras.Model, jit_compile: bool | str) -> None:
         check_jit_compile(jit_compile)
         self.jit_compile, self._model = jit_compile, model
-        self._reporting: dict[str, ReportingStep] = {}
+        self._reporting: dict[tuple[str, bool], ReportingStep] = {}
         self._prediction: Function | None = None
         self._parts: Parts = {}
         self._running = False
 
-    def reporting(self, name: str) -> ReportingStep:
-        """The compiled `train_step` or `test_step`, with the report of its results."""
-        if name not in self._reporting:
+    def reporting(self, name: str, takes_weights: bool) -> ReportingStep:
+        """The compiled `train_step` or `test_step`, with the report of its results.
+
+        Args:
+            name: The name of the step.
+            takes_weights: Whether the third part of a batch is sample weights.
+        """
+        key = (name, takes_weights)
+        if key not in self._reporting:
             model, step = self._model, getattr(self._model, name)
             _check_takes_data(step, type(model).__name__)
-            self._reporting[name] = ReportingStep(
-                step, unpacks=False, weighed=weighed, reset_metrics=model.reset_metrics, jit_compile=self.jit_compile
-            )
-        return self._reporting[name]
+            split = weighed if takes_weights else unweighed
+            options = {"reset_metrics": model.reset_metrics, "jit_compile": self.jit_compile}
+            self._reporting[key] = ReportingStep(step, unpacks=False, weighed=split, **options)
+        return self._reporting[key]
 
     @property
     def reductions(self) -> dict[str, dict[str, str]]:
         """How each reported value is reduced over an epoch, by step and name, for the steps that have run."""
-        return {name: dict(step.reductions) for name, step in self._reporting.items() if step.reductions}
+        return {name: dict(step.reductions) for (name, _), step in self._reporting.items() if step.reductions}
 
     @property
     def prediction(self) -> Function:

@@ -1,0 +1,58 @@
+"""Whether the third part of a batch is sample weights: a shape does not tell, in a batch of triplets for example."""
+
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from handloom._keras import keras
+
+_UNPACK = keras.utils.unpack_x_y_sample_weight.__name__
+
+
+def takes_weights(model: keras.Model, name: str, *given: Any) -> bool:
+    """Whether a step of a model takes the third part of a batch for sample weights.
+
+    It does if the user gave weights. So does the default step. A step of the user's own does if it has a variable
+    `sample_weight`, if it or a function that it calls unpacks the batch by `keras.utils.unpack_x_y_sample_weight`, or
+    if it calls such a step by `super()`.
+
+    Args:
+        model: The model.
+        name: The name of the step.
+        given: Weights of examples or classes, or `None`.
+    """
+    if any(weights is not None for weights in given):
+        return True
+    for step in _definitions(model, name):
+        if step.__module__.startswith("handloom."):
+            return True
+        names = _names_in(step)
+        called = [getattr(model, each, None) or step.__globals__.get(each) for each in names]
+        if names & {_UNPACK, "sample_weight"} or any(_UNPACK in _names_in(_function(each)) for each in called):
+            return True
+        if name not in names:
+            return False
+    return True
+
+
+def _definitions(model: keras.Model, name: str) -> Iterator[types.FunctionType]:
+    """The definitions of a method, from the one that runs to that of the last base class."""
+    scopes = [vars(model), *map(vars, type(model).__mro__)]
+    yield from (_function(scope[name]) for scope in scopes if name in scope)
+
+
+def _function(method: Any) -> Any:
+    """The function in a method, a decorated function, or an `hl.function`."""
+    method = getattr(method, "python_function", method)
+    return inspect.unwrap(getattr(method, "__func__", method)) if callable(method) else method
+
+
+def _names_in(function: Any) -> set[str]:
+    codes = [getattr(function, "__code__", None)]
+    names: set[str] = set()
+    for code in codes:
+        if isinstance(code, types.CodeType):
+            names.update(code.co_names, code.co_varnames, code.co_cellvars)
+            codes.extend(code.co_consts)
+    return names
