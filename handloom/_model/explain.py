@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from handloom._keras import Variable, keras
+from handloom._keras import Variable, keras, trained_by
+from handloom.backends import backend
 from handloom.optimizers import LossScaleOptimizer, NamedOptimizers
 from handloom.optimizers._tree import inside
 
@@ -19,7 +20,7 @@ class Owner:
     """An optimizer and the variables that it trains.
 
     Attributes:
-        name: The name it was compiled under; `"*"` for the only optimizer.
+        name: The name it was compiled under, or of its attribute; `"*"` for the only optimizer.
         optimizer: Its class, preceded by the classes of its wrappers, outermost first: `"GradientAccumulation > Adam"`.
         learning_rate: The learning rate of the next update.
         updates: Number of updates so far.
@@ -79,8 +80,14 @@ def shown(explanation: Explanation) -> Explanation:
 
 
 def _owners(model: keras.Model) -> Iterator[Owner]:
-    optimizer = getattr(model, "optimizer", None)
+    """The owners in the compiled optimizer, and the optimizers that a model with its own steps keeps as attributes."""
+    optimizer, own = getattr(model, "optimizer", None), list(_own_optimizers(model))
+    for name, other in own:
+        parts = list(inside(other))
+        yield _owner(name, parts, trained_by(parts[-1]) if parts[-1].built else [])
     named = next(inside(optimizer, NamedOptimizers), None)
+    if own and not _updates(optimizer):
+        return  # It is the default of `compile`, which such steps do not use.
     if named is not None:
         wrappers = list(itertools.takewhile(lambda part: part is not named, inside(optimizer)))
         for name, variables in named.owners().items():
@@ -89,12 +96,22 @@ def _owners(model: keras.Model) -> Iterator[Owner]:
         yield _owner("*", list(inside(optimizer)), model.trainable_variables)
 
 
+def _own_optimizers(model: keras.Model) -> Iterator[tuple[str, keras.Optimizer]]:
+    for name, value in backend.attributes(model).items():
+        if isinstance(value, keras.Optimizer) and value is not model.optimizer:
+            yield name, value
+
+
+def _updates(optimizer: keras.Optimizer | None) -> int:
+    return 0 if optimizer is None else int(ops.convert_to_numpy(optimizer.iterations))
+
+
 def _owner(name: str, parts: list[keras.Optimizer], variables: list[Variable]) -> Owner:
     return Owner(
         name=name,
         optimizer=" > ".join(type(part).__name__ for part in parts),
         learning_rate=float(ops.convert_to_numpy(parts[-1].learning_rate)),
-        updates=int(ops.convert_to_numpy(parts[-1].iterations)),
+        updates=_updates(parts[-1]),
         variables=tuple(variable.path for variable in variables),
         parameters=sum(int(ops.size(variable)) for variable in variables),
     )

@@ -48,6 +48,33 @@ def test_explain_shows_wrappers_around_all_optimizers_with_each():
     assert model.explain().owners[0].optimizer == "GradientTransforms > WeightAveraging > Adam"
 
 
+class GAN(Parts):
+    """Its own `compile` takes two optimizers, as the GAN of Keras's guide."""
+
+    def compile(self, body_optimizer, head_optimizer):
+        super().compile()
+        self.body_optimizer, self.head_optimizer = body_optimizer, head_optimizer
+
+    def train_step(self, data):
+        x, y = data
+
+        def loss():
+            return keras.ops.mean((self(x, training=True) - y) ** 2)
+
+        hl.minimize(loss, self.body, self.body_optimizer)
+        return {"loss": hl.minimize(loss, self.head, self.head_optimizer)}
+
+
+def test_explain_lists_the_optimizers_of_a_model_with_its_own_compile():
+    model = GAN()
+    model.compile(WeightAveraging(keras.optimizers.Adam(0.5)), keras.optimizers.SGD(0.25))
+    fit(model, ones(8, 4), ones(8, 1), batch_size=2)
+    body, head = model.explain().owners
+    assert (body.name, body.optimizer, body.learning_rate) == ("body_optimizer", "WeightAveraging > Adam", 0.5)
+    assert (body.updates, body.parameters) == (4, 4 * 3 + 3)
+    assert (head.name, head.optimizer, head.updates, head.parameters) == ("head_optimizer", "SGD", 4, 4)
+
+
 def test_explain_shows_how_compiled_metrics_are_reported():
     model = compiled(sequential(), metrics=[keras.metrics.MeanAbsoluteError(name="mae")])
     fit(model, ones(4, 3), ones(4, 1))
