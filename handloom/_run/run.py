@@ -231,10 +231,17 @@ class Run:
         self.step.prepare(self._feed.peek())
         self._validations.prepare()
         saved = set(map(id, [*named({"state": self._state})[0].values(), global_seed_generator().state]))
-        lost = [variable.path for variable in self.step.function.touched if id(variable) not in saved]
+        function = self.step.function
+        if function.unsaved:
+            raise StepError(
+                f"HL258: {function.__name__} uses {' and '.join(function.unsaved)}, which a checkpoint cannot hold.",
+                fix="Keep the state in keras.Variable, draw by keras.random with a SeedGenerator, and train by "
+                "Keras optimizers; or run without run_dir, or with save=None.",
+            )
+        lost = [variable.path for variable in function.touched if id(variable) not in saved]
         if lost:
             raise StepError(
-                f"HL250: {self.step.function.__name__} uses variables that are not in state and would not be saved: "
+                f"HL250: {function.__name__} uses variables that are not in state and would not be saved: "
                 f"{first_few(lost, 5)}.",
                 fix="Add what they belong to, such as state={'model': model, 'metric': metric}; in a model, make them "
                 "attributes of the model.",

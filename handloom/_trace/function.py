@@ -154,6 +154,11 @@ class Function:
         """The variables that they assign, without those that an optimizer updates in place on some backends."""
         return _distinct(version.use.written for version in self._versions.values())
 
+    @property
+    def unsaved(self) -> list[str]:
+        """The state that they use apart from Keras variables, in words."""
+        return list(dict.fromkeys(text for version in self._versions.values() for text in version.unsaved))
+
     def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Tensors]:
         """The version for these arguments, compiled if it is new, and the tensors among them."""
         # The fast path of a training loop with a few arrays: no flattening, no conversions.
@@ -196,7 +201,7 @@ class Function:
         try:
             version.compile(self.jit_compile, first=not self.traces)
         except Untraceable as error:
-            version.fallback_reason = str(error)
+            version.fallback_reason, version.unsaved = str(error), error.unsaved
         if not version.compiled:
             no_other = f"jit_compile=False, and {backend.title} has no other compiler"
             reason = f"eager: {version.fallback_reason or no_other}"
@@ -252,6 +257,7 @@ class Version:
     Attributes:
         compiled: Whether it is compiled; otherwise it runs eagerly.
         dependencies: The dependencies in its program; see `Backend.marked`.
+        unsaved: The state in its program that no checkpoint holds, in words.
         run: Runs it.
         use: The variables that it reads and assigns.
     """
@@ -263,6 +269,7 @@ class Version:
         self.compiled = False
         self.fallback_reason = ""
         self.dependencies = Dependencies()
+        self.unsaved: Sequence[str] = ()
         self.signature: Signature = {}
         self.trace: Trace | None = None
         self._program: Program | None = None
@@ -277,7 +284,7 @@ class Version:
         program = backend.trace(flat, tensors, jit_compile=jit_compile, seen=self.use.known)
         if program is not None:
             self.run, self._program, self.compiled = program.__call__, program, True
-            self.dependencies = program.dependencies
+            self.dependencies, self.unsaved = program.dependencies, program.unsaved
 
     def fused(self, steps: int) -> Fused | None:
         """A program that runs this version so many times in one dispatch; `None` if the backend has none."""

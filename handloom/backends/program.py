@@ -23,7 +23,16 @@ Fused: TypeAlias = Callable[[Sequence[Tensors]], Tensors]
 
 
 class Untraceable(Exception):
-    """Something cannot be compiled on this backend but can run eagerly; the text says why."""
+    """Something cannot be compiled on this backend but can run eagerly.
+
+    Args:
+        reason: Says why.
+        unsaved: As for `Program`.
+    """
+
+    def __init__(self, reason: str, unsaved: Sequence[str] = ()) -> None:
+        super().__init__(reason)
+        self.unsaved = unsaved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +57,13 @@ class Program(abc.ABC):
         written: The variables that it assigns.
         read: The variables that it only reads.
         dependencies: The dependencies between its marked tensors.
+        unsaved: The state that it uses apart from Keras variables, in words: no checkpoint holds it.
     """
 
     written: tuple[Variable, ...]
     read: tuple[Variable, ...]
     dependencies = Dependencies()
+    unsaved: Sequence[str] = ()
 
     @abc.abstractmethod
     def __call__(self, tensors: Tensors) -> Tensors:

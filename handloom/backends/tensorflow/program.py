@@ -4,17 +4,22 @@ Internals used: `get_read_only_resource_input_indices_graph`, which finds the va
 branches, loops and functions.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.framework.auto_control_deps_utils import get_read_only_resource_input_indices_graph
 
-from handloom._keras import Tensor, Tensors, stored_value
+from handloom._keras import Tensor, Tensors, Variable, stored_value
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Fused, Program, Seen, Step, Tracing, Untraceable
 
 MARK = "handloom_mark_"
+
+
+# Their random numbers depend on how often they have run in this process.
+_RANDOM = re.compile(r"Random(Uniform|UniformInt|StandardNormal|Shuffle|Gamma|PoissonV2)|Multinomial|.*TruncatedNormal")
 
 
 class TensorFlowProgram(Program):
@@ -40,6 +45,7 @@ class TensorFlowProgram(Program):
         self.read = tuple(variable for variable, inner in known if id(inner) in handles)
         self.written = tuple(variable for variable, inner in known if id(inner) not in handles)
         self.dependencies = _dependencies(graph, len(self._concrete.captured_inputs))
+        self.unsaved = [*_own_variables(graph, variables), *_own_randomness(graph)]
 
     def _traced(self, fn: Callable[..., list[Tensor]], specs: Sequence[tf.TypeSpec]) -> Any:
         function = tf.function(fn, autograph=False, jit_compile=self._kernels)
@@ -89,6 +95,22 @@ def _captured(graph: Any) -> Iterator[tuple[tf.Variable, Tensor]]:
     for outer, inner in graph.captures:
         if id(outer) in held:
             yield held[id(outer)], inner
+
+
+def _own_variables(graph: Any, known: Mapping[int, Variable]) -> Iterator[str]:
+    """The variables of TensorFlow in a graph that belong to no Keras variable."""
+    saved = [tf.random.get_global_generator().state]  # See `TensorFlowBackend.random_state`.
+    for variable in graph.variables:
+        if id(variable) not in known and not any(variable is other for other in saved):
+            yield f"the tf.Variable {variable.name!r}"
+
+
+def _own_randomness(graph: Any) -> Iterator[str]:
+    """The random operations in a graph whose state is inside TensorFlow."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+    for kind in sorted({node.op for node in nodes if _RANDOM.fullmatch(node.op)}):
+        yield f"tf.random (the operation {kind})"
 
 
 def _dependencies(graph: Any, captured: int) -> Dependencies:

@@ -90,6 +90,12 @@ def written_in_place(graph: fx.Graph) -> set[fx.Node]:
     return written
 
 
+def draws_from_generators(module: fx.GraphModule) -> bool:
+    """Whether random operations of a graph draw from generators of the user's own."""
+    held = (getattr(module, node.target) for node in module.graph.nodes if node.op == "get_attr")
+    return any(isinstance(value, torch.Generator) for value in held)
+
+
 def _same_as(node: fx.Node, constants: dict[fx.Node, torch.Tensor], shared: set[fx.Node]) -> fx.Node | None:
     """An earlier node with the same values, if there is one."""
     first = node.args[0] if node.args else None

@@ -40,7 +40,7 @@ class _NoChanges(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         changed = [*(args[:1] if changes_first(func) or name == "__set__" else ()), kwargs.get("out")]  # Sets `grad`.
         if any(map(_is_real, changed)):
-            raise Untraceable(f"{name} changes a tensor of torch that is not the value of a Keras variable")
+            raise _untraceable(f"{name} changes a tensor of torch that is not the value of a Keras variable")
         return func(*args, **kwargs)
 
 
@@ -57,7 +57,7 @@ def _checking_leaves(original: Callable[..., None]) -> Callable[..., None]:
         starts = [tensors] if isinstance(tensors, torch.Tensor) else tensors
         nodes = reached([tensor.grad_fn for tensor in starts if tensor.grad_fn is not None], _followed)
         if any(_is_real(getattr(node, "variable", None)) for node in nodes):
-            raise Untraceable(f"backward() reaches tensors that are not the values of Keras variables. {_INSTEAD}")
+            raise _untraceable(f"backward() reaches tensors that are not the values of Keras variables. {_INSTEAD}")
         original(tensors, *args, **kwargs)
 
     return backward
@@ -70,13 +70,17 @@ def _followed(node: Any) -> list[Any]:
 _checks_leaves = Patch((torch.autograd, "backward", _checking_leaves), when=is_traced)
 
 
+def _untraceable(reason: str) -> Untraceable:
+    return Untraceable(reason, unsaved=["modules, optimizers or tensors of torch"])
+
+
 def _is_real(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor)
 
 
 def _refuse_in_trace(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if is_traced():
-        raise Untraceable(f"torch.optim.{type(optimizer).__name__} has a state of its own. {_INSTEAD}")
+        raise _untraceable(f"torch.optim.{type(optimizer).__name__} has a state of its own. {_INSTEAD}")
 
 
 # For good: to remove it again would disturb another thread that is running the hooks.

@@ -31,7 +31,14 @@ from handloom.backends.program import Program, Step, Untraceable
 from handloom.backends.scope import Recorder, Scope, refuse
 from handloom.backends.torch.control_flow import traceable_control_flow
 from handloom.backends.torch.fake import is_traced
-from handloom.backends.torch.graph import dependencies, generate, remove_marks, tidy, written_in_place
+from handloom.backends.torch.graph import (
+    dependencies,
+    draws_from_generators,
+    generate,
+    remove_marks,
+    tidy,
+    written_in_place,
+)
 from handloom.backends.torch.modules import parameters_made
 from handloom.backends.torch.native import real_tensors_kept
 from handloom.backends.torch.random import traceable_random_ops
@@ -63,6 +70,7 @@ class TorchProgram(Program):
         self.written = tuple(variable for variable, node in pairs if node in changed)
         self.read = tuple(variable for variable, node in pairs if node not in changed)
         self.dependencies = dependencies(self._graph.graph, placeholders[len(pairs) :])
+        self.unsaved = ["a torch.Generator"] if draws_from_generators(self._graph) else []
         remove_marks(self._graph)
         tidy(self._graph)
         self._step = generate(self._graph)
