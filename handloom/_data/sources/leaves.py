@@ -93,25 +93,33 @@ def as_tensor(leaf: Any, path: Path) -> Tensor:
 def _check_kind(array: np.ndarray, path: Path) -> None:
     """Raises an error unless the array holds numbers, or text on a backend that has text."""
     kind = array.dtype.kind
-    if kind in _TEXT or (kind == "O" and array.size and isinstance(array.flat[0], (str, bytes))):
+    if _is_text(array):
         if not backend.holds_text:
             raise DataError(
                 f"HL424: {place(path)} is text, for example {short(array.flat[0])}; this backend has no text.",
                 fix="Convert it to numbers: labels with np.unique(labels, return_inverse=True)[1], text with "
                 "keras.layers.StringLookup or TextVectorization in a pipeline of tf.data. Or leave it out.",
             )
-        if kind in _TEXT:
-            return
+        return
     if kind == "O":
+        other = next((value for value in array.flat if not isinstance(value, (str, bytes))), None)
         raise DataError(
-            f"HL421: {place(path)} holds Python objects (dtype object), for example {short(array.flat[0])}.",
-            fix="Convert it to numbers, for example with .astype('float32'); pad rows of different lengths.",
+            f"HL421: {place(path)} holds Python objects (dtype object), for example {short(other)}.",
+            fix="Convert it to numbers, for example with .astype('float32'); pad rows of different lengths; in text, "
+            "fill in what is missing.",
         )
     if kind not in _NUMBERS or array.dtype.names or array.dtype == np.longdouble:
         raise DataError(
             f"HL422: {place(path)} has the dtype {array.dtype}, which no backend has.",
             fix="Convert it, for example with .astype('float32').",
         )
+
+
+def _is_text(array: np.ndarray) -> bool:
+    """Whether an array holds text; that of pandas is an array of Python's strings."""
+    if array.dtype.kind == "O":
+        return array.size > 0 and all(isinstance(value, (str, bytes)) for value in array.flat)
+    return array.dtype.kind in _TEXT
 
 
 def check_range(array: np.ndarray, path: Path) -> None:

@@ -136,6 +136,11 @@ WORDS, RAGGED = np.array(["a", "bc"]), [[1.0], [2.0, 3.0]]
 # Data for TensorFlow alone: the data, the batch on TensorFlow, and the kind of message on the other backends.
 SOME = {
     "text in arrays": (lambda: {"x": WORDS}, ["a", "bc"], "text"),
+    "text as Python's strings": (lambda: {"x": WORDS.astype(object)}, ["a", "bc"], "text"),
+    "text as bytes": (lambda: {"x": np.array([b"a", b"bc"], object)}, ["a", "bc"], "text"),
+    "text in pandas": (lambda: {"x": pd.Series(["a", "bc"])}, ["a", "bc"], "text"),
+    "text in a tensor": (lambda: {"x": tf.constant(["a", "bc"])}, ["a", "bc"], "text"),
+    "Python's strings in a generator": (lambda: iter([{"x": WORDS.astype(object)}]), ["a", "bc"], "text"),
     "text in a generator": (lambda: iter([{"x": WORDS}]), ["a", "bc"], "text"),
     "text in a Dataset": (lambda: data_set({"x": WORDS}), ["a", "bc"], "text"),
     "ragged in a generator": (lambda: iter([{"x": tf.ragged.constant(RAGGED)}]), RAGGED, "ragged"),
@@ -156,6 +161,11 @@ def test_feed_holds_text_and_ragged_tensors_on_tensorflow_and_elsewhere_refuses_
     [batch] = hl.Feed(make())
     found = batch["x"].to_list() if kind == "ragged" else [word.decode() for word in batch["x"].numpy()]
     assert found == expected
+
+
+def test_feed_names_the_object_that_is_no_text():
+    with pytest.raises(DataError, match="Python objects .*, for example None.*in text, fill in what is missing"):
+        hl.Feed(np.array(["a", None], object))
 
 
 @pytest.mark.parametrize(
