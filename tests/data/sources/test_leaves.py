@@ -164,7 +164,7 @@ def test_feed_holds_text_and_ragged_tensors_on_tensorflow_and_elsewhere_refuses_
 
 
 def test_feed_names_the_object_that_is_no_text():
-    with pytest.raises(DataError, match="Python objects .*, for example None.*in text, fill in what is missing"):
+    with pytest.raises(DataError, match=r"Python objects .*, for example None.*in text, fill in what is missing"):
         hl.Feed(np.array(["a", None], object))
 
 
