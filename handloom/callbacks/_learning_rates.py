@@ -70,9 +70,11 @@ def takes_rate(schedule: Any) -> bool:
 
 def _optimizers(model: Any) -> dict[str, keras.Optimizer]:
     optimizer = getattr(model, "optimizer", None)
-    named = next(inside(optimizer, NamedOptimizers), None)
-    if named is not None:
-        return dict(named.items())
+    several = next((part for part in inside(optimizer) if hasattr(part, "optimizers")), None)
+    if isinstance(several, NamedOptimizers):
+        return dict(several.items())
+    if several is not None:  # A `MultiOptimizer` of Keras, whose own learning rate is an error.
+        return {each.name: each for each in several.optimizers}
     return {} if optimizer is None else {"": optimizer}
 
 

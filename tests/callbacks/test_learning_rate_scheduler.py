@@ -9,7 +9,7 @@ import handloom as hl
 from handloom.callbacks import LearningRateScheduler
 from handloom.errors import OptimizerError
 from handloom.optimizers import GradientAccumulation
-from tests.callbacks.scripted import TwoParts, X, at, mean_step
+from tests.callbacks.scripted import TwoParts, X, at, mean_step, multi
 from tests.models import compiled, fit, functional
 from tests.numbers import numpy
 
@@ -106,6 +106,15 @@ def test_learning_rate_scheduler_of_keras_sets_the_rates_of_optimizers_by_name()
     model = named()
     fit(model, X, callbacks=[keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 4)])
     assert model.weights_now() == [-0.25, -0.5]
+
+
+@pytest.mark.parametrize("scheduler", [LearningRateScheduler, keras.callbacks.LearningRateScheduler])
+def test_learning_rate_scheduler_sets_the_rates_of_a_multi_optimizer(scheduler):
+    model = multi()
+    history = fit(model, X, epochs=2, callbacks=[scheduler(lambda epoch, rate: rate / 4)])
+    assert history["learning_rate_one"] == [0.25, 0.0625]
+    assert history["learning_rate_other"] == [0.5, 0.125]
+    assert model.weights_now() == [-0.3125, -0.625]
 
 
 def test_learning_rate_scheduler_sets_the_rate_of_a_wrapped_optimizer():

@@ -7,7 +7,7 @@ import pytest
 from handloom.callbacks import ReduceLROnPlateau
 from handloom.errors import OptimizerError
 from handloom.optimizers import GradientAccumulation
-from tests.callbacks.scripted import NAN, Scripted, TwoParts, X, run
+from tests.callbacks.scripted import NAN, Scripted, TwoParts, X, multi, run
 from tests.models import fit
 
 
@@ -80,3 +80,9 @@ def test_reduce_lr_on_plateau_refuses_a_factor_of_one():
 def test_reduce_lr_on_plateau_prints_the_new_rate(capsys):
     rates([2, 2], ReduceLROnPlateau("loss", factor=0.5, patience=1, verbose=1))
     assert "Epoch 2: lowering the learning rate to 0.5" in capsys.readouterr().out
+
+
+def test_reduce_lr_on_plateau_lowers_the_rates_of_a_multi_optimizer():
+    history = fit(multi(), X, epochs=3, callbacks=[ReduceLROnPlateau("loss", factor=0.5, patience=1)])
+    assert history["learning_rate_one"] == [1, 1, 0.5]
+    assert history["learning_rate_other"] == [2, 2, 1]

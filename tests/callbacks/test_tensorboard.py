@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import handloom as hl
 from handloom.callbacks import TensorBoard
-from tests.callbacks.scripted import Scripted, TwoParts, X, at, mean_step, raising, run
+from tests.callbacks.scripted import Scripted, TwoParts, X, at, mean_step, multi, raising, run
 from tests.models import fit
 from tests.numbers import ones
 
@@ -38,6 +38,12 @@ def test_tensorboard_writes_a_rate_for_each_optimizer_by_name(tmp_path):
     fit(model, X, callbacks=[TensorBoard(str(tmp_path))])
     read = scalars(tmp_path / "train")
     assert (read["epoch_learning_rate_generator"], read["epoch_learning_rate_critic"]) == ([(0, 1.0)], [(0, 2.0)])
+
+
+def test_tensorboard_writes_the_rates_of_a_multi_optimizer(tmp_path):
+    fit(multi(), X, callbacks=[TensorBoard(tmp_path)])
+    read = scalars(tmp_path / "train")
+    assert (read["epoch_learning_rate_one"], read["epoch_learning_rate_other"]) == ([(0, 1.0)], [(0, 2.0)])
 
 
 def test_tensorboard_writes_the_values_so_far_within_epochs(tmp_path, eagerly):
