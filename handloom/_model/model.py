@@ -17,6 +17,7 @@ from handloom._model.unknown_classes import naming_unknown_classes
 from handloom._model.validation_split import split
 from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, register_as_its_class, variant
 from handloom._reporting.loss_tracker import LossTracker, holding
+from handloom._reporting.nested import outer_epochs_kept
 from handloom._run import loop
 from handloom._run.options import RunOptions
 from handloom._run.run import Run
@@ -357,7 +358,9 @@ class Model(keras.Model):
         feed = model_feed(self, (x, y, sample_weight), weighed, batch_size)
         around = loop.standalone("evaluate", self, callbacks, verbose, steps or feed.length)
         with self._steps.running(), _weights(self, weights), around as (hooks, after_step, events):
-            results = loop.evaluate(self._steps.reporting("test_step", weighed), feed, hooks, after_step, steps)
+            step = self._steps.reporting("test_step", weighed)
+            with outer_epochs_kept(step):
+                results = loop.evaluate(step, feed, hooks, after_step, steps)
             events.append("validation", values=results)
         return results if return_dict else in_keras_order(self, results)
 

@@ -6,6 +6,7 @@ from typing import Any
 from handloom._keras import in_keras_order, keras
 from handloom._model.data import Parts, model_feed, packed
 from handloom._model.takes_weights import takes_weights
+from handloom._reporting.nested import outer_epochs_kept
 
 
 def train_on_batch(
@@ -39,11 +40,10 @@ def _run(model: keras.Model, mode: str, parts: Parts, return_dict: bool, **optio
     name = f"{mode}_step"
     weighed = takes_weights(model, name, parts[2], options.get("class_weight"))
     batch = _batch(model, parts, weighed, **options)
-    with model._steps.running():
-        step = model._steps.reporting(name, weighed)
+    with model._steps.running(), outer_epochs_kept(step := model._steps.reporting(name, weighed)):
         step.start_epoch()
         step.take(batch)
-        logs = dict(step.logs)
+        logs = step.results()
     return logs if return_dict else in_keras_order(model, logs)
 
 

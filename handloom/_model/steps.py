@@ -51,7 +51,7 @@ class ModelSteps:
             model, step = self._model, getattr(self._model, name)
             _check_takes_data(step, type(model).__name__)
             split = weighed if takes_weights else unweighed
-            options = {"reset_metrics": model.reset_metrics, "jit_compile": self.jit_compile}
+            options = {"model": model, "jit_compile": self.jit_compile}
             self._reporting[key] = ReportingStep(step, unpacks=False, weighed=split, **options)
         return self._reporting[key]
 

@@ -6,8 +6,7 @@ asked for, and once every `READ_AFTER` steps, into sums in double precision.
 
 import dataclasses
 import math
-from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -52,19 +51,24 @@ class Report:
     computed_from_metrics: frozenset[str] = frozenset()
 
 
-class Logs(MutableMapping[str, Value]):
-    """The values that the steps of an epoch have reported so far: a dict that computes itself when it is looked at.
+class Logs:
+    """The values that the steps of an epoch have reported so far. `BatchLogs` shows them to callbacks.
 
     A scalar's value is the mean over the steps, weighted by examples (or sample weights); a metric's value is its last
-    result. A metric that nothing has updated in this epoch is absent. A value that a callback writes here is seen by
-    the callbacks after it, until the next step. Reading does not change the values, not even in the last digit.
+    result. A metric that nothing has updated in this epoch is absent. Reading does not change the values, not even in
+    the last digit.
+
+    Args:
+        sorts: Whether the values are in the order of their names, as those of Keras's models; by default, in the order
+            in which the step returns them.
 
     Attributes:
         steps: The reports of the steps whose values are still in the totals.
         seconds_compiling: How much of the epoch's time was spent compiling steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, sorts: bool = False) -> None:
+        self._sorts = sorts
         self.steps: list[Report] = []
         self._begin()
 
@@ -72,8 +76,6 @@ class Logs(MutableMapping[str, Value]):
         self.seconds_compiling = 0.0
         self._steps_read = self._examples_read = 0
         self._sums = Sums()
-        self._cached: tuple[int, dict[str, Value]] = (-1, {})
-        self._added: tuple[int, dict[str, Value]] = (0, {})
         self._sources: dict[str, keras.Metric] = {}
         self._updated: dict[int, keras.Metric] = {}
         self._updated_before: set[str] = set()
@@ -107,58 +109,43 @@ class Logs(MutableMapping[str, Value]):
         """Number of examples in the steps so far; known without waiting for the device."""
         return self._examples_read + sum(report.examples for report in self.steps)
 
+    def updates(self, metric: keras.Metric) -> bool:
+        """Whether a step of this epoch has updated a metric."""
+        return id(metric) in self._updated
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of the values, known without waiting for the device; those of idle metrics too."""
+        return self._sums.last
+
     def reported(self) -> dict[str, Value]:
-        """The values as a dict, without what callbacks added."""
-        return dict(self._values())
+        """The values; waits for the device."""
+        return self._reader(lambda totals: totals.variable.value)()
 
-    def __getitem__(self, name: str) -> Value:
-        return self._shown()[name]
+    def reported_later(self) -> Callable[[], dict[str, Value]]:
+        """Copies the values on the device; returns a function that reads the copies, at any time."""
+        return self._reader(lambda totals: keras.ops.copy(totals.variable.value))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shown())
+    def _reader(self, value_of: Callable[[Totals], Tensor]) -> Callable[[], dict[str, Value]]:
+        waiting = [(totals, value_of(totals)) for totals in self._waiting()]
+        before, computed, strategy = self._sums.copy(), frozenset(self._computed), current()
+        names = [name for name in self.names if not self._is_idle(name)]
 
-    def __len__(self) -> int:
-        return len(self._shown())
+        def read() -> dict[str, Value]:
+            sums = before.copy()
+            with strategy.scope():
+                sums.add(waiting)
+            return {name: sums.value(name, last=name in computed) for name in (sorted(names) if self._sorts else names)}
 
-    def __setitem__(self, name: str, value: Value) -> None:
-        self._now_added()[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._now_added()[name]
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-    def _shown(self) -> ChainMap[str, Value]:
-        return ChainMap(self._now_added(), self._values())
-
-    def _now_added(self) -> dict[str, Value]:
-        # Cleared here, and not by each step: that would cost every step something.
-        if self._added[0] != self._count():
-            self._added = self._count(), {}
-        return self._added[1]
+        return read
 
     def _count(self) -> int:
         return self._steps_read + len(self.steps)
 
-    def _values(self) -> dict[str, Value]:
-        """The values now, computed once a step."""
-        if self._cached[0] != self._count():
-            sums = self._sums.copy()
-            sums.add(self._waiting())
-            names = [name for name in sums.last if not self._is_idle(name)]
-            self._cached = self._count(), {name: self._value(name, sums) for name in names}
-        return self._cached[1]
-
-    def _value(self, name: str, sums: "Sums") -> Value:
-        if name not in sums.sums or name in self._computed:
-            return sums.last[name]
-        return sums.sums[name] / sums.weights[name] if sums.weights[name] else math.nan
-
     def _is_idle(self, name: str) -> bool:
         """Whether a name is that of a metric that nothing has updated in this epoch, neither a step nor the user."""
         metric = self._sources.get(name)
-        if metric is None or id(metric) in self._updated or name in self._updated_before:
+        if metric is None or self.updates(metric) or name in self._updated_before:
             return False
         pairs = zip(metric.variables, self._first_states.get(id(metric), ()), strict=False)
         return all(np.array_equal(backend.to_numpy(now.value), backend.to_numpy(then)) for now, then in pairs)
@@ -166,7 +153,7 @@ class Logs(MutableMapping[str, Value]):
     def read(self) -> None:
         """Moves the values from the totals to the host, and resets the totals to zero."""
         self._examples_read, self._steps_read = self.examples, self._count()
-        self._sums.add(self._waiting())
+        self._sums.add((totals, totals.variable.value) for totals in self._waiting())
         self._reset_totals()
 
     def _waiting(self) -> list[Totals]:
@@ -223,13 +210,19 @@ class Sums:
     def copy(self) -> "Sums":
         return Sums(dict(self.sums), dict(self.weights), dict(self.last))
 
-    def add(self, waiting: Iterable[Totals]) -> None:
-        """Adds the contents of totals."""
-        for totals in waiting:
-            values, count = totals.values(), len(totals.means)
+    def add(self, waiting: Iterable[tuple[Totals, Tensor]]) -> None:
+        """Adds the contents of totals, given as the values of their variables."""
+        for totals, tensor in waiting:
+            values, count = np.array(backend.to_numpy(tensor)), len(totals.means)
             summed, lasts = current().sum(values[: 2 * count]), values[2 * count :]
             for name, total, weight in zip(totals.means, summed[:count], summed[count:], strict=True):
                 self.sums[name] = self.sums.get(name, 0.0) + float(total)
                 self.weights[name] = self.weights.get(name, 0.0) + float(weight)
             for name, value in zip(totals.lasts, lasts, strict=True):
                 self.last[name] = value if np.ndim(value) else float(value)
+
+    def value(self, name: str, *, last: bool) -> Value:
+        """The mean of an averaged value, or its last value; the last value of any other."""
+        if last or name not in self.sums:
+            return self.last[name]
+        return self.sums[name] / self.weights[name] if self.weights[name] else math.nan

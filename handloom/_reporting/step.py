@@ -12,7 +12,7 @@ from typing import Any
 import optree
 
 from handloom._keras import Tensor, Tensors, keras
-from handloom._reporting.logs import READ_AFTER, Logs, Report
+from handloom._reporting.logs import READ_AFTER, Logs, Report, Value
 from handloom._reporting.metrics import EpochMetrics
 from handloom._reporting.observed import StepObserver
 from handloom._reporting.results import Results, mark_of
@@ -39,7 +39,7 @@ class ReportingStep:
         unpacks: Whether the parts of a tuple are the step's arguments.
         weighed: Returns a batch as the step takes it, with its sample weights marked, and the sum of these, a scalar
             tensor; or `None` to count its examples.
-        reset_metrics: As for `EpochMetrics`.
+        model: The model that the step is a method of, if it is one; as for `EpochMetrics`.
         jit_compile: As for `hl.function`.
 
     Attributes:
@@ -56,17 +56,17 @@ class ReportingStep:
         *,
         unpacks: bool,
         weighed: Callable[..., tuple[Sequence[Any], Tensor | None]],
-        reset_metrics: Callable[[], None] | None = None,
+        model: keras.Model | None = None,
         jit_compile: bool | str = "auto",
     ) -> None:
         self._step, self._signature, self._unpacks = step, signature_of(step), unpacks
-        self._weighed, self.metrics = weighed, EpochMetrics(reset_metrics)
+        self._weighed, self.metrics = weighed, EpochMetrics(model)
         self._totals = AllTotals()
         self._accumulating: dict[int, GradientAccumulation] = {}
         self._fused: set[int] = set()
         self._side_traces: dict[tuple[str, ...], Version | None] = {}
         self.reductions: dict[str, str] = {}
-        self.logs = Logs()
+        self.logs = Logs(sorts=model is not None)
         reporting = functools.update_wrapper(functools.partial(self._report), step, updated=())
         self.function = Function(reporting, jit_compile=jit_compile)
         self._flush = Function(_flush, jit_compile=jit_compile)
@@ -116,6 +116,21 @@ class ReportingStep:
         """
         self.metrics.continue_epoch(metrics)
         self.logs.restore(state, self._totals.restored)
+
+    @contextlib.contextmanager
+    def epoch_kept(self, *, from_logs: bool) -> Iterator[None]:
+        """A block in which another run may use the metrics, and the step itself if `from_logs`, amid an epoch."""
+        logs = self.logs.state() if from_logs else None
+        with self.metrics.kept():
+            yield
+        if logs is not None:
+            self.continue_epoch(logs, ())
+
+    def results(self) -> dict[str, Value]:
+        """The reported values, which the model's metrics show from now on too."""
+        values = self.logs.reported()
+        self.metrics.show(self.logs, values)
+        return values
 
     def end_epoch(self) -> None:
         """Updates from accumulated gradients that wait for more: no more come in this epoch."""

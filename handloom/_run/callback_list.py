@@ -13,8 +13,8 @@ _HOOKS = [name for name in vars(keras.callbacks.Callback) if name.startswith("on
 class Callbacks:
     """Callbacks whose hooks are called only where they do something.
 
-    Every hook of `keras.callbacks.Callback` is a method here. Batch logs are a mapping that computes itself when it is
-    looked at; a callback that does not look does not wait for the device.
+    Every hook of `keras.callbacks.Callback` is a method here. At the ends of batches they get `BatchLogs`, which are
+    read when they are looked at; a callback that does not look does not wait for the device.
 
     Args:
         callbacks: `keras.callbacks.Callback` objects.

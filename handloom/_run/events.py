@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,12 @@ class Events:
                 for reader in self._readers:
                     reader.read(event)
 
-    def tick(self, logs: Mapping[str, Any]) -> None:
+    def tick(self, values: Callable[[], Mapping[str, Any]]) -> None:
         """Passes the values so far to the readers that want them now; called after each dispatch."""
         now, at, last = time.perf_counter(), self._progress, self._last_tick
         due = [reader for reader, every in self._schedules if every.due(at, now - last[id(reader)])]
         if due:
-            event = self._event("progress", {"values": dict(logs)})
+            event = self._event("progress", {"values": values()})
             for reader in due:
                 last[id(reader)] = now
                 reader.read(event)

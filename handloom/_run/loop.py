@@ -16,7 +16,9 @@ import optree
 
 from handloom._data.feed import Feed
 from handloom._keras import keras
+from handloom._reporting.batch_logs import call_with_logs
 from handloom._reporting.logs import Value
+from handloom._reporting.nested import in_progress
 from handloom._reporting.step import ReportingStep
 from handloom._run.callback_list import Callbacks, as_list
 from handloom._run.callback_model import callback_model
@@ -35,8 +37,8 @@ from handloom._util.progress import Progress
 from handloom.distribute._strategy import Strategy
 from handloom.errors import StepError
 
-AfterStep: TypeAlias = Callable[[Mapping[str, Any]], None]
-"""A function that is called after each step of an evaluation or prediction, with the logs."""
+AfterStep: TypeAlias = Callable[[Callable[[], Mapping[str, Any]]], None]
+"""A function that is called after each step of an evaluation or prediction, with one that reads the values so far."""
 
 
 def fit(
@@ -151,7 +153,7 @@ def train(run: Run, finish: Callable[[], None] = lambda: None) -> keras.callback
                     interrupts.release()
                 progress.advance(steps)
                 if batch_ends:
-                    batch_ends(progress.batch - 1, logs)
+                    call_with_logs(batch_ends, progress.batch - 1, logs)
                 if run.acts_within_epochs:
                     run.after_steps()
                 if run.model.stop_training:
@@ -167,15 +169,18 @@ def evaluate(
     """The loop of an evaluation: one pass over the data, or the given number of steps; returns the reported values."""
     callbacks.model.stop_evaluating = False
     step.start_epoch()
-    callbacks.on_test_begin({})
-    for index, batch in enumerate(limited(feed, steps or None)):
-        callbacks.on_test_batch_begin(index, {})
-        step.take(batch)
-        callbacks.on_test_batch_end(index, step.logs)
-        after_step(step.logs)
-        if callbacks.model.stop_evaluating:
-            break
-    results = step.logs.reported()
+    batch_ends = callbacks.handled("on_test_batch_end")
+    with in_progress(step):
+        callbacks.on_test_begin({})
+        for index, batch in enumerate(limited(feed, steps or None)):
+            callbacks.on_test_batch_begin(index, {})
+            step.take(batch)
+            if batch_ends:
+                call_with_logs(batch_ends, index, step.logs)
+            after_step(step.logs.reported)
+            if callbacks.model.stop_evaluating:
+                break
+    results = step.results()
     callbacks.on_test_end(results)
     return results
 
@@ -190,7 +195,7 @@ def predict(step: Function, feed: Feed, callbacks: Callbacks, after_step: AfterS
         output = step(batch)
         outputs.append(optree.tree_map(keras.ops.convert_to_numpy, output))
         callbacks.on_predict_batch_end(index, {"outputs": output})
-        after_step({})
+        after_step(dict)
         if callbacks.model.stop_predicting:
             break
     callbacks.on_predict_end({})
@@ -206,10 +211,10 @@ def standalone(
     chosen, progress = as_list(callbacks), Progress()
     events = Events(chosen, verbose, progress, None)
 
-    def after_step(logs: Mapping[str, Any]) -> None:
+    def after_step(values: Callable[[], Mapping[str, Any]]) -> None:
         progress.advance()
         if events.wants_progress:
-            events.tick(logs)
+            events.tick(values)
 
     hooks = Callbacks(chosen, model, {"epochs": 1, "steps": steps, "verbose": verbose})
     with contextlib.closing(hooks), contextlib.closing(events), given.added(events.finding):

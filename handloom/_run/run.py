@@ -10,6 +10,7 @@ import optree
 from handloom._data.feed import Feed
 from handloom._keras import Variable, global_seed_generator, keras, take_initial_epoch
 from handloom._reporting.logs import Value
+from handloom._reporting.nested import in_progress, outer_epochs_kept
 from handloom._reporting.step import ReportingStep
 from handloom._run.callback_list import Callbacks, as_list, by_name
 from handloom._run.events import Events
@@ -117,6 +118,8 @@ class Run:
             opened.callback(self.events.close)
             opened.callback(self.callbacks.close)
             opened.enter_context(self.strategy.scope())
+            opened.enter_context(outer_epochs_kept(self.step))
+            opened.enter_context(in_progress(self.step))
             opened.enter_context(given.added(self.events.finding))
             opened.enter_context(traced.added(self.events.trace))
             opened.push(self._end_events)  # After the last checkpoint, the event of which comes first.
@@ -176,7 +179,7 @@ class Run:
     def after_steps(self) -> None:
         """After each dispatch: shows progress, validates and saves, if they are due."""
         if self.events.wants_progress:
-            self.events.tick(self.step.logs)
+            self.events.tick(self.step.logs.reported)
         results = self._validations.if_due(self.progress, self.callbacks) if self._validations.triggers else {}
         if not self.model.stop_training:
             self._saving.if_due(results)
@@ -190,7 +193,7 @@ class Run:
 
     def _after_epoch(self, steps: int) -> None:
         """Validates, calls the callbacks and saves, in this order."""
-        self.results = self.step.logs.reported()
+        self.results = self.step.results()
         self.results |= self._validations.if_due(self.progress, self.callbacks)
         if self._validations.interrupted:
             self._saving.if_due({})  # Does not return: a signal asks to stop.

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from handloom._data.feed import Feed
 from handloom._keras import Variable, keras
 from handloom._reporting.logs import Value
+from handloom._reporting.metrics import copied
 from handloom._reporting.step import ReportingStep
 from handloom._run.callback_list import Callbacks
 from handloom._run.events import Events
@@ -93,8 +94,8 @@ class Validations:
 
     def _validate(self, callbacks: Callbacks) -> None:
         # Training and validation may use the same metrics.
-        restore_metrics, before = _copied(self._training.metrics.variables), random_state()
-        undo = _copied(self._validation.assigned())
+        restore_metrics, before = copied(self._training.metrics.variables), random_state()
+        undo = copied(self._validation.assigned())
         self.interrupted = False
         try:
             results = self._validation.run(callbacks, self._check_signals)
@@ -138,14 +139,3 @@ class Validations:
     def forget(self) -> None:
         """Forgets the results: a new epoch begins."""
         self._results = {}
-
-
-def _copied(variables: list[Variable]) -> Callable[[], None]:
-    """Copies the values of variables; returns a function that restores them."""
-    values = [keras.ops.copy(variable.value) for variable in variables]
-
-    def restore() -> None:
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
-
-    return restore

@@ -28,7 +28,7 @@ class Throughput(Stateful, keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._begun = self._ready = self._test_begun = time.perf_counter()
         self._first, self._steps, self._waited = 0, 0, 0.0
-        self._logs: Any = None
+        self._reported: Any = None
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._first = batch
@@ -36,7 +36,7 @@ class Throughput(Stateful, keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._steps += batch + 1 - self._first
-        self._logs = logs
+        self._reported = getattr(logs, "epoch", None)  # Keras's own loop has none.
         self._ready = time.perf_counter()
 
     def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:
@@ -51,9 +51,9 @@ class Throughput(Stateful, keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is None or not self._steps:
             return
-        compiling = getattr(self._logs, "seconds_compiling", 0.0)
+        compiling = getattr(self._reported, "seconds_compiling", 0.0)
         seconds = max(time.perf_counter() - self._begun - compiling, 1e-9)
         logs["steps_per_second"] = self._steps / seconds
-        if hasattr(self._logs, "examples"):  # Keras's own loop does not count them.
-            logs["examples_per_second"] = self._logs.examples / seconds
+        if self._reported is not None:
+            logs["examples_per_second"] = self._reported.examples / seconds
         logs["data_wait"] = min(self._waited / seconds, 1.0)

@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from tests.models import fit, functional
+from tests.models import compiled, fit, functional
 from tests.numbers import close, each_close, normal
 
 X = normal(40, 3)
@@ -248,3 +248,20 @@ def test_fit_gives_metrics_the_mask_as_evaluate_does():
     for logs in (fit(ours, TOKENS, TOKENS, batch_size=40), evaluated):
         close(logs["accuracy"], accuracy)
         close(logs["sparse_categorical_crossentropy"], crossentropy)
+
+
+def test_fit_evaluate_and_batch_logs_order_their_values_as_keras_does():
+    x, y, seen = normal(8, 3), ops.ones((8, 1)), []
+    for cls in (keras.Model, hl.Model):
+        orders = []
+
+        def note(_, logs, orders=orders):
+            orders.append(list(logs))
+
+        note_all = keras.callbacks.LambdaCallback(on_train_batch_end=note, on_epoch_end=note)
+        model = compiled(functional(cls=cls), metrics=["mse", "accuracy"], weighted_metrics=["mae"])
+        orders.append(list(fit(model, x, y, validation_data=(x, y), callbacks=[note_all])))
+        orders.append(list(model.evaluate(x, y, verbose=0, return_dict=True)))
+        seen.append(orders)
+    assert seen[1] == seen[0]
+    assert seen[1][0][:2] == ["accuracy", "loss"]

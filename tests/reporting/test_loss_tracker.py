@@ -9,7 +9,7 @@ import handloom as hl
 from handloom._reporting.loss_tracker import LossTracker, holding
 from handloom._trace.loss_weight import step_weight
 from tests.models import compiled, fit, functional
-from tests.numbers import close
+from tests.numbers import close, normal
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,24 @@ def test_loss_tracker_counts_a_smaller_last_batch_less_in_a_step_after_the_guide
     model = functional(layers.Dense(1, kernel_initializer="zeros"), inputs=1, cls=AsInTheGuides)
     compiled(model, keras.optimizers.SGD(0.0))
     close(fit(model, x, x, batch_size=4)["loss"], [np.mean(x**2)])
+
+
+def test_get_metrics_result_after_fit_evaluate_or_a_batch_has_their_last_values_as_in_keras():
+    x, y = normal(10, 3), normal(10, 1, seed=1)
+    models = [compiled(functional(cls=cls), metrics=["mae"]) for cls in (keras.Model, hl.Model)]
+    models[1].set_weights(models[0].get_weights())
+    seen = [[], []]
+    for model, results in zip(models, seen, strict=True):
+
+        def note(*_, model=model, results=results):
+            results.extend(float(value) for _, value in sorted(model.get_metrics_result().items()))
+
+        fit(model, x, y, epochs=2, batch_size=4, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=note)])
+        note()
+        fit(model, x, y, batch_size=4, validation_data=(x[:5], y[:5]))
+        note()
+        model.evaluate(x[:6], y[:6], verbose=0)
+        note()
+    close(seen[1], seen[0])
+    loss = models[1].train_on_batch(x, y)[0]
+    close(models[1].get_metrics_result()["loss"], loss)
