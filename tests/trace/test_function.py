@@ -723,6 +723,17 @@ def test_function_names_the_line_that_turns_a_tensor_into_numpy():
     assert f"{__file__}, line {to_numpy.__code__.co_firstlineno + 1}: return x + ops.conv" in str(raised.value)
 
 
+def test_function_says_where_a_value_is_read_by_numpy_and_how_to_look_at_it():
+    dense = built(layers.Dense(1))
+
+    def step(x):
+        return dense(x).numpy()
+
+    with pytest.raises(TraceError, match=r"hl\.run_eagerly\(True\).*HL1(04|26)") as raised:
+        hl.function(step)(ones(2, 3))
+    assert f"{__file__}, line {step.__code__.co_firstlineno + 1}: return dense(x).numpy()" in str(raised.value)
+
+
 # ------------------------------------------------------------------------ randomness
 
 DRAWS = {
