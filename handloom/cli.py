@@ -16,13 +16,12 @@ from types import ModuleType
 
 import click
 
-from handloom._util.backend_names import BACKENDS
+from handloom._util.backend_names import BACKENDS, OF_KERAS
 from handloom.checkpoint.retention import OF_RUN
 from handloom.errors import HandloomError, RecipeError
 
 _RECIPES = Path(__file__).parent / "recipes"
 _RECORD = "run.json"
-_OF_KERAS = "tensorflow"
 
 
 class _Group(click.Group):
@@ -155,7 +154,7 @@ def _default_backend(installed: list[str]) -> tuple[str, str]:
         configured, reason = json.loads(path.read_text(encoding="utf-8"))["backend"], f"set in {path}"
     except (OSError, ValueError, LookupError):
         # Keras writes its default into the file when it is first imported: the second run must not differ.
-        configured, reason = _OF_KERAS, "the default of Keras; choose with --backend"
+        configured, reason = OF_KERAS, "the default of Keras; choose with --backend"
     if configured in installed:
         return configured, reason
     return next(iter(installed), BACKENDS[0]), "the first that is installed; choose with --backend"
