@@ -20,6 +20,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `global_seed_generator` | it must exist before a step is traced, as any variable must |
 | `global_state` | to forget a variable whose initializer failed: it would fail again in each later scope |
 | `GLOBAL_SEED_GENERATOR` | its name: `set_random_seed` replaces the generator, compiled steps keep the old one |
+| `seed_generator` | where Keras draws default seeds from Python's random numbers: a step may, its user may not |
 | `Layer._seed_generators` | the generators of dropout and noise, to seed them for a run |
 | `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, and the result of a gradient lacks it |
 """
@@ -72,6 +73,7 @@ from keras.src.backend.common.masking import get_keras_mask as get_keras_mask  #
 from keras.src.backend.common.masking import set_keras_mask as set_keras_mask  # noqa: E402
 from keras.src.backend.common.stateless_scope import get_stateless_scope as get_stateless_scope  # noqa: E402
 from keras.src.models.functional import Functional as Functional  # noqa: E402
+from keras.src.random import seed_generator as seed_generator  # noqa: E402
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR  # noqa: E402
 from keras.src.random.seed_generator import global_seed_generator as global_seed_generator  # noqa: E402
 

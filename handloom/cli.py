@@ -16,7 +16,7 @@ from types import ModuleType
 
 import click
 
-from handloom._util.backend_names import BACKENDS
+from handloom._util.backend_names import BACKENDS, OF_KERAS
 from handloom.checkpoint.retention import OF_RUN
 from handloom.errors import HandloomError, RecipeError
 
@@ -52,7 +52,7 @@ def list_recipes() -> None:
 
 @main.command()
 @click.argument("recipe", metavar="NAME|FILE.py")
-@click.option("--backend", type=click.Choice(BACKENDS), help="Default: $KERAS_BACKEND, or an installed backend.")
+@click.option("--backend", type=click.Choice(BACKENDS), help="Default: $KERAS_BACKEND, or that of Keras.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: the number of epochs of the recipe.")
 @click.option("--run-dir", type=click.Path(file_okay=False, path_type=Path), help="Default: runs/NAME-BACKEND.")
 @click.option("--fresh", is_flag=True, help="Remove the run that is in the run directory.")
@@ -62,8 +62,8 @@ def run(recipe: str, backend: str | None, epochs: int | None, run_dir: Path | No
     Like a recipe, the file must have a function main(run_dir, epochs=...). Its result is printed.
     """
     path = _recipe_file(recipe)
-    backend = _choose_backend(backend)
-    click.echo(f"{recipe} on {backend}")
+    backend, reason = _choose_backend(backend)
+    click.echo(f"{recipe} on {backend} ({reason})")
     function = _main_of(path)  # First, so that no run is removed for a file that cannot be imported.
     run_dir = _prepared(run_dir, f"{path.stem.replace('_', '-')}-{backend}", fresh)
     started = time.perf_counter()
@@ -134,25 +134,30 @@ def _recipe_file(recipe: str) -> Path:
     return recipes[recipe]
 
 
-def _choose_backend(backend: str | None) -> str:
-    """Sets the backend for Keras, which reads it when it is first imported."""
+def _choose_backend(backend: str | None) -> tuple[str, str]:
+    """Sets the backend for Keras, which reads it when it is first imported. Returns it, and where it comes from."""
     installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
-    backend = backend or os.environ.get("KERAS_BACKEND") or _configured(installed)
+    backend, reason = (backend, "chosen by --backend") if backend else _default_backend(installed)
     os.environ["KERAS_BACKEND"] = backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Otherwise TensorFlow prints lines about the processor.
     if backend not in installed:
         importlib.import_module("handloom._keras")  # Raises the error that says what to install or choose.
-    return backend
+    return backend, reason
 
 
-def _configured(installed: list[str]) -> str:
-    """The backend that Keras is configured for, if it is installed; otherwise the first that is installed."""
-    home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
+def _default_backend(installed: list[str]) -> tuple[str, str]:
+    """The backend that Keras takes, if it is installed; otherwise the first that is."""
+    if in_environment := os.environ.get("KERAS_BACKEND"):
+        return in_environment, "set by KERAS_BACKEND"
+    path = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "keras.json"
     try:
-        configured = json.loads((home / "keras.json").read_text(encoding="utf-8")).get("backend")
-    except (OSError, ValueError):
-        configured = None
-    return next((name for name in [configured, *installed] if name in installed), BACKENDS[0])
+        configured, reason = json.loads(path.read_text(encoding="utf-8"))["backend"], f"set in {path}"
+    except (OSError, ValueError, LookupError):
+        # Keras writes its default into the file when it is first imported: the second run must not differ.
+        configured, reason = OF_KERAS, "the default of Keras; choose with --backend"
+    if configured in installed:
+        return configured, reason
+    return next(iter(installed), BACKENDS[0]), "the first that is installed; choose with --backend"
 
 
 def _prepared(run_dir: Path | None, name: str, fresh: bool) -> Path:

@@ -16,7 +16,7 @@ HandloomError
 └── RecipeError               (ValueError)    a recipe that does not exist or does not run
 
 HandloomWarning (UserWarning)
-├── RetraceWarning            one argument makes a function compile again and again
+├── RetraceWarning            an argument makes a function compile again and again
 └── FallbackWarning           a step falls back to eager execution, or to another slower way
 
 An error has a class of its own if a caller may want to catch it alone. Each class also derives from the
@@ -145,7 +145,7 @@ class HandloomWarning(_WithFinding, UserWarning):
 
 
 class RetraceWarning(HandloomWarning):
-    """A Python value that changes from call to call compiles a function again each time."""
+    """A Python value or a shape that changes from call to call compiles a function again each time."""
 
 
 class FallbackWarning(HandloomWarning):

@@ -169,14 +169,14 @@ def test_run_keeps_the_traceback_of_an_error_in_a_file():
 def test_run_trains_with_a_file_on_the_backend_at_hand():
     Path("line.py").write_text(TRAINER)
     result = run("line.py")
-    assert result.output.startswith(f"line.py on {BACKEND}\n")
+    assert result.output.startswith(f"line.py on {BACKEND} (set by KERAS_BACKEND)\n")
     assert answer(result) == "True in 3"
     assert len(epochs_in(Path("runs", f"line-{BACKEND}"))) == 3
 
 
 def test_run_trains_with_a_recipe_and_resumes_it_unless_fresh():
     output = run("wide-and-deep", "--epochs", 1, "--run-dir", "out").output
-    assert output.startswith(f"wide-and-deep on {BACKEND}\n")
+    assert output.startswith(f"wide-and-deep on {BACKEND} (")
     assert len(epochs_in(Path("out"))) == 1
     result = json.loads(Path("out", "run.json").read_text())["result"]
     assert result.startswith("Accuracy on held-out tumours: ")
@@ -204,26 +204,40 @@ def test_run_refuses_options_that_make_no_sense_with_the_usage(reporter, words):
 @pytest.mark.once
 def test_run_takes_the_backend_of_the_option_before_that_of_the_environment(reporter):
     assert answer(run(reporter, KERAS_BACKEND="torch")) == "7 epochs on torch"
-    assert answer(run(reporter, "--backend", "tensorflow", KERAS_BACKEND="torch")) == "7 epochs on tensorflow"
+    result = run(reporter, "--backend", "tensorflow", KERAS_BACKEND="torch")
+    assert answer(result) == "7 epochs on tensorflow"
+    assert result.output.startswith("reporter.py on tensorflow (chosen by --backend)\n")
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    ("configured", "expected"),
+    ("configured", "expected", "reason"),
     [
-        ('{"backend": "torch"}', "torch"),
-        ('{"backend": "tensorflow", "floatx": "float32"}', "tensorflow"),
-        ('{"backend": "openvino"}', "jax"),  # Not one of ours: the first that is installed.
-        ("{}", "jax"),
-        ("not JSON", "jax"),
-        (None, "jax"),
+        ('{"backend": "torch"}', "torch", r"set in .*keras\.json"),
+        ('{"backend": "jax", "floatx": "float32"}', "jax", r"set in .*keras\.json"),
+        ('{"backend": "openvino"}', "jax", "the first that is installed; choose with --backend"),  # Not one of ours.
+        ("{}", "tensorflow", "the default of Keras; choose with --backend"),
+        ("not JSON", "tensorflow", "the default of Keras; choose with --backend"),
+        (None, "tensorflow", "the default of Keras; choose with --backend"),
     ],
 )
-def test_run_takes_the_backend_that_keras_is_configured_for_or_the_first_installed(reporter, configured, expected):
+def test_run_takes_the_backend_that_keras_takes_and_says_why(reporter, configured, expected, reason):
     if configured is not None:
         Path("keras-home").mkdir()
         Path("keras-home", "keras.json").write_text(configured)
-    assert answer(run(reporter, KERAS_BACKEND=None)) == f"7 epochs on {expected}"
+    result = run(reporter, KERAS_BACKEND=None)
+    assert answer(result) == f"7 epochs on {expected}"
+    assert re.match(rf"reporter\.py on {expected} \({reason}\)\n", result.output)
+
+
+@pytest.mark.once
+def test_run_takes_the_same_backend_again_once_keras_has_written_its_configuration():
+    Path("train.py").write_text("import keras\ndef main(run_dir): return keras.backend.backend()\n")
+    shown = [run_without("torch,tensorflow", "train.py").stdout.splitlines() for _ in range(2)]
+    assert json.loads(Path("keras-home", "keras.json").read_text())["backend"] == "tensorflow"
+    assert [lines[:2] for lines in shown] == [
+        ["train.py on jax (the first that is installed; choose with --backend)", "jax"]
+    ] * 2
 
 
 MISSING = {  # The messages for each backend are in test_keras.py.

@@ -1,6 +1,7 @@
 """The Keras internals that Handloom uses, and the errors when Keras cannot be used."""
 
 import ast
+import random
 import re
 import subprocess
 import sys
@@ -249,3 +250,11 @@ OTHER = r"Handloom runs on jax, tensorflow, torch; Keras is set to '{0}'\. .*KER
 )
 def test_import_names_the_installed_or_supported_backends(hidden, backend, message):
     assert re.match(message.format(backend), message_without(hidden, backend))
+
+
+def test_seed_generator_draws_default_seeds_from_its_name_of_random():
+    assert _keras.seed_generator.python_random is random
+    keras.utils.set_random_seed(3)
+    seed = numpy(keras.random.SeedGenerator().state)[0]
+    keras.utils.set_random_seed(3)
+    assert seed == random.randint(1, int(1e9))

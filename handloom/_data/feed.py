@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from handloom._data.position import Position, check_state, differences
 from handloom._data.sources import Batch, source_of
+from handloom._util.arguments import one_argument_of_data
 from handloom._util.findings import warn
 from handloom.errors import ArgumentError, DataError
 
@@ -43,7 +44,7 @@ class Feed:
         kept, except that JAX makes 64-bit integers 32-bit ones, if they all fit.
 
     Raises:
-        ArgumentError: `batch_size` is not a positive whole number.
+        ArgumentError: `batch_size` is not a positive whole number; arrays are passed one by one.
         DataError: The data is empty, of unequal lengths, of an unknown kind, does not go with the options, or, when a
             batch is read, holds something that the backend cannot: text and ragged tensors need TensorFlow, sparse
             tensors TensorFlow or JAX.
@@ -52,6 +53,7 @@ class Feed:
         `for x, y in hl.Feed((images, labels), batch_size=64, shuffle=True): train_step(x, y)`
     """
 
+    @one_argument_of_data("hl.Feed", "hl.Feed((x, y))")
     def __init__(
         self,
         data: Any,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from handloom._keras import Layer, Tensor, get_keras_mask, keras, set_keras_mask
+from handloom._reporting.unused import MASK, OWN_MASK
 from handloom._trace.losses import Denominators, UncountedLosses
 from handloom._trace.observe import Observer
 from handloom.backends import backend
@@ -58,7 +59,10 @@ class StepObserver(Observer):
         for output in keras.tree.flatten(outputs):
             mask = get_keras_mask(output)
             if mask is not None:
-                set_keras_mask(output, backend.marked(mask, f"the mask of the output of {layer.name!r}"))
+                set_keras_mask(output, backend.marked(mask, f"{MASK} of the output of {layer.name!r}"))
+
+    def mask_computed(self, layer: Layer, mask: Tensor) -> Tensor:
+        return backend.marked(mask, f"{OWN_MASK} {layer.name!r}")
 
     def accumulated(self, optimizer: keras.Optimizer) -> None:
         self._accumulating[id(optimizer)] = optimizer

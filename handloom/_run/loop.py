@@ -31,6 +31,7 @@ from handloom._run.run import Run
 from handloom._run.seed import seed_run
 from handloom._run.validation import NEVER, Schedule, Validation, by_function
 from handloom._trace.function import Function
+from handloom._util.arguments import one_argument_of_data
 from handloom._util.every import Every, check_every, every
 from handloom._util.findings import given
 from handloom._util.progress import Progress
@@ -41,6 +42,7 @@ AfterStep: TypeAlias = Callable[[Callable[[], Mapping[str, Any]]], None]
 """A function that is called after each step of an evaluation or prediction, with one that reads the values so far."""
 
 
+@one_argument_of_data("hl.fit", "hl.fit(step, (x, y))")
 def fit(
     step: Callable[..., Mapping[str, Any]],
     data: Any,
@@ -108,7 +110,7 @@ def fit(
         The history: `history.history[name]` is a list with one value per epoch.
 
     Raises:
-        ArgumentError: An argument has a value that it does not take.
+        ArgumentError: An argument has a value that it does not take; arrays are passed one by one.
         StepError: The step cannot be called with a batch, or returns no dict of scalars.
         DataError: The data cannot be split into batches.
 

@@ -17,6 +17,9 @@ eagerly = _eager.here
 def run_eagerly(value: bool) -> contextlib.AbstractContextManager[None]:
     """Makes every step and compiled function run eagerly from now on, so that `print` and `pdb` work in it.
 
+    On JAX, Python cannot read values inside a differentiated function, such as that given to `hl.minimize`, in eager
+    execution either: return them with `has_aux=True`, or use `jax.debug.print`.
+
     Args:
         value: `True` to run eagerly, `False` to compile.
 

@@ -10,13 +10,20 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, cast, overload
 
-import numpy as np
-
 from handloom._keras import Tensor, Tensors, Variable, global_seed_generator
 from handloom._trace.arguments import Arguments, results
+from handloom._trace.draws import Draws
 from handloom._trace.eager import runs_eagerly
 from handloom._trace.observe import VariableUse, observing
-from handloom._trace.signature import Signature, as_text, reason_for, signature_of, static_values
+from handloom._trace.signature import (
+    Signature,
+    as_text,
+    differing_in_shapes,
+    reason_for,
+    shapes_in,
+    signature_of,
+    static_values,
+)
 from handloom._trace.structure import Structure
 from handloom._util.findings import warn
 from handloom._util.listeners import Listeners
@@ -29,7 +36,7 @@ from handloom.errors import ArgumentError, FallbackWarning, RetraceWarning, Vari
 Key: TypeAlias = Any
 """Distinguishes the versions of a function: structure, shapes and dtypes, static values."""
 
-_MANY_VALUES = 6
+_MANY_VALUES, _MANY_SHAPES = 6, 10
 
 # Tracing changes some of torch's own classes for all threads.
 _ONE_TRACE_AT_A_TIME = threading.RLock()
@@ -67,9 +74,9 @@ def function(
     """Compiles a function that may read and write any Keras variables: layers, optimizers, metrics, seeds.
 
     Tracing finds the variables. Tensors and arrays among the arguments are data: a new shape or dtype compiles a new
-    version. All other arguments are static: each distinct Python value compiles a new version, and the sixth value of
-    one argument gives a warning. Only the first call may create variables. Inside another compiled or differentiated
-    function, the function becomes a part of that.
+    version. All other arguments are static: each distinct Python value compiles a new version. The sixth value of one
+    argument gives a warning, and so does the tenth version that differs in shapes only. Only the first call may create
+    variables. Inside another compiled or differentiated function, the function becomes a part of that.
 
     Args:
         python_function: The function or method. It takes and returns tensors in any nested structure. Numbers that it
@@ -197,9 +204,11 @@ class Function:
         if runs_eagerly():
             return version
         signature = version.signature = signature_of(self.python_function, args, kwargs)
-        reason, started, drawn = reason_for(signature, self._signatures), time.perf_counter(), _draws_of_numpy()
+        reason, started = reason_for(signature, self._signatures), time.perf_counter()
+        draws = Draws(self.python_function)
         try:
-            version.compile(self.jit_compile, first=not self.traces)
+            with draws.noticed():
+                version.compile(self.jit_compile, first=not self.traces)
         except Untraceable as error:
             version.fallback_reason, version.unsaved = str(error), error.unsaved
         if not version.compiled:
@@ -211,9 +220,11 @@ class Function:
         self.traces.append(version.trace)
         traced.tell(self.__name__, version.trace)
         self._warn_of_many_values(signature)
-        if version.compiled and _draws_of_numpy() != drawn:
+        if version.compiled:
+            self._warn_of_many_shapes(signature)
+        if version.compiled and draws.sources:
             warn(
-                f"HL108: {self.__name__} drew numbers from np.random while it was compiled.",
+                f"HL108: {self.__name__} drew numbers from {' and '.join(draws.sources)} while it was compiled.",
                 "They are constants of the compiled function now, the same in each step.",
                 "Use keras.random, or draw outside of the function and pass an array.",
             )
@@ -245,6 +256,18 @@ class Function:
                     f"np.float32({name}), or keep it in a keras.Variable.",
                     category=RetraceWarning,
                 )
+
+    def _warn_of_many_shapes(self, signature: Signature) -> None:
+        alike = differing_in_shapes(signature, self._signatures)
+        if len(alike) == _MANY_SHAPES:
+            shapes = "; ".join(f"{name}: {', '.join(found)}" for name, found in shapes_in(alike).items())
+            warn(
+                f"HL129: {self.__name__} has been compiled for {_MANY_SHAPES} shapes of its arguments: {shapes}.",
+                "Each new shape compiles the function again.",
+                "Use few shapes: pad sequences to one length or a few (keras.utils.pad_sequences, buckets), and drop a "
+                "smaller last batch (hl.Feed(..., drop_remainder=True)).",
+                category=RetraceWarning,
+            )
 
 
 def _distinct(found: Iterable[dict[int, Variable]]) -> list[Variable]:
@@ -340,9 +363,11 @@ class Version:
     def _run_eagerly(self, tensors: Tensors) -> list[Tensor]:
         try:
             result = self._arguments.call(backend.with_control_flow(self._function.python_function), tensors)
-        except Exception:
+        except Exception as error:
             if self.fallback_reason:  # This error may be the reason why it could not be compiled.
                 self._function.forget(self)
+            if clear := backend.unreadable(error):
+                raise clear from error
             raise
         if self.fallback_reason and self._function.is_news(self.fallback_reason):
             warn(
@@ -352,12 +377,6 @@ class Version:
             )
         self._results = results(result)
         return [backend.detach(tensor) for tensor in self._results.tensors]
-
-
-def _draws_of_numpy() -> tuple[Any, ...]:
-    """The state of NumPy's global random numbers."""
-    _, key, position, *rest = np.random.get_state()
-    return hash(np.asarray(key).tobytes()), position, *rest
 
 
 def _created_late(name: str, created: list[Any], first: bool) -> VariableError:

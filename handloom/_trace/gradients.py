@@ -47,6 +47,7 @@ def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = Fals
     Example:
         `loss, gradients = hl.value_and_grad(lambda: loss_fn(y, model(x)), wrt=model)()`
     """
+    _check_function(fn, "hl.value_and_grad")
 
     @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -80,6 +81,7 @@ def grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = False) -> Call
     Raises:
         GradientError: As `hl.value_and_grad`.
     """
+    _check_function(fn, "hl.grad")
     both = value_and_grad(fn, wrt, has_aux=has_aux)
 
     @_named_as(fn)
@@ -104,6 +106,7 @@ def jacobian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
     Raises:
         GradientError: The value is not a floating-point tensor, or a source cannot be differentiated.
     """
+    _check_function(fn, "hl.jacobian")
 
     @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -133,6 +136,7 @@ def hessian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
     Raises:
         GradientError: As `hl.value_and_grad`.
     """
+    _check_function(fn, "hl.hessian")
 
     @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -298,8 +302,13 @@ def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
     """Runs `fn()` on shapes alone if layers in `wrt` are not built yet."""
     layers = [leaf for leaf in keras.tree.flatten(wrt) if isinstance(leaf, keras.Layer)]
     if any(not inner.built for layer in layers for inner in layers_of(layer)):
-        with building():
-            backend.create_variables(fn)
+        try:
+            with building():
+                backend.create_variables(fn)
+        except Exception:
+            # An error for want of values, after the layers: with values, the function may run.
+            if any(not inner.built for layer in layers for inner in layers_of(layer)):
+                raise
 
 
 class _Rest:
@@ -412,6 +421,15 @@ def _with_tensors(argument: Any) -> Any:
         return keras.ops.convert_to_tensor(backend.to_tensor(leaf)) if isinstance(leaf, np.ndarray) else leaf
 
     return optree.tree_map(converted, argument)
+
+
+def _check_function(fn: Any, of: str) -> None:
+    if not callable(fn):
+        raise GradientError(
+            f"HL127: {of} takes a function and returns a function; received {_described(fn)}.",
+            "A value that is computed already has no gradients.",
+            f"Compute it inside: {of}(lambda x: keras.ops.sum(x**2))(x), or {of}(lambda: loss(y, model(x)), model)().",
+        )
 
 
 def _name(fn: Callable[..., Any]) -> str:

@@ -55,6 +55,10 @@ class Observer:
     def layer_called(self, layer: Layer, outputs: Any) -> None:
         """A layer that no other layer called has returned its outputs."""
 
+    def mask_computed(self, layer: Layer, mask: Tensor) -> Tensor:
+        """The step has computed a mask by `layer.compute_mask`; returns the mask for the caller."""
+        return mask
+
     def differentiated(self, value: Tensor) -> None:
         """A value has been differentiated."""
 
@@ -232,6 +236,17 @@ def _layer_call(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _mask_computation(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_mask(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        mask = original(self, *args, **kwargs)
+        by_the_step = mask is not None and not _calls.get()
+        for observer in _observers.get() if by_the_step else ():
+            mask = observer.mask_computed(self, mask)
+        return mask
+
+    return compute_mask
+
+
 def _optimizer_apply(original: Callable[..., None]) -> Callable[..., None]:
     def apply(self: keras.Optimizer, grads: Any, trainable_variables: Any = None) -> None:
         tell("applied", self, trained_by(self) if trainable_variables is None else trainable_variables)
@@ -250,5 +265,8 @@ _PATCH = Patch(
     (keras.Layer, "add_loss", _adding_loss),
     (keras.Layer, "losses", functools.partial(_telling_before, "losses_read")),
     (keras.Layer, "__call__", _layer_call),
+    # The layers from which masks come; the others pass them on.
+    (keras.layers.Embedding, "compute_mask", _mask_computation),
+    (keras.layers.Masking, "compute_mask", _mask_computation),
     (keras.optimizers.Optimizer, "apply", _optimizer_apply),
 )

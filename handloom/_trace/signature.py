@@ -1,6 +1,7 @@
 """Signatures of compiled functions as text, and how two of them differ."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -42,6 +43,27 @@ def reason_for(signature: Signature, others: Iterable[Signature]) -> str:
 def static_values(name: str, signatures: Iterable[Signature]) -> list[str]:
     """The distinct Python values of an argument."""
     return sorted({signature[name][1:] for signature in signatures if signature.get(name, "").startswith("=")})
+
+
+def differing_in_shapes(signature: Signature, signatures: Iterable[Signature]) -> list[Signature]:
+    """The signatures that are equal to one apart from shapes; with itself, if it is among them."""
+    return [other for other in signatures if _without_shapes(other) == _without_shapes(signature)]
+
+
+def shapes_in(signatures: Sequence[Signature]) -> dict[str, list[str]]:
+    """The distinct shapes of each argument that has several, in their order."""
+    shapes = {name: [signature[name].lstrip(": ") for signature in signatures] for name in signatures[0]}
+    return {name: list(dict.fromkeys(found)) for name, found in shapes.items() if len(set(found)) > 1}
+
+
+def _without_shapes(signature: Signature) -> Signature:
+    return {
+        name: _SHAPE.sub("", description) if description.startswith(":") else description
+        for name, description in signature.items()
+    }
+
+
+_SHAPE = re.compile(r"\d+ stored|\[.*\]$")
 
 
 def _described(leaf: Any) -> str:

@@ -1,9 +1,50 @@
 """Checks of arguments."""
 
+import functools
+import inspect
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from handloom.errors import ArgumentError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_OF_FEED = ("batch_size", "shuffle", "drop_remainder")
+
+
+def one_argument_of_data(of: str, example: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes a function, whose second argument is the data, refuse calls in the manner of `keras.Model.fit`.
+
+    Args:
+        of: The name of the function.
+        example: A call with two arrays.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        taken = inspect.signature(function).parameters
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            if len(args) > 2:
+                raise ArgumentError(
+                    f"HL035: {of} takes its data as one argument and options by name; "
+                    f"received {len(args) - 2} further positional argument(s).",
+                    fix=f"Pass several arrays as a tuple: {example}.",
+                )
+            for name, value in kwargs.items():
+                if name in _OF_FEED and name not in taken:
+                    raise ArgumentError(
+                        f"HL036: {of} has no argument {name}.",
+                        "Batches are made by a feed.",
+                        f"Pass one as the data: hl.Feed((x, y), {name}={value!r}).",
+                    )
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def whole_number(of: str, *, least: Any = 1, **argument: Any) -> int:

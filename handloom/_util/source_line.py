@@ -23,7 +23,7 @@ def frames_of(error: BaseException) -> Frames:
 
 def place_in(frames: Frames) -> tuple[str, int] | None:
     """The innermost line of the user's code; `None` if there is none."""
-    found = [(file, line) for file, line in frames if _is_users(file)]
+    found = [(file, line) for file, line in frames if is_users(file)]
     return found[-1] if found else None
 
 
@@ -40,7 +40,7 @@ def users_frame() -> FrameType:
     # Without the frame of this call: a frame whose variables refer to itself would keep all it holds alive.
     frames = [frame for frame, _ in traceback.walk_stack(inspect.currentframe())][1:]
     foreign = [frame for frame in frames if not (_is_ours(frame.f_code.co_filename) or _is_generated(frame))]
-    users = [frame for frame in foreign if _is_users(frame.f_code.co_filename)]
+    users = [frame for frame in foreign if is_users(frame.f_code.co_filename)]
     return (users or foreign or frames[-1:])[0]
 
 
@@ -54,5 +54,6 @@ def _is_generated(frame: FrameType) -> bool:
     return frame.f_code.co_filename == "<string>" and name.startswith(f"{__package__.partition('.')[0]}.")
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
+    """Whether a file is the user's: neither Handloom's nor of an installed library."""
     return not _is_ours(file) and not file.startswith(_LIBRARIES)

@@ -19,6 +19,7 @@ from handloom._keras import Gradients, Tensor, Tensors, Variables, keras
 from handloom._util.switch import Switch
 from handloom.backends.program import Program, Seen, Step
 from handloom.backends.trace_errors import naming_what_has_no_derivative
+from handloom.errors import TraceError
 
 Derivatives = tuple[list[Tensor], list[Tensor], list[Gradients]]
 
@@ -195,6 +196,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         """An identity operation that can be found by name in the traced program."""
+
+    def unreadable(self, error: Exception) -> TraceError | None:
+        """A clear error for one by which a step fails in eager execution because NumPy cannot read a tensor."""
+        return None
 
     @abc.abstractmethod
     def create_variables(self, fn: Callable[[], Any]) -> None:

@@ -32,9 +32,14 @@ class Dependencies:
                 self._next.setdefault(name, set()).update(_first_marks(node, names, following, is_end))
 
     @property
+    def marks(self) -> list[str]:
+        """All marks."""
+        return [name for name in self._next if name != _INPUT]
+
+    @property
     def unused(self) -> list[str]:
         """The marks on which no result and no write of the program depends."""
-        return [name for name in self._next if name != _INPUT and _END not in self._reached_from(name)]
+        return [name for name in self.marks if _END not in self._reached_from(name)]
 
     def depend_on(self, earlier: Iterable[str]) -> set[str]:
         """The marks that depend on one of these."""

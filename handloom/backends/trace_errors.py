@@ -18,8 +18,35 @@ def needs_a_value(frames: Frames) -> TraceError:
         f"HL104: A compiled step uses the value of a tensor in Python ({shown(place)}).",
         "Tensors have no values while a step is compiled.",
         "Use operations instead: keras.ops.cond or keras.ops.where for a branch, keras.ops.while_loop or "
-        "keras.ops.fori_loop for a loop, keras.ops.cast for a conversion, keras.ops.shape for a size. To debug, run "
-        "the step eagerly: hl.run_eagerly(True).",
+        "keras.ops.fori_loop for a loop, keras.ops.cast for a conversion, keras.ops.shape for a size. To look at a "
+        "value, return it from the step, or run the step eagerly: hl.run_eagerly(True).",
+        at=place,
+    )
+
+
+def read_while_differentiated(frames: Frames, backend: str) -> TraceError:
+    """The error for the same in a differentiated function, on a backend that has no values there."""
+    place = place_in(frames)
+    return TraceError(
+        f"HL128: A differentiated function uses the value of a tensor in Python ({shown(place)}).",
+        f"On {backend}, tensors have no values in it, not even in eager execution.",
+        'To look at a value, return it (has_aux=True), or print it with jax.debug.print("{}", x). To compute with it, '
+        "use operations: keras.ops.cond or keras.ops.where for a branch, keras.ops.while_loop or keras.ops.fori_loop "
+        "for a loop, keras.ops.cast for a conversion, keras.ops.shape for a size. What only gathers data, such as an "
+        "episode, belongs before the call of minimize() or value_and_grad().",
+        at=place,
+    )
+
+
+def read_by_numpy(frames: Frames) -> TraceError:
+    """The error for a tensor of PyTorch that NumPy cannot read."""
+    place = place_in(frames)
+    return TraceError(
+        f"HL126: NumPy needs the value of a tensor that is part of a gradient ({shown(place)}).",
+        "NumPy computes no gradients, and a compiled step has no values.",
+        "In arithmetic with tensors, convert the NumPy array first: y = keras.ops.convert_to_tensor(y); arguments of "
+        "hl.function are converted. To look at a value, return it, or run the step eagerly, with "
+        "hl.run_eagerly(True), and call keras.ops.convert_to_numpy(x).",
         at=place,
     )
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 import handloom as hl
-from handloom.errors import DataError
+from handloom.errors import ArgumentError, DataError
 from tests.data.sources.kinds import ALL, Batches, as_numbers, batches, read
 from tests.numbered import Numbered, Processes, X, Y
 from tests.numbers import close, numpy, same
@@ -463,3 +463,8 @@ def test_feed_refuses_options_for_arrays_with_a_source_of_batches(make, name, op
     for option in options:
         with pytest.raises(DataError, match=f"{option} is for arrays; {name} gives batches already.*HL417"):
             hl.Feed(make(), **{option: 4 if option == "batch_size" else True})
+
+
+def test_feed_refuses_arrays_one_by_one_and_says_what_to_type():
+    with pytest.raises(ArgumentError, match=r"hl\.Feed takes its data as one .* hl\.Feed\(\(x, y\)\)\. \[HL035\]"):
+        hl.Feed(np.ones(4), np.ones(4), batch_size=2)

@@ -10,7 +10,7 @@ from keras import layers, ops
 import handloom as hl
 from handloom.errors import DataError, HandloomWarning
 from tests.models import compiled, fit, functional
-from tests.numbers import close, each_same, ones
+from tests.numbers import close, each_close, each_same, ones
 
 X = np.arange(24, dtype="float32").reshape(12, 2)
 Y = X.sum(axis=1, keepdims=True)
@@ -232,6 +232,48 @@ def test_fit_warns_once_of_a_mask_that_a_step_does_not_use_by_name():
 @pytest.mark.parametrize("cls", [hl.Model, Masking])
 def test_fit_does_not_warn_of_a_mask_that_a_loss_uses(cls):
     fit(masked(cls), TOKENS, TARGETS)
+
+
+class MaskingByHand(hl.Model):
+    """Masks with what `compute_mask` of its embedding returns."""
+
+    def real(self, x):
+        return ops.cast(self.layers[1].compute_mask(x), "float32")[..., None]
+
+    def train_step(self, data):
+        x, y = data
+
+        def loss():
+            real = self.real(x)
+            return ops.sum(real * (self(x) - y) ** 2) / ops.sum(real)
+
+        return {"error": self.minimize(loss)}
+
+
+class ForgettingItsMask(MaskingByHand):
+    """Computes a mask by hand, and does not use it."""
+
+    def train_step(self, data):
+        self.real(data[0])
+        return {"error": self.minimize(lambda: error(self, *data))}
+
+
+def test_fit_does_not_warn_of_a_mask_when_the_step_uses_that_of_compute_mask():
+    model = masked(MaskingByHand)
+    weights = model.get_weights()
+    history = fit(model, TOKENS, TARGETS)  # A warning would be an error.
+    reference = masked(keras.Model)  # Keras's own masked loss.
+    reference.set_weights(weights)
+    reference.compile("sgd", "mse")
+    close(history["error"], reference.fit(TOKENS, TARGETS, verbose=0).history["loss"])
+    each_close(model.get_weights(), reference.get_weights())
+
+
+def test_fit_warns_of_a_mask_of_compute_mask_that_the_step_does_not_use():
+    words = r"does not use the mask (of the output|computed by compute_mask of) .*HL252"
+    with pytest.warns(HandloomWarning, match=words) as warned:
+        fit(masked(ForgettingItsMask), TOKENS, TARGETS)
+    assert len(warned) == 2
 
 
 class Adding(layers.Layer):

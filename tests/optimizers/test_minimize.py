@@ -6,9 +6,9 @@ import pytest
 from keras import layers, ops, regularizers
 
 import handloom as hl
-from handloom.errors import GradientError, HandloomWarning, OptimizerError
+from handloom.errors import GradientError, HandloomWarning, OptimizerError, TraceError
 from tests.models import built, sequential
-from tests.numbers import close, each_close, numpy, same
+from tests.numbers import close, each_close, numpy, ones, same
 
 X = np.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.25]], "float32")
 Y = np.array([[1.0], [2.0], [-1.0]], "float32")
@@ -413,3 +413,31 @@ def test_minimize_refuses_a_loss_that_is_no_function():
     w = keras.Variable(1.0)
     with pytest.raises(GradientError, match=r"takes a function that returns the loss; received .*lambda.*HL338"):
         hl.minimize(ops.sum(w), w, SGD(0.1))
+
+
+@pytest.mark.backend("torch")
+@pytest.mark.parametrize("difference", [lambda a, b: a - b, lambda a, b: b - a, lambda a, b: a * b])
+def test_minimize_on_torch_with_a_numpy_target_outside_of_a_function_says_what_to_type(difference):
+    v = keras.Variable(ones(2))
+    y = np.zeros(2, "float32")
+    with pytest.raises(TraceError, match=r"y = keras\.ops\.convert_to_tensor\(y\).*HL126"):
+        hl.minimize(lambda: ops.sum(difference(v * 2, y)), [v], keras.optimizers.SGD(0.1))
+    same(v, ones(2))
+    hl.minimize(lambda: ops.sum(v * 2 - ops.convert_to_tensor(y)), [v], keras.optimizers.SGD(0.1))
+    close(v, [0.8, 0.8])
+
+
+@pytest.mark.backend("jax")
+@pytest.mark.parametrize("built", [False, True])
+def test_minimize_on_jax_of_an_episode_played_inside_the_loss_function_names_the_line(built):
+    policy = layers.Dense(2)
+    if built:
+        policy.build((None, 3))
+
+    def loss():
+        scores = policy(ones(1, 3))
+        reward = 1.0 if float(ops.max(scores)) > 0 else 2.0
+        return ops.sum(scores) * reward
+
+    with pytest.raises(TraceError, match=r"reward = 1\.0 if float.* episode.*before the call of minimize.*HL128"):
+        hl.minimize(loss, policy, keras.optimizers.SGD(0.1))

@@ -13,7 +13,7 @@ from keras import ops
 
 import handloom as hl
 from handloom._run.grouping import limited
-from handloom.errors import HandloomWarning, StepError
+from handloom.errors import ArgumentError, HandloomWarning, StepError
 from tests.numbers import close, each_close, numpy, ones
 
 X = np.arange(40, dtype="float32")  # In batches of 10: means 4.5, 14.5, 24.5, 34.5.
@@ -357,3 +357,16 @@ def test_fit_raises_an_exception_of_the_user_unchanged_and_keeps_whole_steps(whe
     assert caught.value.when == 5
     assert trainer.steps == steps
     assert_trains_on(trainer, eagerly)
+
+
+def test_fit_refuses_arrays_one_by_one_and_options_of_a_feed_and_says_what_to_type():
+    with pytest.raises(ArgumentError, match=r"hl\.fit takes its data as one .* hl\.fit\(step, \(x, y\)\)\. \[HL035\]"):
+        hl.fit(lambda x, y: {}, ones(4, 1), ones(4, 1))
+    for option in ({"batch_size": 32}, {"shuffle": True}, {"drop_remainder": True}):
+        [(name, value)] = option.items()
+        with pytest.raises(
+            ArgumentError, match=rf"no argument {name}\..* hl\.Feed\(\(x, y\), {name}={value}\)\. \[HL036\]"
+        ):
+            hl.fit(lambda x, y: {}, (ones(4, 1), ones(4, 1)), **option)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
+        hl.fit(lambda x: {}, ones(4, 1), epoch=3)

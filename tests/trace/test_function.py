@@ -4,6 +4,8 @@ import collections
 import contextlib
 import copy
 import functools
+import random
+import re
 
 import keras
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.errors import RetraceWarning, TraceError, VariableError
+from handloom.errors import HandloomWarning, RetraceWarning, TraceError, VariableError
 from tests.models import built
 from tests.numbers import close, numpy, ones, same
 
@@ -179,7 +181,7 @@ def test_function_counts_the_values_of_each_argument_and_no_shapes():
         add(n, 0)
         add(0, n)
     for n in range(8):
-        double(ones(n))
+        double(ones(n))  # Shapes have a limit of their own.
 
 
 def test_function_names_a_sixth_value_inside_a_structure():
@@ -188,6 +190,29 @@ def test_function_names_a_sixth_value_inside_a_structure():
         function({"rate": n})
     with pytest.warns(RetraceWarning, match=r"the argument \"config\['rate'\]\""):
         function({"rate": 5})
+
+
+def test_function_warns_at_the_tenth_shape_names_the_argument_and_only_then():
+    total = hl.function(lambda x, y, flag: ops.sum(x) + ops.sum(y))
+    for n in range(1, 10):
+        total(ones(n, 3), ones(2), flag=True)
+    total(ones(1), ones(2), flag=False)  # Not only another shape.
+    words = r"lambda> has been compiled for 10 shapes of its arguments: x: float32\[1,3\], .*, float32\[10,3\]\. Each"
+    with pytest.warns(RetraceWarning, match=rf"{words}.* pad .*drop_remainder=True.*HL129") as warned:
+        last = total(ones(10, 3), ones(2), flag=True)
+    close(last, 32)
+    assert (len(warned), warned[0].filename) == (1, __file__)
+    for n in range(11, 23):  # From here on, a warning would be an error.
+        close(total(ones(n, 3), ones(2), flag=True), 3 * n + 2)
+
+
+def test_fit_warns_of_the_tenth_shape_of_a_batch_and_not_when_it_runs_eagerly():
+    batches = lambda: (ones(n, 2) for n in range(1, 13))  # noqa: E731
+    with hl.run_eagerly(True):
+        hl.fit(lambda x: {"sum": ops.sum(x)}, batches, verbose=0)
+    with pytest.warns(RetraceWarning, match=r"10 shapes of its arguments: x: float32\[1,2\]") as warned:
+        hl.fit(lambda x: {"sum": ops.sum(x)}, batches, verbose=0)
+    assert len(warned) == 1
 
 
 # ------------------------------------------------------------------------ arguments
@@ -698,6 +723,17 @@ def test_function_names_the_line_that_turns_a_tensor_into_numpy():
     assert f"{__file__}, line {to_numpy.__code__.co_firstlineno + 1}: return x + ops.conv" in str(raised.value)
 
 
+def test_function_says_where_a_value_is_read_by_numpy_and_how_to_look_at_it():
+    dense = built(layers.Dense(1))
+
+    def step(x):
+        return dense(x).numpy()
+
+    with pytest.raises(TraceError, match=r"hl\.run_eagerly\(True\).*HL1(04|26)") as raised:
+        hl.function(step)(ones(2, 3))
+    assert f"{__file__}, line {step.__code__.co_firstlineno + 1}: return dense(x).numpy()" in str(raised.value)
+
+
 # ------------------------------------------------------------------------ randomness
 
 DRAWS = {
@@ -738,3 +774,63 @@ def test_function_draws_from_the_state_of_a_seed_generator(eagerly):
     first = [numpy(draw()), numpy(draw())]
     seed.state.assign([1, 0])
     same([draw(), draw()], first)
+
+
+class Noisy(hl.Model):
+    def __init__(self):
+        super().__init__()
+        self.rng = np.random.default_rng(0)
+
+    def train_step(self, x):
+        return {"loss": ops.sum(x) * self.rng.random()}
+
+
+def test_function_warns_of_random_numbers_that_are_constants_of_its_program():
+    rng, numbers = np.random.default_rng(0), random.Random(0)
+    sources = {
+        "random": lambda x: x * random.random(),
+        "np.random": lambda x: x * np.random.rand(),
+        "rng": lambda x: x * rng.random(),
+        "numbers": lambda x: x * numbers.random(),
+        "np.random.default_rng()": lambda x: x * np.random.default_rng().random(),
+    }
+    for name, step in sources.items():
+        with pytest.warns(HandloomWarning, match=rf"drew numbers from {re.escape(name)} while .*HL108"):
+            first = numpy((function := hl.function(step))(ONE))
+        same(function(ONE), first)
+        with hl.run_eagerly(True):
+            assert numpy(function(ONE)) != numpy(function(ONE))
+
+    def helper(x):
+        return sources["rng"](x) if x is None else x * rng.random()
+
+    for random_step in (
+        hl.grad(lambda x: x * rng.random()),
+        functools.partial(sources["rng"]),
+        lambda x: helper(x) + 0,
+    ):
+        with pytest.warns(HandloomWarning, match="drew numbers from rng while"):
+            hl.function(random_step)(ONE)
+
+
+def test_fit_warns_of_a_generator_that_is_an_attribute_of_the_model():
+    model = Noisy()
+    model.compile()
+    with pytest.warns(HandloomWarning, match=r"drew numbers from self\.rng while"):
+        model.fit(ones(2, 1), verbose=0)
+    step = lambda x: {"loss": ops.sum(x) * random.random()}  # noqa: E731
+    with pytest.warns(HandloomWarning, match="drew numbers from random while"):
+        hl.fit(step, ones(2, 1), verbose=0)
+
+
+def test_function_does_not_warn_of_the_default_seeds_of_keras_nor_of_seeded_or_untouched_generators():
+    rng = np.random.default_rng(0)
+    parts = {}
+
+    def step(x):
+        if not parts:
+            parts["layers"] = [layers.Dense(2), layers.Dropout(0.5)]
+        scale = np.random.default_rng(0).random() + (rng.random() if x is None else 0)
+        return sum(ops.sum(layer(x)) for layer in parts["layers"]) * scale
+
+    hl.function(step)(ones(2, 2))  # A warning would be an error.

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from keras import layers, ops
 
 import handloom as hl
-from handloom.errors import GradientError
+from handloom.errors import GradientError, TraceError
 from tests.models import built, functional
 from tests.numbers import close, numpy, ones, same
 
@@ -648,3 +648,67 @@ def test_grad_of_a_method():
             return self.scale * x**2
 
     close(hl.grad(Parabola().at)(2.0), 12)
+
+
+@pytest.mark.parametrize("transform", [hl.value_and_grad, hl.grad, hl.jacobian, hl.hessian])
+def test_grad_of_a_tensor_in_place_of_a_function_says_what_to_type(transform):
+    with pytest.raises(GradientError, match=rf"hl\.{transform.__name__} takes .* of shape \(2, 3\).*HL127"):
+        transform(ops.ones((2, 3)))
+
+
+READS = {
+    "float": float,
+    "format": lambda value: f"{value:.3f}",
+    "asarray": np.asarray,
+    "numpy": lambda value: value.numpy(),
+    "convert_to_numpy": ops.convert_to_numpy,
+}
+
+
+@pytest.mark.backend("jax")
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("transform", [hl.value_and_grad, hl.grad, hl.jacobian, hl.hessian])
+def test_grad_on_jax_says_that_values_cannot_be_read_inside_and_names_the_line(transform, read, eagerly):
+    def loss(x):
+        READS[read](ops.sum(x))
+        return ops.sum(x**2)
+
+    for call in (transform(loss), hl.function(transform(loss))):
+        with pytest.raises(TraceError, match=r"On JAX.*has_aux=True.*jax\.debug\.print.*HL128") as raised:
+            call(ones(3))
+        assert "run_eagerly" not in str(raised.value)
+        assert f"({__file__}, line " in str(raised.value)
+
+
+@pytest.mark.backend("torch")
+@pytest.mark.parametrize("read", ["asarray", "numpy"])
+@pytest.mark.parametrize("transform", [hl.value_and_grad, hl.grad, hl.jacobian, hl.hessian])
+def test_grad_on_torch_says_how_numpy_reads_a_value_and_names_the_line(transform, read, eagerly):
+    def loss(x):
+        value = ops.sum(x**2)
+        READS[read](value)
+        return value
+
+    for call in (transform(loss), hl.function(transform(loss))):
+        with pytest.raises(TraceError, match=r"NumPy needs .*convert_to_numpy\(x\).*HL126") as raised:
+            call(ones(3))
+        assert f"({__file__}, line " in str(raised.value)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="has no values there")
+@pytest.mark.parametrize("read", ["float", "format", "convert_to_numpy"])
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+def test_run_eagerly_reads_values_inside_a_differentiated_function_also_of_layers_not_yet_built(read):
+    dense, seen = layers.Dense(1, kernel_initializer="ones"), []
+
+    def loss(x):
+        value = ops.sum(dense(x))
+        seen.append(READS[read](value))
+        return value
+
+    with hl.run_eagerly(True):
+        value, [of_kernel, of_bias] = hl.function(lambda x: hl.value_and_grad(lambda: loss(x), dense)())(ones(2, 3))
+    assert float(seen[-1]) == 6
+    close(value, 6)
+    close(of_kernel, [[2], [2], [2]])
+    close(of_bias, [2])

@@ -5,6 +5,7 @@ that is a constant of the program; here the state of the global seed generator i
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_e
 from handloom.backends.jax.program import MARK, JaxProgram, leaked
 from handloom.backends.program import Program, Seen, Step
 from handloom.backends.scope import Scope
-from handloom.backends.trace_errors import needs_a_value, tensorflow_called
+from handloom.backends.trace_errors import needs_a_value, read_while_differentiated, tensorflow_called
 
 _unseeded_random_ops = Patch(
     (seed_generator, "jax_utils", lambda _: SimpleNamespace(is_in_jax_tracing_scope=lambda *_: False))
@@ -72,11 +73,13 @@ class JaxBackend(Backend):
     def _program(self, fn: Step, tensors: Tensors, seen: Seen, kernels: bool) -> Program | None:
         try:
             return JaxProgram(fn, tensors, self._tracing) if kernels else None
-        except _NEEDS_A_VALUE as error:
-            frames = frames_of(error)
-            raise tensorflow_called(frames, self.name) or needs_a_value(frames) from error
         except jax.errors.UnexpectedTracerError as error:
             raise leaked(shown(place_in(frames_of(error)))) from error
+        except Exception as error:
+            if not _needs_a_value(error):
+                raise
+            frames = frames_of(error)
+            raise tensorflow_called(frames, self.name) or needs_a_value(frames) from error
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
@@ -104,8 +107,14 @@ class JaxBackend(Backend):
 
     def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
         sources = Sources(tensors, variables)
-        with self._in_gradient.here(True), Scope(creates=True) as scope:
-            outputs, aux, news, rows = (gradients_of_one if scalar else rows_of_each)(fn, sources)
+        try:
+            with self._in_gradient.here(True), Scope(creates=True) as scope:
+                outputs, aux, news, rows = (gradients_of_one if scalar else rows_of_each)(fn, sources)
+        except Exception as error:
+            if not _needs_a_value(error):
+                raise
+            frames = frames_of(error)
+            raise tensorflow_called(frames, self.name) or read_while_differentiated(frames, self.title) from error
         if scope.incomplete:
             return self._derivatives(fn, tensors, variables, scalar=scalar)
         sources.write(news)
@@ -139,6 +148,15 @@ def _padded(sparse: BCOO) -> BCOO:
         data, indices = jnp.pad(data, (0, room)), jnp.concatenate([indices, outside])
     return BCOO((data, indices), shape=sparse.shape)
 
+
+def _needs_a_value(error: Exception) -> bool:
+    """Whether an error says that Python needs a value that a tensor does not have."""
+    return isinstance(error, _NEEDS_A_VALUE) or (
+        isinstance(error, (AttributeError, TypeError)) and _HAS_NO_VALUE.search(str(error)) is not None
+    )
+
+
+_HAS_NO_VALUE = re.compile(r"Tracer'?( object)? has no attribute '?numpy|unsupported format string passed to \w*Tracer")
 
 _NEEDS_A_VALUE = (
     jax.errors.ConcretizationTypeError,

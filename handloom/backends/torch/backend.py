@@ -7,6 +7,7 @@ reaches a value; `Module._modules`, where torch keeps the layers that are attrib
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from handloom.backends.scope import Scope
 from handloom.backends.torch.graph import mark
 from handloom.backends.torch.modules import modules_read_variables, parameters_made
 from handloom.backends.torch.program import NeedsValue, TorchProgram, contiguous, tracing
-from handloom.backends.trace_errors import needs_a_value, tensorflow_called
-from handloom.errors import ExportError, HandloomError
+from handloom.backends.trace_errors import needs_a_value, read_by_numpy, tensorflow_called
+from handloom.errors import ExportError, HandloomError, TraceError
 
 
 class TorchBackend(Backend):
@@ -130,6 +131,9 @@ class TorchBackend(Backend):
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         return mark(tensor, name)
 
+    def unreadable(self, error: Exception) -> TraceError | None:
+        return read_by_numpy(frames_of(error)) if _MEETS_NUMPY.search(str(error)) else None
+
     def create_variables(self, fn: Callable[[], Any]) -> None:
         already = self._in_trace.get()
         mode = disable_proxy_modes_tracing() if already else FakeTensorMode(allow_non_fake_inputs=True)
@@ -141,13 +145,25 @@ class TorchBackend(Backend):
         sources = [_copy(tensor, keep) for tensor in [*tensors, *map(current_value, variables)]]
         derivative = functools.partial(_gradient if scalar else _jacobian, keep=keep)
         with self._in_gradient.here(True), torch.enable_grad():
-            (outputs, aux), updates = _called(fn, sources, variables)
+            try:
+                (outputs, aux), updates = _called(fn, sources, variables)
+            except (RuntimeError, TypeError) as error:
+                if self._in_trace.get() or not (clear := self.unreadable(error)):
+                    raise
+                raise clear from error
             rows = [_reached(output, sources, derivative) for output in outputs]
         for variable, new in updates:
             variable.assign(new)
         if not keep:
             outputs, aux = ([tensor.detach() for tensor in found] for found in (outputs, aux))
         return outputs, aux, rows
+
+
+_MEETS_NUMPY = re.compile(
+    r"Can't call numpy\(\) on Tensor that requires grad"
+    r"|can't convert \S+ device type tensor to numpy"
+    r"|unsupported operand type\(s\) for \S+ 'numpy.ndarray' and '\w+'"
+)
 
 
 def _called(fn: Outputs, values: Tensors, variables: Sequence[Variable]) -> tuple[Any, list[tuple[Variable, Tensor]]]:
