@@ -1,10 +1,11 @@
 """`hl.Model`: a Keras model that trains with Handloom's loop, whatever its step does."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from handloom._data.class_weight import ClassWeight
 from handloom._keras import Functional, Tensor, default_loss, in_keras_order, keras, set_loss_tracker
 from handloom._model.compiled_optimizer import attach, build_optimizer, compiled_optimizer, finish_training, prepared
 from handloom._model.data import model_feed, unpacked
@@ -63,7 +64,7 @@ class Model(keras.Model):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Model":
-        sequential = is_list_of_layers(args) and cls.__init__ is Model.__init__
+        sequential = is_list_of_layers(args, kwargs) and cls.__init__ is Model.__init__
         return cast(Model, super().__new__(variant(cls, keras.Sequential) if sequential else cls, *args, **kwargs))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -72,7 +73,7 @@ class Model(keras.Model):
             # Not `setattr`: Keras inspects each attribute that is set, and is not ready yet. Nor Keras's own way, which
             # changes the bases of every class between this class and keras.Model, for all their subclasses.
             object.__setattr__(self, "__class__", variant(type(self), Functional))
-        elif is_list_of_layers(args) and not isinstance(self, keras.Sequential):
+        elif is_list_of_layers(args, kwargs) and not isinstance(self, keras.Sequential):
             raise ArgumentError(
                 f"HL032: The constructor of {type(self).__name__} passes a list of layers to hl.Model.",
                 fix=f"To give a sequential model its own constructor: class {type(self).__name__}(hl.Sequential).",
@@ -193,6 +194,8 @@ class Model(keras.Model):
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Tensor:
         """Returns the compiled loss plus regularization and the losses that layers add."""
+        if isinstance(y_pred, (list, tuple)) and isinstance(sample_weight, dict):  # Keras does so with `y` only.
+            sample_weight = [sample_weight.get(name) for name in self.output_names]
         denominators = Denominators()
         with observing(denominators):
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -245,7 +248,7 @@ class Model(keras.Model):
         validation_split: float = 0.0,
         validation_data: Any = None,
         shuffle: bool = True,
-        class_weight: Mapping[int, float] | None = None,
+        class_weight: ClassWeight | None = None,
         sample_weight: Any = None,
         initial_epoch: int = 0,
         steps_per_epoch: int | None = None,
@@ -275,7 +278,8 @@ class Model(keras.Model):
             validation_split: Fraction of the arrays, at their end, to validate on instead of train on.
             validation_data: `(x, y)`, `(x, y, sample_weight)`, or a source of batches.
             shuffle: Whether to draw a new order in each epoch, for arrays and `PyDataset`s.
-            class_weight: Weights of examples, by class.
+            class_weight: Weights of examples, by class; for several outputs by name and class:
+                `{"a": {0: 1.0, 1: 2.0}}`.
             sample_weight: Weights of examples.
             initial_epoch: The epoch to start at.
             steps_per_epoch: Number of steps in an epoch. By default, one pass over the data.
