@@ -90,6 +90,13 @@ def unpacked(data: Any) -> Parts:
     return cast(Parts, keras.utils.unpack_x_y_sample_weight(data))
 
 
+def in_order_of_outputs(model: keras.Model, y_pred: Any, sample_weight: Any) -> Any:
+    """Sample weights by name in the order of the outputs, if these have one; Keras does the same with targets only."""
+    if isinstance(y_pred, (list, tuple)) and isinstance(sample_weight, dict):
+        return [sample_weight.get(name) for name in model.output_names]
+    return sample_weight
+
+
 def _weights_by_class(y: Any, sample_weight: Any, class_weight: ClassWeight, outputs: Sequence[str]) -> Any:
     """Sample weights that weigh each example by its class."""
     if sample_weight is not None:

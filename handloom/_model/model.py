@@ -8,7 +8,7 @@ from typing import Any, cast
 from handloom._data.class_weight import ClassWeight
 from handloom._keras import Functional, Tensor, default_loss, in_keras_order, keras, set_loss_tracker
 from handloom._model.compiled_optimizer import attach, build_optimizer, compiled_optimizer, finish_training, prepared
-from handloom._model.data import model_feed, unpacked
+from handloom._model.data import in_order_of_outputs, model_feed, unpacked
 from handloom._model.explain import Explanation, explain, shown
 from handloom._model.export import export
 from handloom._model.on_batch import predict_on_batch, test_on_batch, train_on_batch
@@ -17,8 +17,10 @@ from handloom._model.takes_weights import takes_weights
 from handloom._model.unknown_classes import naming_unknown_classes
 from handloom._model.validation_split import split
 from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, register_as_its_class, variant
+from handloom._model.weights import load_weights, save_weights
 from handloom._reporting.loss_tracker import LossTracker, holding
 from handloom._run import loop
+from handloom._run.grouping import limited_steps
 from handloom._run.options import RunOptions
 from handloom._run.run import Run
 from handloom._run.seed import seed_run
@@ -194,8 +196,7 @@ class Model(keras.Model):
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Tensor:
         """Returns the compiled loss plus regularization and the losses that layers add."""
-        if isinstance(y_pred, (list, tuple)) and isinstance(sample_weight, dict):  # Keras does so with `y` only.
-            sample_weight = [sample_weight.get(name) for name in self.output_names]
+        sample_weight = in_order_of_outputs(self, y_pred, sample_weight)
         denominators = Denominators()
         with observing(denominators):
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -225,8 +226,10 @@ class Model(keras.Model):
 
         Raises:
             OptimizerError: There is no optimizer, or none that owns these variables.
-            GradientError: As for `hl.minimize`.
+            GradientError: As for `hl.minimize`; but for a whole model without trainable variables a warning.
         """
+        if wrt is None and self._steps.train_nothing(loss_fn):
+            return loss_fn()
         wrt = self if wrt is None else wrt
         if optimizer is None:
             optimizer = compiled_optimizer(self)
@@ -268,7 +271,7 @@ class Model(keras.Model):
         """Trains the model, with Keras's arguments and their meaning.
 
         Args:
-            x: Inputs, or a source of batches, as `hl.Feed` takes it.
+            x: Inputs, or a source of batches, as `hl.Feed` takes it. If a generator is used up, see `hl.fit`.
             y: Targets, unless `x` gives them.
             batch_size: Number of examples in a batch, for arrays. By default, 32.
             epochs: The epoch to stop at, counted from 0 and not from `initial_epoch`.
@@ -278,8 +281,7 @@ class Model(keras.Model):
             validation_split: Fraction of the arrays, at their end, to validate on instead of train on.
             validation_data: `(x, y)`, `(x, y, sample_weight)`, or a source of batches.
             shuffle: Whether to draw a new order in each epoch, for arrays and `PyDataset`s.
-            class_weight: Weights of examples, by class; for several outputs by name and class:
-                `{"a": {0: 1.0, 1: 2.0}}`.
+            class_weight: Weights of examples, by class; for several outputs by name: `{"a": {0: 1.0}, "b": {3: 2.0}}`.
             sample_weight: Weights of examples.
             initial_epoch: The epoch to start at.
             steps_per_epoch: Number of steps in an epoch. By default, one pass over the data.
@@ -359,6 +361,7 @@ class Model(keras.Model):
         self._check_compiled("evaluate", "test_step")
         weighed = takes_weights(self, "test_step", sample_weight)
         feed = model_feed(self, (x, y, sample_weight), weighed, batch_size)
+        steps = limited_steps(steps, feed.length)
         around = loop.standalone("evaluate", self, callbacks, verbose, steps or feed.length)
         with self._steps.running(), _weights(self, weights), around as (hooks, after_step, events):
             results = loop.evaluate(self._steps.reporting("test_step", weighed), feed, hooks, after_step, steps)
@@ -380,6 +383,7 @@ class Model(keras.Model):
             The outputs as NumPy arrays in their structure, with the batches concatenated along the first axis.
         """
         feed = model_feed(self, (x, None, None), False, batch_size, labels=False)
+        steps = limited_steps(steps, feed.length)
         around = loop.standalone("predict", self, callbacks, verbose, steps or feed.length)
         with self._steps.running(), _weights(self, weights), around as (hooks, after_step, _):
             return loop.predict(self._steps.prediction, feed, hooks, after_step, steps)
@@ -407,6 +411,8 @@ class Model(keras.Model):
     train_on_batch = train_on_batch
     test_on_batch = test_on_batch
     predict_on_batch = predict_on_batch
+    save_weights = save_weights
+    load_weights = load_weights
     export = export
 
 
