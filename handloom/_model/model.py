@@ -17,7 +17,7 @@ from handloom._model.takes_weights import takes_weights
 from handloom._model.unknown_classes import naming_unknown_classes
 from handloom._model.validation_split import split
 from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, register_as_its_class, variant
-from handloom._model.weights import load_weights, save_weights
+from handloom._model.weights import load_weights, save, save_weights
 from handloom._reporting.loss_tracker import LossTracker, holding
 from handloom._run import loop
 from handloom._run.grouping import limited_steps
@@ -411,6 +411,7 @@ class Model(keras.Model):
     train_on_batch = train_on_batch
     test_on_batch = test_on_batch
     predict_on_batch = predict_on_batch
+    save = save
     save_weights = save_weights
     load_weights = load_weights
     export = export

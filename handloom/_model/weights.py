@@ -1,10 +1,20 @@
-"""The methods of `hl.Model` that save and load weights, also of a model that is never called itself."""
+"""The methods of `hl.Model` that save it and its weights, and load weights."""
 
+import json
 from typing import Any
+
+import h5py
 
 from handloom._keras import keras, layers_of, mark_built
 from handloom._util.first_few import first_few
 from handloom.errors import SavedModelError
+
+
+def save(self: keras.Model, filepath: Any, *args: Any, **kwargs: Any) -> None:
+    """Saves the model, with the arguments of `keras.Model.save`."""
+    keras.Model.save(self, filepath, *args, **kwargs)
+    if str(filepath).endswith((".h5", ".hdf5")):
+        _write_registered_name(self, filepath)
 
 
 def save_weights(self: keras.Model, filepath: Any, *args: Any, **kwargs: Any) -> None:
@@ -25,6 +35,15 @@ def load_weights(self: keras.Model, filepath: Any, *args: Any, **kwargs: Any) ->
     """
     _check_built(self)
     keras.Model.load_weights(self, filepath, *args, **kwargs)
+
+
+def _write_registered_name(model: keras.Model, filepath: Any) -> None:
+    """Keras writes the bare name of the class into this format, and would load Keras's own class of that name."""
+    name = keras.saving.get_registered_name(type(model))
+    if ">" in name:
+        with h5py.File(filepath, "r+") as file:
+            config = json.loads(file.attrs["model_config"]) | {"class_name": name}
+            file.attrs["model_config"] = json.dumps(config).encode()
 
 
 def _check_built(model: keras.Model) -> None:
