@@ -28,7 +28,7 @@ def takes_weights(model: keras.Model, name: str, *given: Any) -> bool:
         if step.__module__.startswith("handloom."):
             return True
         names = _names_in(step)
-        called = [getattr(model, each, None) or step.__globals__.get(each) for each in names]
+        called = [getattr(model, each, step.__globals__.get(each)) for each in names]
         if names & {_UNPACK, "sample_weight"} or any(_UNPACK in _names_in(_function(each)) for each in called):
             return True
         if name not in names:
