@@ -202,3 +202,12 @@ def take_initial_epoch(model: Any) -> int:
 def layers_of(layer: Layer) -> Iterator[Layer]:
     """A layer and all layers inside it, at any depth."""
     yield from layer._flatten_layers()
+
+
+def mark_built(model: Any) -> None:
+    """Marks a model as built if all layers inside it are. Keras does so only when the model itself is called.
+
+    A model with a `build` of its own is left to it.
+    """
+    if isinstance(model, keras.Model) and not model.built and type(model).build is keras.Model.build:
+        model.built = bool(model.variables) and all(layer.built for layer in layers_of(model) if layer is not model)

@@ -1,18 +1,55 @@
 """Class labels: sample weights by class, and the check that all labels are among the classes."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
 
 import numpy as np
+import optree
 
 from handloom._data.sources import on_host
 from handloom._interop.tensors import kind_of
 from handloom._keras import keras
 from handloom.errors import DataError
 
+ClassWeight: TypeAlias = Mapping[int, float] | Mapping[str, Mapping[int, float]]
+"""Weights by class, or by the name of an output and by class."""
 
-def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray:
+
+def class_weights(y: Any, class_weight: ClassWeight, outputs: Sequence[str] = ()) -> Any:
+    """The sample weights that weigh each example by its class.
+
+    Args:
+        y: The labels of one output; or of several, by name, or in the order of `outputs`.
+        class_weight: Weights by class; for several outputs by name and class. 1 for classes and outputs not listed.
+        outputs: The names of the outputs of the model, as far as it has names for them.
+
+    Returns:
+        Weights of shape `(examples,)`; for several outputs in the structure of `y`.
+
+    Raises:
+        DataError: The outputs have no labels or other names, or a weight is negative or not finite.
+    """
+    if not class_weight or not all(isinstance(weights, Mapping) for weights in class_weight.values()):
+        return _weights_of_one(y, class_weight)
+    names = list(y) if isinstance(y, Mapping) else list(outputs) if isinstance(y, (list, tuple)) else []
+    if not names or len(y) != len(names) or not set(class_weight) <= set(names):
+        raise DataError(
+            f"HL441: class_weight is given for the outputs {list(class_weight)}; y has the labels of "
+            f"{names or 'outputs without names'}.",
+            fix="Pass y as a dict with the same names; for a single output, class_weight={class: weight}.",
+        )
+
+    def weights(path: tuple[Any, ...], labels: Any) -> np.ndarray:
+        name = path[0] if isinstance(y, Mapping) else names[path[0]]
+        if name in class_weight:
+            return _weights_of_one(labels, cast(Any, class_weight)[name])
+        return np.ones(len(labels), dtype=keras.config.floatx())
+
+    return optree.tree_map_with_path(weights, y)
+
+
+def _weights_of_one(y: Any, class_weight: Mapping[Any, Any]) -> np.ndarray:
     """The weight of each example, by its class; 1 for a class that is not listed.
 
     Args:
@@ -29,7 +66,10 @@ def class_weights(y: Any, class_weight: Mapping[int, float]) -> np.ndarray:
     if wrong:
         raise DataError(f"HL401: class_weight takes finite numbers, 0 or more; received {wrong}.")
     if not _is_one_array(y):
-        raise DataError("HL402: class_weight needs labels of one output as y.", fix="Pass sample_weight instead.")
+        raise DataError(
+            "HL402: class_weight needs labels of one output as y.",
+            fix="For several outputs, pass weights for each by its name: class_weight={'output': {0: 1.0, 1: 2.0}}.",
+        )
     labels = on_host(y)
     if labels.ndim > 1:
         labels = labels[..., 0] if labels.shape[-1] == 1 else labels.argmax(-1)

@@ -156,6 +156,11 @@ class Feed:
         return differences(state.get("data", {}), self._source.fingerprint())
 
     @property
+    def repeatable(self) -> bool:
+        """Whether there can be more than one pass. A generator gives one."""
+        return self._source.repeatable
+
+    @property
     def name(self) -> str:
         """The kind of data, in words."""
         return self._source.name

@@ -1,10 +1,10 @@
 """Data as `keras.Model.fit` takes it: `x`, `y` and `sample_weight` apart, or a source that gives all of them."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
-from handloom._data.class_weight import class_weights, label_check
+from handloom._data.class_weight import ClassWeight, class_weights, label_check
 from handloom._data.feed import Feed
 from handloom._data.sample_weight import check_weights, weights_in, weights_in_batch
 from handloom._data.sources import is_arrays
@@ -22,7 +22,7 @@ def model_feed(
     batch_size: int | None = None,
     *,
     shuffle: bool = False,
-    class_weight: Mapping[int, float] | None = None,
+    class_weight: ClassWeight | None = None,
     labels: bool = True,
     training: bool = False,
 ) -> Feed:
@@ -34,7 +34,7 @@ def model_feed(
         weighed: Whether the third part of a batch is sample weights.
         batch_size: For arrays.
         shuffle: For arrays and `PyDataset`s; other sources have an order of their own.
-        class_weight: Weights of examples, by class.
+        class_weight: Weights of examples, by class; for several outputs by name and class.
         labels: Whether to check the labels.
         training: Whether the model is trained on the feed.
 
@@ -43,13 +43,14 @@ def model_feed(
             batches are read for training, if the weights of a batch sum to zero.
     """
     x, y, sample_weight = parts
+    outputs = getattr(model, "output_names", None) or ()
     if is_arrays(parts):
         if class_weight is not None:
-            sample_weight = _weights_by_class(y, sample_weight, class_weight)
+            sample_weight = _weights_by_class(y, sample_weight, class_weight, outputs)
         feed = Feed(packed((x, y, sample_weight)), batch_size=batch_size, shuffle=shuffle, seed=None if shuffle else 0)
         weights = weights_in(y, sample_weight)
     else:
-        feed = _source_feed(parts, shuffle, class_weight)
+        feed = _source_feed(parts, shuffle, class_weight, outputs)
         weights = weights_in_batch(feed.whole) if weighed else []
     check = label_check(model) if labels else None
     if feed.whole is None:
@@ -63,7 +64,7 @@ def model_feed(
     return feed
 
 
-def _source_feed(parts: Parts, shuffle: bool, class_weight: Mapping[int, float] | None) -> Feed:
+def _source_feed(parts: Parts, shuffle: bool, class_weight: ClassWeight | None, outputs: Sequence[str]) -> Feed:
     x, y, sample_weight = parts
     if isinstance(x, Feed) and class_weight is not None:
         raise DataError(
@@ -75,7 +76,7 @@ def _source_feed(parts: Parts, shuffle: bool, class_weight: Mapping[int, float] 
     if y is not None or sample_weight is not None:
         raise _not_together(x, y, sample_weight)
     if class_weight is not None:
-        feed.prepare(functools.partial(_with_class_weight, class_weight))
+        feed.prepare(functools.partial(_with_class_weight, class_weight, outputs))
     return feed
 
 
@@ -89,14 +90,21 @@ def unpacked(data: Any) -> Parts:
     return cast(Parts, keras.utils.unpack_x_y_sample_weight(data))
 
 
-def _weights_by_class(y: Any, sample_weight: Any, class_weight: Mapping[int, float]) -> Any:
+def in_order_of_outputs(model: keras.Model, y_pred: Any, sample_weight: Any) -> Any:
+    """Sample weights by name in the order of the outputs, if these have one; Keras does the same with targets only."""
+    if isinstance(y_pred, (list, tuple)) and isinstance(sample_weight, dict):
+        return [sample_weight.get(name) for name in model.output_names]
+    return sample_weight
+
+
+def _weights_by_class(y: Any, sample_weight: Any, class_weight: ClassWeight, outputs: Sequence[str]) -> Any:
     """Sample weights that weigh each example by its class."""
     if sample_weight is not None:
         raise DataError(
             "HL439: Both class_weight and sample_weight were given.",
             fix="Pass one of them. For both, multiply the class weights into sample_weight.",
         )
-    return class_weights(y, class_weight)
+    return class_weights(y, class_weight, outputs)
 
 
 def _not_together(x: Any, y: Any, sample_weight: Any) -> DataError:
@@ -112,11 +120,11 @@ def _not_together(x: Any, y: Any, sample_weight: Any) -> DataError:
     )
 
 
-def _with_class_weight(class_weight: Mapping[int, float], batch: Any) -> Parts:
+def _with_class_weight(class_weight: ClassWeight, outputs: Sequence[str], batch: Any) -> Parts:
     if _inputs_and_labels(batch, weighed=True)[1] is None:
         raise DataError("HL440: class_weight needs labels; a batch has none.", fix="Give batches of the form (x, y).")
     x, y, sample_weight = unpacked(batch)
-    return x, y, _weights_by_class(y, sample_weight, class_weight)
+    return x, y, _weights_by_class(y, sample_weight, class_weight, outputs)
 
 
 def _check_batch(check: Callable[[Any, Any], None] | None, batch: Any, *, weighed: bool, training: bool) -> None:

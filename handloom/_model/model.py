@@ -1,13 +1,14 @@
 """`hl.Model`: a Keras model that trains with Handloom's loop, whatever its step does."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from handloom._data.class_weight import ClassWeight
 from handloom._keras import Functional, Tensor, default_loss, in_keras_order, keras, set_loss_tracker
 from handloom._model.compiled_optimizer import attach, build_optimizer, compiled_optimizer, finish_training, prepared
-from handloom._model.data import model_feed, unpacked
+from handloom._model.data import in_order_of_outputs, model_feed, unpacked
 from handloom._model.explain import Explanation, explain, shown
 from handloom._model.export import export
 from handloom._model.on_batch import predict_on_batch, test_on_batch, train_on_batch
@@ -16,9 +17,11 @@ from handloom._model.takes_weights import takes_weights
 from handloom._model.unknown_classes import naming_unknown_classes
 from handloom._model.validation_split import split
 from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, register_as_its_class, variant
+from handloom._model.weights import load_weights, save, save_weights
 from handloom._reporting.loss_tracker import LossTracker, holding
 from handloom._reporting.nested import outer_epochs_kept
 from handloom._run import loop
+from handloom._run.grouping import limited_steps
 from handloom._run.options import RunOptions
 from handloom._run.run import Run
 from handloom._run.seed import seed_run
@@ -64,7 +67,7 @@ class Model(keras.Model):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Model":
-        sequential = is_list_of_layers(args) and cls.__init__ is Model.__init__
+        sequential = is_list_of_layers(args, kwargs) and cls.__init__ is Model.__init__
         return cast(Model, super().__new__(variant(cls, keras.Sequential) if sequential else cls, *args, **kwargs))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,7 +76,7 @@ class Model(keras.Model):
             # Not `setattr`: Keras inspects each attribute that is set, and is not ready yet. Nor Keras's own way, which
             # changes the bases of every class between this class and keras.Model, for all their subclasses.
             object.__setattr__(self, "__class__", variant(type(self), Functional))
-        elif is_list_of_layers(args) and not isinstance(self, keras.Sequential):
+        elif is_list_of_layers(args, kwargs) and not isinstance(self, keras.Sequential):
             raise ArgumentError(
                 f"HL032: The constructor of {type(self).__name__} passes a list of layers to hl.Model.",
                 fix=f"To give a sequential model its own constructor: class {type(self).__name__}(hl.Sequential).",
@@ -194,6 +197,7 @@ class Model(keras.Model):
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Tensor:
         """Returns the compiled loss plus regularization and the losses that layers add."""
+        sample_weight = in_order_of_outputs(self, y_pred, sample_weight)
         denominators = Denominators()
         with observing(denominators):
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -223,8 +227,10 @@ class Model(keras.Model):
 
         Raises:
             OptimizerError: There is no optimizer, or none that owns these variables.
-            GradientError: As for `hl.minimize`.
+            GradientError: As for `hl.minimize`; but for a whole model without trainable variables a warning.
         """
+        if wrt is None and self._steps.train_nothing(loss_fn):
+            return loss_fn()
         wrt = self if wrt is None else wrt
         if optimizer is None:
             optimizer = compiled_optimizer(self)
@@ -246,7 +252,7 @@ class Model(keras.Model):
         validation_split: float = 0.0,
         validation_data: Any = None,
         shuffle: bool = True,
-        class_weight: Mapping[int, float] | None = None,
+        class_weight: ClassWeight | None = None,
         sample_weight: Any = None,
         initial_epoch: int = 0,
         steps_per_epoch: int | None = None,
@@ -266,7 +272,7 @@ class Model(keras.Model):
         """Trains the model, with Keras's arguments and their meaning.
 
         Args:
-            x: Inputs, or a source of batches, as `hl.Feed` takes it.
+            x: Inputs, or a source of batches, as `hl.Feed` takes it. If a generator is used up, see `hl.fit`.
             y: Targets, unless `x` gives them.
             batch_size: Number of examples in a batch, for arrays. By default, 32.
             epochs: The epoch to stop at, counted from 0 and not from `initial_epoch`.
@@ -276,7 +282,7 @@ class Model(keras.Model):
             validation_split: Fraction of the arrays, at their end, to validate on instead of train on.
             validation_data: `(x, y)`, `(x, y, sample_weight)`, or a source of batches.
             shuffle: Whether to draw a new order in each epoch, for arrays and `PyDataset`s.
-            class_weight: Weights of examples, by class.
+            class_weight: Weights of examples, by class; for several outputs by name: `{"a": {0: 1.0}, "b": {3: 2.0}}`.
             sample_weight: Weights of examples.
             initial_epoch: The epoch to start at.
             steps_per_epoch: Number of steps in an epoch. By default, one pass over the data.
@@ -356,6 +362,7 @@ class Model(keras.Model):
         self._check_compiled("evaluate", "test_step")
         weighed = takes_weights(self, "test_step", sample_weight)
         feed = model_feed(self, (x, y, sample_weight), weighed, batch_size)
+        steps = limited_steps(steps, feed.length)
         around = loop.standalone("evaluate", self, callbacks, verbose, steps or feed.length)
         with self._steps.running(), _weights(self, weights), around as (hooks, after_step, events):
             step = self._steps.reporting("test_step", weighed)
@@ -379,6 +386,7 @@ class Model(keras.Model):
             The outputs as NumPy arrays in their structure, with the batches concatenated along the first axis.
         """
         feed = model_feed(self, (x, None, None), False, batch_size, labels=False)
+        steps = limited_steps(steps, feed.length)
         around = loop.standalone("predict", self, callbacks, verbose, steps or feed.length)
         with self._steps.running(), _weights(self, weights), around as (hooks, after_step, _):
             return loop.predict(self._steps.prediction, feed, hooks, after_step, steps)
@@ -406,6 +414,9 @@ class Model(keras.Model):
     train_on_batch = train_on_batch
     test_on_batch = test_on_batch
     predict_on_batch = predict_on_batch
+    save = save
+    save_weights = save_weights
+    load_weights = load_weights
     export = export
 
 

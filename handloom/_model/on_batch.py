@@ -1,8 +1,8 @@
 """The methods of `hl.Model` that train, evaluate or predict on one batch, without a loop."""
 
-from collections.abc import Mapping
 from typing import Any
 
+from handloom._data.class_weight import ClassWeight
 from handloom._keras import in_keras_order, keras
 from handloom._model.data import Parts, model_feed, packed
 from handloom._model.takes_weights import takes_weights
@@ -14,7 +14,7 @@ def train_on_batch(
     x: Any,
     y: Any = None,
     sample_weight: Any = None,
-    class_weight: Mapping[int, float] | None = None,
+    class_weight: ClassWeight | None = None,
     return_dict: bool = False,
 ) -> Any:
     """Trains on one batch, given as arrays; returns the reported values, in the form of `evaluate`."""

@@ -2,14 +2,16 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from handloom._data.sample_weight import unweighed, weighed
-from handloom._keras import keras, layers_of
+from handloom._keras import keras, layers_of, mark_built
 from handloom._reporting.step import ReportingStep
 from handloom._trace.eager import eagerly
 from handloom._trace.function import Function, check_jit_compile
+from handloom._trace.gradients import build
+from handloom._util.findings import warn
 from handloom.errors import StepError
 from handloom.optimizers._add_variables import add_variables_in_order
 
@@ -37,7 +39,7 @@ class ModelSteps:
         self._reporting: dict[tuple[str, bool], ReportingStep] = {}
         self._prediction: Function | None = None
         self._parts: Parts = {}
-        self._running = False
+        self._running = self._has_warned = False
 
     def reporting(self, name: str, takes_weights: bool) -> ReportingStep:
         """The compiled `train_step` or `test_step`, with the report of its results.
@@ -83,7 +85,21 @@ class ModelSteps:
         finally:
             if outermost:
                 self._running = False
+                mark_built(self._model)
                 self._parts = self._present_parts() | self._parts  # Includes the parts that the first run has built.
+
+    def train_nothing(self, loss_fn: Callable[[], Any]) -> bool:
+        """Whether the model has no trainable weights, once `loss_fn` has built it; the first time it warns."""
+        build(self._model, loss_fn)
+        nothing = not self._model.trainable_variables
+        if nothing and not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"HL255: {type(self._model).__name__} has no trainable weights: training does not change it.",
+                "The loss and the metrics are computed all the same.",
+                "If its layers are frozen by mistake, set layer.trainable = True.",
+            )
+        return nothing
 
     def _drop_steps_if_changed(self) -> None:
         present = self._present_parts()

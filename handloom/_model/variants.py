@@ -39,10 +39,11 @@ def is_inputs_and_outputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> boo
     return len(args) == 2 or ("outputs" in kwargs and (len(args) == 1 or "inputs" in kwargs))
 
 
-def is_list_of_layers(args: Sequence[Any]) -> bool:
+def is_list_of_layers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the arguments define a sequential model."""
     return (
         len(args) == 1
+        and "outputs" not in kwargs
         and isinstance(args[0], (list, tuple))
         and bool(args[0])
         and all(isinstance(layer, (keras.Layer, keras.KerasTensor)) for layer in args[0])

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from handloom._data.feed import Batch
+from handloom._keras import keras
 from handloom._util.every import Every
 from handloom._util.findings import warn
 from handloom._util.progress import Progress
@@ -25,6 +26,32 @@ def limited(batches: Iterable[Batch], steps: int | None) -> Iterator[Batch]:
             fix=f"Ask for at most {count} steps. If the data can be read only once, pass a function that returns a new "
             "iterator: it is called for each pass over the data.",
         )
+
+
+def limited_epochs(epochs: int) -> int:
+    """The epochs asked for, or fewer by `keras.config.set_max_epochs`; then it warns."""
+    most = keras.config.max_epochs()
+    if not most or epochs <= most:
+        return epochs
+    warn(f"HL760: The run has {most} instead of {epochs} epochs, by keras.config.set_max_epochs or KERAS_MAX_EPOCHS.")
+    return int(most)
+
+
+def limited_steps(steps: int | None, length: int | None) -> int | None:
+    """The steps asked for, or fewer by `keras.config.set_max_steps_per_epoch`; then it warns.
+
+    Args:
+        steps: As asked for; `None` for all batches.
+        length: The number of batches; `None` if unknown.
+    """
+    most, asked = keras.config.max_steps_per_epoch(), steps or length
+    if not most or (asked is not None and asked <= most):
+        return steps
+    warn(
+        f"HL761: A pass has {most} instead of {asked or 'all'} steps, by keras.config.set_max_steps_per_epoch or "
+        "KERAS_MAX_STEPS_PER_EPOCH.",
+    )
+    return int(most)
 
 
 def grouped(batches: Iterator[Batch], size: int, progress: Progress, due: Sequence[Every]) -> Iterator[list[Batch]]:

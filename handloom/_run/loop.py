@@ -23,7 +23,7 @@ from handloom._reporting.step import ReportingStep
 from handloom._run.callback_list import Callbacks, as_list
 from handloom._run.callback_model import callback_model
 from handloom._run.events import Events
-from handloom._run.grouping import limited
+from handloom._run.grouping import limited, limited_steps
 from handloom._run.interrupt import Interrupts
 from handloom._run.options import RunOptions
 from handloom._run.plain_step import plain_step
@@ -73,7 +73,9 @@ def fit(
             unless the step takes a single argument. If an argument is called `sample_weight`, the averages are
             weighted by its sum instead.
         data: Anything that `hl.Feed` takes, or a feed. Arrays are split into batches of 32; to choose, pass
-            `hl.Feed(data, batch_size=64, shuffle=True)`.
+            `hl.Feed(data, batch_size=64, shuffle=True)`. If a generator is used up before the last epoch, the run
+            ends there, with a warning. It stays ended if it is resumed with a new generator, unless more epochs are
+            asked for, so that it has trained on the same batches wherever it was stopped.
         epochs: Number of epochs.
         steps_per_epoch: Steps in an epoch; by default one pass over the data. If it is given, an epoch continues
             reading where the previous epoch stopped.
@@ -141,7 +143,7 @@ def train(run: Run, finish: Callable[[], None] = lambda: None) -> keras.callback
         progress, logs = run.progress, run.step.logs
         batch_begins = run.callbacks.handled("on_train_batch_begin")
         batch_ends = run.callbacks.handled("on_train_batch_end")
-        while progress.epoch < run.epochs and not run.model.stop_training:
+        while run.continues():
             run.begin_epoch()
             take, dispatches = run.dispatches()
             for dispatch in dispatches:
@@ -227,7 +229,7 @@ def standalone(
 
 def by_step(step: ReportingStep, feed: Feed, when: Schedule, steps: int | None = None) -> Validation:
     """Validation by a test step on held-out data."""
-    run = functools.partial(evaluate, step, feed, steps=steps)
+    run = functools.partial(evaluate, step, feed, steps=limited_steps(steps, feed.length))
     return Validation(when, run, lambda: step.prepare(feed.peek()), lambda: step.function.assigned, feed)
 
 

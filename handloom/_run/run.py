@@ -2,19 +2,20 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import optree
 
 from handloom._data.feed import Feed
-from handloom._keras import Variable, global_seed_generator, keras, take_initial_epoch
+from handloom._keras import Variable, global_seed_generator, keras, mark_built, take_initial_epoch
 from handloom._reporting.logs import Value
 from handloom._reporting.nested import in_progress, outer_epochs_kept
 from handloom._reporting.step import ReportingStep
 from handloom._run.callback_list import Callbacks, as_list, by_name
 from handloom._run.events import Events
-from handloom._run.grouping import grouped, limited
+from handloom._run.grouping import grouped, limited, limited_epochs, limited_steps
 from handloom._run.interrupt import Signals
 from handloom._run.options import RunOptions
 from handloom._run.saving import NotSaving, Saving
@@ -22,7 +23,7 @@ from handloom._run.state import EpochReports, Part, Record, restore_exactly
 from handloom._run.validation import NEVER, Validation, Validations
 from handloom._trace.function import traced
 from handloom._util.arguments import whole_number
-from handloom._util.findings import given
+from handloom._util.findings import given, warn
 from handloom._util.first_few import first_few
 from handloom._util.progress import Progress
 from handloom.backends import backend
@@ -74,15 +75,20 @@ class Run:
         validation: Validation = NEVER,
         callbacks: Iterable[keras.callbacks.Callback] = (),
     ) -> None:
-        self.step, self.model, self.epochs = step, model, whole_number("fit", least=0, epochs=epochs)
+        self.step, self.model = step, model
+        self.epochs = limited_epochs(whole_number("fit", least=0, epochs=epochs))
         self._feed, self._options, self._state, self._passes = feed, options, state, feed.stream()
-        self._steps_per_epoch = steps_per_epoch
-        self._steps = feed.length if steps_per_epoch is None else whole_number("fit", steps_per_epoch=steps_per_epoch)
+        if steps_per_epoch is not None:
+            steps_per_epoch = whole_number("fit", steps_per_epoch=steps_per_epoch)
+        self._steps_per_epoch = limited_steps(steps_per_epoch, feed.length)
+        self._steps = self._steps_per_epoch or feed.length
         self.progress, self._signals = Progress(epoch=initial_epoch), Signals()
         self.strategy = check_strategy(options.strategy)
         self.history = keras.callbacks.History()
         chosen = [*as_list(callbacks), self.history]
-        self.callbacks = Callbacks(chosen, model, {"epochs": epochs, "steps": self._steps, "verbose": options.verbose})
+        self.callbacks = Callbacks(
+            chosen, model, {"epochs": self.epochs, "steps": self._steps, "verbose": options.verbose}
+        )
         self.events = Events(chosen, options.verbose, self.progress, options.directory)
         self._validations = Validations(validation, step, self._signals, self.events)
         is_saved = options.directory is not None and options.save is not None
@@ -159,6 +165,25 @@ class Run:
         elif self._validations.interrupted:
             self._after_epoch(self._steps or 0)
 
+    def continues(self) -> bool:
+        """Whether there is another epoch: not if the data can be read only once and has no further batch."""
+        at, reads_on = self.progress, self._steps_per_epoch is not None and not self._feed.repeatable
+        if reads_on and 0 < at.epoch < self.epochs and not at.batch and not self.model.stop_training:
+            first = list(itertools.islice(self._passes, 1))
+            self._passes = itertools.chain(first, self._passes)
+            if not first:
+                self._stop_without_data()
+        return at.epoch < self.epochs and not self.model.stop_training
+
+    def _stop_without_data(self) -> None:
+        """Ends the run as a callback does, so that a run resumed from its last checkpoint has ended too."""
+        self.model.stop_training = True
+        warn(
+            f"HL759: {self._feed.name} has no more batches; the run ends after epoch {self.progress.epoch} of "
+            f"{self.epochs}.",
+            fix="Pass a function that returns a new generator each time (without calling it).",
+        )
+
     def begin_epoch(self) -> None:
         """Begins an epoch, unless the run has resumed within one."""
         if not self.progress.batch:
@@ -187,8 +212,12 @@ class Run:
     def end_epoch(self) -> None:
         """After the last step of an epoch."""
         self.step.end_epoch()
-        steps = self.progress.batch
+        mark_built(self.model)  # Callbacks may save its weights.
+        steps, stopped = self.progress.batch, self.model.stop_training
         self.progress.end_epoch()
+        ran_out = not self._feed.repeatable and not stopped and steps != self._steps_per_epoch
+        if ran_out and self.progress.epoch < self.epochs:
+            self._stop_without_data()
         self._after_epoch(steps)
 
     def _after_epoch(self, steps: int) -> None:

@@ -211,3 +211,78 @@ def test_predict_checks_no_labels():
 @pytest.mark.parametrize("label", [0, 2])
 def test_evaluate_accepts_the_first_and_the_last_class(label):
     assert np.isfinite(classifier().evaluate(X, np.full(6, label), verbose=0))
+
+
+# --------------------------------------------------------------------------- class weights of several outputs
+
+SECOND = np.array([1, 1, 0, 1, 0, 0])
+BY_OUTPUT = {"a": {0: 3.0, 2: 0.5}, "b": {1: 2.0}}
+WEIGHTS = {"a": np.array([3, 1, 0.5, 3, 1, 0.5], "float32"), "b": np.array([2, 2, 1, 2, 1, 1], "float32")}
+FORMS = {"dict": lambda a, b: {"a": a, "b": b}, "list": lambda a, b: [a, b]}
+SOURCE = {"arrays": lambda x, y: (x, y), "source": lambda x, y: (iter([(x, y)]),)}
+every_form = pytest.mark.parametrize(("form", "outputs"), [("dict", "dict"), ("dict", "list"), ("list", "list")])
+from_all = pytest.mark.parametrize("source", SOURCE)
+
+
+def with_two_outputs(outputs="list", cls=hl.Model):
+    inputs = keras.Input((2,))
+    a = layers.Dense(3, kernel_initializer=keras.initializers.RandomNormal(seed=1), name="a")(inputs)
+    b = layers.Dense(2, kernel_initializer=keras.initializers.RandomNormal(seed=2), name="b")(inputs)
+    crossentropy = losses.SparseCategoricalCrossentropy(from_logits=True)
+    return compiled(cls(inputs, FORMS[outputs](a, b)), loss={"a": crossentropy, "b": crossentropy})
+
+
+@from_all
+@every_form
+def test_fit_takes_the_class_weight_of_each_output_by_its_name(form, outputs, source):
+    model, other = with_two_outputs(outputs), with_two_outputs(outputs, keras.Model)
+    losses_found = fit(model, *SOURCE[source](X, FORMS[form](GOOD, SECOND)), class_weight=BY_OUTPUT)["loss"]
+    weights = FORMS[outputs](*WEIGHTS.values())
+    expected = fit(other, X, FORMS[outputs](GOOD, SECOND), sample_weight=weights)["loss"]
+    close(losses_found, expected)
+    close(model.layers[1].kernel, other.layers[1].kernel)
+    close(model.layers[2].kernel, other.layers[2].kernel)
+
+
+@from_all
+@pytest.mark.parametrize("form", FORMS)
+def test_own_train_step_gets_class_weight_as_sample_weights_like_y(form, source):
+    class Own(hl.Model):
+        def train_step(self, data):
+            x, y, sample_weight = data
+            assert type(sample_weight) is type(y)
+            a, b = sample_weight.values() if isinstance(y, dict) else sample_weight
+            self.compute_loss(x, y, self(x), sample_weight)
+            return {"a": ops.sum(a), "b": ops.sum(b)}
+
+    history = fit(with_two_outputs(cls=Own), *SOURCE[source](X, FORMS[form](GOOD, SECOND)), class_weight=BY_OUTPUT)
+    close([history["a"], history["b"]], [[9.0], [9.0]])
+
+
+def test_train_on_batch_counts_an_output_without_class_weight_once():
+    found = with_two_outputs().train_on_batch(X, [GOOD, SECOND], class_weight={"a": BY_OUTPUT["a"]}, return_dict=True)
+    weights = [WEIGHTS["a"], np.ones(6, "float32")]
+    expected = with_two_outputs().train_on_batch(X, [GOOD, SECOND], sample_weight=weights, return_dict=True)
+    close(found["loss"], expected["loss"])
+
+
+def test_compute_loss_takes_the_sample_weight_of_each_output_by_its_name():
+    by_name = with_two_outputs().evaluate(X, {"a": GOOD, "b": SECOND}, sample_weight=WEIGHTS, verbose=0)
+    in_order = with_two_outputs(cls=keras.Model).evaluate(
+        X, [GOOD, SECOND], sample_weight=list(WEIGHTS.values()), verbose=0
+    )
+    close(by_name[0], in_order[0])
+
+
+@pytest.mark.parametrize(
+    ("y", "class_weight", "message"),
+    [
+        ([GOOD, SECOND], {"c": {0: 2.0}}, r"the outputs \['c'\]; y has the labels of \['a', 'b'\].*HL441"),
+        (GOOD, BY_OUTPUT, r"outputs without names.*for a single output, class_weight=\{class: weight\}.*HL441"),
+        ([GOOD, SECOND], {0: 2.0}, r"for each by its name: class_weight=\{'output': .*HL402"),
+        ([GOOD, SECOND], {"a": {0: -1.0}}, "finite numbers, 0 or more.*HL401"),
+    ],
+)
+def test_fit_refuses_a_class_weight_that_does_not_fit_the_outputs(y, class_weight, message):
+    with pytest.raises(DataError, match=message):
+        fit(with_two_outputs(), X, y, class_weight=class_weight)

@@ -189,7 +189,7 @@ def test_train_on_batch_takes_class_weight():
         ((X, Y), WEIGHT, "Both class_weight and sample_weight.*HL439"),
         ((iter([(X, Y, WEIGHT)]),), None, "Both class_weight and sample_weight.*HL439"),
         ((X,), None, "class_weight.*labels of one output.*HL402"),
-        ((X, {"a": Y, "b": Y}), None, "class_weight.*labels of one output.*sample_weight.*HL402"),
+        ((X, {"a": Y, "b": Y}), None, "class_weight.*labels of one output.*each by its name.*HL402"),
         ((iter([X]),), None, r"class_weight needs labels.*\(x, y\).*HL440"),
         ((hl.Feed((X, Y)),), None, "class_weight does not apply to an hl.Feed.*HL433"),
     ],

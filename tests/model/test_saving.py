@@ -202,3 +202,23 @@ def test_deepcopy_gives_a_model_that_trains_apart_from_the_original():
     twin = copy.deepcopy(model)
     same_values(model, twin)
     assert_trains_alone(twin, model)
+
+
+@pytest.mark.parametrize("cls", [hl.Sequential, hl.Model])
+def test_sequential_and_model_saved_as_h5_load_as_what_they_were(cls, tmp_path):
+    make = sequential if cls is hl.Sequential else functional
+    model = compiled(make(layers.Dense(1)), loss=keras.losses.MeanSquaredError())
+    fit_model(model, X, Y)
+    model.save(tmp_path / "model.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.h5")
+    assert isinstance(loaded, cls)
+    same(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
+    assert fit_model(loaded, X, Y) == fit_model(model, X, Y)
+
+
+def test_sequential_of_hl_model_saved_as_h5_loads_as_what_it_was(tmp_path):
+    model = KINDS["sequential"]()
+    model.save(tmp_path / "model.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.h5", compile=False)
+    assert type(loaded) is type(model)
+    same(loaded.predict(X, verbose=0), model.predict(X, verbose=0))

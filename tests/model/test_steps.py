@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
-from handloom.errors import StepError
+from handloom.errors import HandloomWarning, StepError
 from tests.models import compiled, functional, sequential
 from tests.models import fit as fit_model
 from tests.numbers import close, numpy, same
@@ -239,3 +239,43 @@ def of_any_number(self, *data, **options):
 def test_train_step_may_take_optional_arguments(step):
     model = type("Optional", (hl.Model,), {"train_step": step})()
     close(fit_model(model, X, Y)["mean"], [2 * Y.mean()])
+
+
+# ----------------------------------------------------------------------------- nothing to train
+
+
+def rescaling(cls):
+    return cls([keras.Input((3,)), layers.Rescaling(2.0)])
+
+
+def unbuilt(cls):
+    return cls([layers.Rescaling(2.0)])
+
+
+def frozen(cls):
+    model = cls([keras.Input((3,)), layers.Dense(3, kernel_initializer="ones", kernel_regularizer="l2")])
+    model.trainable = False
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")  # Keras's own.
+@pytest.mark.parametrize("make", [rescaling, unbuilt, frozen])
+def test_fit_of_a_model_without_trainable_weights_reports_as_keras_and_warns_once(make, eagerly):
+    histories = []
+    with hl.checks.collect() as findings:
+        for cls in (hl.Sequential, keras.Sequential):
+            model = compiled(make(cls), "adam", metrics=["mae"])
+            validation = {"validation_data": (X, X), "batch_size": 3}
+            histories.append(fit_model(model, X, X, epochs=2, **validation))
+    assert [finding.code for finding in findings] == ["HL255"]
+    assert histories[0].keys() == histories[1].keys()
+    for name, values in histories[1].items():
+        close(histories[0][name], values)
+
+
+def test_fit_trains_a_model_that_is_unfrozen_later():
+    model = compiled(frozen(hl.Sequential))
+    with pytest.warns(HandloomWarning, match="HL255"):
+        [before] = fit_model(model, X, X)["loss"]
+    model.trainable = True
+    assert fit_model(model, X, X, epochs=2)["loss"][1] < before

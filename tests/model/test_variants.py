@@ -211,7 +211,21 @@ def test_is_inputs_and_outputs_recognizes_them_as_keras_does(args, kwargs, expec
 @pytest.mark.once
 def test_is_list_of_layers_accepts_nothing_else():
     dense = layers.Dense(1)
-    assert is_list_of_layers(([dense],))
-    assert is_list_of_layers(((keras.Input((2,)), dense),))
+    assert is_list_of_layers(([dense],), {})
+    assert is_list_of_layers(((keras.Input((2,)), dense),), {})
     for other in [(), ([],), (dense,), ([dense, "relu"],), ([dense], [dense]), ("layers",)]:
-        assert not is_list_of_layers(other)
+        assert not is_list_of_layers(other, {})
+    assert not is_list_of_layers(([keras.Input((2,))],), {"outputs": dense})
+
+
+def test_model_takes_a_list_of_inputs_by_position_and_outputs_by_name():
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    for cls in (hl.Model, Doubled):
+        model = cls(inputs, outputs=layers.Add()(inputs))
+        assert isinstance(model, cls)
+        close(model.predict([X, X], verbose=0), (4 if cls is Doubled else 2) * X)
+        copy = keras.models.clone_model(model)
+        assert type(copy) is type(model)
+    restored = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(functional(summing())))
+    assert isinstance(restored, hl.Model)
+    assert not isinstance(restored, keras.Sequential)

@@ -29,6 +29,7 @@ from handloom.backends.scope import Scope
 from handloom.backends.tensorflow.assigned import assignments_noted, watch
 from handloom.backends.tensorflow.program import MARK, TensorFlowProgram
 from handloom.backends.trace_errors import needs_a_value
+from handloom.errors import StepError
 
 # Handloom's own code, when called from converted code of the user, runs unconverted.
 autograph_config.CONVERSION_RULES = (
@@ -49,7 +50,14 @@ class TensorFlowBackend(Backend):
     def is_array(self, leaf: Any) -> bool:
         if isinstance(leaf, keras.Variable):
             return False
-        return isinstance(leaf, (np.ndarray, np.generic)) or tf.is_tensor(leaf)
+        if isinstance(leaf, (np.ndarray, np.generic)) or tf.is_tensor(leaf):
+            return True
+        if isinstance(leaf, tf.distribute.DistributedValues):
+            raise StepError(
+                f"HL125: A step received a {type(leaf).__name__}, which has a value for each replica of tf.distribute.",
+                fix="Pass it through the strategy, strategy.run(step, args=(batch,)), or pass the whole batch.",
+            )
+        return False
 
     def to_tensor(self, array: Any) -> Tensor:
         array = _read(array)
@@ -120,6 +128,7 @@ class TensorFlowBackend(Backend):
         return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
 
     def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
+        _check_on_one_device(variables)
         # Only uses as the argument are differentiated, not other uses of the same tensor in the function.
         copies = [tf.identity(tensor) for tensor in tensors]
         tape = tf.GradientTape(persistent=not scalar, watch_accessed_variables=False)
@@ -132,6 +141,21 @@ class TensorFlowBackend(Backend):
         # An enclosing differentiated function needs tensors, and XLA needs shapes that do not depend on values.
         change = self.dense if self._in_gradient.get() or self._by_xla.get() else _each_row_once
         return outputs, aux, [list(map(change, tape.gradient(outputs[0], sources)))]
+
+
+def _check_on_one_device(variables: Sequence[Variable]) -> None:
+    """Refuses to differentiate for several replicas of `tf.distribute` at once; for each of them alone is fine."""
+    values = [stored_value(variable) for variable in variables]
+    mirrored = any(isinstance(value, tf.distribute.DistributedValues) and len(value.values) > 1 for value in values)
+    several = tf.distribute.get_strategy().num_replicas_in_sync > 1
+    if tf.distribute.in_cross_replica_context() if several else mirrored:
+        raise StepError(
+            "HL130: A step is differentiated in the scope of a tf.distribute strategy with several replicas, or with "
+            "variables from there.",
+            "Handloom does not split a step among replicas.",
+            "Create and train the model outside of strategy.scope(), on one device; for several devices, use the fit "
+            "of a plain keras.Model, or strategy.run(step, args=(batch,)).",
+        )
 
 
 def _read(tensor: Tensor) -> Tensor:
