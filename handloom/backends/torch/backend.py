@@ -26,7 +26,7 @@ from handloom.backends.dependencies import reached
 from handloom.backends.program import Seen, Step, Untraceable
 from handloom.backends.scope import Scope
 from handloom.backends.torch.graph import mark
-from handloom.backends.torch.modules import modules_read_variables, parameters_made
+from handloom.backends.torch.modules import layers_built_outside, modules_read_variables, parameters_made
 from handloom.backends.torch.program import NeedsValue, TorchProgram, contiguous, tracing
 from handloom.backends.trace_errors import needs_a_value, tensorflow_called
 from handloom.errors import ExportError, HandloomError
@@ -34,6 +34,7 @@ from handloom.errors import ExportError, HandloomError
 
 class TorchBackend(Backend):
     name, title = "torch", "PyTorch"
+    layers_built_outside = layers_built_outside
 
     def is_array(self, leaf: Any) -> bool:
         return isinstance(leaf, (torch.Tensor, np.ndarray, np.generic))
@@ -121,8 +122,8 @@ class TorchBackend(Backend):
         try:
             with self._in_trace.here(True), torch.enable_grad():
                 return TorchProgram(fn, tensors)
-        except Untraceable:
-            raise
+        except Untraceable as error:
+            raise Untraceable(first_line(error)) from first  # Keras adds lines to the errors of layers.
         except Exception:
             kind = "" if isinstance(first, Untraceable) else f"{type(first).__name__}: "
             raise Untraceable(kind + first_line(first)) from first
@@ -131,9 +132,13 @@ class TorchBackend(Backend):
         return mark(tensor, name)
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
+        with parameters_made():
+            super().create_variables(fn)
+
+    def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
         already = self._in_trace.get()
         mode = disable_proxy_modes_tracing() if already else FakeTensorMode(allow_non_fake_inputs=True)
-        with self._in_trace.here(True), parameters_made(), Scope(creates=True), torch.no_grad(), tracing(), mode:
+        with self._in_trace.here(True), Scope(creates=True), torch.no_grad(), tracing(), mode:
             fn()
 
     def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
