@@ -8,6 +8,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `get_stateless_scope` | Handloom's own scopes must know the scope around them |
 | `Variable._value` | `assign` takes ten times longer per step, and converts values that need no conversion |
 | `Variable._shape`, `_dtype` | the shape and dtype of a variable that has no value yet |
+| `build._is_default` | a layer without a `build` of its own is built by a call |
 | `Layer._flatten_layers` | all layers inside a layer |
 | `Functional` | not exported; a subclass that is built from inputs and outputs must become one |
 | `Model._compute_loss`, `_loss_tracker` | Keras's own default steps use them |
@@ -18,7 +19,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `Optimizer._variables`, `_iterations`, `_tracker` | the slots, to create them again for further variables |
 | `Optimizer._learning_rate` | copies of an optimizer share it |
 | `global_seed_generator` | it must exist before a step is traced, as any variable must |
-| `global_state` | to forget a variable whose initializer failed: it would fail again in each later scope |
+| `global_state` | to leave all scopes; to forget a variable whose initializer failed: later scopes would try again |
 | `GLOBAL_SEED_GENERATOR` | its name: `set_random_seed` replaces the generator, compiled steps keep the old one |
 | `seed_generator` | where Keras draws default seeds from Python's random numbers: a step may, its user may not |
 | `Layer._seed_generators` | the generators of dropout and noise, to seed them for a run |
@@ -118,6 +119,22 @@ def has_value(variable: Variable) -> bool:
 def forget_uninitialized() -> None:
     """Removes the variables that Keras could not initialize, so that the next scope does not try again."""
     global_state.set_global_attribute("uninitialized_variables", [])
+
+
+@contextlib.contextmanager
+def outside_of_scopes() -> Iterator[None]:
+    """A block outside of all scopes: variables have their own values, and are initialized when they are created."""
+    scope = get_stateless_scope()
+    global_state.set_global_attribute("stateless_scope", None)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("stateless_scope", scope)
+
+
+def has_own_build(layer: Layer) -> bool:
+    """Whether a layer has a `build` of its own, which receives shapes."""
+    return not getattr(layer.build, "_is_default", False)
 
 
 def seed_generators_of(layer: Layer) -> list[keras.random.SeedGenerator]:

@@ -74,6 +74,24 @@ def test_has_value_is_false_for_a_variable_created_in_a_scope_until_the_scope_en
     same(_keras.stored_value(variable), ones(2, 3))
 
 
+def test_outside_of_scopes_variables_are_initialized_at_once():
+    with keras.StatelessScope() as scope:
+        with _keras.outside_of_scopes():
+            variable = keras.Variable("ones", shape=(2,))
+            assert _keras.has_value(variable)
+        assert _keras.get_stateless_scope() is scope
+
+
+def test_has_own_build_is_true_for_layers_that_build_themselves():
+    class Own(layers.Layer):
+        def build(self, shape):
+            pass
+
+    assert _keras.has_own_build(Own())
+    assert _keras.has_own_build(layers.Dense(1))
+    assert not _keras.has_own_build(layers.Layer())
+
+
 def test_stored_value_has_the_dtype_of_the_variable_not_of_the_layer():
     seen = []
 

@@ -362,7 +362,8 @@ class Version:
 
     def _run_eagerly(self, tensors: Tensors) -> list[Tensor]:
         try:
-            result = self._arguments.call(backend.with_control_flow(self._function.python_function), tensors)
+            with backend.layers_built_outside:
+                result = self._arguments.call(backend.with_control_flow(self._function.python_function), tensors)
         except Exception as error:
             if self.fallback_reason:  # This error may be the reason why it could not be compiled.
                 self._function.forget(self)

@@ -14,6 +14,7 @@ import numpy as np
 from handloom._keras import Layer, Tensor, Variable, keras, trained_by
 from handloom._util.patch import Patch
 from handloom._util.switch import Switch
+from handloom.backends.building import is_building
 
 T = TypeVar("T")
 
@@ -183,7 +184,8 @@ def _telling_before(event: str, original: Callable[..., Any]) -> Callable[..., A
     """Replaces a method, or the getter of a property, by one that first calls the observers with its object."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tell(event, self)
+        if not is_building():
+            tell(event, self)
         return original(self, *args, **kwargs)
 
     return call

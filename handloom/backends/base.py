@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from handloom._keras import Gradients, Tensor, Tensors, Variables, keras
+from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.program import Program, Seen, Step
+from handloom.backends.scope import Scope
 from handloom.backends.trace_errors import naming_what_has_no_derivative
 from handloom.errors import TraceError
 
@@ -35,6 +37,8 @@ class Backend(abc.ABC):
     """The name in messages."""
     holds_text = False
     """Whether its tensors can hold text."""
+    layers_built_outside: Patch
+    """Inside, layers are built outside of traces; see `built_outside`."""
 
     def __init__(self) -> None:
         self._in_trace, self._in_gradient = Switch(False), Switch(False)
@@ -201,9 +205,22 @@ class Backend(abc.ABC):
         """A clear error for one by which a step fails in eager execution because NumPy cannot read a tensor."""
         return None
 
-    @abc.abstractmethod
     def create_variables(self, fn: Callable[[], Any]) -> None:
-        """Runs `fn()` on shapes alone, which builds the layers that it calls; no value changes."""
+        """Runs `fn()`, which builds the layers that it calls; no value changes.
+
+        It runs on shapes alone, or on values if it needs them and no trace is open.
+        """
+        done = False
+        with contextlib.nullcontext() if self._in_trace.get() else contextlib.suppress(Exception):
+            self._run_on_shapes(fn)
+            done = True
+        if not done:
+            with self.layers_built_outside, Scope(creates=True):
+                fn()
+
+    @abc.abstractmethod
+    def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
+        """Runs `fn()` on shapes alone; no value changes."""
 
     # ---------------------------------------------------------- differentiating
 
@@ -229,7 +246,7 @@ class Backend(abc.ABC):
             value, aux = fn(*tensors)
             return [value], aux
 
-        with naming_what_has_no_derivative(self.title):
+        with naming_what_has_no_derivative(self.title), self.layers_built_outside:
             [value], aux, [row] = self._derivatives(listed, tensors, variables, scalar=True)
         return value, aux, *self._split(row, len(tensors))
 
@@ -252,7 +269,7 @@ class Backend(abc.ABC):
             The outputs; the further tensors; for each output a pair like the last two results of `value_and_grad`, of
             derivatives of shape `output.shape + source.shape`.
         """
-        with naming_what_has_no_derivative(self.title):
+        with naming_what_has_no_derivative(self.title), self.layers_built_outside:
             outputs, aux, rows = self._derivatives(fn, tensors, variables, scalar=False)
         return outputs, aux, [self._split(row, len(tensors)) for row in rows]
 

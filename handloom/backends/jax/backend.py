@@ -22,6 +22,7 @@ from handloom._keras import Tensor, Tensors, Variable, keras
 from handloom._util.patch import Patch
 from handloom._util.source_line import frames_of, place_in, shown
 from handloom.backends.base import Backend, Derivatives, Outputs
+from handloom.backends.building import built_outside
 from handloom.backends.jax.control_flow import assignments_in_branches, cond
 from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each
 from handloom.backends.jax.program import MARK, JaxProgram, leaked
@@ -37,6 +38,7 @@ _unseeded_random_ops = Patch(
 
 class JaxBackend(Backend):
     name, title = "jax", "JAX"
+    layers_built_outside = built_outside(jax.ensure_compile_time_eval)
 
     def is_array(self, leaf: Any) -> bool:
         return isinstance(leaf, (jax.Array, np.ndarray, np.generic, BCOO))
@@ -83,7 +85,7 @@ class JaxBackend(Backend):
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
-        with self._in_trace.here(True), _unseeded_random_ops:
+        with self._in_trace.here(True), _unseeded_random_ops, self.layers_built_outside:
             yield
 
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
@@ -101,7 +103,7 @@ class JaxBackend(Backend):
     def profiled(self, directory: Path) -> Any:
         return jax.profiler.trace(directory)
 
-    def create_variables(self, fn: Callable[[], Any]) -> None:
+    def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
         with self._tracing(), Scope(creates=True):
             jax.eval_shape(lambda: [fn()][:0])
 

@@ -24,6 +24,7 @@ from handloom._util.patch import Patch
 from handloom._util.source_line import Frames, frames_of
 from handloom._util.switch import Switch
 from handloom.backends.base import Backend, Derivatives, Outputs
+from handloom.backends.building import built_outside
 from handloom.backends.program import Seen, Step
 from handloom.backends.scope import Scope
 from handloom.backends.tensorflow.assigned import assignments_noted, watch
@@ -45,6 +46,7 @@ _convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status
 class TensorFlowBackend(Backend):
     name, title = "tensorflow", "TensorFlow"
     holds_text = True
+    layers_built_outside = built_outside(tf.init_scope)
     _by_xla = Switch(False)
 
     def is_array(self, leaf: Any) -> bool:
@@ -103,7 +105,12 @@ class TensorFlowBackend(Backend):
 
     @contextlib.contextmanager
     def _tracing(self, by_xla: bool) -> Iterator[None]:
-        with self._by_xla.here(by_xla), self._in_trace.here(True), _variables_made_outside_of_graphs:
+        with (
+            self._by_xla.here(by_xla),
+            self._in_trace.here(True),
+            _variables_made_outside_of_graphs,
+            self.layers_built_outside,
+        ):
             yield
 
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
@@ -120,8 +127,9 @@ class TensorFlowBackend(Backend):
     def profiled(self, directory: Path) -> Any:
         return tf.profiler.experimental.Profile(str(directory))
 
-    def create_variables(self, fn: Callable[[], Any]) -> None:
-        with self._in_trace.here(True), Scope(creates=True), tf.__internal__.FuncGraph("shapes").as_default():
+    def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
+        graph = tf.__internal__.FuncGraph("shapes")
+        with self._in_trace.here(True), Scope(creates=True), graph.as_default(), self.layers_built_outside:
             fn()
 
     def dense(self, gradient: Tensor | None) -> Tensor | None:

@@ -27,7 +27,7 @@ from handloom.backends.dependencies import reached
 from handloom.backends.program import Seen, Step, Untraceable
 from handloom.backends.scope import Scope
 from handloom.backends.torch.graph import mark
-from handloom.backends.torch.modules import modules_read_variables, parameters_made
+from handloom.backends.torch.modules import layers_built_outside, modules_read_variables, parameters_made
 from handloom.backends.torch.program import NeedsValue, TorchProgram, contiguous, tracing
 from handloom.backends.trace_errors import needs_a_value, read_by_numpy, tensorflow_called
 from handloom.errors import ExportError, HandloomError, TraceError
@@ -35,6 +35,7 @@ from handloom.errors import ExportError, HandloomError, TraceError
 
 class TorchBackend(Backend):
     name, title = "torch", "PyTorch"
+    layers_built_outside = layers_built_outside
 
     def is_array(self, leaf: Any) -> bool:
         return isinstance(leaf, (torch.Tensor, np.ndarray, np.generic))
@@ -122,8 +123,8 @@ class TorchBackend(Backend):
         try:
             with self._in_trace.here(True), torch.enable_grad():
                 return TorchProgram(fn, tensors)
-        except Untraceable:
-            raise
+        except Untraceable as error:
+            raise Untraceable(first_line(error)) from first  # Keras adds lines to the errors of layers.
         except Exception:
             kind = "" if isinstance(first, Untraceable) else f"{type(first).__name__}: "
             raise Untraceable(kind + first_line(first)) from first
@@ -135,9 +136,13 @@ class TorchBackend(Backend):
         return read_by_numpy(frames_of(error)) if _MEETS_NUMPY.search(str(error)) else None
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
+        with parameters_made():
+            super().create_variables(fn)
+
+    def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
         already = self._in_trace.get()
         mode = disable_proxy_modes_tracing() if already else FakeTensorMode(allow_non_fake_inputs=True)
-        with self._in_trace.here(True), parameters_made(), Scope(creates=True), torch.no_grad(), tracing(), mode:
+        with self._in_trace.here(True), Scope(creates=True), torch.no_grad(), tracing(), mode:
             fn()
 
     def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:

@@ -1,43 +1,64 @@
 """PyTorch: layers of Keras are modules of torch, and vice versa, also while a step is traced.
 
-Internals used: `TorchLayer._post_build`, which registers the variables of a layer as torch parameters, and does nothing
-in a scope, where variables have no values yet; `get_stateless_scope`, to know whose scope that is.
+Internals used: `unset_fake_temporarily` and `disable_proxy_modes_tracing`, which pause a trace; `core.get_device` and
+`device_scope`, because Keras computes shapes on the device "meta", which has no values; `TorchLayer._post_build`, which
+registers the variables of a layer as torch parameters, and does nothing in a scope, where variables have no values yet;
+`get_stateless_scope`, to know whose scope that is.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from keras.src.backend.common.stateless_scope import get_stateless_scope
+from keras.src.backend.torch import core
 from keras.src.backend.torch.layer import TorchLayer
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from handloom._keras import keras, stored_value
 from handloom._util.patch import Patch
 from handloom._util.switch import Switch
+from handloom.backends.building import built_outside
 from handloom.backends.scope import Scope
 
 
 @contextlib.contextmanager
 def parameters_made() -> Iterator[None]:
-    """Registers the parameters of layers that are built inside the block, after it."""
+    """Builds layers outside of the trace; registers the parameters of those built inside the block, after it."""
     built: list[TorchLayer] = []
     try:
-        with _noting_what_is_built, _built.here(built):
+        with layers_built_outside, _noting_what_is_built, _built.here(built):
             yield
     finally:
         for layer in built:
             layer._post_build()  # Inside another such block, that one does it.
 
 
-def _note_built(layer: TorchLayer) -> None:
-    # In a scope of Keras's own, the layer that builds its parts registers them.
-    if isinstance(get_stateless_scope(), Scope):
-        _built.get().append(layer)
+@contextlib.contextmanager
+def _outside() -> Iterator[None]:
+    device = core.device_scope(core.DEFAULT_DEVICE if core.get_device() == "meta" else core.get_device())
+    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.no_grad(), device:
+        yield
+
+
+layers_built_outside = built_outside(_outside)
+
+
+def _noting_built(original: Callable[[TorchLayer], None]) -> Callable[[TorchLayer], None]:
+    def note(layer: TorchLayer) -> None:
+        # In a scope of Keras's own, the layer that builds its parts registers them.
+        if isinstance(get_stateless_scope(), Scope):
+            _built.get().append(layer)
+        else:
+            original(layer)
+
+    return note
 
 
 _built: Switch[list[TorchLayer]] = Switch([])
-_noting_what_is_built = Patch((TorchLayer, "_post_build", lambda _: _note_built))
+_noting_what_is_built = Patch((TorchLayer, "_post_build", _noting_built))
 
 
 def _call_on_values(self: Any, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:

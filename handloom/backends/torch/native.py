@@ -39,7 +39,7 @@ class _NoChanges(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         changed = [*(args[:1] if changes_first(func) or name == "__set__" else ()), kwargs.get("out")]  # Sets `grad`.
-        if any(map(_is_real, changed)):
+        if any(map(_is_real, changed)) and is_traced():
             raise _untraceable(f"{name} changes a tensor of torch that is not the value of a Keras variable")
         return func(*args, **kwargs)
 

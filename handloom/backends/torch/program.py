@@ -12,9 +12,10 @@ its own backward pass.
 import contextlib
 import functools
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
-from handloom._keras import Tensor, Tensors, Variable, stored_value
+from handloom._keras import Tensor, Tensors, Variable, keras, stored_value
 from handloom._util.findings import warn
 from handloom._util.patch import Patch
 from handloom.backends.program import Program, Step, Untraceable
@@ -186,15 +187,34 @@ class NeedsValue(Exception):
 
 
 class _NoValues(TorchFunctionMode):
-    """Refuses `if tensor:` and `range(tensor)` in a trace; torch itself refuses other conversions."""
+    """Refuses `if tensor:` and `range(tensor)` in a trace; torch itself refuses other conversions.
+
+    A tensor made of a Python number has a value: Keras's loop over time steps counts them so.
+    """
 
     _ASKING = (torch.Tensor.__bool__, torch.Tensor.__index__)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._ASKING and isinstance(args[0], FakeTensor):
+        if func in self._ASKING and isinstance(args[0], FakeTensor) and args[0].constant is None:
+            if asking := _asking_in_keras():
+                raise Untraceable(f"{asking} uses the value of a tensor in Python")
             raise NeedsValue
         return func(*args, **(kwargs or {}))
 
+
+def _asking_in_keras() -> str:
+    """The function of Keras that called torch, if it was one of Keras, not of the user."""
+    frame = next((frame for frame, _ in traceback.walk_stack(None) if _package(frame) not in _BETWEEN), None)
+    if frame is None or _package(frame) != keras.__name__:
+        return ""
+    return f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}"
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+_BETWEEN = (torch.__name__, __name__.partition(".")[0])
 
 _traceable_nadam = Patch((torch_nadam, "core", lambda _: SimpleNamespace(convert_to_numpy=lambda x: x)), when=is_traced)
 """Lets Keras's Nadam divide by tensors, which it otherwise converts to NumPy numbers first."""

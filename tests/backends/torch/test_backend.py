@@ -17,8 +17,8 @@ from handloom.backends.program import Untraceable
 from handloom.backends.torch import backend as ours
 from handloom.backends.torch import program as programs
 from handloom.errors import FallbackWarning, TraceError
-from tests.models import built
-from tests.numbers import close, numpy, ones, same
+from tests.models import built, compiled, fit, subclassed
+from tests.numbers import close, normal, numpy, ones, same
 
 X = torch.ones(3)
 
@@ -242,3 +242,61 @@ def test_function_refuses_python_control_flow_over_a_tensor_in_a_layer():
     layer = Branching()
     with pytest.raises(TraceError, match=r"return x if ops.sum\(x\) > 0"):
         hl.function(layer)(ones(3))
+
+
+# ------------------------------------------------------------------- Keras's loop over time steps
+
+SERIES = normal(8, 3, 3)
+SERIES[3, 2:] = SERIES[5, 1:] = 0  # Masked.
+
+
+class Cell(layers.Layer):
+    state_size = 2
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1] + 2, 2))
+
+    def call(self, inputs, states):
+        state = ops.tanh(ops.concatenate([inputs, states[0]], -1) @ self.kernel)
+        return state, [state]
+
+
+RECURRENT = {
+    "SimpleRNN": lambda: [layers.SimpleRNN(2)],
+    "backwards": lambda: [layers.SimpleRNN(2, go_backwards=True)],
+    "masked LSTM": lambda: [layers.Masking(), layers.LSTM(2)],
+    "masked GRU": lambda: [layers.Masking(), layers.GRU(2, return_sequences=True), layers.SimpleRNN(2)],
+    "GRU, reset before": lambda: [layers.GRU(2, reset_after=False)],
+    "RNN": lambda: [layers.RNN(Cell())],
+    "stacked cells": lambda: [layers.RNN([layers.LSTMCell(2), layers.GRUCell(3)])],
+    "Bidirectional": lambda: [layers.Bidirectional(layers.SimpleRNN(2))],
+    "LSTM, dropout": lambda: [layers.LSTM(2, dropout=0.3, recurrent_dropout=0.2, seed=3)],
+    "GRU, dropout": lambda: [layers.GRU(2, dropout=0.3, seed=3)],
+    "stateful": lambda: [layers.SimpleRNN(2, stateful=True)],
+    "ConvLSTM1D": lambda: [layers.Reshape((3, 3, 1)), layers.ConvLSTM1D(2, 2), layers.Flatten()],
+}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_fit_compiles_recurrent_layers_with_the_numbers_of_keras(kind, eagerly):
+    histories = []
+    for cls in (keras.Sequential, hl.Sequential):
+        keras.utils.set_random_seed(0)
+        model = cls([*RECURRENT[kind](), layers.Dense(1)])
+        model.build(SERIES.shape)
+        model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=cls is keras.Sequential)
+        run = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
+        histories.append(model.fit(SERIES, normal(8, 1), **run).history["loss"])
+    close(histories[1], histories[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["SimpleRNN", "masked LSTM"])
+def test_fit_eagerly_builds_recurrent_layers(kind):
+    model = compiled(subclassed(*RECURRENT[kind](), layers.Dense(1), inputs=None), run_eagerly=True)
+    assert np.isfinite(fit(model, SERIES, normal(8, 1))["loss"]).all()
+
+
+def test_function_falls_back_where_keras_itself_uses_a_value():
+    count = hl.function(lambda n: ops.linspace(0.0, 1.0, n))
+    with pytest.warns(FallbackWarning, match=r"numpy.linspace uses the value of a tensor in Python"):
+        close(count(np.int32(3)), [0, 0.5, 1])
