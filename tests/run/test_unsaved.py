@@ -35,6 +35,10 @@ def module_of_torch():
     return torch.nn.BatchNorm1d(3)
 
 
+def module_of_torch_in_a_layer():
+    return layers.TorchModuleWrapper(torch.nn.BatchNorm1d(3))
+
+
 def generator_of_torch():
     generator = torch.Generator().manual_seed(0)
     return lambda x: x + torch.rand(x.shape, generator=generator)
@@ -46,6 +50,7 @@ REFUSED = [
     pytest.param(lambda: lambda x: x + tf.random.normal(tf.shape(x)), "tf.random (the operation", marks=on_tensorflow),
     pytest.param(randomness_in_a_branch, "tf.random (the operation RandomUniform)", marks=on_tensorflow),
     pytest.param(module_of_torch, "modules, optimizers or tensors of torch", marks=on_torch),
+    pytest.param(module_of_torch_in_a_layer, "modules, optimizers or tensors of torch", marks=on_torch),
     pytest.param(generator_of_torch, "a torch.Generator", marks=on_torch),
 ]
 

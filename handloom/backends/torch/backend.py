@@ -124,7 +124,8 @@ class TorchBackend(Backend):
             with self._in_trace.here(True), torch.enable_grad():
                 return TorchProgram(fn, tensors)
         except Untraceable as error:
-            raise Untraceable(first_line(error)) from first  # Keras adds lines to the errors of layers.
+            # Keras raises the errors of layers anew, with lines added.
+            raise Untraceable(first_line(error), _unsaved(error)) from first
         except Exception:
             kind = "" if isinstance(first, Untraceable) else f"{type(first).__name__}: "
             raise Untraceable(kind + first_line(first)) from first
@@ -169,6 +170,12 @@ _MEETS_NUMPY = re.compile(
     r"|can't convert \S+ device type tensor to numpy"
     r"|unsupported operand type\(s\) for \S+ 'numpy.ndarray' and '\w+'"
 )
+
+
+def _unsaved(error: BaseException | None) -> Sequence[str]:
+    while error is not None and not getattr(error, "unsaved", ()):
+        error = error.__context__
+    return getattr(error, "unsaved", ())
 
 
 def _called(fn: Outputs, values: Tensors, variables: Sequence[Variable]) -> tuple[Any, list[tuple[Variable, Tensor]]]:
