@@ -96,8 +96,9 @@ def test_fit_shows_the_same_values_in_history_callbacks_files_and_displays(train
     callbacks = [seen, ProgressBar(terminal), EpochLines(), keras.callbacks.CSVLogger(tmp_path / "log.csv")]
     history = train(callbacks=callbacks, epochs=3, run_dir=tmp_path / "run", save=None)
 
-    assert list(history) == (sorted(NAMES) if train is by_model else NAMES)  # Keras sorts the names of models.
-    epochs = [dict(zip(NAMES, values, strict=True)) for values in zip(*history.values(), strict=True)]
+    names = sorted(NAMES) if train is by_model else NAMES  # As Keras sorts those of models.
+    assert list(history) == names
+    epochs = [dict(zip(names, values, strict=True)) for values in zip(*history.values(), strict=True)]
     assert seen.of_epochs == seen.of_batches == epochs
     assert [{name: line[name] for name in NAMES} for line in epochs_in(tmp_path / "run")] == epochs
     with (tmp_path / "log.csv").open() as file:
