@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import random
+import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,7 @@ from handloom._util.source_line import is_users
 from handloom._util.switch import Switch
 
 _KINDS = (np.random.Generator, np.random.RandomState, random.Random)
-_seeds: Switch[list[tuple[int, int]]] = Switch([])
-_unseeded: Switch[list[str]] = Switch([])
+_drawn: Switch[list[str]] = Switch([])
 
 
 class Draws:
@@ -38,19 +38,20 @@ class Draws:
 
     @contextlib.contextmanager
     def noticed(self) -> Iterator[None]:
-        """A block in which draws are noticed."""
-        python, before = random.getstate(), self._states()
-        with _PATCH, _seeds.here([]), _unseeded.here([]):
+        """A block in which draws are noticed, those of this thread alone."""
+        before = self._states()
+        with _PATCH, _drawn.here([]):
             yield
-            expected, self.sources = _after_seeds(python, _seeds.get()), _unseeded.get()[:1]
+            drawn = _drawn.get()
         after = self._states()
-        self.sources += [name for name in before if before[name] != after[name]]
-        self.sources += ["random"] * (random.getstate() != expected)
+        drawn += [name for name in before if before[name] != after.get(name, before[name])]
+        self.sources = list(dict.fromkeys(drawn))
 
     def _states(self) -> dict[str, str]:
         with np.printoptions(threshold=1000):  # In full, whatever the user prints.
             states = {name: repr(_state(generator)) for name, generator in self._generators.items()}
-            return states | {"np.random": repr(np.random.get_state())}
+            # Shows also what was imported by name. Other threads may draw from it too.
+            return states | ({"np.random": repr(np.random.get_state())} if threading.active_count() == 1 else {})
 
 
 def _state(generator: Any) -> Any:
@@ -59,33 +60,41 @@ def _state(generator: Any) -> Any:
     return generator.get_state() if isinstance(generator, np.random.RandomState) else generator.getstate()
 
 
-def _after_seeds(state: Any, seeds: Iterable[tuple[int, int]]) -> Any:
-    """The state of Python's random numbers after Keras has drawn default seeds, as each new layer does."""
-    generator = random.Random()
-    generator.setstate(state)
-    for bounds in seeds:
-        generator.randint(*bounds)
-    return generator.getstate()
+def _noting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        _drawn.get().append(name)
+        return original(*args, **kwargs)
 
-
-def _noting_seeds(original: Any) -> Any:
-    def randint(*bounds: int) -> int:
-        _seeds.get().append(bounds)  # type: ignore[arg-type]
-        return int(original.randint(*bounds))
-
-    return types.SimpleNamespace(randint=randint)
+    return draw
 
 
 def _noting_unseeded(original: Callable[..., Any]) -> Callable[..., Any]:
     def default_rng(seed: Any = None) -> Any:
         if seed is None:
-            _unseeded.get().append("np.random.default_rng()")
+            _drawn.get().append("np.random.default_rng()")
         return original(seed)
 
     return default_rng
 
 
-_PATCH = Patch((seed_generator, "python_random", _noting_seeds), (np.random, "default_rng", _noting_unseeded))
+def _functions_of(module: Any, kind: type) -> list[str]:
+    """The functions of a module that draw from its global generator."""
+    others = ("seed", "getstate", "setstate", "get_state", "set_state")
+    found = {name: getattr(getattr(module, name), "__self__", None) for name in dir(module) if name not in others}
+    return [name for name, owner in found.items() if isinstance(owner, kind) and not name.startswith("_")]
+
+
+def _default_seeds(_: Any, randint: Callable[..., int] = random.randint) -> Any:
+    """In place of the module from which Keras draws a seed for each new layer: these draws are not noted."""
+    return types.SimpleNamespace(randint=randint)
+
+
+_PATCH = Patch(
+    *((random, name, functools.partial(_noting, "random")) for name in _functions_of(random, random.Random)),
+    *((np.random, each, functools.partial(_noting, "np.random")) for each in _functions_of(np.random, _KINDS[1])),
+    (np.random, "default_rng", _noting_unseeded),
+    (seed_generator, "python_random", _default_seeds),
+)
 
 
 def _names(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
