@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from handloom._keras import keras
+from handloom._util.codes import codes_of
 
 _UNPACK = keras.utils.unpack_x_y_sample_weight.__name__
 
@@ -49,10 +50,4 @@ def _function(method: Any) -> Any:
 
 
 def _names_in(function: Any) -> set[str]:
-    codes = [getattr(function, "__code__", None)]
-    names: set[str] = set()
-    for code in codes:
-        if isinstance(code, types.CodeType):
-            names.update(code.co_names, code.co_varnames, code.co_cellvars)
-            codes.extend(code.co_consts)
-    return names
+    return {name for code in codes_of(function) for name in (*code.co_names, *code.co_varnames, *code.co_cellvars)}

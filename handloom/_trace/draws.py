@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from handloom._keras import seed_generator
+from handloom._util.codes import codes_of
 from handloom._util.patch import Patch
 from handloom._util.source_line import is_users
 from handloom._util.switch import Switch
@@ -115,16 +116,8 @@ def _names(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def _named_in(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    used = set(_used(function.__code__))
+    used = {name for code in codes_of(function) for name in code.co_names}
     yield from ((name, thing) for name, thing in function.__globals__.items() if name in used)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # A name that has no value yet.
             yield name, cell.cell_contents
-
-
-def _used(code: types.CodeType) -> Iterator[str]:
-    """The names in a function's code, and in that of the functions inside it."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _used(inner)

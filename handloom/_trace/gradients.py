@@ -306,7 +306,7 @@ def build(wrt: Wrt, fn: Callable[[], Any]) -> None:
             with building():
                 backend.create_variables(fn)
         except Exception:
-            # An error for want of values, after the layers: with values, the function may run.
+            # For want of values, after the layers: the function may run with values, or where a backend compiles `if`.
             if any(not inner.built for layer in layers for inner in layers_of(layer)):
                 raise
 
