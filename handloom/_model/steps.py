@@ -28,14 +28,15 @@ class ModelSteps:
     Args:
         model: Has `train_step`, `test_step` and `predict_step`.
         jit_compile: As for `hl.function`.
+        together: Number of training steps in one dispatch, or `"auto"`.
 
     Attributes:
         jit_compile: As given.
     """
 
-    def __init__(self, model: keras.Model, jit_compile: bool | str) -> None:
+    def __init__(self, model: keras.Model, jit_compile: bool | str = "auto", together: int | str = "auto") -> None:
         check_jit_compile(jit_compile)
-        self.jit_compile, self._model = jit_compile, model
+        self.jit_compile, self._together, self._model = jit_compile, together, model
         self._reporting: dict[tuple[str, bool], ReportingStep] = {}
         self._prediction: Function | None = None
         self._parts: Parts = {}
@@ -52,10 +53,17 @@ class ModelSteps:
         if key not in self._reporting:
             model, step = self._model, getattr(self._model, name)
             _check_takes_data(step, type(model).__name__)
+            _check_own_function(model, name)
             split = weighed if takes_weights else unweighed
             options = {"model": model, "jit_compile": self.jit_compile}
             self._reporting[key] = ReportingStep(step, unpacks=False, weighed=split, **options)
         return self._reporting[key]
+
+    @property
+    def together(self) -> int | str:
+        """Number of training steps in one dispatch, as given to `compile` or set as an attribute since."""
+        now = self._model.steps_per_execution
+        return self._together if self._together == "auto" and now == 1 else now
 
     @property
     def reductions(self) -> dict[str, dict[str, str]]:
@@ -66,6 +74,7 @@ class ModelSteps:
     def prediction(self) -> Function:
         """The compiled `predict_step`."""
         if self._prediction is None:
+            _check_own_function(self._model, "predict_step")
             self._prediction = Function(self._model.predict_step, jit_compile=self.jit_compile)
         return self._prediction
 
@@ -132,3 +141,13 @@ def _check_takes_data(step: Any, model: str) -> None:
             "On one backend, Keras gives a step the state and takes it back. Here a step is the same on every backend.",
             f"Write {step.__name__}(self, data), and read and write variables directly.",
         ) from error
+
+
+def _check_own_function(model: keras.Model, name: str) -> None:
+    hook = f"make_{name.removesuffix('_step')}_function"
+    if getattr(getattr(model, hook), "__func__", None) is not getattr(keras.Model, hook):
+        warn(
+            f"HL259: {type(model).__name__}.{hook} is not called.",
+            f"Here {name} itself is compiled, on every backend; in Keras, {hook} compiles it in another way on each.",
+            f"Put what it does for a batch into {name}(self, data), or write the loop yourself, with hl.function.",
+        )
