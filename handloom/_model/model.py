@@ -148,8 +148,7 @@ class Model(keras.Model):
         """The arguments of `compile`, as a saved model keeps them."""
         config = cast(dict[str, Any], super().get_compile_config())
         # Keras would keep its choice for "auto" here; where the model is loaded, another choice may be right.
-        given = {"jit_compile": self._steps.jit_compile, "steps_per_execution": self._steps.together}
-        return config | given if config else config
+        return config | self._steps.options if config else config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was compiled when it was saved."""
