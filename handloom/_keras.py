@@ -12,6 +12,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `Layer._flatten_layers` | all layers inside a layer |
 | `Functional` | not exported; a subclass that is built from inputs and outputs must become one |
 | `Model._compute_loss`, `_loss_tracker` | Keras's own default steps use them |
+| `Model._symbolic_build` | Keras's steps on JAX, which take the state, need every variable before the first step |
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order |
 | `Metric._direction` | callbacks that monitor a metric must know whether higher is better |
 | `Model._initial_epoch` | `BackupAndRestore` sets the epoch at which `fit` resumes |
@@ -228,3 +229,8 @@ def mark_built(model: Any) -> None:
     """
     if isinstance(model, keras.Model) and not model.built and type(model).build is keras.Model.build:
         model.built = bool(model.variables) and all(layer.built for layer in layers_of(model) if layer is not model)
+
+
+def build_symbolically(model: Any, data: Any) -> None:
+    """Creates the variables of a compiled model, of its metrics and of its optimizer, for a batch."""
+    model._symbolic_build(data_batch=data)

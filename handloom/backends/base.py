@@ -20,6 +20,7 @@ from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.program import Program, Seen, Step
 from handloom.backends.scope import Scope
+from handloom.backends.takes_data import check_takes_data
 from handloom.backends.trace_errors import naming_what_has_no_derivative
 from handloom.errors import TraceError
 
@@ -221,6 +222,21 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
         """Runs `fn()` on shapes alone; no value changes."""
+
+    def step_of(self, model: keras.Model, name: str, build: Callable[[keras.Model, Any], None]) -> Callable[..., Any]:
+        """A step of a model, which takes a batch; a step in Keras's own manner on this backend becomes one.
+
+        Args:
+            model: The model.
+            name: `"train_step"`, `"test_step"` or `"predict_step"`.
+            build: Takes the model and a batch; creates everything that such a step expects to be there.
+
+        Raises:
+            StepError: The step is in Keras's own manner on another backend, or takes no batch.
+        """
+        step: Callable[..., Any] = getattr(model, name)
+        check_takes_data(step, type(model).__name__, self.title)
+        return step
 
     # ---------------------------------------------------------- differentiating
 

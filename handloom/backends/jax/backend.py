@@ -26,8 +26,10 @@ from handloom.backends.building import built_outside
 from handloom.backends.jax.control_flow import assignments_in_branches, cond
 from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each
 from handloom.backends.jax.program import MARK, JaxProgram, leaked
+from handloom.backends.jax.stateful_steps import on_variables
 from handloom.backends.program import Program, Seen, Step
 from handloom.backends.scope import Scope
+from handloom.backends.takes_data import takes
 from handloom.backends.trace_errors import needs_a_value, read_while_differentiated, tensorflow_called
 
 _unseeded_random_ops = Patch(
@@ -96,6 +98,18 @@ class JaxBackend(Backend):
 
     def cond(self, pred: Tensor, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
         return cond(pred, true_fn, false_fn)
+
+    def step_of(self, model: keras.Model, name: str, build: Callable[[keras.Model, Any], None]) -> Callable[..., Any]:
+        step = getattr(model, name)
+        if takes(step, 1) or not takes(step, 2):
+            return super().step_of(model, name, build)
+
+        def step_on_data(data: Any) -> Any:
+            build(model, data)
+            return on_variables(model, step, data)
+
+        step_on_data.__name__ = name
+        return step_on_data
 
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         return checkpoint_name(tensor, MARK + name)
