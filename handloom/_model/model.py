@@ -83,7 +83,7 @@ class Model(keras.Model):
                 fix=f"To give a sequential model its own constructor: class {type(self).__name__}(hl.Sequential).",
             )
         super().__init__(*args, **kwargs)
-        self._steps = ModelSteps(self, "auto")
+        self._steps = ModelSteps(self)
 
     def __reduce__(self) -> Any:
         """Pickles and copies as Keras does, but names `Model`, because no module holds a variant by name."""
@@ -130,7 +130,8 @@ class Model(keras.Model):
             metrics: Metrics that ignore sample weights.
             weighted_metrics: Metrics that use sample weights.
             run_eagerly: Whether steps run eagerly.
-            steps_per_execution: Number of training steps in one dispatch, as for `hl.fit`.
+            steps_per_execution: Number of training steps in one dispatch, as for `hl.fit`. `model.steps_per_execution`
+                is this number, and 1 for `"auto"`; `fit` heeds it if it is set later.
             jit_compile: As for `hl.function`.
             auto_scale_loss: Whether to scale the loss under the policy `mixed_float16`.
 
@@ -138,17 +139,19 @@ class Model(keras.Model):
             OptimizerError: A variable is owned by two optimizers or by none.
         """
         optimizer = prepared(optimizer, self.dtype_policy, auto_scale_loss=auto_scale_loss)
-        given = (loss, loss_weights, metrics, weighted_metrics, run_eagerly, steps_per_execution)
+        together = 1 if steps_per_execution == "auto" else steps_per_execution  # Keras has a number here.
+        given = (loss, loss_weights, metrics, weighted_metrics, run_eagerly, together)
         super().compile(optimizer, *given, jit_compile=not run_eagerly and jit_compile, auto_scale_loss=False)
         set_loss_tracker(self, LossTracker(name="loss"))
-        self._steps = ModelSteps(self, jit_compile)
+        self._steps = ModelSteps(self, jit_compile, steps_per_execution)
         attach(optimizer, self)
 
     def get_compile_config(self) -> dict[str, Any]:
         """The arguments of `compile`, as a saved model keeps them."""
         config = cast(dict[str, Any], super().get_compile_config())
         # Keras would keep its choice for "auto" here; where the model is loaded, another choice may be right.
-        return config | {"jit_compile": self._steps.jit_compile} if config else config
+        given = {"jit_compile": self._steps.jit_compile, "steps_per_execution": self._steps.together}
+        return config | given if config else config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was compiled when it was saved."""
@@ -313,7 +316,7 @@ class Model(keras.Model):
             StepError: A step does not return a dict of scalars.
         """
         check_compiled(self, "fit", "train_step")
-        together = self.steps_per_execution if steps_per_execution is None else steps_per_execution
+        together = self._steps.together if steps_per_execution is None else steps_per_execution
         options = RunOptions(run_dir, resume, allow, save, keep, best, strategy, together, verbose)
         seed_run(seed, self)
         data = (x, y, sample_weight)
