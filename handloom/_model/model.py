@@ -130,8 +130,7 @@ class Model(keras.Model):
             metrics: Metrics that ignore sample weights.
             weighted_metrics: Metrics that use sample weights.
             run_eagerly: Whether steps run eagerly.
-            steps_per_execution: Number of training steps in one dispatch, as for `hl.fit`. `model.steps_per_execution`
-                is this number, and 1 for `"auto"`; `fit` heeds it if it is set later.
+            steps_per_execution: Number of training steps in one dispatch, as for `hl.fit`. The model shows `"auto"` as 1.
             jit_compile: As for `hl.function`.
             auto_scale_loss: Whether to scale the loss under the policy `mixed_float16`.
 
@@ -150,8 +149,7 @@ class Model(keras.Model):
         """The arguments of `compile`, as a saved model keeps them."""
         config = cast(dict[str, Any], super().get_compile_config())
         # Keras would keep its choice for "auto" here; where the model is loaded, another choice may be right.
-        given = {"jit_compile": self._steps.jit_compile, "steps_per_execution": self._steps.together}
-        return config | given if config else config
+        return config | self._steps.options if config else config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was compiled when it was saved."""

@@ -66,6 +66,11 @@ class ModelSteps:
         return self._together if self._together == "auto" and now == 1 else now
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The options as a saved model keeps them."""
+        return {"jit_compile": self.jit_compile, "steps_per_execution": self.together}
+
+    @property
     def reductions(self) -> dict[str, dict[str, str]]:
         """How each reported value is reduced over an epoch, by step and name, for the steps that have run."""
         return {name: dict(step.reductions) for (name, _), step in self._reporting.items() if step.reductions}
