@@ -28,7 +28,7 @@ from handloom.backends.program import Seen, Step, Untraceable
 from handloom.backends.scope import Scope
 from handloom.backends.torch.graph import mark
 from handloom.backends.torch.modules import layers_built_outside, modules_read_variables, parameters_made
-from handloom.backends.torch.program import NeedsValue, TorchProgram, contiguous, tracing
+from handloom.backends.torch.program import NeedsValue, TooLong, TorchProgram, contiguous, tracing
 from handloom.backends.trace_errors import needs_a_value, read_by_numpy, tensorflow_called
 from handloom.errors import ExportError, HandloomError, TraceError
 
@@ -105,6 +105,8 @@ class TorchBackend(Backend):
                 program = TorchProgram(fn, tensors)
         except HandloomError:
             raise
+        except TooLong as error:
+            raise Untraceable(first_line(error)) from error
         except NeedsValue as error:
             raise needs_a_value(frames_of(error)) from error
         except Exception as first:
