@@ -42,7 +42,7 @@ class Backend(abc.ABC):
     """Inside, layers are built outside of traces; see `built_outside`."""
 
     def __init__(self) -> None:
-        self._in_trace, self._in_gradient = Switch(False), Switch(False)
+        self._in_trace, self._depth = Switch(False), Switch(0)
 
     # ---------------------------------------------------------------- tensors
 
@@ -299,6 +299,14 @@ class Backend(abc.ABC):
     def _split(self, row: Gradients, count: int) -> tuple[Gradients, Gradients]:
         return list(map(self.dense, row[:count])), row[count:]
 
+    @abc.abstractmethod
+    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """A term of a loss twice: for a function that may include it, and for the caller to add to the result of that.
+
+        If the function's result depends on the first through differentiable operations, then, while the sum is
+        differentiated, `included` is called, and the second has no gradient: the term counts once.
+        """
+
     # ------------------------------------------------------------------ nesting
 
     @property
@@ -307,4 +315,23 @@ class Backend(abc.ABC):
 
         Compiled functions that are called there become a part of it.
         """
-        return self._in_trace.get() or self._in_gradient.get()
+        return self._in_trace.get() or self.depth > 0
+
+    @property
+    def depth(self) -> int:
+        """The number of differentiated functions that the caller runs inside of, one inside the other."""
+        return self._depth.get()
+
+    def _differentiating(self) -> contextlib.AbstractContextManager[None]:
+        """A block inside a differentiated function."""
+        return self._depth.here(self.depth + 1)
+
+    @property
+    def place(self) -> Any:
+        """Differs inside another differentiated function, branch or loop: its tensors may not exist outside."""
+        return self.depth, self._branch
+
+    @property
+    @abc.abstractmethod
+    def _branch(self) -> Any:
+        """Differs inside another branch or loop."""

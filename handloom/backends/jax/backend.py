@@ -1,7 +1,8 @@
 """JAX: steps become pure functions (see `program.py`), gradients pullbacks (see `gradients.py`).
 
-Internals used: the check by which `keras.random` refuses to draw unseeded numbers during a trace. It prevents a seed
-that is a constant of the program; here the state of the global seed generator is captured like any other variable.
+Internals used: `get_opaque_trace_state` of `jax.extend.core`, to distinguish traces; the check by which `keras.random`
+refuses to draw unseeded numbers during a trace. It prevents a seed that is a constant of the program; here the state of
+the global seed generator is captured like any other variable.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from handloom._util.source_line import frames_of, place_in, shown
 from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.building import built_outside
 from handloom.backends.jax.control_flow import assignments_in_branches, cond
-from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each
+from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each, term_twice
 from handloom.backends.jax.program import MARK, JaxProgram, leaked
 from handloom.backends.jax.stateful_steps import on_variables
 from handloom.backends.program import Program, Seen, Step
@@ -124,7 +125,7 @@ class JaxBackend(Backend):
     def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
         sources = Sources(tensors, variables)
         try:
-            with self._in_gradient.here(True), Scope(creates=True) as scope:
+            with self._differentiating(), Scope(creates=True) as scope:
                 outputs, aux, news, rows = (gradients_of_one if scalar else rows_of_each)(fn, sources)
         except Exception as error:
             if not _needs_a_value(error):
@@ -135,6 +136,13 @@ class JaxBackend(Backend):
             return self._derivatives(fn, tensors, variables, scalar=scalar)
         sources.write(news)
         return outputs, aux, rows
+
+    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        return term_twice(term, included)
+
+    @property
+    def _branch(self) -> Any:
+        return jax.extend.core.get_opaque_trace_state()
 
 
 def _default_device() -> Any:

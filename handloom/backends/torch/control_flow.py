@@ -92,6 +92,9 @@ class _Closure(TorchFunctionMode):
 
 _open: ContextVar[tuple[_Closure, ...]] = ContextVar("open", default=())
 
+open_branches = _open.get
+"""The branches and loops in which the caller runs."""
+
 
 def _as_seen_here(tensors: Tensors) -> list[torch.Tensor]:
     """Tensors as the enclosing branch sees them, if there is one: it does not see control-flow operations."""
