@@ -36,6 +36,8 @@ class Backend(abc.ABC):
     name: str
     title: str
     """The name in messages."""
+    tested: tuple[str, str]
+    """The lowest and the highest version that Handloom was tested with (`docs/compatibility.md`)."""
     holds_text = False
     """Whether its tensors can hold text."""
     layers_built_outside: Patch

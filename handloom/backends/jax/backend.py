@@ -40,7 +40,7 @@ _unseeded_random_ops = Patch(
 
 
 class JaxBackend(Backend):
-    name, title = "jax", "JAX"
+    name, title, tested = "jax", "JAX", ("0.8", "0.12")
     layers_built_outside = built_outside(jax.ensure_compile_time_eval)
 
     def is_array(self, leaf: Any) -> bool:

@@ -44,7 +44,7 @@ _convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status
 
 
 class TensorFlowBackend(Backend):
-    name, title = "tensorflow", "TensorFlow"
+    name, title, tested = "tensorflow", "TensorFlow", ("2.20", "2.21")
     holds_text = True
     layers_built_outside = built_outside(tf.init_scope)
     _by_xla = Switch(False)

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from keras.src.backend.torch import core
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from handloom._interop.onnx_torch import exportable
 from handloom._interop.tensors import tensor_of
-from handloom._keras import Gradients, Tensor, Tensors, Variable, current_value, first_line, keras
+from handloom._keras import Gradients, Tensor, Tensors, Variable, core, current_value, first_line, keras
 from handloom._util.source_line import frames_of
 from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.dependencies import reached
@@ -35,7 +34,7 @@ from handloom.errors import ExportError, HandloomError, TraceError
 
 
 class TorchBackend(Backend):
-    name, title = "torch", "PyTorch"
+    name, title, tested = "torch", "PyTorch", ("2.13", "2.14")
     layers_built_outside = layers_built_outside
 
     def is_array(self, leaf: Any) -> bool:
