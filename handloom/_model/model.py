@@ -130,7 +130,7 @@ class Model(keras.Model):
             metrics: Metrics that ignore sample weights.
             weighted_metrics: Metrics that use sample weights.
             run_eagerly: Whether steps run eagerly.
-            steps_per_execution: Number of training steps in one dispatch, as for `hl.fit`. The model shows `"auto"` as 1.
+            steps_per_execution: Number of training steps in one dispatch, as for `hl.fit`. The model has `"auto"` as 1.
             jit_compile: As for `hl.function`.
             auto_scale_loss: Whether to scale the loss under the policy `mixed_float16`.
 

@@ -372,7 +372,7 @@ class Version:
 
     def _run_eagerly(self, tensors: Tensors) -> list[Tensor]:
         try:
-            with backend.layers_built_outside:
+            with backend.in_steps:
                 result = self._arguments.call(backend.with_control_flow(self._function.python_function), tensors)
         except Exception as error:
             if self.fallback_reason:  # This error may be the reason why it could not be compiled.

@@ -40,8 +40,8 @@ class Backend(abc.ABC):
     """The lowest and the highest version that Handloom was tested with (`docs/compatibility.md`)."""
     holds_text = False
     """Whether its tensors can hold text."""
-    layers_built_outside: Patch
-    """Inside, layers are built outside of traces; see `built_outside`."""
+    in_steps: Patch
+    """Inside, layers are built outside of traces, and operators promote dtypes; see `building.py`, `operators.py`."""
 
     def __init__(self) -> None:
         self._in_trace, self._depth = Switch(False), Switch(0)
@@ -218,7 +218,7 @@ class Backend(abc.ABC):
             self._run_on_shapes(fn)
             done = True
         if not done:
-            with self.layers_built_outside, Scope(creates=True):
+            with self.in_steps, Scope(creates=True):
                 fn()
 
     @abc.abstractmethod
@@ -264,7 +264,7 @@ class Backend(abc.ABC):
             value, aux = fn(*tensors)
             return [value], aux
 
-        with naming_what_has_no_derivative(self.title), self.layers_built_outside:
+        with naming_what_has_no_derivative(self.title), self.in_steps:
             [value], aux, [row] = self._derivatives(listed, tensors, variables, scalar=True)
         return value, aux, *self._split(row, len(tensors))
 
@@ -287,7 +287,7 @@ class Backend(abc.ABC):
             The outputs; the further tensors; for each output a pair like the last two results of `value_and_grad`, of
             derivatives of shape `output.shape + source.shape`.
         """
-        with naming_what_has_no_derivative(self.title), self.layers_built_outside:
+        with naming_what_has_no_derivative(self.title), self.in_steps:
             outputs, aux, rows = self._derivatives(fn, tensors, variables, scalar=False)
         return outputs, aux, [self._split(row, len(tensors)) for row in rows]
 

@@ -479,18 +479,6 @@ def test_minimize_refuses_a_loss_that_is_no_function():
         hl.minimize(ops.sum(w), w, SGD(0.1))
 
 
-@pytest.mark.backend("torch")
-@pytest.mark.parametrize("difference", [lambda a, b: a - b, lambda a, b: b - a, lambda a, b: a * b])
-def test_minimize_on_torch_with_a_numpy_target_outside_of_a_function_says_what_to_type(difference):
-    v = keras.Variable(ones(2))
-    y = np.zeros(2, "float32")
-    with pytest.raises(TraceError, match=r"y = keras\.ops\.convert_to_tensor\(y\).*HL126"):
-        hl.minimize(lambda: ops.sum(difference(v * 2, y)), [v], keras.optimizers.SGD(0.1))
-    same(v, ones(2))
-    hl.minimize(lambda: ops.sum(v * 2 - ops.convert_to_tensor(y)), [v], keras.optimizers.SGD(0.1))
-    close(v, [0.8, 0.8])
-
-
 @pytest.mark.backend("jax")
 @pytest.mark.parametrize("built", [False, True])
 def test_minimize_on_jax_of_an_episode_played_inside_the_loss_function_names_the_line(built):

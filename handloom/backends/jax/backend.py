@@ -41,7 +41,7 @@ _unseeded_random_ops = Patch(
 
 class JaxBackend(Backend):
     name, title, tested = "jax", "JAX", ("0.8", "0.12")
-    layers_built_outside = built_outside(jax.ensure_compile_time_eval)
+    in_steps = Patch(built_outside(jax.ensure_compile_time_eval))  # Operators promote as they are.
 
     def is_array(self, leaf: Any) -> bool:
         return isinstance(leaf, (jax.Array, np.ndarray, np.generic, BCOO))
@@ -88,7 +88,7 @@ class JaxBackend(Backend):
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
-        with self._in_trace.here(True), _unseeded_random_ops, self.layers_built_outside:
+        with self._in_trace.here(True), _unseeded_random_ops, self.in_steps:
             yield
 
     def compiles_kernels(self, jit_compile: bool | str) -> bool:

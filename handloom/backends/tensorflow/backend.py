@@ -28,6 +28,7 @@ from handloom.backends.program import Seen, Step
 from handloom.backends.scope import Scope
 from handloom.backends.tensorflow.assigned import assignments_noted, watch
 from handloom.backends.tensorflow.gradients import term_twice
+from handloom.backends.tensorflow.operators import operators_of_keras
 from handloom.backends.tensorflow.program import MARK, TensorFlowProgram
 from handloom.backends.trace_errors import needs_a_value
 from handloom.errors import StepError
@@ -46,7 +47,7 @@ _convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status
 class TensorFlowBackend(Backend):
     name, title, tested = "tensorflow", "TensorFlow", ("2.20", "2.21")
     holds_text = True
-    layers_built_outside = built_outside(tf.init_scope)
+    in_steps = Patch(built_outside(tf.init_scope), *operators_of_keras)
     _by_xla = Switch(False)
 
     def is_array(self, leaf: Any) -> bool:
@@ -93,6 +94,9 @@ class TensorFlowBackend(Backend):
     def seed_random_state(self, seed: int) -> None:
         tf.random.get_global_generator().reset_from_seed(seed)
 
+    def exporting(self, format: str) -> Any:  # noqa: A002
+        return self.in_steps
+
     def _program(self, fn: Step, tensors: Tensors, seen: Seen, kernels: bool) -> TensorFlowProgram:
         try:
             return TensorFlowProgram(fn, tensors, seen, kernels, functools.partial(self._tracing, kernels))
@@ -109,7 +113,7 @@ class TensorFlowBackend(Backend):
             self._by_xla.here(by_xla),
             self._in_trace.here(True),
             _variables_made_outside_of_graphs,
-            self.layers_built_outside,
+            self.in_steps,
         ):
             yield
 
@@ -129,7 +133,7 @@ class TensorFlowBackend(Backend):
 
     def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
         graph = tf.__internal__.FuncGraph("shapes")
-        with self._in_trace.here(True), Scope(creates=True), graph.as_default(), self.layers_built_outside:
+        with self._in_trace.here(True), Scope(creates=True), graph.as_default(), self.in_steps:
             fn()
 
     def dense(self, gradient: Tensor | None) -> Tensor | None:

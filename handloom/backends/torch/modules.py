@@ -20,6 +20,7 @@ from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.building import built_outside
 from handloom.backends.scope import Scope
+from handloom.backends.torch.operators import operators_of_keras
 
 
 @contextlib.contextmanager
@@ -27,7 +28,7 @@ def parameters_made() -> Iterator[None]:
     """Builds layers outside of the trace; registers the parameters of those built inside the block, after it."""
     built: list[TorchLayer] = []
     try:
-        with layers_built_outside, _noting_what_is_built, _built.here(built):
+        with in_steps, _noting_what_is_built, _built.here(built):
             yield
     finally:
         for layer in built:
@@ -41,7 +42,7 @@ def _outside() -> Iterator[None]:
         yield
 
 
-layers_built_outside = built_outside(_outside)
+in_steps = Patch(built_outside(_outside), *operators_of_keras)
 
 
 def _noting_built(original: Callable[[TorchLayer], None]) -> Callable[[TorchLayer], None]:
