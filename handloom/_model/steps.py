@@ -1,17 +1,18 @@
 """The compiled steps of a model, kept until the model changes."""
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from handloom._data.sample_weight import unweighed, weighed
 from handloom._keras import keras, layers_of, mark_built
+from handloom._model.stateful_steps import build_all
 from handloom._reporting.step import ReportingStep
 from handloom._trace.eager import eagerly
 from handloom._trace.function import Function, check_jit_compile
 from handloom._trace.gradients import build
 from handloom._util.findings import warn
+from handloom.backends import backend
 from handloom.errors import StepError
 from handloom.optimizers._add_variables import add_variables_in_order
 
@@ -51,8 +52,7 @@ class ModelSteps:
         """
         key = (name, takes_weights)
         if key not in self._reporting:
-            model, step = self._model, getattr(self._model, name)
-            _check_takes_data(step, type(model).__name__)
+            model, step = self._model, backend.step_of(self._model, name, build_all)
             _check_own_function(model, name)
             split = weighed if takes_weights else unweighed
             options = {"model": model, "jit_compile": self.jit_compile}
@@ -80,7 +80,8 @@ class ModelSteps:
         """The compiled `predict_step`."""
         if self._prediction is None:
             _check_own_function(self._model, "predict_step")
-            self._prediction = Function(self._model.predict_step, jit_compile=self.jit_compile)
+            step = backend.step_of(self._model, "predict_step", build_all)
+            self._prediction = Function(step, jit_compile=self.jit_compile)
         return self._prediction
 
     @contextlib.contextmanager
@@ -136,16 +137,14 @@ def layers_are_built(model: keras.Model) -> bool:
     return all(layer.built for layer in layers_of(model) if layer is not model)
 
 
-def _check_takes_data(step: Any, model: str) -> None:
-    signature = inspect.signature(step)
-    try:
-        signature.bind(None)
-    except TypeError as error:
+def check_compiled(model: keras.Model, method: str, step: str) -> None:
+    """Raises an error if a default step, which needs a loss, is about to run and the model is not compiled."""
+    if not model.compiled and getattr(type(model), step).__module__.startswith("handloom._model."):
         raise StepError(
-            f"HL254: {model}.{step.__name__}{signature} cannot be called with one argument, data.",
-            "On one backend, Keras gives a step the state and takes it back. Here a step is the same on every backend.",
-            f"Write {step.__name__}(self, data), and read and write variables directly.",
-        ) from error
+            f"HL213: {method}() was called before compile().",
+            f"{type(model).__name__} uses the default {step}, which needs the loss given to compile().",
+            f"Call compile() first, or define {step}(self, data).",
+        )
 
 
 def _check_own_function(model: keras.Model, name: str) -> None:

@@ -237,17 +237,23 @@ def test_compile_checks_jit_compile():
 # -------------------------------------------------------------------- arguments
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("name", ["train_step", "test_step"])
-def test_a_step_with_the_signature_of_keras_on_jax_is_refused(name):
+@pytest.mark.backend("tensorflow", "torch")
+@pytest.mark.parametrize("name", ["train_step", "test_step", "predict_step"])
+def test_a_step_with_the_signature_of_keras_on_jax_is_refused_elsewhere(name):
     step = {name: lambda self, state, data: ({}, state)}
     step[name].__name__ = name
     model = type("Stateless", (hl.Model,), step)()
-    run = {"train_step": model.fit, "test_step": model.evaluate}[name]
+    run = {"train_step": model.fit, "test_step": model.evaluate, "predict_step": model.predict}[name]
     with pytest.raises(
-        StepError, match=rf"Stateless\.{name}\(state, data\) cannot be called.* {name}\(self, data\).*HL254"
+        StepError, match=rf"Stateless\.{name}\(state, data\) cannot .* {name}\(self, data\).*KERAS_BACKEND=jax.*HL254"
     ):
-        run(X, Y, verbose=0)
+        run(X, verbose=0)
+
+
+def test_a_step_without_an_argument_is_refused():
+    model = type("Empty", (hl.Model,), {"train_step": lambda self: {}})()
+    with pytest.raises(StepError, match=r"A step takes one argument, the batch.*HL254"):
+        model.fit(X, Y, verbose=0)
 
 
 def with_default(self, data, scale=2.0):
