@@ -55,6 +55,12 @@ def defines(model: Any, method: str) -> bool:
 
 
 def further(model: Any) -> list[Any]:
-    """What a model keeps apart from Keras variables, and the slots of its own optimizers."""
-    optimizers = [value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)]
-    return [*getattr(model, "kept", ()), *values_of(*optimizers)]
+    """What a model keeps apart from Keras variables, and the slots of its own optimizers.
+
+    The compiled optimizer is left out: Keras builds it for all variables, even if no step uses it.
+    """
+    own = {name: value for name, value in vars(model).items() if name not in ("optimizer", "_optimizer")}
+    return [
+        *getattr(model, "kept", ()),
+        *values_of(*(value for value in own.values() if isinstance(value, keras.optimizers.Optimizer))),
+    ]
