@@ -8,7 +8,7 @@ needs to know which backend runs, this contract lacks a method.
 import abc
 import contextlib
 import importlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -91,6 +91,14 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         """The values of a tensor as a NumPy array, once they are computed. Do not write to it."""
+
+    def result(self, tensor: Tensor) -> Any:
+        """A tensor as a user gets it from `predict`: a NumPy array, or itself if no array can hold its values."""
+        return keras.ops.convert_to_numpy(tensor)
+
+    def joined(self, results: Sequence[Any]) -> Any:
+        """Results of several batches, along their first axis."""
+        return np.concatenate(results) if len(results) > 1 else results[0]
 
     @abc.abstractmethod
     def detach(self, tensor: Tensor) -> Tensor:
