@@ -25,6 +25,7 @@ from handloom._trace.signature import (
     signature_of,
     static_values,
 )
+from handloom._trace.slow import runs_when_traced, told_if_slow
 from handloom._trace.structure import Structure
 from handloom._util.findings import warn
 from handloom._util.listeners import Listeners
@@ -209,7 +210,7 @@ class Function:
         reason, started = reason_for(signature, self._signatures), time.perf_counter()
         draws = Draws(self.python_function)
         try:
-            with draws.noticed():
+            with draws.noticed(), told_if_slow(self.__name__):
                 version.compile(self.jit_compile, first=not self.traces)
         except Untraceable as error:
             version.fallback_reason, version.unsaved = str(error), error.unsaved
@@ -308,13 +309,21 @@ class Version:
         flat, tensors = self._flat(first), self._arguments.tensors
         program = backend.trace(flat, tensors, jit_compile=jit_compile, seen=self.use.known)
         if program is not None:
-            self.run, self._program, self.compiled = program.__call__, program, True
+            self._program, self.compiled = program, True
+            self.run = self._run_and_compile if program.compiles_in_first_run else program.__call__
             self.dependencies, self.unsaved = program.dependencies, program.unsaved
+
+    def _run_and_compile(self, tensors: Tensors) -> Tensors:
+        assert self._program is not None
+        with told_if_slow(self._function.__name__):
+            found = self._program(tensors)
+        self.run = self._program.__call__
+        return found
 
     def fused(self, steps: int) -> Fused | None:
         """A program that runs this version so many times in one dispatch; `None` if the backend has none."""
         if steps not in self._fused:
-            with _ONE_TRACE_AT_A_TIME:
+            with _ONE_TRACE_AT_A_TIME, told_if_slow(self._function.__name__):
                 self._fused[steps] = self._compile_fused(steps)
         return self._fused[steps]
 
@@ -349,6 +358,7 @@ class Version:
             runs += 1  # Only now: after a failure, a backend may trace the function again in another way.
             return found.tensors
 
+        runs_when_traced(flat)
         return flat
 
     @property

@@ -20,6 +20,7 @@ from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.program import Program, Seen, Step
 from handloom.backends.scope import Scope
+from handloom.backends.takes_data import check_takes_data
 from handloom.backends.trace_errors import naming_what_has_no_derivative
 from handloom.errors import TraceError
 
@@ -35,13 +36,15 @@ class Backend(abc.ABC):
     name: str
     title: str
     """The name in messages."""
+    tested: tuple[str, str]
+    """The lowest and the highest version that Handloom was tested with (`docs/compatibility.md`)."""
     holds_text = False
     """Whether its tensors can hold text."""
     in_steps: Patch
     """Inside, layers are built outside of traces, and operators promote dtypes; see `building.py`, `operators.py`."""
 
     def __init__(self) -> None:
-        self._in_trace, self._in_gradient = Switch(False), Switch(False)
+        self._in_trace, self._depth = Switch(False), Switch(0)
 
     # ---------------------------------------------------------------- tensors
 
@@ -230,6 +233,21 @@ class Backend(abc.ABC):
     def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
         """Runs `fn()` on shapes alone; no value changes."""
 
+    def step_of(self, model: keras.Model, name: str, build: Callable[[keras.Model, Any], None]) -> Callable[..., Any]:
+        """A step of a model, which takes a batch; a step in Keras's own manner on this backend becomes one.
+
+        Args:
+            model: The model.
+            name: `"train_step"`, `"test_step"` or `"predict_step"`.
+            build: Takes the model and a batch; creates everything that such a step expects to be there.
+
+        Raises:
+            StepError: The step is in Keras's own manner on another backend, or takes no batch.
+        """
+        step: Callable[..., Any] = getattr(model, name)
+        check_takes_data(step, type(model).__name__, self.title)
+        return step
+
     # ---------------------------------------------------------- differentiating
 
     def value_and_grad(
@@ -291,6 +309,14 @@ class Backend(abc.ABC):
     def _split(self, row: Gradients, count: int) -> tuple[Gradients, Gradients]:
         return list(map(self.dense, row[:count])), row[count:]
 
+    @abc.abstractmethod
+    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """A term of a loss twice: for a function that may include it, and for the caller to add to the result of that.
+
+        If the function's result depends on the first through differentiable operations, then, while the sum is
+        differentiated, `included` is called, and the second has no gradient: the term counts once.
+        """
+
     # ------------------------------------------------------------------ nesting
 
     @property
@@ -299,4 +325,23 @@ class Backend(abc.ABC):
 
         Compiled functions that are called there become a part of it.
         """
-        return self._in_trace.get() or self._in_gradient.get()
+        return self._in_trace.get() or self.depth > 0
+
+    @property
+    def depth(self) -> int:
+        """The number of differentiated functions that the caller runs inside of, one inside the other."""
+        return self._depth.get()
+
+    def _differentiating(self) -> contextlib.AbstractContextManager[None]:
+        """A block inside a differentiated function."""
+        return self._depth.here(self.depth + 1)
+
+    @property
+    def place(self) -> Any:
+        """Differs inside another differentiated function, branch or loop: its tensors may not exist outside."""
+        return self.depth, self._branch
+
+    @property
+    @abc.abstractmethod
+    def _branch(self) -> Any:
+        """Differs inside another branch or loop."""

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from keras.src.backend.common.stateless_scope import get_stateless_scope
-from keras.src.backend.torch import core
 from keras.src.backend.torch.layer import TorchLayer
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from handloom._keras import keras, stored_value
+from handloom._keras import core, get_stateless_scope, keras, stored_value
 from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.building import built_outside
