@@ -10,6 +10,14 @@ import numpy as np
 LIBRARIES = ("jax", "tensorflow", "torch")
 
 
+def seed_libraries(seed: int) -> None:
+    """Seeds PyTorch and TensorFlow, from which sources of data draw on any backend, if they are imported."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+    if "tensorflow" in sys.modules:
+        sys.modules["tensorflow"].random.set_seed(seed)
+
+
 def library_of(leaf: Any) -> str | None:
     """The library of a tensor; `None` for anything else. Imports nothing: no tensor exists before its library does."""
     loaded = {name: sys.modules[name] for name in LIBRARIES if sys.modules.get(name)}

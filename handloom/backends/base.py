@@ -125,7 +125,7 @@ class Backend(abc.ABC):
         """Restores a state from `random_state`; ignores that of another backend."""
 
     def seed_random_state(self, seed: int) -> None:
-        """Seeds that state, where `keras.utils.set_random_seed` does not; nothing by default."""
+        """Seeds that state, as far as it is not the libraries' own; nothing by default."""
 
     @abc.abstractmethod
     def profiled(self, directory: Path) -> contextlib.AbstractContextManager[Any]:

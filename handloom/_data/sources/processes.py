@@ -40,7 +40,7 @@ class Processes:
         self._workers, self._others = workers, set(multiprocessing.active_children())
         # Ctrl-C reaches them too, but only this process knows when to stop.
         self._pool = ProcessPoolExecutor(workers, _SPAWN, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-        self._started: dict[int, Any] = {}
+        self._started: dict[int | None, Any] = {}
         self._copy = _Copy(b"")
         self._has_read = self.broken = False
 
