@@ -79,6 +79,20 @@ class TensorFlowBackend(Backend):
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         return np.asarray(tensor)  # On a CPU this shares memory, which `tensor.numpy()` would copy.
 
+    def result(self, tensor: Tensor) -> Any:
+        return tensor if isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor)) else super().result(tensor)
+
+    def joined(self, results: Sequence[Any]) -> Any:
+        if isinstance(results[0], tf.SparseTensor):
+            return tf.sparse.concat(0, results)
+        if isinstance(results[0], tf.RaggedTensor):
+            return tf.concat(results, 0)
+        sizes = list(zip(*(result.shape for result in results), strict=True))
+        differing = [axis for axis, found in enumerate(sizes[1:], 1) if len(set(found)) > 1]
+        if not differing:
+            return super().joined(results)
+        return tf.concat([tf.RaggedTensor.from_tensor(result, ragged_rank=differing[-1]) for result in results], 0)
+
     def detach(self, tensor: Tensor) -> Tensor:
         return _read(tensor)
 
