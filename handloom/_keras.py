@@ -16,7 +16,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `Metric._direction` | callbacks that monitor a metric must know whether higher is better |
 | `Model._initial_epoch` | `BackupAndRestore` sets the epoch at which `fit` resumes |
 | `Optimizer._trainable_variables` | the variables that `apply` updates when it is given gradients only |
-| `Optimizer._variables`, `_iterations`, `_tracker` | the slots, to create them again for further variables |
+| `Optimizer._variables`, `_iterations`, `_tracker`, `_track_variable` | the slots, to add some in their order |
 | `Optimizer._learning_rate` | copies of an optimizer share it |
 | `global_seed_generator` | it must exist before a step is traced, as any variable must |
 | `global_state` | to leave all scopes; to forget a variable whose initializer failed: later scopes would try again |
@@ -200,6 +200,12 @@ def forget_slots(optimizer: keras.Optimizer) -> None:
     """Removes the slots of an optimizer from its variables."""
     for slot in slots_of(optimizer):
         optimizer._tracker.untrack(slot)
+
+
+def replace_slot(optimizer: keras.Optimizer, new: Variable, old: Variable) -> None:
+    """Puts an earlier slot in place of the newest one."""
+    optimizer._tracker.untrack(new)
+    optimizer._track_variable(old)
 
 
 def share_learning_rate(optimizer: keras.Optimizer, other: keras.Optimizer) -> None:

@@ -15,6 +15,7 @@ from handloom._trace.arguments import Arguments, results
 from handloom._trace.draws import Draws
 from handloom._trace.eager import runs_eagerly
 from handloom._trace.observe import VariableUse, observing
+from handloom._trace.premises import Premises, PremisesOfFunction
 from handloom._trace.signature import (
     Signature,
     as_text,
@@ -121,10 +122,11 @@ class Function:
         self.python_function = python_function
         self.traces: list[Trace] = []
         self.jit_compile = jit_compile
-        self._versions: dict[Key, Version] = {}
+        self._versions: dict[Key, list[Version]] = {}
         self._by_raw_key: dict[Key, Version] = {}
         self._signatures: list[Signature] = []
         self._said: set[str] = set()
+        self._premises = PremisesOfFunction(self.__name__, python_function)
         self._kept_as = f"_compiled_{self.__name__}_{id(self):x}"
         self._definition: Function | None = None
 
@@ -154,17 +156,20 @@ class Function:
     @property
     def touched(self) -> list[Variable]:
         """The variables that the compiled versions read or assign."""
-        return _distinct(version.use.touched for version in self._versions.values())
+        return _distinct(version.use.touched for version in self._all())
 
     @property
     def assigned(self) -> list[Variable]:
         """The variables that they assign, without those that an optimizer updates in place on some backends."""
-        return _distinct(version.use.written for version in self._versions.values())
+        return _distinct(version.use.written for version in self._all())
 
     @property
     def unsaved(self) -> list[str]:
         """The state that they use apart from Keras variables, in words."""
-        return list(dict.fromkeys(text for version in self._versions.values() for text in version.unsaved))
+        return list(dict.fromkeys(text for version in self._all() for text in version.unsaved))
+
+    def _all(self) -> list[Version]:
+        return [version for versions in self._versions.values() for version in versions]
 
     def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Tensors]:
         """The version for these arguments, compiled if it is new, and the tensors among them."""
@@ -175,7 +180,7 @@ class Function:
         except AttributeError:
             key = None
         version = None if kwargs else self._by_raw_key.get(key)
-        if version is not None:
+        if version is not None and version.holds():
             return version, leaves
         version, tensors = self._resolve_any(args, kwargs or {})
         if key is not None and not kwargs and len(tensors) == len(leaves) and all(map(operator.is_, tensors, leaves)):
@@ -186,7 +191,7 @@ class Function:
         arguments = Arguments(args, kwargs)
         key = (runs_eagerly(), current(), *arguments.key)
         try:
-            version = self._versions.get(key)
+            version = self._valid(key)
         except TypeError as error:
             raise ArgumentError(
                 f"HL016: An argument of {self.__name__} is neither data nor hashable: {error}.",
@@ -195,17 +200,25 @@ class Function:
             ) from error
         if version is None:
             with _ONE_TRACE_AT_A_TIME:
-                version = self._versions.get(key) or self._new_version(arguments, args, kwargs)
-                self._versions[key] = version
+                version = self._valid(key) or self._new_version(key, arguments, args, kwargs)
+                self._versions.setdefault(key, []).append(version)
         return version, arguments.tensors
 
-    def _new_version(self, arguments: Arguments, args: Sequence[Any], kwargs: dict[str, Any]) -> Version:
+    def _valid(self, key: Key) -> Version | None:
+        """The version for a key whose premises hold."""
+        return next((version for version in self._versions.get(key, ()) if version.holds()), None)
+
+    def _new_version(self, key: Key, arguments: Arguments, args: Sequence[Any], kwargs: dict[str, Any]) -> Version:
         version = Version(self, arguments)
         if runs_eagerly():
             return version
         signature = version.signature = signature_of(self.python_function, args, kwargs)
         reason, started = reason_for(signature, self._signatures), time.perf_counter()
-        draws = Draws(self.python_function)
+        state = self._premises.state()
+        changed = self._versions[key][-1].premises.changed if key in self._versions else []
+        if changed:
+            reason = self._premises.reason(changed, state)
+        draws = Draws(state)
         try:
             with draws.noticed():
                 version.compile(self.jit_compile, first=not self.traces)
@@ -214,13 +227,17 @@ class Function:
         if not version.compiled:
             no_other = f"jit_compile=False, and {backend.title} has no other compiler"
             reason = f"eager: {version.fallback_reason or no_other}"
-        self._signatures.append(signature)
+        if not changed:
+            self._signatures.append(signature)
         seconds = time.perf_counter() - started
         version.trace = Trace(as_text(signature), seconds, reason, compiled=version.compiled)
         self.traces.append(version.trace)
         traced.tell(self.__name__, version.trace)
-        self._warn_of_many_values(signature)
         if version.compiled:
+            version.set_premises(self._premises.of_version(state))
+        if not changed:
+            self._warn_of_many_values(signature)
+        if version.compiled and not changed:
             self._warn_of_many_shapes(signature)
         if version.compiled and draws.sources:
             warn(
@@ -232,7 +249,8 @@ class Function:
 
     def forget(self, version: Version) -> None:
         """Removes a version, which is compiled again when it is needed."""
-        self._versions = {key: other for key, other in self._versions.items() if other is not version}
+        for versions in self._versions.values():
+            versions[:] = [other for other in versions if other is not version]
         self._by_raw_key = {key: other for key, other in self._by_raw_key.items() if other is not version}
         self._signatures = [other for other in self._signatures if other is not version.signature]
         self.traces[:] = [other for other in self.traces if other is not version.trace]
@@ -280,6 +298,8 @@ class Version:
     Attributes:
         compiled: Whether it is compiled; otherwise it runs eagerly.
         dependencies: The dependencies in its program; see `Backend.marked`.
+        premises: The Python values that it holds as constants.
+        holds: Tells whether they are still the same.
         unsaved: The state in its program that no checkpoint holds, in words.
         run: Runs it.
         use: The variables that it reads and assigns.
@@ -298,7 +318,11 @@ class Version:
         self._program: Program | None = None
         self._fused: dict[int, Fused | None] = {}
         self.use = VariableUse()
+        self.set_premises(Premises())
         self.run: Callable[[Tensors], Tensors] = self._run_eagerly
+
+    def set_premises(self, premises: Premises) -> None:
+        self.premises, self.holds = premises, premises.hold
 
     def compile(self, jit_compile: bool | str, *, first: bool) -> None:
         """Compiles it, if the backend can."""

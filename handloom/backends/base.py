@@ -8,14 +8,14 @@ needs to know which backend runs, this contract lacks a method.
 import abc
 import contextlib
 import importlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from handloom._keras import Gradients, Tensor, Tensors, Variables, keras
+from handloom._keras import Gradients, Tensor, Tensors, Variables, keras, outside_of_scopes
 from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.program import Program, Seen, Step
@@ -37,6 +37,8 @@ class Backend(abc.ABC):
     """The name in messages."""
     holds_text = False
     """Whether its tensors can hold text."""
+    outside: Callable[[], contextlib.AbstractContextManager[Any]]
+    """Makes a context that is outside of all traces of the backend."""
     layers_built_outside: Patch
     """Inside, layers are built outside of traces; see `built_outside`."""
 
@@ -217,6 +219,12 @@ class Backend(abc.ABC):
         if not done:
             with self.layers_built_outside, Scope(creates=True):
                 fn()
+
+    @contextlib.contextmanager
+    def outside_of_traces(self) -> Iterator[None]:
+        """A block in which variables are created and assigned at once, although a step is being traced."""
+        with self.outside(), outside_of_scopes():
+            yield
 
     @abc.abstractmethod
     def _run_on_shapes(self, fn: Callable[[], Any]) -> None:

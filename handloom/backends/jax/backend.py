@@ -38,6 +38,7 @@ _unseeded_random_ops = Patch(
 
 class JaxBackend(Backend):
     name, title = "jax", "JAX"
+    outside = staticmethod(jax.ensure_compile_time_eval)
     layers_built_outside = built_outside(jax.ensure_compile_time_eval)
 
     def is_array(self, leaf: Any) -> bool:

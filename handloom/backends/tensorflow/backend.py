@@ -46,6 +46,7 @@ _convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status
 class TensorFlowBackend(Backend):
     name, title = "tensorflow", "TensorFlow"
     holds_text = True
+    outside = staticmethod(tf.init_scope)
     layers_built_outside = built_outside(tf.init_scope)
     _by_xla = Switch(False)
 

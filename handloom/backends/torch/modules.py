@@ -37,13 +37,13 @@ def parameters_made() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _outside() -> Iterator[None]:
+def outside() -> Iterator[None]:
     device = core.device_scope(core.DEFAULT_DEVICE if core.get_device() == "meta" else core.get_device())
     with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.no_grad(), device:
         yield
 
 
-layers_built_outside = built_outside(_outside)
+layers_built_outside = built_outside(outside)
 
 
 def _noting_built(original: Callable[[TorchLayer], None]) -> Callable[[TorchLayer], None]:
