@@ -7,6 +7,7 @@ internal, so that a change in Keras shows there and not at a user's.
 |---|---|
 | `get_stateless_scope` | Handloom's own scopes must know the scope around them |
 | `Variable._value` | `assign` takes ten times longer per step, and converts values that need no conversion |
+| `Layer._trainable`, `Variable._trainable` | a compiled step looks at them at each call |
 | `Variable._shape`, `_dtype` | the shape and dtype of a variable that has no value yet |
 | `build._is_default` | a layer without a `build` of its own is built by a call |
 | `Layer._flatten_layers` | all layers inside a layer |
@@ -190,6 +191,11 @@ def trained_by(optimizer: keras.Optimizer) -> list[Variable]:
     return list(optimizer._trainable_variables)
 
 
+def trained_in(optimizer: keras.Optimizer) -> tuple[dict[str, Any], str]:
+    """Where an optimizer keeps the list of these variables: a dict, and the key. Each build makes a new list."""
+    return vars(optimizer), "_trainable_variables"
+
+
 def slots_of(optimizer: keras.Optimizer) -> list[Variable]:
     """The slots of an optimizer itself, without those of an optimizer inside it."""
     others = (optimizer._iterations, optimizer._learning_rate)
@@ -225,6 +231,11 @@ def take_initial_epoch(model: Any) -> int:
 def layers_of(layer: Layer) -> Iterator[Layer]:
     """A layer and all layers inside it, at any depth."""
     yield from layer._flatten_layers()
+
+
+def trainable_in(part: Layer | Variable) -> tuple[dict[str, Any], str]:
+    """Where a layer or variable keeps whether it is trainable: a dict, and the key."""
+    return vars(part), "_trainable"
 
 
 def mark_built(model: Any) -> None:

@@ -4,13 +4,17 @@ When one changes, the version is not valid any more: another one is, or is compi
 """
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
 from handloom._trace.python_state import PythonState, Value
 from handloom._util.findings import warn
+from handloom.backends import backend
 from handloom.errors import RetraceWarning
+
+_MANY_CHANGES = 5
 
 
 class Premises:
@@ -31,10 +35,10 @@ class Premises:
         ]
 
     def hold(self) -> bool:
-        """Whether nothing has changed. It takes some 40 ns a value: a loop by hand asks at each step."""
+        """Whether nothing has changed. It takes some 30 ns a value: a loop by hand asks at each step."""
         for get, holders, names, values, plain in self._checks:
-            present = map(get, holders, names, repeat(None))
-            if not (_equal(list(present), values) if plain else all(map(operator.is_, present, values))):
+            present = map(get, holders, names) if get is dict.get else map(get, holders, names, repeat(None))
+            if not (_equal(present, values) if plain else all(map(operator.is_, present, values))):
                 return False
         return True
 
@@ -44,9 +48,9 @@ class Premises:
         return [value for value in self._values if value.has_changed]
 
 
-def _equal(present: list[Any], values: list[Any]) -> bool:
+def _equal(present: Iterable[Any], values: list[Any]) -> bool:
     try:
-        return present == values
+        return list(present) == values
     except Exception:  # An array is there now.
         return False
 
@@ -63,6 +67,7 @@ class PremisesOfFunction:
         self._name, self._function = name, function
         self._changed_by_itself: dict[Any, Value] = {}
         self._said: set[str] = set()
+        self._changes: Counter[str] = Counter()
 
     def state(self) -> PythonState:
         """The Python values that the function can read now."""
@@ -74,7 +79,8 @@ class PremisesOfFunction:
         What the function itself assigns is not among them.
         """
         after = self.state()
-        changed = [value for key, value in before.values.items() if key in after.values and value.has_changed]
+        kept = (value for key, value in before.values.items() if key in after.values and not value.is_made_now)
+        changed = [value for value in kept if value.has_changed]
         self._changed_by_itself.update((value.key, value) for value in changed)
         for value in changed:
             self._warn_of_counting(value, after)
@@ -82,15 +88,21 @@ class PremisesOfFunction:
         return Premises(each for key, each in after.values.items() if key not in own and each.last_name not in stored)
 
     def reason(self, changed: Sequence[Value], state: PythonState) -> str:
-        """Why a version for the same arguments is compiled, as text; warns if a number has changed."""
+        """Why a version for the same arguments is compiled, as text.
+
+        Warns of a number or an array at its first change, because more will follow; of other values at the fifth.
+        """
         for value in changed:
-            if value.is_number and value.now.is_number and self._is_news(value):
+            self._changes[value.path] += 1
+            numbers = value.is_number and value.now.is_number
+            is_data = numbers or isinstance(value.value, (list, tuple)) or backend.is_array(value.present)
+            if self._changes[value.path] == (1 if is_data else _MANY_CHANGES):
+                variable = f"keras.Variable({value.shown if value.is_number else '...'}, trainable=False)"
                 warn(
                     f"HL141: {value.path} has changed from {value.shown} to {value.now.shown}, and {self._name} is "
                     "compiled again.",
                     "A compiled function holds Python values as constants: each new value compiles it again.",
-                    f"Keep it in a variable: {value.path} = keras.Variable({value.shown}, trainable=False), and "
-                    f"{value.path}.assign({value.now.shown}).",
+                    f"Keep it in a variable, {value.path} = {variable}, and change it by {value.path}.assign(...).",
                     category=RetraceWarning,
                     at=state.place(value),
                 )

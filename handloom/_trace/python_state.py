@@ -4,6 +4,7 @@ A compiled function holds them as constants. They are found in the code of the f
 functions and classes that it names, without running it; so some are found that it does not read.
 """
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from handloom._keras import keras, layers_of
+from handloom._keras import keras, layers_of, trainable_in, trained_in
 from handloom._util.codes import Names, Place
 from handloom._util.source_line import is_users
 from handloom.backends import backend
@@ -54,17 +55,7 @@ class Value(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether it is known by its value; otherwise by its identity."""
-        return isinstance(self.value, (*_PLAIN, list, tuple))
-
-    @property
-    def last_name(self) -> str:
-        """The last name in its path: that of an attribute, a variable or a key."""
-        return self.path.translate(_WITHOUT_BRACKETS).rpartition(".")[2]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is known by its value; otherwise by its identity."""
-        return isinstance(self.value, (*_PLAIN, list, tuple))
+        return _is_plain(self.value)
 
     @property
     def shown(self) -> str:
@@ -83,13 +74,23 @@ class Value(NamedTuple):
     @property
     def present(self) -> Any:
         """What is there now."""
-        return self.get(self.holder, self.name, None)
+        with contextlib.suppress(ValueError):  # A variable of a function that has no value yet.
+            return self.get(self.holder, self.name, None)
+        return None
+
+    @property
+    def is_made_now(self) -> bool:
+        """Whether there is an object now where there was nothing: it stays, unlike what is counted or collected."""
+        is_empty = isinstance(self.value, list) and not self.value
+        return self.value is None or (is_empty and not self.now.is_plain)
 
     @property
     def has_changed(self) -> bool:
         """Whether another value is there now."""
         now = self.present
-        return bool(now != self.value) if self.is_plain and _is_plain(now) else now is not self.value
+        with contextlib.suppress(ValueError):  # An array in place of a list.
+            return bool(now != self.value) if self.is_plain and _is_plain(now) else now is not self.value
+        return True
 
 
 class PythonState:
@@ -125,7 +126,7 @@ class PythonState:
         return next((self.names.read[part][0] for part in parts if part in self.names.read), None)
 
     def _hold(self, get: Callable[..., Any], holder: Any, name: Any, path: str) -> None:
-        value = get(holder, name, None)
+        value = Value(get, holder, name, path, None).present
         if isinstance(value, (list, tuple)) and _is_plain(value):
             value = [*value] if isinstance(value, list) else tuple(value)
         found = Value(get, holder, name, path, value)
@@ -148,7 +149,7 @@ class PythonState:
         elif isinstance(thing, keras.Layer):
             self._layer(path, thing)
         elif isinstance(thing, keras.optimizers.Optimizer):
-            self._numbers(path, thing)
+            self._optimizer(path, thing)
         elif _is_of_the_user(type(thing)) or type(thing).__name__ in _HOLDERS:
             self._objects[id(thing)] = path, thing
         else:
@@ -161,7 +162,7 @@ class PythonState:
             for name in sorted(self.names.add(function) & function.__globals__.keys()):
                 self._hold(dict.get, function.__globals__, name, name)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            self._hold(_contents, cell, "cell_contents", name)
+            self._hold(getattr, cell, "cell_contents", name)
 
     def _elements(self, path: str, thing: Any) -> None:
         if len(thing) > _MOST:
@@ -176,30 +177,41 @@ class PythonState:
         for inner in layers_of(layer):
             inner_path = path if inner is layer else f"{path}.{inner.name}"
             self._seen[id(inner)] = inner_path, inner
-            self._hold(getattr, inner, "trainable", f"{inner_path}.trainable")
+            self._hold(dict.get, *trainable_in(inner), f"{inner_path}.trainable")
             self._numbers(inner_path, inner)
             if _is_of_the_user(type(inner)):
                 self._objects.setdefault(id(inner), (inner_path, inner))
         for variable in layer.variables:
-            self._hold(getattr, variable, "trainable", f"{path}[{variable.path!r}].trainable")
+            self._hold(dict.get, *trainable_in(variable), f"{path}[{variable.path!r}].trainable")
         for name in ("optimizer", "loss"):
             self._visit(f"{path}.{name}", getattr(layer, name, None))
+
+    def _optimizer(self, path: str, optimizer: Any) -> None:
+        self._numbers(path, optimizer)
+        if optimizer.use_ema or not type(optimizer).__module__.startswith("keras."):
+            # It may update what it keeps for variables that have no gradient in this step.
+            self._hold(dict.get, *trained_in(optimizer), f"the variables of {path}")
+        for inside in vars(optimizer).values():
+            for name, part in inside.items() if isinstance(inside, dict) else [("inner_optimizer", inside)]:
+                if isinstance(part, keras.optimizers.Optimizer):
+                    self._visit(f"{path}.{name}", part)
 
     def _numbers(self, path: str, thing: Any) -> None:
         """The numbers that an object of Keras reads itself, such as the rate of dropout."""
         if not _is_of_the_user(type(thing)) and not isinstance(thing, keras.Model):
             for name, value in vars(thing).items():
                 if type(value) is float and not name.startswith("_"):
-                    self._hold(getattr, thing, name, f"{path}.{name}")
+                    self._hold(dict.get, vars(thing), name, f"{path}.{name}")
 
     def _attributes(self, path: str, thing: Any) -> None:
         """The attributes of an object of the user that the code names, and the methods of its class."""
         is_instance = not isinstance(thing, (type, types.ModuleType))
-        own = (
-            backend.attributes(thing) if is_instance and hasattr(thing, "__dict__") else getattr(thing, "__dict__", {})
-        )
+        inside = getattr(thing, "__dict__", {})
+        own = backend.attributes(thing) if is_instance and inside else inside
         for name in sorted(self.names.read.keys() & own.keys()):
-            self._hold(getattr, thing, name, f"{path}.{name}")
+            # Not by `getattr` where it can be avoided: a loop by hand asks at each step.
+            get, holder = (dict.get, inside) if is_instance and name in inside else (getattr, thing)
+            self._hold(get, holder, name, f"{path}.{name}")
         for kind in type(thing).__mro__ if is_instance else ():
             if _is_of_the_user(kind):
                 for name in sorted(vars(kind).keys() & (self.names.read.keys() | _CALLED_BY_OTHERS)):
@@ -227,13 +239,6 @@ def _parts(thing: Any) -> list[Any]:
     if isinstance(thing, functools.partial):
         return [thing.func, *thing.args, *thing.keywords.values(), getattr(thing, "__wrapped__", None)]
     return [getattr(thing, name, None) for name in ("__self__", "__func__", "__wrapped__", "fget")]
-
-
-def _contents(cell: Any, name: str, default: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # A name that has no value yet.
-        return default
 
 
 @functools.cache
