@@ -17,10 +17,10 @@ from handloom._reporting.metrics import EpochMetrics
 from handloom._reporting.observed import StepObserver
 from handloom._reporting.results import Results, mark_of
 from handloom._reporting.totals import AllTotals
-from handloom._reporting.unused import unused_in, warn_of_unused
 from handloom._trace.eager import eagerly
 from handloom._trace.function import Function, Version
 from handloom._trace.observe import observing
+from handloom._trace.unused import unused_in, warn_of_unused
 from handloom._util.findings import warn
 from handloom.backends import backend
 from handloom.errors import HandloomError, StepError
@@ -221,7 +221,7 @@ class ReportingStep:
         report: Report = version.static[0]
         if report.suspects:
             self._find_computed(report, version)
-        self._note(report, [*unused_in(version.dependencies), *report.unused])
+        self._note(report, [*unused_in(version.dependencies, self._step), *report.unused])
         for metric in report.metrics:
             self.metrics.about_to_update(metric)
         return report

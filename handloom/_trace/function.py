@@ -26,6 +26,7 @@ from handloom._trace.signature import (
     static_values,
 )
 from handloom._trace.structure import Structure
+from handloom._trace.unused import Forgotten, warn_of_unused
 from handloom._util.findings import warn
 from handloom._util.listeners import Listeners
 from handloom.backends import backend
@@ -96,8 +97,8 @@ def function(
     """
     check_jit_compile(jit_compile)
     if python_function is None:
-        return functools.partial(Function, jit_compile=jit_compile)
-    return Function(python_function, jit_compile=jit_compile)
+        return functools.partial(Function, jit_compile=jit_compile, tells_of_unused=True)
+    return Function(python_function, jit_compile=jit_compile, tells_of_unused=True)
 
 
 def check_jit_compile(jit_compile: bool | str) -> None:
@@ -112,9 +113,12 @@ class Function:
         python_function: The original.
         traces: One `Trace` for each compiled version, oldest first.
         jit_compile: As given to `hl.function`.
+        tells_of_unused: Whether it warns of penalties and masks that it does not use; the steps of loops do so apart.
     """
 
-    def __init__(self, python_function: Callable[..., Any], *, jit_compile: bool | str = "auto") -> None:
+    def __init__(
+        self, python_function: Callable[..., Any], *, jit_compile: bool | str = "auto", tells_of_unused: bool = False
+    ) -> None:
         if not callable(python_function):
             raise ArgumentError(f"HL015: hl.function compiles a function; received {python_function!r}.")
         functools.update_wrapper(self, python_function, updated=())
@@ -122,6 +126,7 @@ class Function:
         self.python_function = python_function
         self.traces: list[Trace] = []
         self.jit_compile = jit_compile
+        self.tells_of_unused = tells_of_unused
         self._versions: dict[Key, list[Version]] = {}
         self._by_raw_key: dict[Key, Version] = {}
         self._signatures: list[Signature] = []
@@ -144,14 +149,18 @@ class Function:
         bound = instance.__dict__.get(self._kept_as)
         # The function of a copied instance is bound to the original.
         if bound is None or getattr(bound.python_function, "__self__", instance) is not instance:
-            bound = Function(self.python_function.__get__(instance, owner), jit_compile=self.jit_compile)
+            bound = self._like_this(self.python_function.__get__(instance, owner))
             bound._definition = self  # Keeps it alive, so that no other function gets its id.
             instance.__dict__[self._kept_as] = bound
         return cast("Function", bound)
 
     def __reduce__(self) -> Any:
         """Copies and pickles without the versions, which belong to the process and the instance."""
-        return functools.partial(Function, jit_compile=self.jit_compile), (self.python_function,)
+        return self._like_this, (self.python_function,)
+
+    @property
+    def _like_this(self) -> Callable[[Callable[..., Any]], Function]:
+        return functools.partial(Function, jit_compile=self.jit_compile, tells_of_unused=self.tells_of_unused)
 
     @property
     def touched(self) -> list[Variable]:
@@ -215,7 +224,7 @@ class Function:
         signature = version.signature = signature_of(self.python_function, args, kwargs)
         reason, started = reason_for(signature, self._signatures), time.perf_counter()
         state = self._premises.state()
-        changed = self._versions[key][-1].premises.changed if key in self._versions else []
+        changed = self._versions[key][-1].premises.changed if self._versions.get(key) else []
         if changed:
             reason = self._premises.reason(changed, state)
         draws = Draws(state)
@@ -227,25 +236,31 @@ class Function:
         if not version.compiled:
             no_other = f"jit_compile=False, and {backend.title} has no other compiler"
             reason = f"eager: {version.fallback_reason or no_other}"
-        if not changed:
-            self._signatures.append(signature)
         seconds = time.perf_counter() - started
         version.trace = Trace(as_text(signature), seconds, reason, compiled=version.compiled)
         self.traces.append(version.trace)
         traced.tell(self.__name__, version.trace)
+        if not changed:
+            self._signatures.append(signature)
+            self._warn_of_many_values(signature)
         if version.compiled:
             version.set_premises(self._premises.of_version(state))
-        if not changed:
-            self._warn_of_many_values(signature)
-        if version.compiled and not changed:
-            self._warn_of_many_shapes(signature)
-        if version.compiled and draws.sources:
+            self._warn_of(version, draws)
+        return version
+
+    def _warn_of(self, version: Version, draws: Draws) -> None:
+        """Warns of what is wrong with a compiled version."""
+        if version.signature is self._signatures[-1]:
+            self._warn_of_many_shapes(version.signature)
+        if self.tells_of_unused:
+            for text in filter(self.is_news, version.forgotten.found(version.dependencies, self.python_function)):
+                warn_of_unused(self.__name__, text)
+        if draws.sources:
             warn(
                 f"HL108: {self.__name__} drew numbers from {' and '.join(draws.sources)} while it was compiled.",
                 "They are constants of the compiled function now, the same in each step.",
                 "Use keras.random, or draw outside of the function and pass an array.",
             )
-        return version
 
     def forget(self, version: Version) -> None:
         """Removes a version, which is compiled again when it is needed."""
@@ -277,7 +292,7 @@ class Function:
 
     def _warn_of_many_shapes(self, signature: Signature) -> None:
         alike = differing_in_shapes(signature, self._signatures)
-        if len(alike) == _MANY_SHAPES:
+        if len(alike) == _MANY_SHAPES and shapes_in(alike):
             shapes = "; ".join(f"{name}: {', '.join(found)}" for name, found in shapes_in(alike).items())
             warn(
                 f"HL129: {self.__name__} has been compiled for {_MANY_SHAPES} shapes of its arguments: {shapes}.",
@@ -298,6 +313,7 @@ class Version:
     Attributes:
         compiled: Whether it is compiled; otherwise it runs eagerly.
         dependencies: The dependencies in its program; see `Backend.marked`.
+        forgotten: What the function forgets.
         premises: The Python values that it holds as constants.
         holds: Tells whether they are still the same.
         unsaved: The state in its program that no checkpoint holds, in words.
@@ -318,6 +334,7 @@ class Version:
         self._program: Program | None = None
         self._fused: dict[int, Fused | None] = {}
         self.use = VariableUse()
+        self.forgotten = Forgotten()
         self.set_premises(Premises())
         self.run: Callable[[Tensors], Tensors] = self._run_eagerly
 
@@ -360,7 +377,11 @@ class Version:
             nonlocal runs
             python_function = backend.with_control_flow(self._function.python_function)
             made = len(self.use.made)
-            with observing(self.use):
+            observers = [self.use]
+            if self._function.tells_of_unused:
+                python_function = self.forgotten.marking(self._function.python_function, python_function)
+                observers += self.forgotten.observers
+            with observing(*observers):
                 try:
                     found = results(self._arguments.call(python_function, tensors))
                 finally:

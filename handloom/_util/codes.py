@@ -26,12 +26,14 @@ class Names:
         read: The places at which each name is read. Texts, such as keys of dicts, are among them.
         stored: The names that are assigned.
         updated: The places at which a name is assigned and read in one line, as by `self.count += 1`.
+        local: The names of variables of the functions themselves.
         compares: Whether values are compared.
     """
 
     def __init__(self) -> None:
         self.read: dict[str, list[Place]] = defaultdict(list)
         self.stored: set[str] = set()
+        self.local: set[str] = set()
         self.updated: dict[str, Place] = {}
         self.compares = False
 
@@ -46,6 +48,7 @@ class Names:
         found, lines = set(), defaultdict[int, list[dis.Instruction]](list)
         for instruction in dis.get_instructions(code):
             lines[(instruction.positions and instruction.positions.lineno) or code.co_firstlineno].append(instruction)
+        self.local.update(code.co_varnames, code.co_cellvars)
         for line, instructions in lines.items():
             read = {str(each.argval) for each in instructions if _is(each, "LOAD") and isinstance(each.argval, str)}
             stored = {str(each.argval) for each in instructions if _is(each, "STORE")}

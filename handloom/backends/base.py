@@ -55,6 +55,10 @@ class Backend(abc.ABC):
         `keras.Variable`s.
         """
 
+    def is_passed_by_value(self, leaf: Any) -> bool:
+        """Whether a leaf of a step's arguments is data that the step cannot assign: not a variable of the backend."""
+        return self.is_array(leaf)
+
     @abc.abstractmethod
     def to_tensor(self, array: Any) -> Tensor:
         """Converts one leaf of data for a step.

@@ -73,7 +73,7 @@ def held_by(holder, amplifier):
             lambda x: x * holder.items["a"][0]["b"],
             lambda value: holder.items["a"][0].__setitem__("b", value),
         ),
-        "amplifier.gain": (lambda x: amplifier(x), lambda value: setattr(amplifier, "gain", value)),
+        "amplifier.gain": (lambda x: amplifier(x) + 0, lambda value: setattr(amplifier, "gain", value)),
     }
 
 

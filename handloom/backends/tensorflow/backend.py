@@ -62,6 +62,9 @@ class TensorFlowBackend(Backend):
             )
         return False
 
+    def is_passed_by_value(self, leaf: Any) -> bool:
+        return self.is_array(leaf) and not isinstance(leaf, tf.Variable)
+
     def to_tensor(self, array: Any) -> Tensor:
         array = _read(array)
         if array.dtype in (np.float64, tf.float64):
