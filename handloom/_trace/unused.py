@@ -23,7 +23,7 @@ MASK, OWN_MASK = "the mask", "the mask computed by compute_mask of"
 """How the marks of masks begin: those of outputs, and those that the step computes by `layer.compute_mask`."""
 
 _SELECTING = {"where", "equal", "not_equal", "greater", "greater_equal", "less", "less_equal", "sign", "minimum"}
-_WORDS = ("mask", "pad", "valid", "real", "length")
+_WORDS = ("mask", "padd", "valid", "real", "lengths")
 
 
 class Marks(Observer):
@@ -79,17 +79,18 @@ def marked_weights(sample_weight: Any) -> Any:
 def unused_in(dependencies: Dependencies, function: Callable[..., Any]) -> list[str]:
     """The marks that a program does not use; no masks of outputs if its function masks by itself."""
     unused = dependencies.unused
-    masks = any(mark.startswith(OWN_MASK) and mark not in unused for mark in dependencies.marks)
-    masks = masks or (any(mark.startswith(MASK) for mark in unused) and _may_mask(function))
+    if not any(mark.startswith(MASK) for mark in unused):
+        return unused
+    own = [mark for mark in dependencies.marks if mark.startswith(OWN_MASK)]
+    masks = any(mark not in unused for mark in own) if own else _may_mask(function)
     return [mark for mark in unused if not (masks and mark.startswith(MASK))]
 
 
 def _may_mask(function: Callable[..., Any]) -> bool:
     """Whether a function compares values, as in `y != 0`, or has a name for a mask: it may mask by hand."""
     names = PythonState(function).names
-    found = (names.read.keys() | names.local) - {"compute_mask"}
-    named = any(word in name.lower().split("_") or word + "s" in name.lower() for word in _WORDS for name in found)
-    return names.compares or bool(found & _SELECTING) or named
+    found = names.read.keys() | names.local
+    return names.compares or bool(found & _SELECTING) or any(word in name for word in _WORDS for name in found)
 
 
 def warn_of_unused(step: str, mark: str) -> None:
