@@ -5,6 +5,7 @@ internal, so that a change in Keras shows there and not at a user's.
 
 | internal | reason |
 |---|---|
+| `core`, `ops` | the backend's `cond`, loops and device, which Handloom replaces or asks while it traces a step |
 | `get_stateless_scope` | Handloom's own scopes must know the scope around them |
 | `Variable._value` | `assign` takes ten times longer per step, and converts values that need no conversion |
 | `Layer._trainable`, `Variable._trainable` | a compiled step looks at them at each call |
@@ -13,6 +14,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `Layer._flatten_layers` | all layers inside a layer |
 | `Functional` | not exported; a subclass that is built from inputs and outputs must become one |
 | `Model._compute_loss`, `_loss_tracker` | Keras's own default steps use them |
+| `Model._symbolic_build` | Keras's steps on JAX, which take the state, need every variable before the first step |
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order |
 | `Metric._direction` | callbacks that monitor a metric must know whether higher is better |
 | `Model._initial_epoch` | `BackupAndRestore` sets the epoch at which `fit` resumes |
@@ -31,6 +33,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, TypeAlias
 
 from handloom._util.backend_names import BACKENDS
@@ -78,6 +81,19 @@ from keras.src.models.functional import Functional as Functional  # noqa: E402
 from keras.src.random import seed_generator as seed_generator  # noqa: E402
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR  # noqa: E402
 from keras.src.random.seed_generator import global_seed_generator as global_seed_generator  # noqa: E402
+
+TESTED_KERAS = "3.13", "3.16"  # 3.16 as a nightly.
+
+holders_of_core: tuple[ModuleType, ...]
+"""The modules in which Keras looks up the functions of `core`."""
+try:
+    from keras.src.backend import core as core
+
+    holders_of_core = (core,)
+except ImportError:  # From 3.16 on.
+    from keras.src.backend import ops
+
+    core, holders_of_core = ops.core, (ops.core, ops)
 
 Variable: TypeAlias = Any
 """A `keras.Variable`. Keras has no type annotations, so this one only tells the reader."""
@@ -245,3 +261,8 @@ def mark_built(model: Any) -> None:
     """
     if isinstance(model, keras.Model) and not model.built and type(model).build is keras.Model.build:
         model.built = bool(model.variables) and all(layer.built for layer in layers_of(model) if layer is not model)
+
+
+def build_symbolically(model: Any, data: Any) -> None:
+    """Creates the variables of a compiled model, of its metrics and of its optimizer, for a batch."""
+    model._symbolic_build(data_batch=data)

@@ -17,6 +17,7 @@ HandloomError
 
 HandloomWarning (UserWarning)
 ├── RetraceWarning            an argument makes a function compile again and again
+├── SlowCompilationWarning    a function is traced or compiled for long; logged, since it need not be a mistake
 └── FallbackWarning           a step falls back to eager execution, or to another slower way
 
 An error has a class of its own if a caller may want to catch it alone. Each class also derives from the
@@ -146,6 +147,10 @@ class HandloomWarning(_WithFinding, UserWarning):
 
 class RetraceWarning(HandloomWarning):
     """A Python value or a shape that changes from call to call compiles a function again each time."""
+
+
+class SlowCompilationWarning(HandloomWarning):
+    """A function is still being traced or compiled. Logged by the logger `handloom`, since it need not be a mistake."""
 
 
 class FallbackWarning(HandloomWarning):

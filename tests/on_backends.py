@@ -1,5 +1,6 @@
 """Programs that run on every backend, each in a process of its own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,8 +26,8 @@ def started(backend: str, module: str, *arguments: Any, **pipes: int) -> subproc
 
 
 def arrays_by_backend(module: str, folder: Path, *arguments: Any) -> dict[str, dict[str, np.ndarray]]:
-    """Runs `python -m MODULE FILE ARGUMENTS` on all backends at once; returns the arrays in each backend's FILE.npz."""
-    files = {backend: folder / f"{backend}.npz" for backend in BACKENDS}
+    """Runs `python -m MODULE FILE ARGUMENTS` on all installed backends at once; returns the arrays in each FILE."""
+    files = {backend: folder / f"{backend}.npz" for backend in BACKENDS if importlib.util.find_spec(backend)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     processes = {backend: started(backend, module, file, *arguments, **pipes) for backend, file in files.items()}
     for backend, process in processes.items():

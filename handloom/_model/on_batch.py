@@ -5,6 +5,7 @@ from typing import Any
 from handloom._data.class_weight import ClassWeight
 from handloom._keras import in_keras_order, keras
 from handloom._model.data import Parts, model_feed, packed
+from handloom._model.steps import check_compiled
 from handloom._model.takes_weights import takes_weights
 from handloom._reporting.nested import outer_epochs_kept
 
@@ -36,7 +37,7 @@ def predict_on_batch(self: keras.Model, x: Any) -> Any:
 
 
 def _run(model: keras.Model, mode: str, parts: Parts, return_dict: bool, **options: Any) -> Any:
-    model._check_compiled(f"{mode}_on_batch", f"{mode}_step")
+    check_compiled(model, f"{mode}_on_batch", f"{mode}_step")
     name = f"{mode}_step"
     weighed = takes_weights(model, name, parts[2], options.get("class_weight"))
     batch = _batch(model, parts, weighed, **options)

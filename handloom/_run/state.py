@@ -1,12 +1,16 @@
 """The parts of a run's state besides what it trains. Each has `state()` and `restore(state)`."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from handloom._data.feed import Feed
+from handloom._keras import keras
 from handloom._reporting.step import ReportingStep
 from handloom._util.findings import warn
 from handloom._util.progress import Progress
@@ -33,7 +37,7 @@ class Record:
         self._configured = configured({"state": state})
 
     def state(self) -> dict[str, Any]:
-        versions = {name: importlib.metadata.version(name) for name in ("handloom", "keras", "numpy")}
+        versions = {"handloom": _own_version(), "keras": keras.__version__, "numpy": np.__version__}
         facts = {"python": platform.python_version()} | versions | backend.versions()
         return {"versions": facts, "choices": self.choices, "configured": self._configured}
 
@@ -49,6 +53,14 @@ class Record:
         before = self.saved["configured"]
         others = [name for name, after in sorted(self._configured.items()) if before.get(name, after) != after]
         return changed + ([f"the configuration of {', '.join(others)}"] if others else [])
+
+
+@functools.cache
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("handloom")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # Imported from its source.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from handloom._trace.signature import (
     signature_of,
     static_values,
 )
+from handloom._trace.slow import runs_when_traced, told_if_slow
 from handloom._trace.structure import Structure
 from handloom._trace.unused import Forgotten, warn_of_unused
 from handloom._util.findings import warn
@@ -209,8 +210,10 @@ class Function:
             ) from error
         if version is None:
             with _ONE_TRACE_AT_A_TIME:
-                version = self._valid(key) or self._new_version(key, arguments, args, kwargs)
-                self._versions.setdefault(key, []).append(version)
+                version = self._valid(key)
+                if version is None:
+                    version = self._new_version(key, arguments, args, kwargs)
+                    self._versions.setdefault(key, []).append(version)
         return version, arguments.tensors
 
     def _valid(self, key: Key) -> Version | None:
@@ -229,7 +232,7 @@ class Function:
             reason = self._premises.reason(changed, state)
         draws = Draws(state)
         try:
-            with draws.noticed():
+            with draws.noticed(), told_if_slow(self.__name__):
                 version.compile(self.jit_compile, first=not self.traces)
         except Untraceable as error:
             version.fallback_reason, version.unsaved = str(error), error.unsaved
@@ -347,13 +350,21 @@ class Version:
         flat, tensors = self._flat(first), self._arguments.tensors
         program = backend.trace(flat, tensors, jit_compile=jit_compile, seen=self.use.known)
         if program is not None:
-            self.run, self._program, self.compiled = program.__call__, program, True
+            self._program, self.compiled = program, True
+            self.run = self._run_and_compile if program.compiles_in_first_run else program.__call__
             self.dependencies, self.unsaved = program.dependencies, program.unsaved
+
+    def _run_and_compile(self, tensors: Tensors) -> Tensors:
+        assert self._program is not None
+        with told_if_slow(self._function.__name__):
+            found = self._program(tensors)
+        self.run = self._program.__call__
+        return found
 
     def fused(self, steps: int) -> Fused | None:
         """A program that runs this version so many times in one dispatch; `None` if the backend has none."""
         if steps not in self._fused:
-            with _ONE_TRACE_AT_A_TIME:
+            with _ONE_TRACE_AT_A_TIME, told_if_slow(self._function.__name__):
                 self._fused[steps] = self._compile_fused(steps)
         return self._fused[steps]
 
@@ -392,6 +403,7 @@ class Version:
             runs += 1  # Only now: after a failure, a backend may trace the function again in another way.
             return found.tensors
 
+        runs_when_traced(flat)
         return flat
 
     @property
@@ -407,7 +419,7 @@ class Version:
 
     def _run_eagerly(self, tensors: Tensors) -> list[Tensor]:
         try:
-            with backend.layers_built_outside:
+            with backend.in_steps:
                 result = self._arguments.call(backend.with_control_flow(self._function.python_function), tensors)
         except Exception as error:
             if self.fallback_reason:  # This error may be the reason why it could not be compiled.

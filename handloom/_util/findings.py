@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from handloom.errors import ArgumentError, Finding, HandloomError, HandloomWarni
 _silenced: Switch[frozenset[str]] = Switch(frozenset())
 _strict = Switch(False)
 _collected: Switch[list[Finding] | None] = Switch(None)
+
+_log = logging.getLogger("handloom")
 
 given = Listeners()
 """Functions that are called with each finding of a warning that is not silenced."""
@@ -50,6 +53,12 @@ def warn(
     else:
         registry = frame.f_globals.setdefault("__warningregistry__", {})
         warnings.warn_explicit(warning, category, *place, frame.f_globals.get("__name__"), registry)
+
+
+def log(notice: HandloomWarning) -> None:
+    """Logs something of which the user should know and which need not be a mistake: `strict` makes it no error."""
+    if notice.finding.code not in _silenced.get():
+        _log.warning("%s", notice)
 
 
 def silence(code: str) -> contextlib.AbstractContextManager[None]:

@@ -20,6 +20,7 @@ from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.program import Program, Seen, Step
 from handloom.backends.scope import Scope
+from handloom.backends.takes_data import check_takes_data
 from handloom.backends.trace_errors import naming_what_has_no_derivative
 from handloom.errors import TraceError
 
@@ -35,15 +36,17 @@ class Backend(abc.ABC):
     name: str
     title: str
     """The name in messages."""
+    tested: tuple[str, str]
+    """The lowest and the highest version that Handloom was tested with (`docs/compatibility.md`)."""
     holds_text = False
     """Whether its tensors can hold text."""
     outside: Callable[[], contextlib.AbstractContextManager[Any]]
     """Makes a context that is outside of all traces of the backend."""
-    layers_built_outside: Patch
-    """Inside, layers are built outside of traces; see `built_outside`."""
+    in_steps: Patch
+    """Inside, layers are built outside of traces, and operators promote dtypes; see `building.py`, `operators.py`."""
 
     def __init__(self) -> None:
-        self._in_trace, self._in_gradient = Switch(False), Switch(False)
+        self._in_trace, self._depth = Switch(False), Switch(0)
 
     # ---------------------------------------------------------------- tensors
 
@@ -221,7 +224,7 @@ class Backend(abc.ABC):
             self._run_on_shapes(fn)
             done = True
         if not done:
-            with self.layers_built_outside, Scope(creates=True):
+            with self.in_steps, Scope(creates=True):
                 fn()
 
     @contextlib.contextmanager
@@ -233,6 +236,21 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
         """Runs `fn()` on shapes alone; no value changes."""
+
+    def step_of(self, model: keras.Model, name: str, build: Callable[[keras.Model, Any], None]) -> Callable[..., Any]:
+        """A step of a model, which takes a batch; a step in Keras's own manner on this backend becomes one.
+
+        Args:
+            model: The model.
+            name: `"train_step"`, `"test_step"` or `"predict_step"`.
+            build: Takes the model and a batch; creates everything that such a step expects to be there.
+
+        Raises:
+            StepError: The step is in Keras's own manner on another backend, or takes no batch.
+        """
+        step: Callable[..., Any] = getattr(model, name)
+        check_takes_data(step, type(model).__name__, self.title)
+        return step
 
     # ---------------------------------------------------------- differentiating
 
@@ -258,7 +276,7 @@ class Backend(abc.ABC):
             value, aux = fn(*tensors)
             return [value], aux
 
-        with naming_what_has_no_derivative(self.title), self.layers_built_outside:
+        with naming_what_has_no_derivative(self.title), self.in_steps:
             [value], aux, [row] = self._derivatives(listed, tensors, variables, scalar=True)
         return value, aux, *self._split(row, len(tensors))
 
@@ -281,7 +299,7 @@ class Backend(abc.ABC):
             The outputs; the further tensors; for each output a pair like the last two results of `value_and_grad`, of
             derivatives of shape `output.shape + source.shape`.
         """
-        with naming_what_has_no_derivative(self.title), self.layers_built_outside:
+        with naming_what_has_no_derivative(self.title), self.in_steps:
             outputs, aux, rows = self._derivatives(fn, tensors, variables, scalar=False)
         return outputs, aux, [self._split(row, len(tensors)) for row in rows]
 
@@ -295,6 +313,14 @@ class Backend(abc.ABC):
     def _split(self, row: Gradients, count: int) -> tuple[Gradients, Gradients]:
         return list(map(self.dense, row[:count])), row[count:]
 
+    @abc.abstractmethod
+    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """A term of a loss twice: for a function that may include it, and for the caller to add to the result of that.
+
+        If the function's result depends on the first through differentiable operations, then, while the sum is
+        differentiated, `included` is called, and the second has no gradient: the term counts once.
+        """
+
     # ------------------------------------------------------------------ nesting
 
     @property
@@ -303,4 +329,23 @@ class Backend(abc.ABC):
 
         Compiled functions that are called there become a part of it.
         """
-        return self._in_trace.get() or self._in_gradient.get()
+        return self._in_trace.get() or self.depth > 0
+
+    @property
+    def depth(self) -> int:
+        """The number of differentiated functions that the caller runs inside of, one inside the other."""
+        return self._depth.get()
+
+    def _differentiating(self) -> contextlib.AbstractContextManager[None]:
+        """A block inside a differentiated function."""
+        return self._depth.here(self.depth + 1)
+
+    @property
+    def place(self) -> Any:
+        """Differs inside another differentiated function, branch or loop: its tensors may not exist outside."""
+        return self.depth, self._branch
+
+    @property
+    @abc.abstractmethod
+    def _branch(self) -> Any:
+        """Differs inside another branch or loop."""

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable
 
 from handloom._keras import Layer, has_own_build, keras, outside_of_scopes
-from handloom._util.patch import Patch
+from handloom._util.patch import Replacement
 from handloom._util.switch import Switch
 
 _builds = Switch(False)
@@ -16,8 +16,8 @@ is_building = _builds.get
 """Whether a layer is being built, outside of the trace: what `build` reads and assigns is no part of a step."""
 
 
-def built_outside(leave: Callable[[], contextlib.AbstractContextManager[None]]) -> Patch:
-    """Inside, layers are built outside of the trace, and of the scope for values of variables.
+def built_outside(leave: Callable[[], contextlib.AbstractContextManager[None]]) -> Replacement:
+    """Makes layers be built outside of the trace, and of the scope for values of variables.
 
     Args:
         leave: Makes a context that is outside of the backend's trace.
@@ -33,4 +33,4 @@ def built_outside(leave: Callable[[], contextlib.AbstractContextManager[None]]) 
 
         return maybe_build
 
-    return Patch((keras.Layer, "_maybe_build", built))
+    return keras.Layer, "_maybe_build", built

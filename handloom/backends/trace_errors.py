@@ -44,8 +44,7 @@ def read_by_numpy(frames: Frames) -> TraceError:
     return TraceError(
         f"HL126: NumPy needs the value of a tensor that is part of a gradient ({shown(place)}).",
         "NumPy computes no gradients, and a compiled step has no values.",
-        "In arithmetic with tensors, convert the NumPy array first: y = keras.ops.convert_to_tensor(y); arguments of "
-        "hl.function are converted. To look at a value, return it, or run the step eagerly, with "
+        "Compute with keras.ops in place of NumPy. To look at a value, return it, or run the step eagerly, with "
         "hl.run_eagerly(True), and call keras.ops.convert_to_numpy(x).",
         at=place,
     )

@@ -8,7 +8,8 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,17 @@ def creating(path: Path) -> Iterator[int]:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
     try:
         yield file
-        os.fsync(file)
+        _flush(file)
     finally:
         os.close(file)
+
+
+def _flush(file: int) -> None:
+    if hasattr(fcntl, "F_FULLFSYNC"):  # On macOS, `fsync` leaves the data in the cache of the disk.
+        with contextlib.suppress(OSError):  # Some file systems do not support it.
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file)
 
 
 def write(file: int, data: bytes | memoryview) -> None:
@@ -170,7 +179,7 @@ def make(directory: Path) -> None:
 
 def rename(old: Path, new: Path) -> None:
     """Renames a directory in one atomic operation."""
-    os.rename(old, new)
+    _patiently(os.rename, old, new)
 
 
 def sync(directory: Path) -> None:
@@ -188,8 +197,18 @@ def remove(directory: Path) -> None:
     """Removes a directory and its files, through no link."""
     with _beneath(directory) as (where, folder):
         for name in os.listdir(directory if folder is None else folder):
-            os.unlink(where / name, dir_fd=folder)
-    os.rmdir(directory)
+            _patiently(os.unlink, where / name, dir_fd=folder)
+    _patiently(os.rmdir, directory)
+
+
+def _patiently(call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Calls a function of the system again while, on Windows, another process has the file open for a moment."""
+    for wait in (0.01, 0.03, 0.1, 0.3, 1) if sys.platform == "win32" else ():
+        try:
+            return call(*args, **kwargs)
+        except PermissionError:  # Virus scanners and indexers open each new file.
+            time.sleep(wait)
+    return call(*args, **kwargs)
 
 
 def lower_priority() -> None:

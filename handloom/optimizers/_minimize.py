@@ -30,9 +30,10 @@ def minimize(
     """Takes one step of an optimizer down a loss, now.
 
     The loss includes the penalties of the variables, which are easily forgotten: the weight regularization, and the
-    losses added by `add_loss` in the layers of `wrt`, unless `loss_fn` already read them (as `layer.losses`, or through
-    `Model.compute_loss`). With a `LossScaleOptimizer` the loss is scaled, and an update with a gradient that is not
-    finite is skipped.
+    losses added by `add_loss` in the layers of `wrt`. Each counts once: a penalty that `loss_fn` includes in the loss
+    itself (from `layer.losses`, or through `Model.compute_loss`) is not added to it, one that it only reports is. A
+    penalty behind `ops.stop_gradient` is not in the loss; to leave one out, multiply it by 0. With a
+    `LossScaleOptimizer` the loss is scaled, and an update with a gradient that is not finite is skipped.
 
     Args:
         loss_fn: Takes no arguments; returns the loss, a scalar floating-point tensor, or with `has_aux` a pair of it

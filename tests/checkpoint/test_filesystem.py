@@ -1,11 +1,8 @@
-"""`filesystem`: `Reader` reads past the cache, and systems without some calls are supported."""
+"""`filesystem`: `Reader` reads past the cache, and directories are removed through no link."""
 
 import errno
 import fcntl
 import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -71,62 +68,6 @@ def test_reader_from_disk_bypasses_the_cache_or_drops_it(directory, monkeypatch)
     monkeypatch.setattr(os, "posix_fadvise", lambda *words: advise(*words) or asked.append("dropped"))
     assert read(written(directory / "file", b"some"), [4]) == [b"some"]
     assert asked in (["past"], ["dropped"])
-
-
-# Like Windows: removes what it lacks before Handloom is imported, and emulates its lock of bytes.
-WINDOWS = """
-import fcntl, os, struct, sys, types
-import jax, keras, numpy
-msvcrt = types.ModuleType("msvcrt")
-msvcrt.LK_NBLCK = 2
-def locking(file, mode, count, lock=fcntl.fcntl):
-    begin = os.lseek(file, 0, os.SEEK_CUR)
-    wanted = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, begin, count, 0)
-    try:
-        lock(file, 37, wanted)  # F_OFD_SETLK: a lock of the open file, not of the process.
-    except OSError as error:
-        raise PermissionError(error.errno, "Permission denied") from None
-msvcrt.locking = locking
-sys.modules["msvcrt"], sys.modules["fcntl"] = msvcrt, None
-for name in ("O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_DIRECT", "readv", "nice", "fork",
-             "register_at_fork", "posix_fadvise", "getuid", "geteuid"):
-    delattr(os, name)
-os.supports_dir_fd = set()
-opened = os.open
-def without_directories(path, flags, mode=0o777, *, dir_fd=None):
-    assert dir_fd is None and not os.path.isdir(path)
-    return opened(path, flags, mode)
-os.open = without_directories
-sys.platform = "win32"
-"""
-TRIAL = """
-import numpy
-import handloom as hl
-from handloom.errors import CheckpointError
-
-state = {"array": numpy.arange(3.0)}
-with hl.Checkpointer(sys.argv[1], state, keep=1) as checkpointer:
-    for step in (1, 2):
-        state["array"] += 1
-        checkpointer.save(step)
-    checkpointer.wait()
-    try:
-        with hl.Checkpointer(sys.argv[1], state):
-            print("a second writer was let in")
-    except CheckpointError as error:
-        assert f"is being written by process {os.getpid()}" in str(error), error
-state["array"][:] = 0
-assert hl.Checkpointer(sys.argv[1], state).restore() == 2
-assert state["array"].tolist() == [2, 3, 4]
-assert sorted(os.listdir(sys.argv[1])) == [".lock", "step_000000002"]
-print("saved and restored")
-"""
-
-
-def test_checkpointer_needs_no_fcntl(tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(WINDOWS + TRIAL), str(tmp_path / "run")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.stdout == "saved and restored\n", done.stderr[-3000:]
 
 
 def test_remove_follows_no_link_without_dir_fd(tmp_path, monkeypatch):

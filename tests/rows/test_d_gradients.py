@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers, ops
@@ -160,6 +159,7 @@ def test_d6_minimize_trains_with_a_penalty_on_a_gradient(first, shown):
 
 def gradients_by_hand(weights, real, drawn):
     """By PyTorch alone, on every backend, in double precision."""
+    torch = pytest.importorskip("torch")
     weights = [torch.tensor(weight, dtype=torch.float64, requires_grad=True) for weight in weights]
     real, drawn = (torch.tensor(x, dtype=torch.float64) for x in (real, drawn))
 

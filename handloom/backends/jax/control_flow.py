@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from keras.src.backend.jax import core
 
-from handloom._keras import Tensor, Variable, keras
+from handloom._keras import Tensor, Variable, holders_of_core, keras
 from handloom._util.patch import Patch
 from handloom.backends.scope import Scope
 
@@ -47,5 +46,5 @@ def _returning(variables: Sequence[Variable], fn: Callable[[], Any]) -> Callable
     return run
 
 
-assignments_in_branches = Patch((core, "cond", lambda _: cond))
+assignments_in_branches = Patch(*((holder, "cond", lambda _: cond) for holder in holders_of_core))
 """Inside, the branches of `keras.ops.cond` can assign variables."""

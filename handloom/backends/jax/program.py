@@ -1,7 +1,7 @@
 """JAX: a step as one jitted pure function of its variables' values, which donates those that it writes.
 
-Internals used: `Variable._value` (see `handloom/_keras.py`); `subjaxprs` and `get_opaque_trace_state` of
-`jax.extend.core`, the latter to distinguish traces; `Compiled._call`, the executable without its Python wrapper;
+Internals used: `Variable._value` (see `handloom/_keras.py`); `get_opaque_trace_state` of `jax.extend.core`, or, before
+JAX 0.10, of `jax.core`, to distinguish traces; `Compiled._call`, the executable without its Python wrapper;
 CPython's reference counts, which show that others hold an array too.
 """
 
@@ -160,7 +160,8 @@ def _repeated(pure: Pure, steps: int, written: Tensors, read: Tensors, stacked: 
 def _primitives(jaxpr: Any) -> set[str]:
     """The names of all operations, with those in branches, loops and functions."""
     names = {equation.primitive.name for equation in jaxpr.eqns}
-    return names.union(*map(_primitives, jax.extend.core.subjaxprs(jaxpr)))
+    inside = jax.tree.leaves([equation.params for equation in jaxpr.eqns])
+    return names.union(*(_primitives(leaf) for leaf in inside if hasattr(leaf, "eqns")))
 
 
 def _stacked(tensors: Tensors) -> Tensor:
@@ -209,16 +210,19 @@ def find_variables(fn: Step, tensors: Tensors) -> tuple[list[Variable], list[Var
     return written, [variable for variable in recorder.variables if id(variable) not in known]
 
 
+_trace_state = getattr(jax.extend.core, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state
+
+
 class OneTrace(Scope):
     """Refuses assignments inside an inner trace, such as that of a loop, which loses them."""
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self._trace = jax.extend.core.get_opaque_trace_state()
+        self._trace = _trace_state()
         return self
 
     def add_update(self, update: tuple[Variable, Tensor]) -> None:
-        if jax.extend.core.get_opaque_trace_state() != self._trace:
+        if _trace_state() != self._trace:
             raise VariableError(
                 f"HL101: The variable {update[0].path!r} is assigned inside a function that was passed to an operation "
                 "(keras.ops.while_loop, fori_loop, scan, map, vectorized_map).",

@@ -18,7 +18,6 @@ from tensorflow.python.autograph.core import ag_ctx
 from tensorflow.python.autograph.core import config as autograph_config
 from tensorflow.python.autograph.impl.api import StagingError, convert
 
-import handloom.backends.tensorflow.gradients  # noqa: F401  # Registers them.
 from handloom._keras import Gradients, Tensor, Tensors, Variable, keras, stored_value
 from handloom._util.patch import Patch
 from handloom._util.source_line import Frames, frames_of
@@ -28,6 +27,8 @@ from handloom.backends.building import built_outside
 from handloom.backends.program import Seen, Step
 from handloom.backends.scope import Scope
 from handloom.backends.tensorflow.assigned import assignments_noted, watch
+from handloom.backends.tensorflow.gradients import term_twice
+from handloom.backends.tensorflow.operators import operators_of_keras
 from handloom.backends.tensorflow.program import MARK, TensorFlowProgram
 from handloom.backends.trace_errors import needs_a_value
 from handloom.errors import StepError
@@ -44,10 +45,10 @@ _convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status
 
 
 class TensorFlowBackend(Backend):
-    name, title = "tensorflow", "TensorFlow"
+    name, title, tested = "tensorflow", "TensorFlow", ("2.20", "2.21")
     holds_text = True
     outside = staticmethod(tf.init_scope)
-    layers_built_outside = built_outside(tf.init_scope)
+    in_steps = Patch(built_outside(tf.init_scope), *operators_of_keras)
     _by_xla = Switch(False)
 
     def is_array(self, leaf: Any) -> bool:
@@ -97,6 +98,9 @@ class TensorFlowBackend(Backend):
     def seed_random_state(self, seed: int) -> None:
         tf.random.get_global_generator().reset_from_seed(seed)
 
+    def exporting(self, format: str) -> Any:  # noqa: A002
+        return self.in_steps
+
     def _program(self, fn: Step, tensors: Tensors, seen: Seen, kernels: bool) -> TensorFlowProgram:
         try:
             return TensorFlowProgram(fn, tensors, seen, kernels, functools.partial(self._tracing, kernels))
@@ -113,7 +117,7 @@ class TensorFlowBackend(Backend):
             self._by_xla.here(by_xla),
             self._in_trace.here(True),
             _variables_made_outside_of_graphs,
-            self.layers_built_outside,
+            self.in_steps,
         ):
             yield
 
@@ -133,7 +137,7 @@ class TensorFlowBackend(Backend):
 
     def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
         graph = tf.__internal__.FuncGraph("shapes")
-        with self._in_trace.here(True), Scope(creates=True), graph.as_default(), self.layers_built_outside:
+        with self._in_trace.here(True), Scope(creates=True), graph.as_default(), self.in_steps:
             fn()
 
     def dense(self, gradient: Tensor | None) -> Tensor | None:
@@ -144,15 +148,22 @@ class TensorFlowBackend(Backend):
         # Only uses as the argument are differentiated, not other uses of the same tensor in the function.
         copies = [tf.identity(tensor) for tensor in tensors]
         tape = tf.GradientTape(persistent=not scalar, watch_accessed_variables=False)
-        with self._in_gradient.here(True), assignments_noted(), tape:
+        with self._differentiating(), assignments_noted(), tape:
             tape.watch(copies)
             sources = [*copies, *(watch(tape, stored_value(variable)) for variable in variables)]
             outputs, aux = (list(map(_read, found)) for found in fn(*copies))
         if not scalar:
             return outputs, aux, [_row(tape, output, sources) for output in outputs]
         # An enclosing differentiated function needs tensors, and XLA needs shapes that do not depend on values.
-        change = self.dense if self._in_gradient.get() or self._by_xla.get() else _each_row_once
+        change = self.dense if self.depth or self._by_xla.get() else _each_row_once
         return outputs, aux, [list(map(change, tape.gradient(outputs[0], sources)))]
+
+    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        return term_twice(term, included)
+
+    @property
+    def _branch(self) -> Any:
+        return tf.compat.v1.get_default_graph()
 
 
 def _check_on_one_device(variables: Sequence[Variable]) -> None:

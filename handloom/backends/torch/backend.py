@@ -14,29 +14,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from keras.src.backend.torch import core
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from handloom._interop.onnx_torch import exportable
 from handloom._interop.tensors import tensor_of
-from handloom._keras import Gradients, Tensor, Tensors, Variable, current_value, first_line, keras
+from handloom._keras import Gradients, Tensor, Tensors, Variable, core, current_value, first_line, keras
 from handloom._util.source_line import frames_of
 from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.dependencies import reached
 from handloom.backends.program import Seen, Step, Untraceable
 from handloom.backends.scope import Scope
+from handloom.backends.torch.control_flow import open_branches
 from handloom.backends.torch.graph import mark
-from handloom.backends.torch.modules import layers_built_outside, modules_read_variables, outside, parameters_made
-from handloom.backends.torch.program import NeedsValue, TorchProgram, contiguous, tracing
+from handloom.backends.torch.modules import in_steps, modules_read_variables, outside, parameters_made
+from handloom.backends.torch.program import NeedsValue, TooLong, TorchProgram, contiguous, tracing
 from handloom.backends.trace_errors import needs_a_value, read_by_numpy, tensorflow_called
 from handloom.errors import ExportError, HandloomError, TraceError
 
 
 class TorchBackend(Backend):
-    name, title = "torch", "PyTorch"
+    name, title, tested = "torch", "PyTorch", ("2.13", "2.14")
     outside = staticmethod(outside)
-    layers_built_outside = layers_built_outside
+    in_steps = in_steps
 
     def is_array(self, leaf: Any) -> bool:
         return isinstance(leaf, (torch.Tensor, np.ndarray, np.generic))
@@ -106,6 +106,8 @@ class TorchBackend(Backend):
                 program = TorchProgram(fn, tensors)
         except HandloomError:
             raise
+        except TooLong as error:
+            raise Untraceable(first_line(error)) from error
         except NeedsValue as error:
             raise needs_a_value(frames_of(error)) from error
         except Exception as first:
@@ -148,10 +150,10 @@ class TorchBackend(Backend):
             fn()
 
     def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
-        keep = self._in_gradient.get()
+        keep = self.depth > 0
         sources = [_copy(tensor, keep) for tensor in [*tensors, *map(current_value, variables)]]
         derivative = functools.partial(_gradient if scalar else _jacobian, keep=keep)
-        with self._in_gradient.here(True), torch.enable_grad():
+        with self._differentiating(), torch.enable_grad():
             try:
                 (outputs, aux), updates = _called(fn, sources, variables)
             except (RuntimeError, TypeError) as error:
@@ -165,11 +167,17 @@ class TorchBackend(Backend):
             outputs, aux = ([tensor.detach() for tensor in found] for found in (outputs, aux))
         return outputs, aux, rows
 
+    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        first, second = _Twice.apply(term, included)
+        return first, second
+
+    @property
+    def _branch(self) -> Any:
+        return open_branches()
+
 
 _MEETS_NUMPY = re.compile(
-    r"Can't call numpy\(\) on Tensor that requires grad"
-    r"|can't convert \S+ device type tensor to numpy"
-    r"|unsupported operand type\(s\) for \S+ 'numpy.ndarray' and '\w+'"
+    r"Can't call numpy\(\) on Tensor that requires grad|can't convert \S+ device type tensor to numpy"
 )
 
 
@@ -196,6 +204,28 @@ def _copy(tensor: Tensor, keep: bool) -> Tensor:
     With `keep`, an enclosing function is differentiated through it too.
     """
     return tensor.view_as(tensor) if keep and tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+class _Twice(torch.autograd.Function):
+    """See `Backend.term_twice`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(term: Tensor, _: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        return term.clone(), term.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
+        ctx.included = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, of_first: Tensor | None, of_second: Tensor | None) -> tuple[Tensor | None, None]:
+        if of_first is None:
+            return of_second, None
+        ctx.included()
+        return of_first, None
 
 
 def _gradient(value: Tensor, sources: list[Tensor], *, keep: bool) -> Gradients:

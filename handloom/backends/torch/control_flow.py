@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import optree
 import torch
-from keras.src.backend.torch import core
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.cond import cond_op
 from torch._higher_order_ops.while_loop import while_loop_op
@@ -26,7 +25,7 @@ from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 
-from handloom._keras import Tensors, Variable, get_stateless_scope, keras, value_in
+from handloom._keras import Tensors, Variable, core, get_stateless_scope, holders_of_core, keras, value_in
 from handloom._util.patch import Patch
 from handloom.backends.program import Untraceable
 from handloom.backends.scope import Reader, Scope
@@ -91,6 +90,9 @@ class _Closure(TorchFunctionMode):
 
 
 _open: ContextVar[tuple[_Closure, ...]] = ContextVar("open", default=())
+
+open_branches = _open.get
+"""The branches and loops in which the caller runs."""
 
 
 def _as_seen_here(tensors: Tensors) -> list[torch.Tensor]:
@@ -293,6 +295,11 @@ _compiled = {"cond": _cond, "while_loop": _while_loop, "fori_loop": _fori_loop}
 _original = {name: getattr(core, name) for name in _compiled}
 
 traceable_control_flow = Patch(
-    *((core, name, lambda _, function=function: function) for name, function in _compiled.items()), when=is_traced
+    *(
+        (holder, name, lambda _, function=function: function)
+        for holder in holders_of_core
+        for name, function in _compiled.items()
+    ),
+    when=is_traced,
 )
 """Inside, `keras.ops.cond`, `while_loop` and `fori_loop` are compiled."""

@@ -11,17 +11,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from keras.src.backend.common.stateless_scope import get_stateless_scope
-from keras.src.backend.torch import core
 from keras.src.backend.torch.layer import TorchLayer
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from handloom._keras import keras, stored_value
+from handloom._keras import core, get_stateless_scope, keras, stored_value
 from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.building import built_outside
 from handloom.backends.scope import Scope
+from handloom.backends.torch.operators import operators_of_keras
 
 
 @contextlib.contextmanager
@@ -29,7 +28,7 @@ def parameters_made() -> Iterator[None]:
     """Builds layers outside of the trace; registers the parameters of those built inside the block, after it."""
     built: list[TorchLayer] = []
     try:
-        with layers_built_outside, _noting_what_is_built, _built.here(built):
+        with in_steps, _noting_what_is_built, _built.here(built):
             yield
     finally:
         for layer in built:
@@ -43,7 +42,7 @@ def outside() -> Iterator[None]:
         yield
 
 
-layers_built_outside = built_outside(outside)
+in_steps = Patch(built_outside(outside), *operators_of_keras)
 
 
 def _noting_built(original: Callable[[TorchLayer], None]) -> Callable[[TorchLayer], None]:

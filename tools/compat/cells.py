@@ -1,0 +1,40 @@
+"""The matrix: which versions are tried together. A cell is one environment."""
+
+import dataclasses
+
+BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Versions that are installed together.
+
+    Attributes:
+        name: The name of its folder and of its line in the page.
+        python: The version of Python, such as `"3.11"`.
+        packages: Keras and backends, by package, each with its version. All these backends are tried.
+    """
+
+    name: str
+    python: str
+    packages: dict[str, str]
+
+    @property
+    def backends(self) -> list[str]:
+        """The backends to try."""
+        return [backend for backend in BACKENDS if backend in self.packages]
+
+
+JAX, TENSORFLOW, KERAS = {"jax": "==0.10.*"}, {"tensorflow": "==2.21.*"}, {"keras": "==3.15.*"}
+TORCH = {"torch": "==2.13.0"}  # The version of the extra "dev", for which there is a CPU build.
+
+CELLS = [
+    Cell("keras-nightly", "3.11", {"keras-nightly": ""} | JAX | TENSORFLOW | TORCH),
+    Cell("keras-3.13", "3.11", {"keras": "==3.13.*", "jax": "==0.8.*", "tensorflow": "==2.20.*"} | TORCH),
+    Cell("keras-3.14", "3.11", {"keras": "==3.14.*", "jax": "==0.9.*"} | TORCH),
+    Cell("python-3.12", "3.12", KERAS | {"jax": "==0.11.*"}),
+    Cell("python-3.13", "3.13", KERAS | {"jax": "==0.12.*"}),
+    Cell("torch-2.12", "3.11", KERAS | {"torch": "==2.12.*"}),
+    Cell("torch-2.14", "3.11", KERAS | {"torch": "==2.14.*"}),
+    Cell("torch-2.15", "3.11", KERAS | {"torch": "==2.15.*"}),
+]
