@@ -238,6 +238,7 @@ class Model(keras.Model):
             build(wrt, loss_fn)
             if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
                 optimizer.build(self.trainable_variables)  # All of them, because a later step may train another part.
+            self._steps.add_unfrozen()
         return minimize(loss_fn, wrt, optimizer, weight=weight, has_aux=has_aux)
 
     # --------------------------------------------------------------------- runs

@@ -134,6 +134,11 @@ class UncountedLosses(Observer):
         """Records that a loss includes the added losses and regularizers of these."""
         self._counted.update(map(id, items))
 
+    @property
+    def applies(self) -> bool:
+        """Whether the step has applied an optimizer."""
+        return bool(self._updated)
+
     def descriptions(self) -> list[str]:
         """Descriptions of what no loss includes; empty if the step applied no optimizer."""
         if not self._updated:

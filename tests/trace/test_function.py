@@ -834,3 +834,17 @@ def test_function_does_not_warn_of_the_default_seeds_of_keras_nor_of_seeded_or_u
         return sum(ops.sum(layer(x)) for layer in parts["layers"]) * scale
 
     hl.function(step)(ones(2, 2))  # A warning would be an error.
+
+
+@pytest.mark.backend("tensorflow")
+def test_function_assigns_a_variable_of_tensorflow_among_its_arguments(eagerly):
+    import tensorflow as tf  # noqa: PLC0415
+
+    @hl.function
+    def add(total, x):
+        total.assign_add(x)
+        return ops.sum(total)
+
+    one, other = tf.Variable([1.0, 2.0]), tf.Variable([10.0, 20.0])
+    close([add(one, ones(2)), add(other, ones(2)), add(one, ones(2))], [5, 32, 7])
+    close([one, other], [[3, 4], [11, 21]])

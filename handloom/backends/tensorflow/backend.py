@@ -48,6 +48,7 @@ _convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status
 class TensorFlowBackend(Backend):
     name, title, tested = "tensorflow", "TensorFlow", ("2.20", "2.21")
     holds_text = True
+    outside = staticmethod(tf.init_scope)
     in_steps = Patch(built_outside(tf.init_scope), *operators_of_keras)
     _by_xla = Switch(False)
 
@@ -62,6 +63,9 @@ class TensorFlowBackend(Backend):
                 fix="Pass it through the strategy, strategy.run(step, args=(batch,)), or pass the whole batch.",
             )
         return False
+
+    def is_passed_by_value(self, leaf: Any) -> bool:
+        return self.is_array(leaf) and not isinstance(leaf, tf.Variable)
 
     def to_tensor(self, array: Any) -> Tensor:
         array = _read(array)

@@ -27,7 +27,7 @@ from handloom.backends.program import Seen, Step, Untraceable
 from handloom.backends.scope import Scope
 from handloom.backends.torch.control_flow import open_branches
 from handloom.backends.torch.graph import mark
-from handloom.backends.torch.modules import in_steps, modules_read_variables, parameters_made
+from handloom.backends.torch.modules import in_steps, modules_read_variables, outside, parameters_made
 from handloom.backends.torch.program import NeedsValue, TooLong, TorchProgram, contiguous, tracing
 from handloom.backends.trace_errors import needs_a_value, read_by_numpy, tensorflow_called
 from handloom.errors import ExportError, HandloomError, TraceError
@@ -35,6 +35,7 @@ from handloom.errors import ExportError, HandloomError, TraceError
 
 class TorchBackend(Backend):
     name, title, tested = "torch", "PyTorch", ("2.13", "2.14")
+    outside = staticmethod(outside)
     in_steps = in_steps
 
     def is_array(self, leaf: Any) -> bool:

@@ -37,13 +37,13 @@ def parameters_made() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _outside() -> Iterator[None]:
+def outside() -> Iterator[None]:
     device = core.device_scope(core.DEFAULT_DEVICE if core.get_device() == "meta" else core.get_device())
     with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.no_grad(), device:
         yield
 
 
-in_steps = Patch(built_outside(_outside), *operators_of_keras)
+in_steps = Patch(built_outside(outside), *operators_of_keras)
 
 
 def _noting_built(original: Callable[[TorchLayer], None]) -> Callable[[TorchLayer], None]:
