@@ -14,7 +14,7 @@ from handloom._keras import Tensor, Tensors, Variable, global_seed_generator
 from handloom._trace.arguments import Arguments, results
 from handloom._trace.draws import Draws
 from handloom._trace.eager import runs_eagerly
-from handloom._trace.observe import VariableUse, observing
+from handloom._trace.observe import Observer, VariableUse, observing
 from handloom._trace.premises import Premises, PremisesOfFunction
 from handloom._trace.signature import (
     Signature,
@@ -236,6 +236,8 @@ class Function:
                 version.compile(self.jit_compile, first=not self.traces)
         except Untraceable as error:
             version.fallback_reason, version.unsaved = str(error), error.unsaved
+        finally:
+            state = self._premises.note_changes(state)
         if not version.compiled:
             no_other = f"jit_compile=False, and {backend.title} has no other compiler"
             reason = f"eager: {version.fallback_reason or no_other}"
@@ -388,7 +390,7 @@ class Version:
             nonlocal runs
             python_function = backend.with_control_flow(self._function.python_function)
             made = len(self.use.made)
-            observers = [self.use]
+            observers: list[Observer] = [self.use]
             if self._function.tells_of_unused:
                 python_function = self.forgotten.marking(self._function.python_function, python_function)
                 observers += self.forgotten.observers

@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +70,12 @@ class Value(NamedTuple):
     @property
     def is_number(self) -> bool:
         return isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
+
+    @property
+    def has_other_elements(self) -> bool:
+        """Whether it is a list that has as many elements as before: it is no collection of what has happened."""
+        both = isinstance(self.value, (list, tuple)) and isinstance(self.present, (list, tuple))
+        return both and len(self.value) == len(self.present)
 
     @property
     def present(self) -> Any:
@@ -242,7 +248,7 @@ def _parts(thing: Any) -> list[Any]:
 
 
 @functools.cache
-def _is_of_the_user(thing: Any) -> bool:
+def _is_of_the_user(thing: Hashable) -> bool:
     """Whether a class or module is the user's."""
     name = thing.__module__ if isinstance(thing, type) else thing.__name__
     module = sys.modules.get(name)
