@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -247,13 +247,13 @@ def _parts(thing: Any) -> list[Any]:
     return [getattr(thing, name, None) for name in ("__self__", "__func__", "__wrapped__", "fget")]
 
 
-@functools.cache
-def _is_of_the_user(thing: Hashable) -> bool:
+def _is_of_the_user(thing: Any) -> bool:
     """Whether a class or module is the user's."""
-    name = thing.__module__ if isinstance(thing, type) else thing.__name__
+    return _is_users_module(str(thing.__module__ if isinstance(thing, type) else thing.__name__))
+
+
+@functools.cache
+def _is_users_module(name: str) -> bool:
     module = sys.modules.get(name)
-    return (
-        module is not None
-        and name not in sys.builtin_module_names
-        and is_users(getattr(module, "__file__", None) or "")
-    )
+    is_python = module is not None and name not in sys.builtin_module_names
+    return is_python and is_users(getattr(module, "__file__", None) or "")
