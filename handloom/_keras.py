@@ -23,7 +23,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `Optimizer._learning_rate` | copies of an optimizer share it |
 | `global_seed_generator` | it must exist before a step is traced, as any variable must |
 | `global_state` | to leave all scopes; to forget a variable whose initializer failed: later scopes would try again |
-| `GLOBAL_SEED_GENERATOR` | its name: `set_random_seed` replaces the generator, compiled steps keep the old one |
+| `GLOBAL_SEED_GENERATOR`, `GLOBAL_RANDOM_SEED` | what `set_random_seed` sets; that imports TensorFlow on any backend |
 | `seed_generator` | where Keras draws default seeds from Python's random numbers: a step may, its user may not |
 | `Layer._seed_generators` | the generators of dropout and noise, to seed them for a run |
 | `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, and the result of a gradient lacks it |
@@ -81,6 +81,7 @@ from keras.src.models.functional import Functional as Functional  # noqa: E402
 from keras.src.random import seed_generator as seed_generator  # noqa: E402
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR  # noqa: E402
 from keras.src.random.seed_generator import global_seed_generator as global_seed_generator  # noqa: E402
+from keras.src.utils.rng_utils import GLOBAL_RANDOM_SEED  # noqa: E402
 
 TESTED_KERAS = "3.13", "3.16"  # 3.16 as a nightly.
 
@@ -159,16 +160,13 @@ def seed_generators_of(layer: Layer) -> list[keras.random.SeedGenerator]:
     return list(layer._seed_generators)
 
 
-@contextlib.contextmanager
-def keep_global_seed_generator() -> Iterator[None]:
-    """Restores the global seed generator after the block, with the state of the new one if Keras created one.
-
-    Compiled steps hold the old generator.
-    """
-    before = global_seed_generator()
-    yield
-    before.state.assign(global_seed_generator().state)
-    global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, before)
+def seed_keras(seed: int) -> None:
+    """Seeds the global seed generator, which compiled steps keep, and thereby those that are created without a seed."""
+    generator = global_seed_generator()
+    global_state.set_global_attribute(GLOBAL_RANDOM_SEED, seed)
+    global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)
+    generator.state.assign(global_seed_generator().state)
+    global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
 
 
 def value_in(scope: keras.StatelessScope | None, variable: Variable) -> Tensor:

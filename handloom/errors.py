@@ -84,6 +84,8 @@ class HandloomError(_WithFinding):
         finding: The mistake, its place, and the fix.
     """
 
+    _keras_call_info_injected = True  # Otherwise Keras would raise one from `Layer.call` anew, with another message.
+
 
 class ArgumentError(HandloomError, ValueError, TypeError):
     """A function received an argument that it does not accept."""

@@ -257,8 +257,9 @@ class ReportingStep:
         marks = version.static[0].metric_marks
         computed = version.dependencies.depend_on(marks)
         mixed = computed & version.dependencies.depend_on_arguments(not_through=marks)
-        report.computed_from_metrics = frozenset(name for name in report.suspects if mark_of(name) in computed)
-        for name in report.computed_from_metrics:
+        names = [name for name in report.reductions if name in report.suspects and mark_of(name) in computed]
+        report.computed_from_metrics = frozenset(names)
+        for name in names:
             report.reductions[name] = "last value, computed from a metric's result"
             if mark_of(name) in mixed and self.function.is_news(mark_of(name)):
                 warn(

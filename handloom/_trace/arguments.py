@@ -6,6 +6,7 @@ from typing import Any
 import optree
 
 from handloom._keras import Tensors, keras
+from handloom._trace.left_out import LeftOut
 from handloom._trace.loss_weight import step_weight
 from handloom._trace.structure import Structure
 from handloom.backends import backend
@@ -50,4 +51,6 @@ def _as_tensor(leaf: Any) -> Any:
 def _static_key(leaf: Any) -> Hashable:
     if isinstance(leaf, (keras.Variable, keras.Layer)) or backend.is_array(leaf):
         return type(leaf), id(leaf)
+    if isinstance(leaf, LeftOut):  # Other text in the next batch is no reason to compile again.
+        return LeftOut
     return type(leaf), leaf  # 2, 2.0 and True are equal, but a function may treat them differently.

@@ -14,6 +14,7 @@ from handloom._keras import Tensor, Tensors, Variable, global_seed_generator
 from handloom._trace.arguments import Arguments, results
 from handloom._trace.draws import Draws
 from handloom._trace.eager import runs_eagerly
+from handloom._trace.left_out import without_text
 from handloom._trace.observe import Observer, VariableUse, observing
 from handloom._trace.premises import Premises, PremisesOfFunction
 from handloom._trace.signature import (
@@ -198,6 +199,7 @@ class Function:
         return version, tensors
 
     def _resolve_any(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Version, Tensors]:
+        args, kwargs = without_text((tuple(args), kwargs))
         arguments = Arguments(args, kwargs)
         key = (runs_eagerly(), current(), *arguments.key)
         try:

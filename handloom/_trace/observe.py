@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from handloom._keras import Layer, Tensor, Variable, keras, trained_by
+from handloom._trace.left_out import passed_over
 from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.building import is_building
@@ -260,8 +261,8 @@ def _losses(original: Callable[[Layer], list[Tensor]]) -> Callable[[Layer], list
 
 def _layer_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Layer, *args: Any, **kwargs: Any) -> Any:
-        with _calls.here(_calls.get() + 1):
-            outputs = original(self, *args, **kwargs)
+        with _calls.here(_calls.get() + 1), passed_over(args) as inputs:
+            outputs = original(self, *inputs, **kwargs)
         if not _calls.get():
             tell("layer_called", self, outputs)
         return outputs

@@ -8,7 +8,7 @@ needs to know which backend runs, this contract lacks a method.
 import abc
 import contextlib
 import importlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -101,6 +101,14 @@ class Backend(abc.ABC):
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         """The values of a tensor as a NumPy array, once they are computed. Do not write to it."""
 
+    def result(self, tensor: Tensor) -> Any:
+        """A tensor as a user gets it from `predict`: a NumPy array, or itself if no array can hold its values."""
+        return keras.ops.convert_to_numpy(tensor)
+
+    def joined(self, results: Sequence[Any]) -> Any:
+        """Results of several batches, along their first axis."""
+        return np.concatenate(results) if len(results) > 1 else results[0]
+
     @abc.abstractmethod
     def detach(self, tensor: Tensor) -> Tensor:
         """The tensor by itself: it keeps no computation alive, and no variable or array changes it."""
@@ -123,7 +131,7 @@ class Backend(abc.ABC):
         """Restores a state from `random_state`; ignores that of another backend."""
 
     def seed_random_state(self, seed: int) -> None:
-        """Seeds that state, where `keras.utils.set_random_seed` does not; nothing by default."""
+        """Seeds that state, as far as it is not the libraries' own; nothing by default."""
 
     @abc.abstractmethod
     def profiled(self, directory: Path) -> contextlib.AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ TensorFlow's variable; `_self_...`, the attributes under which TensorFlow tracks
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tensorflow.python.autograph.impl.api import StagingError, convert
 
 from handloom._keras import Gradients, Tensor, Tensors, Variable, keras, stored_value
 from handloom._util.patch import Patch
-from handloom._util.source_line import Frames, frames_of
+from handloom._util.source_line import Frames, frames_of, is_users
 from handloom._util.switch import Switch
 from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.building import built_outside
@@ -82,6 +83,20 @@ class TensorFlowBackend(Backend):
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         return np.asarray(tensor)  # On a CPU this shares memory, which `tensor.numpy()` would copy.
 
+    def result(self, tensor: Tensor) -> Any:
+        return tensor if isinstance(tensor, (tf.RaggedTensor, tf.SparseTensor)) else super().result(tensor)
+
+    def joined(self, results: Sequence[Any]) -> Any:
+        if isinstance(results[0], tf.SparseTensor):
+            return tf.sparse.concat(0, results)
+        if isinstance(results[0], tf.RaggedTensor):
+            return tf.concat(results, 0)
+        sizes = list(zip(*(result.shape for result in results), strict=True))
+        differing = [axis for axis, found in enumerate(sizes[1:], 1) if len(set(found)) > 1]
+        if not differing:
+            return super().joined(results)
+        return tf.concat([tf.RaggedTensor.from_tensor(result, ragged_rank=differing[-1]) for result in results], 0)
+
     def detach(self, tensor: Tensor) -> Tensor:
         return _read(tensor)
 
@@ -117,6 +132,7 @@ class TensorFlowBackend(Backend):
             self._by_xla.here(by_xla),
             self._in_trace.here(True),
             _variables_made_outside_of_graphs,
+            _users_functions_inlined,
             self.in_steps,
         ):
             yield
@@ -214,6 +230,20 @@ def _initialize(original: Callable[[Variable, Any], None]) -> Callable[[Variable
 
 _variables_made_outside_of_graphs = Patch((keras.Variable, "_initialize", _initialize))
 """Variables created inside are initialized at once, and keep their values if the trace fails."""
+
+
+def _inlined(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        code = getattr(inspect.unwrap(self.python_function), "__code__", None)
+        if code is None or not is_users(code.co_filename):
+            return original(self, *args, **kwargs)
+        return _convert(self.python_function)(*args, **kwargs)
+
+    return call
+
+
+_users_functions_inlined = Patch((type(tf.function(lambda: None)), "__call__", _inlined))
+"""Inside, a user's `tf.function` becomes a part of the trace: its Python code runs each time, and is observed."""
 
 
 def _users_frames(error: BaseException) -> Frames:

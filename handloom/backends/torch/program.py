@@ -43,7 +43,7 @@ from handloom.backends.torch.graph import (
     tidy,
     written_in_place,
 )
-from handloom.backends.torch.modules import in_steps, parameters_made
+from handloom.backends.torch.modules import in_steps, parameters_in_trace, parameters_made
 from handloom.backends.torch.native import real_tensors_kept
 from handloom.backends.torch.random import traceable_random_ops
 from handloom.errors import FallbackWarning
@@ -254,9 +254,8 @@ _not_logged = Patch((logging.getLogger("torch._subclasses.fake_tensor"), "handle
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """A block in which Keras code runs on fake tensors."""
+    of_keras = in_steps, traceable_random_ops, traceable_control_flow, _traceable_nadam, parameters_in_trace
     with contextlib.ExitStack() as stack:
-        for each in (in_steps, traceable_random_ops, traceable_control_flow, _traceable_nadam, _not_logged):
-            stack.enter_context(each)
-        stack.enter_context(real_tensors_kept())
-        stack.enter_context(_Bounded())
+        for context in (*of_keras, real_tensors_kept(), _Bounded(), _not_logged):
+            stack.enter_context(context)
         yield
