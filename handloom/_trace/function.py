@@ -257,7 +257,7 @@ class Function:
 
     def _warn_of(self, version: Version, draws: Draws) -> None:
         """Warns of what is wrong with a compiled version."""
-        if version.signature is self._signatures[-1]:
+        if any(version.signature is last for last in self._signatures[-1:]):
             self._warn_of_many_shapes(version.signature)
         if self.tells_of_unused:
             for text in filter(self.is_news, version.forgotten.found(version.dependencies, self.python_function)):
