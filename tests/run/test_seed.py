@@ -1,6 +1,7 @@
 """One seed makes two runs the same; without it they differ."""
 
 import random
+import subprocess
 import sys
 
 import keras
@@ -116,6 +117,32 @@ def test_fit_seeds_a_data_loader_on_every_backend():
 
     assert run(1) == run(1)
     assert run(1) != run(2)
+
+
+def test_set_random_seed_gives_the_numbers_of_keras_and_reaches_compiled_functions():
+    noise = hl.function(lambda: keras.random.normal((3,)))
+    noise()
+
+    def drawn(seed_all):
+        seed_all(3)
+        weights = layers.Dense(2)
+        weights.build((None, 2))
+        state = keras.random.SeedGenerator().state
+        return random.random(), np.random.rand(), *numpy(weights.kernel).ravel(), *numpy(state), *numpy(noise())
+
+    assert drawn(hl.set_random_seed)[:-3] == drawn(keras.utils.set_random_seed)[:-3]
+    noise = hl.function(lambda: keras.random.normal((3,)))
+    assert drawn(hl.set_random_seed) == drawn(hl.set_random_seed)
+
+
+@pytest.mark.once
+def test_set_random_seed_and_fit_import_tensorflow_on_no_other_backend():
+    code = (
+        "import sys, numpy as np, handloom as hl\n"
+        "hl.set_random_seed(0); hl.fit(lambda x: {'x': x[0]}, np.ones(4), seed=1, verbose=0)\n"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_fit_without_a_seed_leaves_the_random_state_of_numpy_as_it_is():

@@ -1,7 +1,8 @@
 """JAX: steps become pure functions (see `program.py`), gradients pullbacks (see `gradients.py`).
 
-Internals used: the check by which `keras.random` refuses to draw unseeded numbers during a trace. It prevents a seed
-that is a constant of the program; here the state of the global seed generator is captured like any other variable.
+Internals used: `get_opaque_trace_state` of `jax.extend.core`, to distinguish traces; the check by which `keras.random`
+refuses to draw unseeded numbers during a trace. It prevents a seed that is a constant of the program; here the state of
+the global seed generator is captured like any other variable.
 """
 
 import contextlib
@@ -24,10 +25,12 @@ from handloom._util.source_line import frames_of, place_in, shown
 from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.building import built_outside
 from handloom.backends.jax.control_flow import assignments_in_branches, cond
-from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each
+from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each, term_twice
 from handloom.backends.jax.program import MARK, JaxProgram, leaked
+from handloom.backends.jax.stateful_steps import on_variables
 from handloom.backends.program import Program, Seen, Step
 from handloom.backends.scope import Scope
+from handloom.backends.takes_data import takes
 from handloom.backends.trace_errors import needs_a_value, read_while_differentiated, tensorflow_called
 
 _unseeded_random_ops = Patch(
@@ -38,7 +41,8 @@ _unseeded_random_ops = Patch(
 
 class JaxBackend(Backend):
     name, title, tested = "jax", "JAX", ("0.8", "0.12")
-    layers_built_outside = built_outside(jax.ensure_compile_time_eval)
+    outside = staticmethod(jax.ensure_compile_time_eval)
+    in_steps = Patch(built_outside(jax.ensure_compile_time_eval))  # Operators promote as they are.
 
     def is_array(self, leaf: Any) -> bool:
         return isinstance(leaf, (jax.Array, np.ndarray, np.generic, BCOO))
@@ -85,7 +89,7 @@ class JaxBackend(Backend):
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
-        with self._in_trace.here(True), _unseeded_random_ops, self.layers_built_outside:
+        with self._in_trace.here(True), _unseeded_random_ops, self.in_steps:
             yield
 
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
@@ -96,6 +100,18 @@ class JaxBackend(Backend):
 
     def cond(self, pred: Tensor, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
         return cond(pred, true_fn, false_fn)
+
+    def step_of(self, model: keras.Model, name: str, build: Callable[[keras.Model, Any], None]) -> Callable[..., Any]:
+        step = getattr(model, name)
+        if takes(step, 1) or not takes(step, 2):
+            return super().step_of(model, name, build)
+
+        def step_on_data(data: Any) -> Any:
+            build(model, data)
+            return on_variables(model, step, data)
+
+        step_on_data.__name__ = name
+        return step_on_data
 
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         return checkpoint_name(tensor, MARK + name)
@@ -110,7 +126,7 @@ class JaxBackend(Backend):
     def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
         sources = Sources(tensors, variables)
         try:
-            with self._in_gradient.here(True), Scope(creates=True) as scope:
+            with self._differentiating(), Scope(creates=True) as scope:
                 outputs, aux, news, rows = (gradients_of_one if scalar else rows_of_each)(fn, sources)
         except Exception as error:
             if not _needs_a_value(error):
@@ -121,6 +137,13 @@ class JaxBackend(Backend):
             return self._derivatives(fn, tensors, variables, scalar=scalar)
         sources.write(news)
         return outputs, aux, rows
+
+    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        return term_twice(term, included)
+
+    @property
+    def _branch(self) -> Any:
+        return jax.extend.core.get_opaque_trace_state()
 
 
 def _default_device() -> Any:

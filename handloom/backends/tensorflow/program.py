@@ -35,6 +35,7 @@ class TensorFlowProgram(Program):
 
     def __init__(self, fn: Step, tensors: Tensors, seen: Seen, kernels: bool, tracing: Tracing) -> None:
         self._fn, self._tensors, self._kernels, self._tracing = fn, tensors, kernels, tracing
+        self.compiles_in_first_run = kernels
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
         self._concrete = self._traced(lambda *tensors: list(fn(*tensors)), specs)
         graph = self._concrete.graph
