@@ -207,7 +207,7 @@ def trained_by(optimizer: keras.Optimizer) -> list[Variable]:
 
 def trained_in(optimizer: keras.Optimizer) -> tuple[dict[str, Any], str]:
     """Where an optimizer keeps the list of these variables: a dict, and the key. Each build makes a new list."""
-    return vars(optimizer), "_trainable_variables"
+    return optimizer.__dict__, "_trainable_variables"
 
 
 def slots_of(optimizer: keras.Optimizer) -> list[Variable]:
@@ -249,7 +249,7 @@ def layers_of(layer: Layer) -> Iterator[Layer]:
 
 def trainable_in(part: Layer | Variable) -> tuple[dict[str, Any], str]:
     """Where a layer or variable keeps whether it is trainable: a dict, and the key."""
-    return vars(part), "_trainable"
+    return part.__dict__, "_trainable"
 
 
 def mark_built(model: Any) -> None:

@@ -15,7 +15,7 @@ from handloom._trace.arguments import Arguments, results
 from handloom._trace.draws import Draws
 from handloom._trace.eager import runs_eagerly
 from handloom._trace.left_out import without_text
-from handloom._trace.observe import VariableUse, observing
+from handloom._trace.observe import Observer, VariableUse, observing
 from handloom._trace.premises import Premises, PremisesOfFunction
 from handloom._trace.signature import (
     Signature,
@@ -238,6 +238,8 @@ class Function:
                 version.compile(self.jit_compile, first=not self.traces)
         except Untraceable as error:
             version.fallback_reason, version.unsaved = str(error), error.unsaved
+        finally:
+            state = self._premises.note_changes(state)
         if not version.compiled:
             no_other = f"jit_compile=False, and {backend.title} has no other compiler"
             reason = f"eager: {version.fallback_reason or no_other}"
@@ -255,7 +257,7 @@ class Function:
 
     def _warn_of(self, version: Version, draws: Draws) -> None:
         """Warns of what is wrong with a compiled version."""
-        if version.signature is self._signatures[-1]:
+        if any(version.signature is last for last in self._signatures[-1:]):
             self._warn_of_many_shapes(version.signature)
         if self.tells_of_unused:
             for text in filter(self.is_news, version.forgotten.found(version.dependencies, self.python_function)):
@@ -390,7 +392,7 @@ class Version:
             nonlocal runs
             python_function = backend.with_control_flow(self._function.python_function)
             made = len(self.use.made)
-            observers = [self.use]
+            observers: list[Observer] = [self.use]
             if self._function.tells_of_unused:
                 python_function = self.forgotten.marking(self._function.python_function, python_function)
                 observers += self.forgotten.observers

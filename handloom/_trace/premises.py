@@ -66,6 +66,7 @@ class PremisesOfFunction:
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self._name, self._function = name, function
         self._changed_by_itself: dict[Any, Value] = {}
+        self._newly_changed: list[Value] = []
         self._said: set[str] = set()
         self._changes: Counter[str] = Counter()
 
@@ -73,16 +74,18 @@ class PremisesOfFunction:
         """The Python values that the function can read now."""
         return PythonState(self._function)
 
-    def of_version(self, before: PythonState) -> Premises:
-        """The premises of a version; to be called once it is compiled, with the state before.
-
-        What the function itself assigns is not among them.
-        """
+    def note_changes(self, before: PythonState) -> PythonState:
+        """Notes what tracing has changed, also if it failed; to be called with the state before, returns that after."""
         after = self.state()
         kept = (value for key, value in before.values.items() if key in after.values and not value.is_made_now)
         changed = [value for value in kept if value.has_changed]
         self._changed_by_itself.update((value.key, value) for value in changed)
-        for value in changed:
+        self._newly_changed = changed
+        return after
+
+    def of_version(self, after: PythonState) -> Premises:
+        """The premises of a version that is compiled now. What the function itself changes is not among them."""
+        for value in self._newly_changed:
             self._warn_of_counting(value, after)
         own, stored = self._changed_by_itself, after.names.stored
         return Premises(each for key, each in after.values.items() if key not in own and each.last_name not in stored)
@@ -94,8 +97,8 @@ class PremisesOfFunction:
         """
         for value in changed:
             self._changes[value.path] += 1
-            numbers = value.is_number and value.now.is_number
-            is_data = numbers or isinstance(value.value, (list, tuple)) or backend.is_array(value.present)
+            numbers = (value.is_number and value.now.is_number) or value.has_other_elements
+            is_data = numbers or backend.is_array(value.present)
             if self._changes[value.path] == (1 if is_data else _MANY_CHANGES):
                 variable = f"keras.Variable({value.shown if value.is_number else '...'}, trainable=False)"
                 warn(

@@ -72,6 +72,12 @@ class Value(NamedTuple):
         return isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
 
     @property
+    def has_other_elements(self) -> bool:
+        """Whether it is a list that has as many elements as before: it is no collection of what has happened."""
+        both = isinstance(self.value, (list, tuple)) and isinstance(self.present, (list, tuple))
+        return both and len(self.value) == len(self.present)
+
+    @property
     def present(self) -> Any:
         """What is there now."""
         with contextlib.suppress(ValueError):  # A variable of a function that has no value yet.
@@ -241,13 +247,13 @@ def _parts(thing: Any) -> list[Any]:
     return [getattr(thing, name, None) for name in ("__self__", "__func__", "__wrapped__", "fget")]
 
 
-@functools.cache
 def _is_of_the_user(thing: Any) -> bool:
     """Whether a class or module is the user's."""
-    name = thing.__module__ if isinstance(thing, type) else thing.__name__
+    return _is_users_module(str(thing.__module__ if isinstance(thing, type) else thing.__name__))
+
+
+@functools.cache
+def _is_users_module(name: str) -> bool:
     module = sys.modules.get(name)
-    return (
-        module is not None
-        and name not in sys.builtin_module_names
-        and is_users(getattr(module, "__file__", None) or "")
-    )
+    is_python = module is not None and name not in sys.builtin_module_names
+    return is_python and is_users(getattr(module, "__file__", None) or "")

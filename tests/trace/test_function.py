@@ -14,7 +14,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import HandloomWarning, RetraceWarning, TraceError, VariableError
-from tests.models import built
+from tests.models import built, compiled, subclassed
 from tests.numbers import close, numpy, ones, same
 
 X = np.arange(6, dtype="float32").reshape(2, 3)
@@ -50,6 +50,21 @@ def test_function_reads_the_last_value_assigned_within_a_call(eagerly):
 
 
 # -------------------------------------------------------------------- the function
+
+
+class RowByRow(layers.Layer):
+    """Uses a tensor as Python's sequences are used."""
+
+    def call(self, x):
+        first, *_ = x
+        return ops.stack([row - first for row in x]) * len(x)
+
+
+@pytest.mark.parametrize("call", ["predict", "function"])
+def test_function_and_predict_compile_a_layer_that_iterates_over_a_tensor_and_takes_its_length(call, eagerly):
+    model, x = subclassed(RowByRow(), inputs=None), X.reshape(3, 2)
+    result = hl.function(model)(x) if call == "function" else compiled(model).predict(x, verbose=0)
+    close(result, 3 * (x - x[0]))
 
 
 def test_function_looks_like_the_original():

@@ -10,7 +10,7 @@ from handloom.errors import HandloomWarning
 from tests.numbers import close, ones
 
 TOKENS, TARGETS = np.array([[1, 2, 0], [3, 0, 0], [4, 1, 2]], "int32"), ones(3, 3, 1)
-WEIGHTS = np.array([1, 0, 2], "float32")
+WEIGHTS = np.array([[1], [0], [2]], "float32") * ones(1, 3)
 
 
 def parts(regularizer=None):

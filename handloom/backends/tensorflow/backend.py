@@ -133,6 +133,7 @@ class TensorFlowBackend(Backend):
             self._in_trace.here(True),
             _variables_made_outside_of_graphs,
             _users_functions_inlined,
+            _sizes_known,
             self.in_steps,
         ):
             yield
@@ -153,7 +154,7 @@ class TensorFlowBackend(Backend):
 
     def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
         graph = tf.__internal__.FuncGraph("shapes")
-        with self._in_trace.here(True), Scope(creates=True), graph.as_default(), self.in_steps:
+        with self._in_trace.here(True), Scope(creates=True), graph.as_default(), self.in_steps, _sizes_known:
             fn()
 
     def dense(self, gradient: Tensor | None) -> Tensor | None:
@@ -227,6 +228,24 @@ def _initialize(original: Callable[[Variable, Any], None]) -> Callable[[Variable
 
     return initialize
 
+
+def _length(original: Callable[[Tensor], int]) -> Callable[[Tensor], int]:
+    return lambda tensor: tensor.shape[0] if _has_length(tensor) else original(tensor)
+
+
+def _iterator(original: Callable[[Tensor], Iterator[Tensor]]) -> Callable[[Tensor], Iterator[Tensor]]:
+    return lambda tensor: iter(tf.unstack(tensor)) if _has_length(tensor) else original(tensor)
+
+
+def _has_length(tensor: Tensor) -> bool:
+    return bool(tensor.shape.rank) and tensor.shape[0] is not None
+
+
+_sizes_known = Patch((tf.Tensor, "__len__", _length), (tf.Tensor, "__iter__", _iterator))
+"""Inside, `len(x)` and `for row in x` work as on the other backends, also in the `call` of a layer.
+
+AutoGraph does not convert that code; it converts the code of steps, where they work by themselves.
+"""
 
 _variables_made_outside_of_graphs = Patch((keras.Variable, "_initialize", _initialize))
 """Variables created inside are initialized at once, and keep their values if the trace fails."""
