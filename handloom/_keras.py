@@ -8,6 +8,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `core`, `ops` | the backend's `cond`, loops and device, which Handloom replaces or asks while it traces a step |
 | `get_stateless_scope` | Handloom's own scopes must know the scope around them |
 | `Variable._value` | `assign` takes ten times longer per step, and converts values that need no conversion |
+| `Layer._trainable`, `Variable._trainable` | a compiled step looks at them at each call |
 | `Variable._shape`, `_dtype` | the shape and dtype of a variable that has no value yet |
 | `build._is_default` | a layer without a `build` of its own is built by a call |
 | `Layer._flatten_layers` | all layers inside a layer |
@@ -18,7 +19,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `Metric._direction` | callbacks that monitor a metric must know whether higher is better |
 | `Model._initial_epoch` | `BackupAndRestore` sets the epoch at which `fit` resumes |
 | `Optimizer._trainable_variables` | the variables that `apply` updates when it is given gradients only |
-| `Optimizer._variables`, `_iterations`, `_tracker` | the slots, to create them again for further variables |
+| `Optimizer._variables`, `_iterations`, `_tracker`, `_track_variable` | the slots, to add some in their order |
 | `Optimizer._learning_rate` | copies of an optimizer share it |
 | `global_seed_generator` | it must exist before a step is traced, as any variable must |
 | `global_state` | to leave all scopes; to forget a variable whose initializer failed: later scopes would try again |
@@ -208,6 +209,11 @@ def trained_by(optimizer: keras.Optimizer) -> list[Variable]:
     return list(optimizer._trainable_variables)
 
 
+def trained_in(optimizer: keras.Optimizer) -> tuple[dict[str, Any], str]:
+    """Where an optimizer keeps the list of these variables: a dict, and the key. Each build makes a new list."""
+    return optimizer.__dict__, "_trainable_variables"
+
+
 def slots_of(optimizer: keras.Optimizer) -> list[Variable]:
     """The slots of an optimizer itself, without those of an optimizer inside it."""
     others = (optimizer._iterations, optimizer._learning_rate)
@@ -218,6 +224,12 @@ def forget_slots(optimizer: keras.Optimizer) -> None:
     """Removes the slots of an optimizer from its variables."""
     for slot in slots_of(optimizer):
         optimizer._tracker.untrack(slot)
+
+
+def replace_slot(optimizer: keras.Optimizer, new: Variable, old: Variable) -> None:
+    """Puts an earlier slot in place of the newest one."""
+    optimizer._tracker.untrack(new)
+    optimizer._track_variable(old)
 
 
 def share_learning_rate(optimizer: keras.Optimizer, other: keras.Optimizer) -> None:
@@ -237,6 +249,11 @@ def take_initial_epoch(model: Any) -> int:
 def layers_of(layer: Layer) -> Iterator[Layer]:
     """A layer and all layers inside it, at any depth."""
     yield from layer._flatten_layers()
+
+
+def trainable_in(part: Layer | Variable) -> tuple[dict[str, Any], str]:
+    """Where a layer or variable keeps whether it is trainable: a dict, and the key."""
+    return part.__dict__, "_trainable"
 
 
 def mark_built(model: Any) -> None:

@@ -55,8 +55,8 @@ def run(files: list[str], backend: str, *plugins: str) -> Outcomes:
     lines.write_text("")
     threads = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
     environment = os.environ | threads | {"KERAS_BACKEND": backend, "OUTCOMES": str(lines)}
-    quiet = ("-q", "--tb=short", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={KERAS}")
-    chosen = [part for plugin in ("tools.keras_outcomes", *plugins) for part in ("-p", plugin)]
+    quiet = ("-q", "--tb=short", "--continue-on-collection-errors", f"--rootdir={KERAS}", "-c", os.devnull)
+    chosen = [part for plugin in ("no:cacheprovider", "tools.keras_outcomes", *plugins) for part in ("-p", plugin)]
     command = [sys.executable, "-m", "pytest", *quiet, *chosen, *(str(KERAS / file) for file in files)]
     with lines.with_suffix(".log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(command, env=environment, cwd=BUILD, stdout=log, stderr=log, timeout=LIMIT, check=False)

@@ -22,13 +22,18 @@ HELPER = "keras.src.testing.test_case"  # Defines models for the tests of layers
 KerasTrainer = keras.Model.__mro__[1]
 
 
-class _IsFunctional(type):
+class _OfAnyClass(type):
+    """Functional models are instances, and the class makes an `hl.Model`."""
+
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, Functional)
+        return isinstance(instance, Functional) if cls is FunctionalModel else super().__instancecheck__(instance)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return hl.Model(*args, **kwargs) if cls is FunctionalModel else super().__call__(*args, **kwargs)
 
 
-class FunctionalModel(variant(hl.Model, Functional), metaclass=_IsFunctional):  # type: ignore[misc]
-    """Keras's class of functional models, which is not public: `hl.Model(inputs, outputs)`."""
+class FunctionalModel(variant(hl.Model, Functional), metaclass=_OfAnyClass):  # type: ignore[misc]
+    """Keras's class of functional models, which is not public."""
 
 
 class Trainer(hl.Model):

@@ -29,8 +29,7 @@ from handloom._run.seed import seed_run
 from handloom._run.validation import NEVER
 from handloom._trace.gradients import Wrt, build
 from handloom._trace.loss_weight import Weight
-from handloom._trace.losses import Denominators, note_loss
-from handloom._trace.observe import observing
+from handloom._trace.losses import noted
 from handloom._util.arguments import whole_number
 from handloom._util.every import AfterEpochs, Every, every
 from handloom.distribute._strategy import Strategy
@@ -189,7 +188,8 @@ class Model(keras.Model):
         """Evaluates on one batch, as `train_step` without training. Override it for a step of your own."""
         x, y, sample_weight = unpacked(data)
         y_pred = self(x, training=False)
-        loss = default_loss(self, x, y, y_pred, sample_weight, training=False)
+        # Noted here too: a subclass may have its own `compute_loss`.
+        loss = noted(lambda: default_loss(self, x, y, y_pred, sample_weight, training=False))
         with holding(self, loss):
             return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
@@ -203,11 +203,7 @@ class Model(keras.Model):
     ) -> Tensor:
         """Returns the compiled loss plus regularization and the losses that layers add."""
         sample_weight = in_order_of_outputs(self, y_pred, sample_weight)
-        denominators = Denominators()
-        with observing(denominators):
-            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        note_loss(loss, denominators.distinct())
-        return loss
+        return noted(lambda: super(Model, self).compute_loss(x, y, y_pred, sample_weight, training))
 
     def minimize(
         self,
@@ -242,6 +238,7 @@ class Model(keras.Model):
             build(wrt, loss_fn)
             if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
                 optimizer.build(self.trainable_variables)  # All of them, because a later step may train another part.
+            self._steps.add_unfrozen()
         return minimize(loss_fn, wrt, optimizer, weight=weight, has_aux=has_aux)
 
     # --------------------------------------------------------------------- runs

@@ -14,10 +14,10 @@ from handloom._trace.gradients import build
 from handloom._util.findings import warn
 from handloom.backends import backend
 from handloom.errors import StepError
-from handloom.optimizers._add_variables import add_variables_in_order
+from handloom.optimizers._add_variables import add_variables_in_order, at_once
 
-Parts: TypeAlias = dict[tuple[int, bool], Any]
-"""The layers, variables and optimizer that steps are compiled for, by id and by whether each is trainable.
+Parts: TypeAlias = dict[int, Any]
+"""The layers, variables and optimizer that steps are compiled for, by id.
 
 It holds the parts themselves, so that no other object can have their ids.
 """
@@ -88,8 +88,8 @@ class ModelSteps:
     def running(self) -> Iterator[None]:
         """Within the block, steps run as the model was compiled: eagerly, if with `run_eagerly=True`.
 
-        If the model has changed (other layers, another optimizer, a part frozen or unfrozen), it first drops the
-        compiled steps and gives the optimizer slots for all variables that are now trainable.
+        If the model has other layers or another optimizer than before, it first drops the compiled steps. It gives the
+        optimizer slots for all variables that are now trainable.
         """
         outermost, self._running = not self._running, True
         if outermost:
@@ -116,20 +116,24 @@ class ModelSteps:
             )
         return nothing
 
+    def add_unfrozen(self) -> None:
+        """Gives the optimizer slots for all variables that are now trainable."""
+        optimizer = getattr(self._model, "optimizer", None)
+        if optimizer is not None and optimizer.built and layers_are_built(self._model):
+            with at_once():
+                add_variables_in_order(optimizer, self._model.trainable_variables, self._model.variables)
+
     def _drop_steps_if_changed(self) -> None:
         present = self._present_parts()
         if present.keys() != self._parts.keys():
             self._reporting.clear()
             self._prediction = None
             self._parts = present
-            optimizer = getattr(self._model, "optimizer", None)
-            if optimizer is not None and layers_are_built(self._model):
-                add_variables_in_order(optimizer, self._model.trainable_variables, self._model.variables)
+        self.add_unfrozen()
 
     def _present_parts(self) -> Parts:
         model, optimizer = self._model, getattr(self._model, "optimizer", None)
-        parts = {(id(part), part.trainable): part for part in [*layers_of(model), *model.variables]}
-        return parts | {(id(optimizer), True): optimizer}
+        return {id(part): part for part in [optimizer, *layers_of(model), *model.variables]}
 
 
 def layers_are_built(model: keras.Model) -> bool:

@@ -149,6 +149,8 @@ def train(run: Run, finish: Callable[[], None] = lambda: None) -> keras.callback
             for dispatch in dispatches:
                 if batch_begins:
                     batch_begins(progress.batch, {})
+                if batch_begins or batch_ends:
+                    run.step.heed_changes()
                 # DO NOT reorder: between here and the release, an interrupt would leave weights half updated.
                 interrupts.held = True
                 try:

@@ -205,7 +205,10 @@ class Run:
         """After each dispatch: shows progress, validates and saves, if they are due."""
         if self.events.wants_progress:
             self.events.tick(self.step.logs.reported)
-        results = self._validations.if_due(self.progress, self.callbacks) if self._validations.triggers else {}
+        results: dict[str, Value] = {}
+        if self._validations.triggers:
+            results = self._validations.if_due(self.progress, self.callbacks)
+            self.step.heed_changes()
         if not self.model.stop_training:
             self._saving.if_due(results)
 

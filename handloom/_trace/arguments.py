@@ -22,7 +22,7 @@ class Arguments:
 
     def __init__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         # Keeps static values alive: their ids, which are part of the key, are theirs only as long as they live.
-        self._structure = Structure((tuple(args), kwargs))
+        self._structure = Structure((tuple(args), kwargs), backend.is_passed_by_value)
         self.tensors = list(map(backend.to_tensor, self._structure.tensors))
         signatures = ((backend.signature(tensor), backend.placement(tensor)) for tensor in self.tensors)
         self.key = (self._structure.spec, *signatures, *map(_static_key, self._structure.rest))
@@ -49,7 +49,7 @@ def _as_tensor(leaf: Any) -> Any:
 
 
 def _static_key(leaf: Any) -> Hashable:
-    if isinstance(leaf, (keras.Variable, keras.Layer)):
+    if isinstance(leaf, (keras.Variable, keras.Layer)) or backend.is_array(leaf):
         return type(leaf), id(leaf)
     if isinstance(leaf, LeftOut):  # Other text in the next batch is no reason to compile again.
         return LeftOut

@@ -1,12 +1,12 @@
 """The losses of a step: their denominators, and the added losses and regularizers that none of them includes."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from handloom._keras import Layer, Tensor, Variable, get_keras_mask, keras, layers_of
 from handloom._trace.loss_weight import SUM, Weight
-from handloom._trace.observe import Observer, innermost
+from handloom._trace.observe import Observer, innermost, observing
 from handloom.backends import backend
 
 ops = keras.ops
@@ -89,6 +89,15 @@ def note_loss(loss: Tensor, divided_by: Sequence[Denominator]) -> None:
         denominators.add(loss, divided_by)
 
 
+def noted(compute: Callable[[], Tensor]) -> Tensor:
+    """Computes a loss of the step, and records it with the denominators of the losses of Keras in it."""
+    denominators = Denominators()
+    with observing(denominators):
+        loss = compute()
+    note_loss(loss, denominators.distinct())
+    return loss
+
+
 class UncountedLosses(Observer):
     """Observes which added losses and regularizers a step trains without.
 
@@ -124,6 +133,11 @@ class UncountedLosses(Observer):
     def count(self, *items: Layer | Variable) -> None:
         """Records that a loss includes the added losses and regularizers of these."""
         self._counted.update(map(id, items))
+
+    @property
+    def applies(self) -> bool:
+        """Whether the step has applied an optimizer."""
+        return bool(self._updated)
 
     def descriptions(self) -> list[str]:
         """Descriptions of what no loss includes; empty if the step applied no optimizer."""

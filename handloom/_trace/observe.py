@@ -96,6 +96,11 @@ def building() -> contextlib.AbstractContextManager[None]:
     return _observers.here(tuple(observer for observer in _observers.get() if observer.sees_building))
 
 
+def unobserved() -> contextlib.AbstractContextManager[None]:
+    """A block that is no part of what runs around it: no observer is called."""
+    return _observers.here(())
+
+
 def innermost(kind: type[T]) -> T | None:
     """The observer of a class that was added last; `None` if there is none."""
     return next((observer for observer in reversed(_observers.get()) if isinstance(observer, kind)), None)

@@ -24,7 +24,13 @@ given = Listeners()
 """Functions that are called with each finding of a warning that is not silenced."""
 
 
-def warn(saw: str, why: str = "", fix: str = "", category: type[HandloomWarning] = HandloomWarning) -> None:
+def warn(
+    saw: str,
+    why: str = "",
+    fix: str = "",
+    category: type[HandloomWarning] = HandloomWarning,
+    at: tuple[str, int] | None = None,
+) -> None:
     """Warns the user, at the line of their code that the warning is about.
 
     Args:
@@ -32,11 +38,12 @@ def warn(saw: str, why: str = "", fix: str = "", category: type[HandloomWarning]
         why: Why it is wrong.
         fix: What to do instead.
         category: The class of the warning.
+        at: File and line; by default those at which the user's code runs now.
     """
     if saw.partition(": ")[0] in _silenced.get():
         return
     frame = users_frame()
-    place = frame.f_code.co_filename, frame.f_lineno
+    place = at or (frame.f_code.co_filename, frame.f_lineno)
     warning = category(saw, why, fix, at=place)
     given.tell(warning.finding)
     if _strict.get():

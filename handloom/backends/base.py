@@ -8,14 +8,14 @@ needs to know which backend runs, this contract lacks a method.
 import abc
 import contextlib
 import importlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from handloom._keras import Gradients, Tensor, Tensors, Variables, keras
+from handloom._keras import Gradients, Tensor, Tensors, Variables, keras, outside_of_scopes
 from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.program import Program, Seen, Step
@@ -40,6 +40,8 @@ class Backend(abc.ABC):
     """The lowest and the highest version that Handloom was tested with (`docs/compatibility.md`)."""
     holds_text = False
     """Whether its tensors can hold text."""
+    outside: Callable[[], contextlib.AbstractContextManager[Any]]
+    """Makes a context that is outside of all traces of the backend."""
     in_steps: Patch
     """Inside, layers are built outside of traces, and operators promote dtypes; see `building.py`, `operators.py`."""
 
@@ -55,6 +57,10 @@ class Backend(abc.ABC):
         True for tensors of the backend, NumPy arrays and NumPy scalars; false for Python numbers and
         `keras.Variable`s.
         """
+
+    def is_passed_by_value(self, leaf: Any) -> bool:
+        """Whether a leaf of a step's arguments is data that the step cannot assign: not a variable of the backend."""
+        return self.is_array(leaf)
 
     @abc.abstractmethod
     def to_tensor(self, array: Any) -> Tensor:
@@ -228,6 +234,12 @@ class Backend(abc.ABC):
         if not done:
             with self.in_steps, Scope(creates=True):
                 fn()
+
+    @contextlib.contextmanager
+    def outside_of_traces(self) -> Iterator[None]:
+        """A block in which variables are created and assigned at once, although a step is being traced."""
+        with self.outside(), outside_of_scopes():
+            yield
 
     @abc.abstractmethod
     def _run_on_shapes(self, fn: Callable[[], Any]) -> None:

@@ -3,12 +3,28 @@
 import contextlib
 import os
 import re
+import traceback
 from collections.abc import Iterator
+from typing import Any
 
-from handloom._util.source_line import Frames, place_in, shown
+from handloom._keras import keras
+from handloom._util.source_line import Frames, frames_of, place_in, shown
 from handloom.errors import GradientError, TraceError
 
 _TENSORFLOW = f"{os.sep}site-packages{os.sep}tensorflow{os.sep}"
+
+
+def described_place(error: BaseException) -> str:
+    """The layer, metric or loss in which an error was raised, and the user's line; empty if neither is known."""
+    owners: list[Any] = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    kinds = (("layer", keras.Layer), ("metric", keras.Metric), ("loss", keras.Loss))
+    named = [f", in the {kind} {owner.name!r}" for owner in owners for kind, cls in kinds if _is_part(owner, cls)]
+    place = place_in(frames_of(error))
+    return (named or [""])[-1] + ("" if place is None else f" ({shown(place)})")
+
+
+def _is_part(owner: object, cls: type) -> bool:
+    return isinstance(owner, cls) and not isinstance(owner, keras.Model)
 
 
 def needs_a_value(frames: Frames) -> TraceError:

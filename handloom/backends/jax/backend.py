@@ -41,6 +41,7 @@ _unseeded_random_ops = Patch(
 
 class JaxBackend(Backend):
     name, title, tested = "jax", "JAX", ("0.8", "0.12")
+    outside = staticmethod(jax.ensure_compile_time_eval)
     in_steps = Patch(built_outside(jax.ensure_compile_time_eval))  # Operators promote as they are.
 
     def is_array(self, leaf: Any) -> bool:

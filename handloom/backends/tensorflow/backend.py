@@ -8,6 +8,7 @@ TensorFlow's variable; `_self_...`, the attributes under which TensorFlow tracks
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tensorflow.python.autograph.impl.api import StagingError, convert
 
 from handloom._keras import Gradients, Tensor, Tensors, Variable, keras, stored_value
 from handloom._util.patch import Patch
-from handloom._util.source_line import Frames, frames_of
+from handloom._util.source_line import Frames, frames_of, is_users
 from handloom._util.switch import Switch
 from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.building import built_outside
@@ -47,6 +48,7 @@ _convert = convert(recursive=True, conversion_ctx=ag_ctx.ControlStatusCtx(status
 class TensorFlowBackend(Backend):
     name, title, tested = "tensorflow", "TensorFlow", ("2.20", "2.21")
     holds_text = True
+    outside = staticmethod(tf.init_scope)
     in_steps = Patch(built_outside(tf.init_scope), *operators_of_keras)
     _by_xla = Switch(False)
 
@@ -61,6 +63,9 @@ class TensorFlowBackend(Backend):
                 fix="Pass it through the strategy, strategy.run(step, args=(batch,)), or pass the whole batch.",
             )
         return False
+
+    def is_passed_by_value(self, leaf: Any) -> bool:
+        return self.is_array(leaf) and not isinstance(leaf, tf.Variable)
 
     def to_tensor(self, array: Any) -> Tensor:
         array = _read(array)
@@ -127,6 +132,8 @@ class TensorFlowBackend(Backend):
             self._by_xla.here(by_xla),
             self._in_trace.here(True),
             _variables_made_outside_of_graphs,
+            _users_functions_inlined,
+            _sizes_known,
             self.in_steps,
         ):
             yield
@@ -147,7 +154,7 @@ class TensorFlowBackend(Backend):
 
     def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
         graph = tf.__internal__.FuncGraph("shapes")
-        with self._in_trace.here(True), Scope(creates=True), graph.as_default(), self.in_steps:
+        with self._in_trace.here(True), Scope(creates=True), graph.as_default(), self.in_steps, _sizes_known:
             fn()
 
     def dense(self, gradient: Tensor | None) -> Tensor | None:
@@ -222,8 +229,40 @@ def _initialize(original: Callable[[Variable, Any], None]) -> Callable[[Variable
     return initialize
 
 
+def _length(original: Callable[[Tensor], int]) -> Callable[[Tensor], int]:
+    return lambda tensor: tensor.shape[0] if _has_length(tensor) else original(tensor)
+
+
+def _iterator(original: Callable[[Tensor], Iterator[Tensor]]) -> Callable[[Tensor], Iterator[Tensor]]:
+    return lambda tensor: iter(tf.unstack(tensor)) if _has_length(tensor) else original(tensor)
+
+
+def _has_length(tensor: Tensor) -> bool:
+    return bool(tensor.shape.rank) and tensor.shape[0] is not None
+
+
+_sizes_known = Patch((tf.Tensor, "__len__", _length), (tf.Tensor, "__iter__", _iterator))
+"""Inside, `len(x)` and `for row in x` work as on the other backends, also in the `call` of a layer.
+
+AutoGraph does not convert that code; it converts the code of steps, where they work by themselves.
+"""
+
 _variables_made_outside_of_graphs = Patch((keras.Variable, "_initialize", _initialize))
 """Variables created inside are initialized at once, and keep their values if the trace fails."""
+
+
+def _inlined(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        code = getattr(inspect.unwrap(self.python_function), "__code__", None)
+        if code is None or not is_users(code.co_filename):
+            return original(self, *args, **kwargs)
+        return _convert(self.python_function)(*args, **kwargs)
+
+    return call
+
+
+_users_functions_inlined = Patch((type(tf.function(lambda: None)), "__call__", _inlined))
+"""Inside, a user's `tf.function` becomes a part of the trace: its Python code runs each time, and is observed."""
 
 
 def _users_frames(error: BaseException) -> Frames:

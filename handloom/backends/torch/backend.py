@@ -8,6 +8,7 @@ reaches a value; `Module._modules`, where torch keeps the layers that are attrib
 import contextlib
 import functools
 import re
+import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from handloom._interop.onnx_torch import exportable
 from handloom._interop.tensors import tensor_of
@@ -27,14 +30,15 @@ from handloom.backends.program import Seen, Step, Untraceable
 from handloom.backends.scope import Scope
 from handloom.backends.torch.control_flow import open_branches
 from handloom.backends.torch.graph import mark
-from handloom.backends.torch.modules import in_steps, modules_read_variables, parameters_made
-from handloom.backends.torch.program import NeedsValue, TooLong, TorchProgram, contiguous, tracing
-from handloom.backends.trace_errors import needs_a_value, read_by_numpy, tensorflow_called
+from handloom.backends.torch.modules import in_steps, modules_read_variables, outside, parameters_made
+from handloom.backends.torch.program import NeedsValue, TooLong, TorchProgram, asking_in, contiguous, tracing
+from handloom.backends.trace_errors import described_place, needs_a_value, read_by_numpy, tensorflow_called
 from handloom.errors import ExportError, HandloomError, TraceError
 
 
 class TorchBackend(Backend):
     name, title, tested = "torch", "PyTorch", ("2.13", "2.14")
+    outside = staticmethod(outside)
     in_steps = in_steps
 
     def is_array(self, leaf: Any) -> bool:
@@ -127,10 +131,9 @@ class TorchBackend(Backend):
                 return TorchProgram(fn, tensors)
         except Untraceable as error:
             # Keras raises the errors of layers anew, with lines added.
-            raise Untraceable(first_line(error), _unsaved(error)) from first
+            raise Untraceable(first_line(error) + described_place(error), _unsaved(error)) from first
         except Exception:
-            kind = "" if isinstance(first, Untraceable) else f"{type(first).__name__}: "
-            raise Untraceable(kind + first_line(first)) from first
+            raise Untraceable(_reason(first) + described_place(first)) from first
 
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         return mark(tensor, name)
@@ -178,6 +181,17 @@ class TorchBackend(Backend):
 _MEETS_NUMPY = re.compile(
     r"Can't call numpy\(\) on Tensor that requires grad|can't convert \S+ device type tensor to numpy"
 )
+
+
+def _reason(error: Exception) -> str:
+    """Why a step cannot be traced."""
+    if isinstance(error, _NEED_VALUES) or isinstance(error.__context__, _NEED_VALUES):
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        return f"{asking_in(reversed(frames))} uses the value of a tensor in Python"
+    return ("" if isinstance(error, Untraceable) else f"{type(error).__name__}: ") + first_line(error)
+
+
+_NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
 def _unsaved(error: BaseException | None) -> Sequence[str]:

@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, SimpleNamespace
 from typing import Any
 
@@ -43,7 +43,7 @@ from handloom.backends.torch.graph import (
     tidy,
     written_in_place,
 )
-from handloom.backends.torch.modules import in_steps, parameters_made
+from handloom.backends.torch.modules import in_steps, parameters_in_trace, parameters_made
 from handloom.backends.torch.native import real_tensors_kept
 from handloom.backends.torch.random import traceable_random_ops
 from handloom.errors import FallbackWarning
@@ -214,7 +214,8 @@ class _Bounded(TorchFunctionMode):
         if self._calls % _SAMPLED == 0:
             self._check_length()
         if func in self._ASKING and isinstance(args[0], FakeTensor) and args[0].constant is None:
-            if asking := _asking_in_keras():
+            asking = asking_in(frame for frame, _ in traceback.walk_stack(None))
+            if asking.startswith(f"{keras.__name__}."):
                 raise Untraceable(f"{asking} uses the value of a tensor in Python")
             raise NeedsValue
         return func(*args, **(kwargs or {}))
@@ -230,12 +231,10 @@ class _Bounded(TorchFunctionMode):
             )
 
 
-def _asking_in_keras() -> str:
-    """The function of Keras that called torch, if it was one of Keras, not of the user."""
-    frame = next((frame for frame, _ in traceback.walk_stack(None) if _package(frame) not in _BETWEEN), None)
-    if frame is None or _package(frame) != keras.__name__:
-        return ""
-    return f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}"
+def asking_in(frames: Iterable[FrameType]) -> str:
+    """The function, of Keras or the user, that called torch; the innermost frame comes first."""
+    frame = next((frame for frame in frames if _package(frame) not in _BETWEEN), None)
+    return "the step" if frame is None else f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_qualname}"
 
 
 def _package(frame: FrameType) -> str:
@@ -254,9 +253,8 @@ _not_logged = Patch((logging.getLogger("torch._subclasses.fake_tensor"), "handle
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """A block in which Keras code runs on fake tensors."""
+    of_keras = in_steps, traceable_random_ops, traceable_control_flow, _traceable_nadam, parameters_in_trace
     with contextlib.ExitStack() as stack:
-        for each in (in_steps, traceable_random_ops, traceable_control_flow, _traceable_nadam, _not_logged):
-            stack.enter_context(each)
-        stack.enter_context(real_tensors_kept())
-        stack.enter_context(_Bounded())
+        for context in (*of_keras, real_tensors_kept(), _Bounded(), _not_logged):
+            stack.enter_context(context)
         yield
