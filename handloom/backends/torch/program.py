@@ -43,6 +43,7 @@ from handloom.backends.torch.graph import (
     tidy,
     written_in_place,
 )
+from handloom.backends.torch.images import batched_transforms
 from handloom.backends.torch.modules import in_steps, parameters_in_trace, parameters_made
 from handloom.backends.torch.native import real_tensors_kept
 from handloom.backends.torch.random import traceable_random_ops
@@ -253,8 +254,8 @@ _not_logged = Patch((logging.getLogger("torch._subclasses.fake_tensor"), "handle
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """A block in which Keras code runs on fake tensors."""
-    of_keras = in_steps, traceable_random_ops, traceable_control_flow, _traceable_nadam, parameters_in_trace
+    patches = traceable_random_ops, traceable_control_flow, batched_transforms, parameters_in_trace, _traceable_nadam
     with contextlib.ExitStack() as stack:
-        for context in (*of_keras, real_tensors_kept(), _Bounded(), _not_logged):
+        for context in (in_steps, *patches, real_tensors_kept(), _Bounded(), _not_logged):
             stack.enter_context(context)
         yield
