@@ -21,15 +21,15 @@ from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Tensors, Variable, keras
 from handloom._util.patch import Patch
-from handloom._util.source_line import frames_of, place_in, shown
+from handloom._util.source_line import frames_of
 from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.building import built_outside
 from handloom.backends.jax.control_flow import assignments_in_branches, cond
 from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each, term_twice
-from handloom.backends.jax.program import MARK, JaxProgram, leaked
+from handloom.backends.jax.program import MARK, JaxProgram
 from handloom.backends.program import Program, Seen, Step
 from handloom.backends.scope import Scope
-from handloom.backends.trace_errors import needs_a_value, read_while_differentiated, tensorflow_called
+from handloom.backends.trace_errors import leaked, needs_a_value, read_while_differentiated, tensorflow_called
 
 _unseeded_random_ops = Patch(
     (seed_generator, "jax_utils", lambda _: SimpleNamespace(is_in_jax_tracing_scope=lambda *_: False))
@@ -77,7 +77,7 @@ class JaxBackend(Backend):
         try:
             return JaxProgram(fn, tensors, self._tracing) if kernels else None
         except jax.errors.UnexpectedTracerError as error:
-            raise leaked(shown(place_in(frames_of(error)))) from error
+            raise leaked(frames_of(error)) from error
         except Exception as error:
             if not _needs_a_value(error):
                 raise

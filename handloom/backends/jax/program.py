@@ -1,8 +1,8 @@
 """JAX: a step as one jitted pure function of its variables' values, which donates those that it writes.
 
 Internals used: `Variable._value` (see `handloom/_keras.py`); `subjaxprs` and `get_opaque_trace_state` of
-`jax.extend.core`, the latter to distinguish traces; `Compiled._call`, the executable without its Python wrapper;
-CPython's reference counts, which show that others hold an array too.
+`jax.extend.core`, the latter to distinguish traces; `source_info`, the lines of an operation; `Compiled._call`, the
+executable without its Python wrapper; CPython's reference counts, which show that others hold an array too.
 """
 
 import functools
@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from handloom._keras import Tensor, Tensors, Variable, Variables, stored_value
+from handloom._util.source_line import Frames
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Cost, Fused, Program, Step, Tracing, Untraceable
 from handloom.backends.scope import Recorder, Scope, refuse
-from handloom.errors import TraceError, VariableError
+from handloom.backends.trace_errors import leaked
+from handloom.errors import VariableError
 
 MARK = "handloom: "
 
@@ -81,8 +83,9 @@ class _Executable:
         values = [variable._value for variable in written], [variable._value for variable in read]
         traced = jax.jit(pure, donate_argnums=0).trace(*values, tuple(tensors))
         self.jaxpr = traced.jaxpr.jaxpr
-        if len(self.jaxpr.invars) > len(written) + len(read) + len(jax.tree.leaves(tensors)):
-            raise leaked("(line unknown)")
+        foreign = len(self.jaxpr.invars) - len(written) - len(read) - len(jax.tree.leaves(tensors))
+        if foreign:
+            raise leaked(_frames_of_first_use(self.jaxpr, self.jaxpr.invars[:foreign]))
         self.compiled = traced.lower().compile()
 
     def bound(self) -> Callable[[Tensors], list[Tensor]]:
@@ -110,6 +113,15 @@ class _Executable:
             return results
 
         return run
+
+
+def _frames_of_first_use(jaxpr: Any, values: Sequence[Any]) -> Frames:
+    """The lines that led to the first operation on some values of a program, the outermost first."""
+    ids = set(map(id, values))
+    uses = (equation for equation in jaxpr.eqns if not ids.isdisjoint(map(id, equation.invars)))
+    stacks = (equation.source_info.traceback for equation in uses)
+    frames = next((stack.frames for stack in stacks if stack is not None), ())
+    return [(frame.file_name, frame.line_num) for frame in reversed(frames)]
 
 
 _NATIVE = type(jax.jit(lambda: None))
@@ -227,13 +239,3 @@ class OneTrace(Scope):
                 "v.assign(ops.fori_loop(0, 3, lambda index, value: value + index, v.value)).",
             )
         super().add_update(update)
-
-
-def leaked(line: str) -> TraceError:
-    """The error for a tensor of an inner trace that is used outside of it."""
-    return TraceError(
-        f"HL102: A tensor is used outside of the function that computed it ({line}).",
-        "The function was passed to an operation (keras.ops.cond, while_loop, scan, map, vectorized_map), and its "
-        "tensors have no values outside.",
-        "Return the tensor from the function.",
-    )
