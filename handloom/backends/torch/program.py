@@ -47,6 +47,7 @@ from handloom.backends.torch.images import batched_transforms
 from handloom.backends.torch.modules import in_steps, parameters_in_trace, parameters_made
 from handloom.backends.torch.native import real_tensors_kept
 from handloom.backends.torch.random import traceable_random_ops
+from handloom.backends.trace_errors import leaked
 from handloom.errors import FallbackWarning
 
 # The number of values of a tensor that are compared between two compilations of a step.
@@ -141,6 +142,8 @@ def _check_closed(graph: torch.fx.GraphModule) -> None:
     """Refuses a graph with a fake tensor in it, which an operation received without the trace seeing it."""
     for module in graph.modules():
         if any(isinstance(value, FakeTensor) for value in [*vars(module).values(), *module.buffers(recurse=False)]):
+            if module is graph:
+                raise leaked(())
             raise Untraceable("a function given to an operation uses a tensor that the operation cannot pass to it")
 
 
