@@ -25,6 +25,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `global_state` | to leave all scopes; to forget a variable whose initializer failed: later scopes would try again |
 | `GLOBAL_SEED_GENERATOR`, `GLOBAL_RANDOM_SEED` | what `set_random_seed` sets; that imports TensorFlow on any backend |
 | `seed_generator` | where Keras draws default seeds from Python's random numbers: a step may, its user may not |
+| `python_utils` | in 3.13, `get_metrics_result` makes Python numbers of results by it: whose they are would be lost |
 | `Layer._seed_generators` | the generators of dropout and noise, to seed them for a run |
 | `get_keras_mask`, `set_keras_mask` | a mask is an attribute of a tensor, and the result of a gradient lacks it |
 """
@@ -81,6 +82,7 @@ from keras.src.models.functional import Functional as Functional  # noqa: E402
 from keras.src.random import seed_generator as seed_generator  # noqa: E402
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR  # noqa: E402
 from keras.src.random.seed_generator import global_seed_generator as global_seed_generator  # noqa: E402
+from keras.src.utils import python_utils as python_utils  # noqa: E402
 from keras.src.utils.rng_utils import GLOBAL_RANDOM_SEED  # noqa: E402
 
 TESTED_KERAS = "3.13", "3.16"  # 3.16 as a nightly.

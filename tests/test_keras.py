@@ -31,6 +31,18 @@ def test_keras_internals_are_all_in_the_table():
         assert re.search(rf"^\|.*`(\w+\.)?{name}`.*\|$", _keras.__doc__, re.MULTILINE), name
 
 
+@pytest.mark.backend("torch")  # On JAX, Keras's optimizers call jax.lax.cond.
+def test_holders_of_core_are_where_ops_and_optimizers_of_keras_find_cond(monkeypatch):
+    called = []
+    for holder in _keras.holders_of_core:
+        monkeypatch.setattr(holder, "cond", lambda pred, yes, no: called.append(pred) or no())
+    assert ops.cond(ops.convert_to_tensor(True), lambda: 1, lambda: 2) == 2
+    variable, optimizer = keras.Variable(ones(2)), keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)
+    optimizer.apply([ops.ones(2)], [variable])
+    assert len(called) > 1
+    same(variable, ones(2))
+
+
 def test_get_stateless_scope_gives_the_innermost_scope():
     assert _keras.get_stateless_scope() is None
     with keras.StatelessScope() as outer:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from handloom._keras import Layer, Tensor, Variable, keras, trained_by
+from handloom._keras import Layer, Tensor, Variable, keras, python_utils, trained_by
 from handloom._trace.left_out import passed_over
 from handloom._util.patch import Patch
 from handloom._util.switch import Switch
@@ -287,6 +287,7 @@ def _optimizer_apply(original: Callable[..., None]) -> Callable[..., None]:
 
 
 _PATCH = Patch(
+    (python_utils, "pythonify_logs", lambda _: lambda logs: logs),  # Numbers would not show whose results they are.
     (keras.Variable, "__init__", _creation),
     (keras.Variable, "value", functools.partial(_telling_before, "read")),
     (keras.Variable, "assign", functools.partial(_telling_before, "assigned")),

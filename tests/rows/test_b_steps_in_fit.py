@@ -209,7 +209,7 @@ def digits_gan():
 
 
 def test_b5_fit_trains_a_gan_with_a_custom_compile_to_draw_more_like_the_data(shown):
-    import tensorflow as tf  # noqa: PLC0415  For its datasets, which every backend reads.
+    tf = pytest.importorskip("tensorflow")  # For its datasets, which every backend reads.
 
     images = digits()[0].reshape(-1, 8, 8, 1)
     dataset = tf.data.Dataset.from_tensor_slices(images).shuffle(len(images), seed=0).repeat().batch(64)

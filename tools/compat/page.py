@@ -12,9 +12,10 @@ HEAD = """# Versions
 Each line was run in an environment of its own, with the versions shown, on Linux. `make compat` generates this page:
 `make compat CELLS="torch-2.14"` runs one environment again and keeps the other lines.
 
-The columns count tests that passed: the internals of Keras that Handloom uses (`tests/test_keras.py`), the rows
-(`tests/rows/`, where packages of data that are not installed are skipped), equal numbers compiled, eager and on all
-backends of the environment (`tests/test_parity.py`), and runs that resume bitwise identical (`tests/resume/`).
+The columns count tests that passed: the internals of Keras that Handloom uses (`tests/test_keras.py`); rows B, D and E
+and those of variables (`tests/rows/`); the same numbers compiled, eager, on all backends of the environment, and, where
+it has PyTorch, in a loop in native PyTorch (`tests/test_parity.py`, once for all its backends); and runs that resume
+bitwise identical (`tests/resume/`). The whole suite runs with the versions of the extra `dev`.
 
 """
 COLUMNS = ["Environment", "Python", "Keras", "Backend", "Internals", "Rows", "Parity", "Resume", "Date"]

@@ -35,8 +35,10 @@ def tried(cell: Cell) -> dict[str, Any]:
         found["not run"] = str(error)
     else:
         found["versions"] = versions(python)
-        found["backends"] = {backend: _results(cell, python, backend) for backend in cell.backends}
-    _file(cell).write_text(json.dumps(found, indent=1), encoding="utf-8")
+        for backend in cell.backends:
+            found["backends"][backend] = _results(cell, python, backend)
+            _keep(cell, found)
+    _keep(cell, found)
     return found
 
 
@@ -46,8 +48,12 @@ def kept(cell: Cell) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _file(cell: Cell) -> Path:
+def _keep(cell: Cell, found: dict[str, Any]) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
+    _file(cell).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def _file(cell: Cell) -> Path:
     return FOLDER / f"{cell.name}.json"
 
 
