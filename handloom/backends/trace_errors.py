@@ -5,6 +5,7 @@ import os
 import re
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from handloom._keras import keras
 from handloom._util.source_line import Frames, frames_of, place_in, shown
@@ -15,7 +16,7 @@ _TENSORFLOW = f"{os.sep}site-packages{os.sep}tensorflow{os.sep}"
 
 def described_place(error: BaseException) -> str:
     """The layer, metric or loss in which an error was raised, and the user's line; empty if neither is known."""
-    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    owners: list[Any] = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
     kinds = (("layer", keras.Layer), ("metric", keras.Metric), ("loss", keras.Loss))
     named = [f", in the {kind} {owner.name!r}" for owner in owners for kind, cls in kinds if _is_part(owner, cls)]
     place = place_in(frames_of(error))
