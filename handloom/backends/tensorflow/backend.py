@@ -122,8 +122,6 @@ class TensorFlowBackend(Backend):
         try:
             return TensorFlowProgram(fn, tensors, seen, kernels, functools.partial(self._tracing, kernels))
         except (TypeError, NotImplementedError, AttributeError) as error:
-            if "which is out of scope" in str(error):
-                raise leaked(_users_frames(error)) from error
             if "symbolic" not in str(error).lower():
                 raise
             raise needs_a_value(_users_frames(error)) from error
