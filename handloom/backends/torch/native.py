@@ -19,7 +19,7 @@ from handloom.backends.dependencies import reached
 from handloom.backends.program import Untraceable
 from handloom.backends.torch.fake import is_traced
 
-_FREEZES = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+_FREEZES = torch.Tensor.requires_grad.__set__
 _INSTEAD = "To compile it, use a Keras optimizer, and keras.layers.TorchModuleWrapper(module) for a module of torch"
 
 
