@@ -174,6 +174,7 @@ class PythonState:
             self._hold(getattr, cell, "cell_contents", name)
 
     def _elements(self, path: str, thing: Any) -> None:
+        thing = getattr(thing, "__wrapped__", thing)  # TensorFlow puts a proxy around the dicts of layers.
         if len(thing) > _MOST:
             return
         if isinstance(thing, dict):

@@ -117,6 +117,23 @@ OPTIMIZERS = {
 }
 
 
+def test_function_heeds_a_number_in_a_dict_of_a_layer():
+    class Scaled(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.options = {"factor": 2.0}
+
+        def call(self, x):
+            return x * self.options["factor"]
+
+    layer = Scaled()
+    scaled = hl.function(layer)
+    close(scaled(X), 2 * X)
+    layer.options["factor"] = 3.0
+    with pytest.warns(RetraceWarning, match="factor"):
+        close(scaled(X), 3 * X)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_function_heeds_trainable_and_reuses_its_versions(optimizer):
     def run():
