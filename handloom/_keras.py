@@ -163,12 +163,16 @@ def seed_generators_of(layer: Layer) -> list[keras.random.SeedGenerator]:
 
 
 def seed_keras(seed: int) -> None:
-    """Seeds the global seed generator, which compiled steps keep, and thereby those that are created without a seed."""
-    generator = global_seed_generator()
+    """Makes the seeds of new generators follow from a seed. A global one stays: compiled steps keep it.
+
+    Keras draws these seeds from Python's random numbers, which must have been seeded.
+    """
     global_state.set_global_attribute(GLOBAL_RANDOM_SEED, seed)
-    global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)
-    generator.state.assign(global_seed_generator().state)
-    global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
+    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    if generator is not None:
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)
+        generator.state.assign(global_seed_generator().state)
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
 
 
 def value_in(scope: keras.StatelessScope | None, variable: Variable) -> Tensor:

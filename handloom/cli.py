@@ -140,7 +140,7 @@ def _choose_backend(backend: str | None) -> tuple[str, str]:
     installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
     backend, reason = (backend, "chosen by --backend") if backend else _default_backend(installed)
     os.environ["KERAS_BACKEND"] = backend
-    quiet_tensorflow(is_used=backend == "tensorflow")
+    quiet_tensorflow(backend)
     if backend not in installed:
         importlib.import_module("handloom._keras")  # Raises the error that says what to install or choose.
     return backend, reason

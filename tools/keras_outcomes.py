@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,9 +18,12 @@ def pytest_configure() -> None:
     sys.modules["conftest"] = conftest
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Writes whether the test passed, failed or was skipped; of a failure, the last line."""
+    report = yield
     if report.when == "call" or (report.when in FAILED_PHASES and not report.passed):
         why = str(report.longrepr).strip().splitlines()[-1] if report.failed else ""
         with open(os.environ["OUTCOMES"], "a", encoding="utf-8") as file:
-            file.write(json.dumps([report.nodeid, report.outcome, why]) + "\n")
+            file.write(json.dumps([str(item.path), item.nodeid.partition("::")[2], report.outcome, why]) + "\n")
+    return report

@@ -61,9 +61,8 @@ def run(files: list[str], backend: str, *plugins: str) -> Outcomes:
     with lines.with_suffix(".log").open("w") as log, contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(command, env=environment, cwd=BUILD, stdout=log, stderr=log, timeout=LIMIT, check=False)
     outcomes: Outcomes = {file: {} for file in files}
-    for test, outcome, why in map(json.loads, lines.read_text(encoding="utf-8").splitlines()):
-        file, _, name = test.partition("::")
-        outcomes[file][name] = [outcome, why]
+    for path, name, outcome, why in map(json.loads, lines.read_text(encoding="utf-8").splitlines()):
+        outcomes[os.path.relpath(path, KERAS)][name] = [outcome, why]
     return outcomes
 
 

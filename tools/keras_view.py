@@ -23,7 +23,12 @@ KerasTrainer = keras.Model.__mro__[1]
 
 
 class _OfAnyClass(type):
-    """Functional models are instances, and the class makes an `hl.Model`."""
+    """Functional models are instances, the class makes an `hl.Model`, and it equals the class that it replaces."""
+
+    __hash__ = type.__hash__
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (cls is FunctionalModel and other is Functional)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, Functional) if cls is FunctionalModel else super().__instancecheck__(instance)

@@ -10,17 +10,17 @@ from collections.abc import Iterator
 _LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 
-def quiet_tensorflow(is_used: bool) -> None:
-    """Asks TensorFlow to log errors only; if it is used, imports it, because some lines heed no setting.
+def quiet_tensorflow(backend: str) -> None:
+    """Asks TensorFlow to log errors only; imports it if it is the backend, because some lines heed no setting.
 
     Does nothing if the user has chosen a level.
     """
     if _LEVEL in os.environ:
         return
     os.environ[_LEVEL] = "3"
-    if is_used and importlib.util.find_spec("tensorflow"):
+    if backend == "tensorflow" and importlib.util.find_spec(backend):
         with _native_stderr_hidden():
-            importlib.import_module("tensorflow")
+            importlib.import_module(backend)
 
 
 @contextlib.contextmanager

@@ -148,7 +148,7 @@ class Run:
         """Begins or resumes; runs a validation again that a signal has interrupted."""
         self.callbacks.on_train_begin({})
         self.progress.epoch = max(self.progress.epoch, take_initial_epoch(self.model))
-        resumed = self._saving.resume(self._prepare)
+        resumed = self._saving.resume(self._prepare, self._record.adapt)
         self.strategy.place(_variables_in(self._state))
         asked, recorded = self._options.steps_per_execution, self._record.saved["choices"].get("steps_per_execution")
         size = (recorded or 1) if asked == "auto" else int(asked)

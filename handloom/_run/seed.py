@@ -7,7 +7,7 @@ import numpy as np
 import optree
 
 from handloom._interop.tensors import seed_libraries
-from handloom._keras import keras, layers_of, seed_generators_of, seed_keras
+from handloom._keras import global_seed_generator, keras, layers_of, seed_generators_of, seed_keras
 from handloom._util.arguments import whole_number
 from handloom.backends import backend
 from handloom.errors import ArgumentError
@@ -45,6 +45,7 @@ def seed_run(seed: int | None, state: Any) -> None:
     """
     if seed is None:
         return
+    global_seed_generator()  # Must exist, so that each run with the seed draws the same numbers.
     _seed_everywhere("fit", seed)
     numbers = np.random.default_rng(seed)
     leaves = optree.tree_leaves(state)
@@ -63,8 +64,8 @@ def _seed_everywhere(function: str, seed: int) -> None:
     seed = whole_number(function, seed=seed, least=0)
     if seed > _LARGEST:
         raise ArgumentError(f"HL031: {function}(seed=...) takes a number up to {_LARGEST}; received {seed}.")
-    seed_keras(seed)  # First: it may draw from Python's.
     random.seed(seed)
     np.random.seed(seed)
+    seed_keras(seed)
     backend.seed_random_state(seed)
     seed_libraries(seed)

@@ -16,20 +16,18 @@ class LeftOut:
     """Takes the place of data that the backend cannot hold. Whatever is done with it raises the error that says so.
 
     Args:
-        saw: What the data is, with the code of the message.
-        fix: What to do instead.
+        error: The error.
     """
 
-    def __init__(self, saw: str, fix: str) -> None:
-        self._message = saw, fix
+    def __init__(self, error: DataError) -> None:
+        self._error = error
 
     def __repr__(self) -> str:
         return "left out"
 
     def refuse(self, *_: Any, **__: Any) -> Any:
         """Raises the error, at the line of the user's code that uses it."""
-        saw, fix = self._message
-        raise LeftOutError(saw, fix=fix)
+        raise LeftOutError(*self._error.args)
 
     __getattr__ = refuse
     __hash__ = object.__hash__
@@ -66,9 +64,11 @@ def text_left_out(name: str, array: np.ndarray) -> LeftOut:
     """Takes the place of text on a backend that has none."""
     example = short(next(iter(array.ravel().tolist()), ""))
     return LeftOut(
-        f"HL424: {name} is text, for example {example}; this backend has no text.",
-        "Convert it to numbers: labels with np.unique(labels, return_inverse=True)[1], text with "
-        "keras.layers.StringLookup or TextVectorization in a pipeline of tf.data. Or leave it out.",
+        DataError(
+            f"HL424: {name} is text, for example {example}; this backend has no text.",
+            fix="Convert it to numbers: labels with np.unique(labels, return_inverse=True)[1], text with "
+            "keras.layers.StringLookup or TextVectorization in a pipeline of tf.data. Or leave it out.",
+        )
     )
 
 

@@ -139,12 +139,18 @@ class UncountedLosses(Observer):
         """Whether the step has applied an optimizer."""
         return bool(self._updated)
 
-    def descriptions(self) -> list[str]:
-        """Descriptions of what no loss includes; empty if the step applied no optimizer."""
+    def descriptions(self, *, of_trained: bool = False) -> list[str]:
+        """Descriptions of what no loss includes; empty if the step applied no optimizer.
+
+        Args:
+            of_trained: Only of layers that the step trains: another step may train the others.
+        """
         if not self._updated:
             return []
         counted = self._counted if self._differentiates else self._counted | self._read
         layers = [layer for key, layer in self._added.items() if key not in counted]
+        if of_trained:
+            layers = [layer for layer in layers if any(id(variable) in self._updated for variable in layer.variables)]
         variables = [variable for key, variable in self._updated.items() if key not in counted]
         regularized = [variable.path for variable in variables if variable.regularizer is not None]
         return [f"the losses added by {layer.name!r}" for layer in layers] + [

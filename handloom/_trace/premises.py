@@ -112,10 +112,12 @@ class PremisesOfFunction:
         return "; ".join(f"{value.path}: {value.shown} -> {value.now.shown}" for value in changed)
 
     def _warn_of_counting(self, value: Value, state: PythonState) -> None:
-        """Warns if the function reads and assigns a number in one line, as by `+= 1`."""
+        """Warns of a number that the function counts up, as by `+= 1`, and reads elsewhere.
+
+        One that it only counts, to be shown, makes no step wrong; tests count traces in this way.
+        """
         line = state.names.updated.get(value.last_name)
-        # Of a variable outside of the function only if it reads the result: in this way, tests count traces.
-        counts = not value.path.isidentifier() or any(place != line for place in state.names.read[value.last_name])
+        counts = any(place != line for place in state.names.read[value.last_name])
         if line and counts and value.is_number and value.now.is_number and self._is_news(value):
             warn(
                 f"HL140: {self._name} has changed {value.path} from {value.shown} to {value.now.shown} while it was "

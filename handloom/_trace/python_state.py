@@ -115,11 +115,14 @@ class PythonState:
         self.names = Names()
         self._seen: dict[int, tuple[str, Any]] = {}
         self._objects: dict[int, tuple[str, Any]] = {}
+        self._dicts: list[tuple[str, dict[Any, Any]]] = []
         self._visit("self", function)
         size = -1
         while size != (size := len(self._seen) + len(self.names.read)):  # Each function that is found adds names.
             for path, thing in list(self._objects.values()):
                 self._attributes(path, thing)
+        for path, found in self._dicts:
+            self._plain_elements(path, found)
 
     @property
     def things(self) -> list[tuple[str, Any]]:
@@ -171,13 +174,22 @@ class PythonState:
             self._hold(getattr, cell, "cell_contents", name)
 
     def _elements(self, path: str, thing: Any) -> None:
+        thing = getattr(thing, "__wrapped__", thing)  # TensorFlow puts a proxy around the dicts of layers.
         if len(thing) > _MOST:
             return
+        if isinstance(thing, dict):
+            self._dicts.append((path, thing))
         for key, element in thing.items() if isinstance(thing, dict) else enumerate(thing):
-            if isinstance(thing, dict):
+            if isinstance(thing, dict) and not _is_plain(element):
                 self._hold(dict.get, thing, key, f"{path}[{key!r}]")
             else:
                 self._visit(f"{path}[{key!r}]", element)
+
+    def _plain_elements(self, path: str, thing: dict[Any, Any]) -> None:
+        """Those whose keys the code names; if it names none, it may go through all."""
+        for key in [key for key in thing if key in self.names.read] or thing:
+            if _is_plain(thing[key]):
+                self._hold(dict.get, thing, key, f"{path}[{key!r}]")
 
     def _layer(self, path: str, layer: Any) -> None:
         for inner in layers_of(layer):

@@ -57,7 +57,7 @@ class Forgotten:
     def found(self, dependencies: Dependencies, function: Callable[..., Any]) -> list[str]:
         """What it forgets, by the names that `warn_of_unused` takes."""
         trains = self._losses.applies
-        return [*unused_in(dependencies, function), *self._losses.descriptions()] if trains else []
+        return [*unused_in(dependencies, function), *self._losses.descriptions(of_trained=True)] if trains else []
 
 
 def _with_marked_weights(

@@ -40,6 +40,20 @@ def needs_a_value(frames: Frames) -> TraceError:
     )
 
 
+def leaked(frames: Frames) -> TraceError:
+    """The error for a tensor of a trace that is used outside of it."""
+    place = place_in(frames)
+    return TraceError(
+        f"HL102: A tensor is used outside of the function that computed it ({shown(place)}).",
+        "It was kept, in an attribute for example, while a function ran whose tensors have no values outside: an "
+        "earlier trace of the step, a loss function, or a function that was passed to an operation (keras.ops.cond, "
+        "while_loop, scan, map, vectorized_map).",
+        "Return the tensor from the function (with has_aux=True from a loss function), compute it in `build` or "
+        "`__init__`, or keep its value in a keras.Variable.",
+        at=place,
+    )
+
+
 def read_while_differentiated(frames: Frames, backend: str) -> TraceError:
     """The error for the same in a differentiated function, on a backend that has no values there."""
     place = place_in(frames)

@@ -77,10 +77,11 @@ def add_variables_in_order(optimizer: keras.Optimizer, variables: list[Variable]
     known = set(map(id, trained_by(optimizer)))
     wanted = known.union(map(id, variables))
     if optimizer.built and wanted != known:
-        _rebuild(optimizer, [variable for variable in order if id(variable) in wanted])
+        rebuild(optimizer, [variable for variable in order if id(variable) in wanted])
 
 
-def _rebuild(optimizer: keras.Optimizer, variables: list[Variable]) -> None:
+def rebuild(optimizer: keras.Optimizer, variables: list[Variable]) -> None:
+    """Builds an optimizer, without those inside it, for other variables; existing slots keep their values."""
     paths = [variable.path for variable in variables]
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:

@@ -831,4 +831,5 @@ MODELS = [
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 def test_model_with_gradient_tapes_trains_as_in_keras(make):
+    # Some take over 10 s: each is compiled twice, by Keras and by Handloom, `forward_forward` by XLA.
     trains_as_keras(make)

@@ -52,6 +52,24 @@ def test_function_reads_the_last_value_assigned_within_a_call(eagerly):
 # -------------------------------------------------------------------- the function
 
 
+class Remembering(layers.Layer):
+    """Keeps a tensor of the last call."""
+
+    last = None
+
+    def call(self, x):
+        before, self.last = self.last, x * 1.0
+        return x if before is None else x + before
+
+
+def test_function_refuses_a_tensor_that_a_layer_keeps_from_an_earlier_trace():
+    step = hl.function(Remembering())
+    with pytest.raises(TraceError, match=r"outside of the function that computed it.*attribute.*HL102") as raised:
+        [step(x) for x in (ones(3), ones(1, 3))]
+    if keras.backend.backend() == "jax":  # The others do not know the line of every use.
+        assert "return x if before is None else x + before" in str(raised.value)
+
+
 class RowByRow(layers.Layer):
     """Uses a tensor as Python's sequences are used."""
 

@@ -117,6 +117,23 @@ OPTIMIZERS = {
 }
 
 
+def test_function_heeds_a_number_in_a_dict_of_a_layer():
+    class Scaled(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.options = {"factor": 2.0}
+
+        def call(self, x):
+            return x * self.options["factor"]
+
+    layer = Scaled()
+    scaled = hl.function(layer)
+    close(scaled(X), 2 * X)
+    layer.options["factor"] = 3.0
+    with pytest.warns(RetraceWarning, match="factor"):
+        close(scaled(X), 3 * X)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_function_heeds_trainable_and_reuses_its_versions(optimizer):
     def run():
@@ -142,7 +159,7 @@ def test_function_heeds_trainable_and_reuses_its_versions(optimizer):
 
 class Counting:
     def __init__(self):
-        self.count, self.seen, self.cache, self.stats = 0, [], None, {"steps": 0}
+        self.count, self.shown, self.seen, self.cache, self.stats = 0, 0, [], None, {"steps": 0}
 
     def every_third(self, x):
         self.count += 1
@@ -150,11 +167,12 @@ class Counting:
 
     def by_key(self, x):
         self.stats["steps"] += 1
-        return x
+        return x * (self.stats["steps"] > 2)
 
     def harmless(self, x):
         self.last_size = x.shape[0]
         self.seen.append(x.shape)
+        self.shown += 1
         if self.cache is None:
             self.cache = ops.convert_to_numpy(np.ones(3)).sum()
         return x * self.cache / self.last_size
@@ -190,3 +208,21 @@ def test_function_neither_warns_of_harmless_assignments_nor_is_compiled_again_fo
     for size in (2, 3, 2, 3):
         close(step(ones(size)), [3 / size] * size)
     assert len(step.traces) == 2
+
+
+def test_function_that_freezes_a_part_in_turns_is_compiled_once():
+    first, second = (sequential(layers.Dense(1)) for _ in range(2))
+    optimizers = keras.optimizers.SGD(0.1), keras.optimizers.SGD(0.1)
+
+    @hl.function
+    def step(x, y):
+        for trained, frozen, optimizer in ((first, second, optimizers[0]), (second, first, optimizers[1])):
+            trained.trainable, frozen.trainable = True, False
+            hl.minimize(lambda: ops.mean((first(x) + second(x) - y) ** 2), trained, optimizer)
+
+    for _ in range(2):
+        before = [numpy(weight) for weight in (*first.weights, *second.weights)]
+        step(X, Y)
+        after = [numpy(weight) for weight in (*first.weights, *second.weights)]
+        assert all((new != old).any() for new, old in zip(after, before, strict=True))
+    assert [trace.compiled for trace in step.traces] == [True]

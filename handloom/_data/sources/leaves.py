@@ -85,9 +85,11 @@ def as_tensor(leaf: Any, path: Path) -> Tensor | LeftOut:
         return tensor
     if kind != "dense":
         return LeftOut(
-            f"HL414: {place(path)} is a {kind} tensor, which this backend cannot hold in a step.",
-            "Make it dense where the batches are made: a sparse tensor with dataset.map(tf.sparse.to_dense), a "
-            "ragged tensor with to_tensor(), or padded_batch(...).",
+            DataError(
+                f"HL414: {place(path)} is a {kind} tensor, which this backend cannot hold in a step.",
+                fix="Make it dense where the batches are made: a sparse tensor with dataset.map(tf.sparse.to_dense), a "
+                "ragged tensor with to_tensor(), or padded_batch(...).",
+            )
         )
     # A copy: the source may overwrite the batch with the next one before the device has read it.
     array = np.array(on_host(leaf))
@@ -114,14 +116,18 @@ def unheld(array: np.ndarray, path: Path) -> LeftOut | None:
     if kind == "O":
         other = next((value for value in array.flat if not isinstance(value, (str, bytes))), None)
         return LeftOut(
-            f"HL421: {place(path)} holds Python objects (dtype object), for example {short(other)}.",
-            "Convert it to numbers, for example with .astype('float32'); pad rows of different lengths; in text, "
-            "fill in what is missing.",
+            DataError(
+                f"HL421: {place(path)} holds Python objects (dtype object), for example {short(other)}.",
+                fix="Convert it to numbers, for example with .astype('float32'); pad rows of different lengths; in "
+                "text, fill in what is missing.",
+            )
         )
     if kind not in _NUMBERS or array.dtype.names or array.dtype == np.longdouble:
         return LeftOut(
-            f"HL422: {place(path)} has the dtype {array.dtype}, which no backend has.",
-            "Convert it, for example with .astype('float32').",
+            DataError(
+                f"HL422: {place(path)} has the dtype {array.dtype}, which no backend has.",
+                fix="Convert it, for example with .astype('float32').",
+            )
         )
     return None
 

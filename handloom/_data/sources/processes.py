@@ -96,14 +96,15 @@ class Processes:
         )
 
 
-_processes: weakref.WeakKeyDictionary[keras.utils.PyDataset, Processes] = weakref.WeakKeyDictionary()
+_processes: dict[int, Processes] = {}  # By id: a data set may have no hash.
 
 
 def processes_of(data: keras.utils.PyDataset) -> Processes:
     """The processes that read a data set; they end with it."""
-    processes = _processes.get(data)
+    processes = _processes.get(id(data))
     if processes is None or processes.broken:
-        processes = _processes[data] = Processes(data.workers)
+        processes = _processes[id(data)] = Processes(data.workers)
+        weakref.finalize(data, _processes.pop, id(data), None)
     return processes
 
 

@@ -40,7 +40,7 @@ class PyDatasets(Source):
 
     def _read(self, indices: Iterable[int]) -> Iterator[Any]:
         data = self._data
-        if data.use_multiprocessing:
+        if data.use_multiprocessing and data.workers:
             return processes_of(data).read(data, indices)
         if data.workers > 1:
             return _threads_read(data, indices)

@@ -1,8 +1,7 @@
 """JAX: steps become pure functions (see `program.py`), gradients pullbacks (see `gradients.py`).
 
-Internals used: `get_opaque_trace_state` of `jax.extend.core`, to distinguish traces; the check by which `keras.random`
-refuses to draw unseeded numbers during a trace. It prevents a seed that is a constant of the program; here the state of
-the global seed generator is captured like any other variable.
+Internals used: the check by which `keras.random` refuses to draw unseeded numbers during a trace. It prevents a seed
+that is a constant of the program; here the state of the global seed generator is captured like any other variable.
 """
 
 import contextlib
@@ -21,17 +20,17 @@ from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Tensors, Variable, keras
 from handloom._util.patch import Patch
-from handloom._util.source_line import frames_of, place_in, shown
+from handloom._util.source_line import frames_of
 from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.building import built_outside
 from handloom.backends.jax.control_flow import assignments_in_branches, cond
 from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each, term_twice
-from handloom.backends.jax.program import MARK, JaxProgram, leaked
+from handloom.backends.jax.program import MARK, JaxProgram, trace_state
 from handloom.backends.jax.stateful_steps import on_variables
 from handloom.backends.program import Program, Seen, Step
 from handloom.backends.scope import Scope
 from handloom.backends.takes_data import takes
-from handloom.backends.trace_errors import needs_a_value, read_while_differentiated, tensorflow_called
+from handloom.backends.trace_errors import leaked, needs_a_value, read_while_differentiated, tensorflow_called
 
 _unseeded_random_ops = Patch(
     (seed_generator, "jax_utils", lambda _: SimpleNamespace(is_in_jax_tracing_scope=lambda *_: False))
@@ -80,7 +79,7 @@ class JaxBackend(Backend):
         try:
             return JaxProgram(fn, tensors, self._tracing) if kernels else None
         except jax.errors.UnexpectedTracerError as error:
-            raise leaked(shown(place_in(frames_of(error)))) from error
+            raise leaked(frames_of(error)) from error
         except Exception as error:
             if not _needs_a_value(error):
                 raise
@@ -143,7 +142,7 @@ class JaxBackend(Backend):
 
     @property
     def _branch(self) -> Any:
-        return jax.extend.core.get_opaque_trace_state()
+        return trace_state()
 
 
 def _default_device() -> Any:

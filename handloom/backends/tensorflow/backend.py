@@ -1,9 +1,10 @@
 """TensorFlow: a step becomes one concrete function, whose graph captures variables and changes them in place.
 
 Internals used: AutoGraph's `convert`, because `tf.function` would convert Handloom's own code along with the user's;
-its conversion rules, its error, and the user's lines that it attaches to errors; `tf.__internal__.FuncGraph`, a graph
-to run a function on shapes; `Variable._value` (see `handloom/_keras.py`) and `Variable._initialize`, which creates
-TensorFlow's variable; `_self_...`, the attributes under which TensorFlow tracks an object.
+its conversion rules, its error, and the user's lines that it attaches to errors; `InaccessibleTensorError`;
+`tf.__internal__.FuncGraph`, a graph to run a function on shapes; `Variable._value` (see `handloom/_keras.py`) and
+`Variable._initialize`, which creates TensorFlow's variable; `_self_...`, the attributes under which TensorFlow tracks
+an object.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import tensorflow as tf
 from tensorflow.python.autograph.core import ag_ctx
 from tensorflow.python.autograph.core import config as autograph_config
 from tensorflow.python.autograph.impl.api import StagingError, convert
+from tensorflow.python.framework.errors_impl import InaccessibleTensorError
 
 from handloom._keras import Gradients, Tensor, Tensors, Variable, keras, stored_value
 from handloom._util.patch import Patch
@@ -31,7 +33,7 @@ from handloom.backends.tensorflow.assigned import assignments_noted, watch
 from handloom.backends.tensorflow.gradients import term_twice
 from handloom.backends.tensorflow.operators import operators_of_keras
 from handloom.backends.tensorflow.program import MARK, TensorFlowProgram
-from handloom.backends.trace_errors import needs_a_value
+from handloom.backends.trace_errors import leaked, needs_a_value
 from handloom.errors import StepError
 
 # Handloom's own code, when called from converted code of the user, runs unconverted.
@@ -123,6 +125,8 @@ class TensorFlowBackend(Backend):
             if "symbolic" not in str(error).lower():
                 raise
             raise needs_a_value(_users_frames(error)) from error
+        except InaccessibleTensorError as error:
+            raise leaked(_users_frames(error)) from error
         except StagingError as error:
             raise _as_raised(error) from None
 

@@ -43,9 +43,11 @@ from handloom.backends.torch.graph import (
     tidy,
     written_in_place,
 )
+from handloom.backends.torch.images import batched_transforms
 from handloom.backends.torch.modules import in_steps, parameters_in_trace, parameters_made
 from handloom.backends.torch.native import real_tensors_kept
 from handloom.backends.torch.random import traceable_random_ops
+from handloom.backends.trace_errors import leaked
 from handloom.errors import FallbackWarning
 
 # The number of values of a tensor that are compared between two compilations of a step.
@@ -140,6 +142,8 @@ def _check_closed(graph: torch.fx.GraphModule) -> None:
     """Refuses a graph with a fake tensor in it, which an operation received without the trace seeing it."""
     for module in graph.modules():
         if any(isinstance(value, FakeTensor) for value in [*vars(module).values(), *module.buffers(recurse=False)]):
+            if module is graph:
+                raise leaked(())
             raise Untraceable("a function given to an operation uses a tensor that the operation cannot pass to it")
 
 
@@ -253,8 +257,8 @@ _not_logged = Patch((logging.getLogger("torch._subclasses.fake_tensor"), "handle
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """A block in which Keras code runs on fake tensors."""
-    of_keras = in_steps, traceable_random_ops, traceable_control_flow, _traceable_nadam, parameters_in_trace
+    patches = traceable_random_ops, traceable_control_flow, batched_transforms, parameters_in_trace, _traceable_nadam
     with contextlib.ExitStack() as stack:
-        for context in (*of_keras, real_tensors_kept(), _Bounded(), _not_logged):
+        for context in (in_steps, *patches, real_tensors_kept(), _Bounded(), _not_logged):
             stack.enter_context(context)
         yield
