@@ -5,7 +5,7 @@ internal, so that a change in Keras shows there and not at a user's.
 
 | internal | reason |
 |---|---|
-| `core`, `ops` | the backend's `cond`, loops and device, which Handloom replaces or asks while it traces a step |
+| `core`, `image`, `ops` | what the backend does for `cond`, loops and transforms, replaced while a step is traced |
 | `get_stateless_scope` | Handloom's own scopes must know the scope around them |
 | `Variable._value` | `assign` takes ten times longer per step, and converts values that need no conversion |
 | `Layer._trainable`, `Variable._trainable` | a compiled step looks at them at each call |
@@ -91,12 +91,13 @@ holders_of_core: tuple[ModuleType, ...]
 """The modules in which Keras looks up the functions of `core`."""
 try:
     from keras.src.backend import core as core
+    from keras.src.backend import image as image
 
     holders_of_core = (core,)
 except ImportError:  # From 3.16 on.
     from keras.src.backend import ops
 
-    core, holders_of_core = ops.core, (ops.core, ops)
+    core, image, holders_of_core = ops.core, ops.image, (ops.core, ops)
 
 Variable: TypeAlias = Any
 """A `keras.Variable`. Keras has no type annotations, so this one only tells the reader."""

@@ -3,16 +3,15 @@
 Keras loops over the images in Python, and a trace would hold every pass: 3600 operations for 32 images. Here the images
 become channels of one image, whose pixels are then read at their own places, as Keras reads those of each.
 
-Internals used: `keras.src.backend.torch.image.affine_transform`, which is replaced, `map_coordinates`, which reads the
+Internals used: `affine_transform` of `image` (see `_keras.py`), which is replaced, `map_coordinates`, which reads the
 pixels, and `AFFINE_TRANSFORM_INTERPOLATIONS`, its orders by name.
 """
 
 from collections.abc import Callable
 
 import torch
-from keras.src.backend.torch import image
 
-from handloom._keras import Tensor, keras
+from handloom._keras import Tensor, image, keras
 from handloom._util.patch import Patch
 from handloom.backends.torch.fake import is_traced
 
