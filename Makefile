@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # docs/rows.md is compared only with a run of the whole suite.
 WHOLE = $(if $(ARGS),,$(if $(filter 3,$(words $(BACKENDS))),yes))
 
-.PHONY: run check test rows messages nightly compat lint format bench bitwise clean
+.PHONY: run check test rows messages departures keras-tests nightly compat lint format bench bitwise clean
 
 run: $(INSTALLED)  ## Train a GAN on handwritten digits, on the default backend. ARGS="--backend torch" for another.
 	$(BIN)/handloom run gan-digits $(ARGS)
@@ -37,6 +37,12 @@ rows: test  ## Run the rows, and write docs/rows.md from them.
 
 messages: $(INSTALLED)  ## Write docs/messages.md, all errors and warnings by code.
 	$(BIN)/python docs/messages.py
+
+departures: $(INSTALLED)  ## Write docs/departures.md, in what and why hl.Model differs from keras.Model, from its table.
+	$(BIN)/python docs/departures.py
+
+keras-tests: $(INSTALLED)  ## Run Keras's own tests on hl.Model; an hour. ARGS="--backend jax trainers" for a part.
+	$(BIN)/python -m tools.keras_tests $(ARGS)
 
 nightly: $(INSTALLED)  ## Kill runs at a hundred random instants, on every backend.
 	set -e; for backend in $(BACKENDS); do \

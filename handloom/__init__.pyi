@@ -8,6 +8,7 @@ from ._data.feed import Feed as Feed
 from ._model.model import Model as Model
 from ._model.model import Sequential as Sequential
 from ._run.loop import fit as fit
+from ._run.seed import set_random_seed as set_random_seed
 from ._trace.eager import run_eagerly as run_eagerly
 from ._trace.function import Function as Function
 from ._trace.function import Trace as Trace

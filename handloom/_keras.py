@@ -5,23 +5,25 @@ internal, so that a change in Keras shows there and not at a user's.
 
 | internal | reason |
 |---|---|
-| `core`, `ops` | the backend's `cond`, loops and device, which Handloom replaces or asks while it traces a step |
+| `core`, `image`, `ops` | what the backend does for `cond`, loops and transforms, replaced while a step is traced |
 | `get_stateless_scope` | Handloom's own scopes must know the scope around them |
 | `Variable._value` | `assign` takes ten times longer per step, and converts values that need no conversion |
+| `Layer._trainable`, `Variable._trainable` | a compiled step looks at them at each call |
 | `Variable._shape`, `_dtype` | the shape and dtype of a variable that has no value yet |
 | `build._is_default` | a layer without a `build` of its own is built by a call |
 | `Layer._flatten_layers` | all layers inside a layer |
 | `Functional` | not exported; a subclass that is built from inputs and outputs must become one |
 | `Model._compute_loss`, `_loss_tracker` | Keras's own default steps use them |
+| `Model._symbolic_build` | Keras's steps on JAX, which take the state, need every variable before the first step |
 | `Model._flatten_metrics_in_order` | `evaluate` returns its list in Keras's order |
 | `Metric._direction` | callbacks that monitor a metric must know whether higher is better |
 | `Model._initial_epoch` | `BackupAndRestore` sets the epoch at which `fit` resumes |
 | `Optimizer._trainable_variables` | the variables that `apply` updates when it is given gradients only |
-| `Optimizer._variables`, `_iterations`, `_tracker` | the slots, to create them again for further variables |
+| `Optimizer._variables`, `_iterations`, `_tracker`, `_track_variable` | the slots, to add some in their order |
 | `Optimizer._learning_rate` | copies of an optimizer share it |
 | `global_seed_generator` | it must exist before a step is traced, as any variable must |
 | `global_state` | to leave all scopes; to forget a variable whose initializer failed: later scopes would try again |
-| `GLOBAL_SEED_GENERATOR` | its name: `set_random_seed` replaces the generator, compiled steps keep the old one |
+| `GLOBAL_SEED_GENERATOR`, `GLOBAL_RANDOM_SEED` | what `set_random_seed` sets; that imports TensorFlow on any backend |
 | `seed_generator` | where Keras draws default seeds from Python's random numbers: a step may, its user may not |
 | `python_utils` | in 3.13, `get_metrics_result` makes Python numbers of results by it: whose they are would be lost |
 | `Layer._seed_generators` | the generators of dropout and noise, to seed them for a run |
@@ -81,6 +83,7 @@ from keras.src.random import seed_generator as seed_generator  # noqa: E402
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR  # noqa: E402
 from keras.src.random.seed_generator import global_seed_generator as global_seed_generator  # noqa: E402
 from keras.src.utils import python_utils as python_utils  # noqa: E402
+from keras.src.utils.rng_utils import GLOBAL_RANDOM_SEED  # noqa: E402
 
 TESTED_KERAS = "3.13", "3.16"  # 3.16 as a nightly.
 
@@ -88,12 +91,13 @@ holders_of_core: tuple[ModuleType, ...]
 """The modules in which Keras looks up the functions of `core`."""
 try:
     from keras.src.backend import core as core
+    from keras.src.backend import image as image
 
     holders_of_core = (core,)
 except ImportError:  # From 3.16 on.
     from keras.src.backend import ops
 
-    core, holders_of_core = ops.core, (ops.core, ops)
+    core, image, holders_of_core = ops.core, ops.image, (ops.core, ops)
 
 Variable: TypeAlias = Any
 """A `keras.Variable`. Keras has no type annotations, so this one only tells the reader."""
@@ -159,16 +163,17 @@ def seed_generators_of(layer: Layer) -> list[keras.random.SeedGenerator]:
     return list(layer._seed_generators)
 
 
-@contextlib.contextmanager
-def keep_global_seed_generator() -> Iterator[None]:
-    """Restores the global seed generator after the block, with the state of the new one if Keras created one.
+def seed_keras(seed: int) -> None:
+    """Makes the seeds of new generators follow from a seed. A global one stays: compiled steps keep it.
 
-    Compiled steps hold the old generator.
+    Keras draws these seeds from Python's random numbers, which must have been seeded.
     """
-    before = global_seed_generator()
-    yield
-    before.state.assign(global_seed_generator().state)
-    global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, before)
+    global_state.set_global_attribute(GLOBAL_RANDOM_SEED, seed)
+    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    if generator is not None:
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)
+        generator.state.assign(global_seed_generator().state)
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
 
 
 def value_in(scope: keras.StatelessScope | None, variable: Variable) -> Tensor:
@@ -207,6 +212,11 @@ def trained_by(optimizer: keras.Optimizer) -> list[Variable]:
     return list(optimizer._trainable_variables)
 
 
+def trained_in(optimizer: keras.Optimizer) -> tuple[dict[str, Any], str]:
+    """Where an optimizer keeps the list of these variables: a dict, and the key. Each build makes a new list."""
+    return optimizer.__dict__, "_trainable_variables"
+
+
 def slots_of(optimizer: keras.Optimizer) -> list[Variable]:
     """The slots of an optimizer itself, without those of an optimizer inside it."""
     others = (optimizer._iterations, optimizer._learning_rate)
@@ -217,6 +227,12 @@ def forget_slots(optimizer: keras.Optimizer) -> None:
     """Removes the slots of an optimizer from its variables."""
     for slot in slots_of(optimizer):
         optimizer._tracker.untrack(slot)
+
+
+def replace_slot(optimizer: keras.Optimizer, new: Variable, old: Variable) -> None:
+    """Puts an earlier slot in place of the newest one."""
+    optimizer._tracker.untrack(new)
+    optimizer._track_variable(old)
 
 
 def share_learning_rate(optimizer: keras.Optimizer, other: keras.Optimizer) -> None:
@@ -238,6 +254,11 @@ def layers_of(layer: Layer) -> Iterator[Layer]:
     yield from layer._flatten_layers()
 
 
+def trainable_in(part: Layer | Variable) -> tuple[dict[str, Any], str]:
+    """Where a layer or variable keeps whether it is trainable: a dict, and the key."""
+    return part.__dict__, "_trainable"
+
+
 def mark_built(model: Any) -> None:
     """Marks a model as built if all layers inside it are. Keras does so only when the model itself is called.
 
@@ -245,3 +266,8 @@ def mark_built(model: Any) -> None:
     """
     if isinstance(model, keras.Model) and not model.built and type(model).build is keras.Model.build:
         model.built = bool(model.variables) and all(layer.built for layer in layers_of(model) if layer is not model)
+
+
+def build_symbolically(model: Any, data: Any) -> None:
+    """Creates the variables of a compiled model, of its metrics and of its optimizer, for a batch."""
+    model._symbolic_build(data_batch=data)

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import click
 
+from handloom._interop.quiet_tensorflow import quiet_tensorflow
 from handloom._util.backend_names import BACKENDS, OF_KERAS
 from handloom.checkpoint.retention import OF_RUN
 from handloom.errors import HandloomError, RecipeError
@@ -139,7 +140,7 @@ def _choose_backend(backend: str | None) -> tuple[str, str]:
     installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
     backend, reason = (backend, "chosen by --backend") if backend else _default_backend(installed)
     os.environ["KERAS_BACKEND"] = backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Otherwise TensorFlow prints lines about the processor.
+    quiet_tensorflow(backend)
     if backend not in installed:
         importlib.import_module("handloom._keras")  # Raises the error that says what to install or choose.
     return backend, reason

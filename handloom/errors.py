@@ -17,6 +17,7 @@ HandloomError
 
 HandloomWarning (UserWarning)
 ├── RetraceWarning            an argument makes a function compile again and again
+├── SlowCompilationWarning    a function is traced or compiled for long; logged, since it need not be a mistake
 └── FallbackWarning           a step falls back to eager execution, or to another slower way
 
 An error has a class of its own if a caller may want to catch it alone. Each class also derives from the
@@ -83,6 +84,8 @@ class HandloomError(_WithFinding):
         finding: The mistake, its place, and the fix.
     """
 
+    _keras_call_info_injected = True  # Otherwise Keras would raise one from `Layer.call` anew, with another message.
+
 
 class ArgumentError(HandloomError, ValueError, TypeError):
     """A function received an argument that it does not accept."""
@@ -146,6 +149,10 @@ class HandloomWarning(_WithFinding, UserWarning):
 
 class RetraceWarning(HandloomWarning):
     """A Python value or a shape that changes from call to call compiles a function again each time."""
+
+
+class SlowCompilationWarning(HandloomWarning):
+    """A function is still being traced or compiled. Logged by the logger `handloom`, since it need not be a mistake."""
 
 
 class FallbackWarning(HandloomWarning):

@@ -1,6 +1,7 @@
 """Data sets in a module that worker processes import quickly."""
 
 import os
+import signal
 
 import keras
 import numpy as np
@@ -28,6 +29,20 @@ class Numbered(keras.utils.PyDataset):
 
     def on_epoch_end(self):
         self.epochs_ended += 1
+
+
+class Killed(keras.utils.PyDataset):
+    """Kills the process that reads it."""
+
+    kills = True
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        if self.kills:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.int32(index)
 
 
 class Processes(keras.utils.PyDataset):

@@ -159,6 +159,31 @@ def test_run_lets_a_file_import_its_neighbours():
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("broken", [False, True])
+def test_run_hides_what_tensorflow_prints_about_the_machine_unless_its_import_fails(broken):
+    Path("train.py").write_text("import tensorflow\ndef main(run_dir): return 'done'\n")
+    if broken:
+        Path("tensorflow.py").write_text("import os\nos.write(2, b'no such library')\nraise ImportError('broken')\n")
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    command = [
+        sys.executable,
+        "-c",
+        "from handloom.cli import main; main()",
+        "run",
+        "train.py",
+        "--backend",
+        "tensorflow",
+    ]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if broken:
+        assert "no such library" in result.stderr
+        assert "ImportError: broken" in result.stderr
+    else:
+        assert result.stdout.splitlines()[1] == "done"
+        assert result.stderr == ""
+
+
+@pytest.mark.once
 def test_run_keeps_the_traceback_of_an_error_in_a_file():
     Path("train.py").write_text("def main(run_dir): return 1 / 0\n")
     result = run("train.py")

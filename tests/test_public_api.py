@@ -30,7 +30,7 @@ def test_the_public_names_are_those_of_the_contract():
     assert stub_names() == {
         *("value_and_grad", "grad", "jacobian", "hessian", "minimize"),
         *("function", "Function", "Trace", "run_eagerly"),
-        *("Model", "Sequential", "fit", "Feed", "every", "Every"),
+        *("Model", "Sequential", "fit", "Feed", "every", "Every", "set_random_seed"),
         *("Checkpointer", "load_checkpoint"),
         *("callbacks", "checks", "distribute", "errors", "optimizers", "report"),
     }

@@ -45,9 +45,9 @@ class Feed:
 
     Raises:
         ArgumentError: `batch_size` is not a positive whole number; arrays are passed one by one.
-        DataError: The data is empty, of unequal lengths, of an unknown kind, does not go with the options, or, when a
-            batch is read, holds something that the backend cannot: text and ragged tensors need TensorFlow, sparse
-            tensors TensorFlow or JAX.
+        DataError: The data is empty, of unequal lengths, of an unknown kind, does not go with the options, or holds
+            nothing that the backend can. A part that it cannot is left out of the batches, and is an error where a
+            step uses it: text and ragged tensors need TensorFlow, sparse tensors TensorFlow or JAX.
 
     Example:
         `for x, y in hl.Feed((images, labels), batch_size=64, shuffle=True): train_step(x, y)`

@@ -9,11 +9,9 @@ import optree
 from handloom._data.sources import on_host
 from handloom._interop.tensors import kind_of
 from handloom._keras import Tensor, keras
+from handloom._trace.unused import marked_weights
 from handloom.backends import backend
 from handloom.errors import DataError
-
-WEIGHTS = "the sample weights"
-"""The mark on them, by which it is known whether a step uses them (see `Backend.marked`)."""
 
 
 def weighed(data: Any) -> tuple[tuple[Any], Tensor | None]:
@@ -24,7 +22,7 @@ def weighed(data: Any) -> tuple[tuple[Any], Tensor | None]:
     is_one = backend.is_array(sample_weight)
     if not (_is_weight(sample_weight, y) if is_one else _is_like(sample_weight, y)):
         return (data,), None
-    return ((x, y, _marked(sample_weight)),), _sum(sample_weight) if is_one else None
+    return ((x, y, marked_weights(sample_weight)),), _sum(sample_weight) if is_one else None
 
 
 def unweighed(data: Any) -> tuple[tuple[Any], None]:
@@ -37,7 +35,7 @@ def weighed_at(batch: Sequence[Any], position: int | None) -> tuple[Sequence[Any
     if position is None or position >= len(batch) or batch[position] is None:
         return batch, None
     weights = batch[position]
-    return [*batch[:position], _marked(weights), *batch[position + 1 :]], _sum(weights)
+    return [*batch[:position], marked_weights(weights), *batch[position + 1 :]], _sum(weights)
 
 
 def _is_weight(sample_weight: Tensor, y: Any) -> bool:
@@ -51,10 +49,6 @@ def _is_weight(sample_weight: Tensor, y: Any) -> bool:
 def _is_like(sample_weight: Any, y: Any) -> bool:
     """Whether there are weights for each of several outputs."""
     return sample_weight is not None and optree.tree_structure(sample_weight) == optree.tree_structure(y)
-
-
-def _marked(sample_weight: Any) -> Any:
-    return optree.tree_map(lambda leaf: backend.marked(leaf, WEIGHTS), sample_weight)
 
 
 def _sum(sample_weight: Any) -> Tensor:

@@ -17,12 +17,6 @@ _SAMPLERS = {f"{kind}Sampler" for kind in ("Distributed", "Random", "Sequential"
 _REPLACED = {"dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"}
 
 
-def seed_sources_of_data(seed: int) -> None:
-    """Seeds the generator that a `DataLoader` draws its order from. Keras seeds that of `tf.data`."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)
-
-
 def torch_data(data: Any) -> "TorchData | None":
     """The reader of a `DataLoader` over numbered examples with a sampler of PyTorch; `None` for any other data."""
     utils = getattr(sys.modules.get("torch"), "utils", None)

@@ -12,7 +12,8 @@ from handloom._model.data import in_order_of_outputs, model_feed, unpacked
 from handloom._model.explain import Explanation, explain, shown
 from handloom._model.export import export
 from handloom._model.on_batch import predict_on_batch, test_on_batch, train_on_batch
-from handloom._model.steps import ModelSteps
+from handloom._model.stateful_steps import also_with_state
+from handloom._model.steps import ModelSteps, check_compiled
 from handloom._model.takes_weights import takes_weights
 from handloom._model.unknown_classes import naming_unknown_classes
 from handloom._model.validation_split import split
@@ -28,12 +29,11 @@ from handloom._run.seed import seed_run
 from handloom._run.validation import NEVER
 from handloom._trace.gradients import Wrt, build
 from handloom._trace.loss_weight import Weight
-from handloom._trace.losses import Denominators, note_loss
-from handloom._trace.observe import observing
+from handloom._trace.losses import noted
 from handloom._util.arguments import whole_number
 from handloom._util.every import AfterEpochs, Every, every
 from handloom.distribute._strategy import Strategy
-from handloom.errors import ArgumentError, StepError
+from handloom.errors import ArgumentError
 from handloom.optimizers import NamedOptimizers, averaged_weights
 from handloom.optimizers._minimize import minimize
 
@@ -82,7 +82,7 @@ class Model(keras.Model):
                 fix=f"To give a sequential model its own constructor: class {type(self).__name__}(hl.Sequential).",
             )
         super().__init__(*args, **kwargs)
-        self._steps = ModelSteps(self, "auto")
+        self._steps = ModelSteps(self)
 
     def __reduce__(self) -> Any:
         """Pickles and copies as Keras does, but names `Model`, because no module holds a variant by name."""
@@ -129,7 +129,7 @@ class Model(keras.Model):
             metrics: Metrics that ignore sample weights.
             weighted_metrics: Metrics that use sample weights.
             run_eagerly: Whether steps run eagerly.
-            steps_per_execution: Number of training steps in one dispatch, as for `hl.fit`.
+            steps_per_execution: Number of training steps in one dispatch, as for `hl.fit`. The model has `"auto"` as 1.
             jit_compile: As for `hl.function`.
             auto_scale_loss: Whether to scale the loss under the policy `mixed_float16`.
 
@@ -137,17 +137,18 @@ class Model(keras.Model):
             OptimizerError: A variable is owned by two optimizers or by none.
         """
         optimizer = prepared(optimizer, self.dtype_policy, auto_scale_loss=auto_scale_loss)
-        given = (loss, loss_weights, metrics, weighted_metrics, run_eagerly, steps_per_execution)
+        together = 1 if steps_per_execution == "auto" else steps_per_execution  # Keras has a number here.
+        given = (loss, loss_weights, metrics, weighted_metrics, run_eagerly, together)
         super().compile(optimizer, *given, jit_compile=not run_eagerly and jit_compile, auto_scale_loss=False)
         set_loss_tracker(self, LossTracker(name="loss"))
-        self._steps = ModelSteps(self, jit_compile)
+        self._steps = ModelSteps(self, jit_compile, steps_per_execution)
         attach(optimizer, self)
 
     def get_compile_config(self) -> dict[str, Any]:
         """The arguments of `compile`, as a saved model keeps them."""
         config = cast(dict[str, Any], super().get_compile_config())
         # Keras would keep its choice for "auto" here; where the model is loaded, another choice may be right.
-        return config | {"jit_compile": self._steps.jit_compile} if config else config
+        return config | self._steps.options if config else config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was compiled when it was saved."""
@@ -162,6 +163,7 @@ class Model(keras.Model):
 
     # -------------------------------------------------------------------- steps
 
+    @also_with_state
     def train_step(self, data: Any) -> dict[str, Any]:
         """Trains on one batch. Override it for a step of your own.
 
@@ -181,14 +183,17 @@ class Model(keras.Model):
         with holding(self, loss):
             return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
+    @also_with_state
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates on one batch, as `train_step` without training. Override it for a step of your own."""
         x, y, sample_weight = unpacked(data)
         y_pred = self(x, training=False)
-        loss = default_loss(self, x, y, y_pred, sample_weight, training=False)
+        # Noted here too: a subclass may have its own `compute_loss`.
+        loss = noted(lambda: default_loss(self, x, y, y_pred, sample_weight, training=False))
         with holding(self, loss):
             return cast(dict[str, Any], self.compute_metrics(x, y, y_pred, sample_weight=sample_weight))
 
+    @also_with_state
     def predict_step(self, data: Any) -> Any:
         """Returns the outputs of the model for one batch. Override it for a step of your own."""
         return self(unpacked(data)[0], training=False)
@@ -198,11 +203,7 @@ class Model(keras.Model):
     ) -> Tensor:
         """Returns the compiled loss plus regularization and the losses that layers add."""
         sample_weight = in_order_of_outputs(self, y_pred, sample_weight)
-        denominators = Denominators()
-        with observing(denominators):
-            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        note_loss(loss, denominators.distinct())
-        return loss
+        return noted(lambda: super(Model, self).compute_loss(x, y, y_pred, sample_weight, training))
 
     def minimize(
         self,
@@ -237,6 +238,7 @@ class Model(keras.Model):
             build(wrt, loss_fn)
             if not optimizer.built and not isinstance(optimizer, NamedOptimizers):
                 optimizer.build(self.trainable_variables)  # All of them, because a later step may train another part.
+            self._steps.add_unfrozen()
         return minimize(loss_fn, wrt, optimizer, weight=weight, has_aux=has_aux)
 
     # --------------------------------------------------------------------- runs
@@ -308,8 +310,8 @@ class Model(keras.Model):
                 negative or sum to zero in a batch.
             StepError: A step does not return a dict of scalars.
         """
-        self._check_compiled("fit", "train_step")
-        together = self.steps_per_execution if steps_per_execution is None else steps_per_execution
+        check_compiled(self, "fit", "train_step")
+        together = self._steps.together if steps_per_execution is None else steps_per_execution
         options = RunOptions(run_dir, resume, allow, save, keep, best, strategy, together, verbose)
         seed_run(seed, self)
         data = (x, y, sample_weight)
@@ -359,7 +361,7 @@ class Model(keras.Model):
         Returns:
             The reported values: a dict if `return_dict`; otherwise a list in the order of the metrics, or the only one.
         """
-        self._check_compiled("evaluate", "test_step")
+        check_compiled(self, "evaluate", "test_step")
         weighed = takes_weights(self, "test_step", sample_weight)
         feed = model_feed(self, (x, y, sample_weight), weighed, batch_size)
         steps = limited_steps(steps, feed.length)
@@ -401,15 +403,6 @@ class Model(keras.Model):
             OptimizerError: A variable is owned by two optimizers or by none.
         """
         return shown(explain(self, self._steps.reductions))
-
-    def _check_compiled(self, method: str, step: str) -> None:
-        """Raises an error if a default step, which needs a loss, is about to run and the model is not compiled."""
-        if not self.compiled and getattr(type(self), step) is getattr(Model, step):
-            raise StepError(
-                f"HL213: {method}() was called before compile().",
-                f"{type(self).__name__} uses the default {step}, which needs the loss given to compile().",
-                f"Call compile() first, or define {step}(self, data).",
-            )
 
     train_on_batch = train_on_batch
     test_on_batch = test_on_batch

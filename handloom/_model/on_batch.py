@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import optree
+
 from handloom._data.class_weight import ClassWeight
 from handloom._keras import in_keras_order, keras
 from handloom._model.data import Parts, model_feed, packed
+from handloom._model.steps import check_compiled
 from handloom._model.takes_weights import takes_weights
 from handloom._reporting.nested import outer_epochs_kept
+from handloom.backends import backend
 
 
 def train_on_batch(
@@ -32,11 +36,11 @@ def predict_on_batch(self: keras.Model, x: Any) -> Any:
     """Returns the outputs of the model for one batch, given as arrays, as NumPy arrays."""
     with self._steps.running():
         outputs = self._steps.prediction(_batch(self, (x, None, None), False, labels=False))
-    return keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
+    return optree.tree_map(backend.result, outputs)
 
 
 def _run(model: keras.Model, mode: str, parts: Parts, return_dict: bool, **options: Any) -> Any:
-    model._check_compiled(f"{mode}_on_batch", f"{mode}_step")
+    check_compiled(model, f"{mode}_on_batch", f"{mode}_step")
     name = f"{mode}_step"
     weighed = takes_weights(model, name, parts[2], options.get("class_weight"))
     batch = _batch(model, parts, weighed, **options)

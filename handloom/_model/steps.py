@@ -1,22 +1,23 @@
 """The compiled steps of a model, kept until the model changes."""
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from handloom._data.sample_weight import unweighed, weighed
 from handloom._keras import keras, layers_of, mark_built
+from handloom._model.stateful_steps import build_all
 from handloom._reporting.step import ReportingStep
 from handloom._trace.eager import eagerly
 from handloom._trace.function import Function, check_jit_compile
 from handloom._trace.gradients import build
 from handloom._util.findings import warn
+from handloom.backends import backend
 from handloom.errors import StepError
-from handloom.optimizers._add_variables import add_variables_in_order
+from handloom.optimizers._add_variables import add_variables_in_order, at_once
 
-Parts: TypeAlias = dict[tuple[int, bool], Any]
-"""The layers, variables and optimizer that steps are compiled for, by id and by whether each is trainable.
+Parts: TypeAlias = dict[int, Any]
+"""The layers, variables and optimizer that steps are compiled for, by id.
 
 It holds the parts themselves, so that no other object can have their ids.
 """
@@ -28,14 +29,15 @@ class ModelSteps:
     Args:
         model: Has `train_step`, `test_step` and `predict_step`.
         jit_compile: As for `hl.function`.
+        together: Number of training steps in one dispatch, or `"auto"`.
 
     Attributes:
         jit_compile: As given.
     """
 
-    def __init__(self, model: keras.Model, jit_compile: bool | str) -> None:
+    def __init__(self, model: keras.Model, jit_compile: bool | str = "auto", together: int | str = "auto") -> None:
         check_jit_compile(jit_compile)
-        self.jit_compile, self._model = jit_compile, model
+        self.jit_compile, self._together, self._model = jit_compile, together, model
         self._reporting: dict[tuple[str, bool], ReportingStep] = {}
         self._prediction: Function | None = None
         self._parts: Parts = {}
@@ -50,12 +52,23 @@ class ModelSteps:
         """
         key = (name, takes_weights)
         if key not in self._reporting:
-            model, step = self._model, getattr(self._model, name)
-            _check_takes_data(step, type(model).__name__)
+            model, step = self._model, backend.step_of(self._model, name, build_all)
+            _check_own_function(model, name)
             split = weighed if takes_weights else unweighed
             options = {"model": model, "jit_compile": self.jit_compile}
             self._reporting[key] = ReportingStep(step, unpacks=False, weighed=split, **options)
         return self._reporting[key]
+
+    @property
+    def together(self) -> int | str:
+        """Number of training steps in one dispatch, as given to `compile` or set as an attribute since."""
+        now = self._model.steps_per_execution
+        return self._together if self._together == "auto" and now == 1 else now
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as a saved model keeps them."""
+        return {"jit_compile": self.jit_compile, "steps_per_execution": self.together}
 
     @property
     def reductions(self) -> dict[str, dict[str, str]]:
@@ -66,15 +79,17 @@ class ModelSteps:
     def prediction(self) -> Function:
         """The compiled `predict_step`."""
         if self._prediction is None:
-            self._prediction = Function(self._model.predict_step, jit_compile=self.jit_compile)
+            _check_own_function(self._model, "predict_step")
+            step = backend.step_of(self._model, "predict_step", build_all)
+            self._prediction = Function(step, jit_compile=self.jit_compile)
         return self._prediction
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Within the block, steps run as the model was compiled: eagerly, if with `run_eagerly=True`.
 
-        If the model has changed (other layers, another optimizer, a part frozen or unfrozen), it first drops the
-        compiled steps and gives the optimizer slots for all variables that are now trainable.
+        If the model has other layers or another optimizer than before, it first drops the compiled steps. It gives the
+        optimizer slots for all variables that are now trainable.
         """
         outermost, self._running = not self._running, True
         if outermost:
@@ -101,20 +116,24 @@ class ModelSteps:
             )
         return nothing
 
+    def add_unfrozen(self) -> None:
+        """Gives the optimizer slots for all variables that are now trainable."""
+        optimizer = getattr(self._model, "optimizer", None)
+        if optimizer is not None and optimizer.built and layers_are_built(self._model):
+            with at_once():
+                add_variables_in_order(optimizer, self._model.trainable_variables, self._model.variables)
+
     def _drop_steps_if_changed(self) -> None:
         present = self._present_parts()
         if present.keys() != self._parts.keys():
             self._reporting.clear()
             self._prediction = None
             self._parts = present
-            optimizer = getattr(self._model, "optimizer", None)
-            if optimizer is not None and layers_are_built(self._model):
-                add_variables_in_order(optimizer, self._model.trainable_variables, self._model.variables)
+        self.add_unfrozen()
 
     def _present_parts(self) -> Parts:
         model, optimizer = self._model, getattr(self._model, "optimizer", None)
-        parts = {(id(part), part.trainable): part for part in [*layers_of(model), *model.variables]}
-        return parts | {(id(optimizer), True): optimizer}
+        return {id(part): part for part in [optimizer, *layers_of(model), *model.variables]}
 
 
 def layers_are_built(model: keras.Model) -> bool:
@@ -122,13 +141,21 @@ def layers_are_built(model: keras.Model) -> bool:
     return all(layer.built for layer in layers_of(model) if layer is not model)
 
 
-def _check_takes_data(step: Any, model: str) -> None:
-    signature = inspect.signature(step)
-    try:
-        signature.bind(None)
-    except TypeError as error:
+def check_compiled(model: keras.Model, method: str, step: str) -> None:
+    """Raises an error if a default step, which needs a loss, is about to run and the model is not compiled."""
+    if not model.compiled and getattr(type(model), step).__module__.startswith("handloom._model."):
         raise StepError(
-            f"HL254: {model}.{step.__name__}{signature} cannot be called with one argument, data.",
-            "On one backend, Keras gives a step the state and takes it back. Here a step is the same on every backend.",
-            f"Write {step.__name__}(self, data), and read and write variables directly.",
-        ) from error
+            f"HL213: {method}() was called before compile().",
+            f"{type(model).__name__} uses the default {step}, which needs the loss given to compile().",
+            f"Call compile() first, or define {step}(self, data).",
+        )
+
+
+def _check_own_function(model: keras.Model, name: str) -> None:
+    hook = f"make_{name.removesuffix('_step')}_function"
+    if getattr(getattr(model, hook), "__func__", None) is not getattr(keras.Model, hook):
+        warn(
+            f"HL259: {type(model).__name__}.{hook} is not called.",
+            f"Here {name} itself is compiled, on every backend; in Keras, {hook} compiles it in another way on each.",
+            f"Put what it does for a batch into {name}(self, data), or write the loop yourself, with hl.function.",
+        )

@@ -14,7 +14,9 @@ _variants: dict[tuple[type, type], Any] = {}
 
 
 def variant(cls: type, kind: type) -> Any:
-    """The class of the functional, or sequential, instances of a model class."""
+    """The class of the functional, or sequential, instances of a model class: itself, if it is of that kind."""
+    if issubclass(cls, kind):
+        return cls
     if (cls, kind) not in _variants:
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_variant_of": cls}
         _variants[cls, kind] = type(cls.__name__, (cls, kind), names)

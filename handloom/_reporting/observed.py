@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from handloom._keras import Layer, Tensor, get_keras_mask, keras, set_keras_mask
-from handloom._reporting.unused import MASK, OWN_MASK
+from handloom._keras import Tensor, keras
 from handloom._trace.losses import Denominators, UncountedLosses
 from handloom._trace.observe import Observer
+from handloom._trace.unused import Marks
 from handloom.backends import backend
 
 
@@ -30,7 +30,7 @@ class StepObserver(Observer):
         self.updated: dict[int, keras.Metric] = {}
         self.marks: list[str] = []
         self.denominators, self.losses = Denominators(), UncountedLosses()
-        self.all = (self, self.denominators, self.losses)
+        self.all = (self, Marks(), self.denominators, self.losses)
         # By id, with the tensor: an id is unique only while its tensor lives.
         self._results: dict[int, tuple[Any, keras.Metric]] = {}
         self._differentiated: dict[int, Any] = {}
@@ -54,15 +54,6 @@ class StepObserver(Observer):
 
     def differentiated(self, value: Tensor) -> None:
         self._differentiated[id(value)] = value
-
-    def layer_called(self, layer: Layer, outputs: Any) -> None:
-        for output in keras.tree.flatten(outputs):
-            mask = get_keras_mask(output)
-            if mask is not None:
-                set_keras_mask(output, backend.marked(mask, f"{MASK} of the output of {layer.name!r}"))
-
-    def mask_computed(self, layer: Layer, mask: Tensor) -> Tensor:
-        return backend.marked(mask, f"{OWN_MASK} {layer.name!r}")
 
     def accumulated(self, optimizer: keras.Optimizer) -> None:
         self._accumulating[id(optimizer)] = optimizer

@@ -71,6 +71,7 @@ class Results:
         self._computed.discard(name)  # If two inner dicts have the same name, the last value counts, as in Keras.
         if isinstance(value, tuple) and len(value) == 2:
             total, weight = (self._scalar(name, part) for part in value)
+            self._computed.add(name)
             return Entry("sum over sum of weights", total, weight)
         metric = self._seen.source(value)
         if metric is not None:
@@ -119,8 +120,11 @@ def mark_of(name: str) -> str:
 
 def _marked(name: str, entry: Entry) -> Entry:
     """The entry, marked, with its last value too: which of the two counts is known once the step is traced."""
-    value = backend.marked(entry.total, mark_of(name))
-    return entry._replace(total=value, last=value)
+    total = backend.marked(entry.total, mark_of(name))
+    if isinstance(entry.weight, float):
+        return entry._replace(total=total, last=total)
+    weight = backend.marked(entry.weight, mark_of(name))
+    return entry._replace(total=total, weight=weight, last=ops.divide(total, weight))
 
 
 def _sum_and_weight(mean: Tensor, divisor: Any) -> tuple[Tensor, Tensor]:

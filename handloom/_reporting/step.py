@@ -17,10 +17,10 @@ from handloom._reporting.metrics import EpochMetrics
 from handloom._reporting.observed import StepObserver
 from handloom._reporting.results import Results, mark_of
 from handloom._reporting.totals import AllTotals
-from handloom._reporting.unused import unused_in, warn_of_unused
 from handloom._trace.eager import eagerly
 from handloom._trace.function import Function, Version
 from handloom._trace.observe import observing
+from handloom._trace.unused import unused_in, warn_of_unused
 from handloom._util.findings import warn
 from handloom.backends import backend
 from handloom.errors import HandloomError, StepError
@@ -70,7 +70,7 @@ class ReportingStep:
         reporting = functools.update_wrapper(functools.partial(self._report), step, updated=())
         self.function = Function(reporting, jit_compile=jit_compile)
         self._flush = Function(_flush, jit_compile=jit_compile)
-        self._known: dict[Any, tuple[Callable[[Tensors], Any], Report]] = {}
+        self._known: dict[Any, tuple[Callable[[Tensors], Any], Report, Version]] = {}
         self.take = self._taking_known_steps()
 
     def _report(self, *batch: Any) -> Report:
@@ -152,7 +152,7 @@ class ReportingStep:
         def take(batch: Any) -> int:
             leaves = batch if type(batch) is tuple else (batch,)
             try:
-                run, report = known[(leaves is batch, *map(key, leaves))]
+                run, report, _ = known[(leaves is batch, *map(key, leaves))]
             except (KeyError, AttributeError, TypeError):
                 run = None
             if run is None:
@@ -165,6 +165,11 @@ class ReportingStep:
             return 1
 
         return take
+
+    def heed_changes(self) -> None:
+        """To be called after code of the user has run amid an epoch: Python values in a step may have changed."""
+        if not all(version.holds() for _, _, version in self._known.values()):
+            self._known.clear()
 
     def take_group(self, batches: Sequence[Any], size: int) -> int:
         """Takes a step on each of several batches; returns their number.
@@ -200,7 +205,7 @@ class ReportingStep:
         self.logs.add(report)
         leaves = batch if type(batch) is tuple else (batch,)
         if len(leaves) == len(tensors) and all(map(operator.is_, leaves, tensors)):
-            self._known[(leaves is batch, *map(backend.key, leaves))] = version.run, report
+            self._known[(leaves is batch, *map(backend.key, leaves))] = version.run, report, version
 
     def _take_eagerly(self, version: Version, tensors: Tensors, batch: Any) -> None:
         report: Report = version.rebuild(version.run(tensors))
@@ -216,7 +221,7 @@ class ReportingStep:
         report: Report = version.static[0]
         if report.suspects:
             self._find_computed(report, version)
-        self._note(report, [*unused_in(version.dependencies), *report.unused])
+        self._note(report, [*unused_in(version.dependencies, self._step), *report.unused])
         for metric in report.metrics:
             self.metrics.about_to_update(metric)
         return report
@@ -252,8 +257,9 @@ class ReportingStep:
         marks = version.static[0].metric_marks
         computed = version.dependencies.depend_on(marks)
         mixed = computed & version.dependencies.depend_on_arguments(not_through=marks)
-        report.computed_from_metrics = frozenset(name for name in report.suspects if mark_of(name) in computed)
-        for name in report.computed_from_metrics:
+        names = [name for name in report.reductions if name in report.suspects and mark_of(name) in computed]
+        report.computed_from_metrics = frozenset(names)
+        for name in names:
             report.reductions[name] = "last value, computed from a metric's result"
             if mark_of(name) in mixed and self.function.is_news(mark_of(name)):
                 warn(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import optree
 
 from handloom._data.feed import Feed
@@ -35,6 +34,7 @@ from handloom._util.arguments import one_argument_of_data
 from handloom._util.every import Every, check_every, every
 from handloom._util.findings import given
 from handloom._util.progress import Progress
+from handloom.backends import backend
 from handloom.distribute._strategy import Strategy
 from handloom.errors import StepError
 
@@ -149,6 +149,8 @@ def train(run: Run, finish: Callable[[], None] = lambda: None) -> keras.callback
             for dispatch in dispatches:
                 if batch_begins:
                     batch_begins(progress.batch, {})
+                if batch_begins or batch_ends:
+                    run.step.heed_changes()
                 # DO NOT reorder: between here and the release, an interrupt would leave weights half updated.
                 interrupts.held = True
                 try:
@@ -197,14 +199,14 @@ def predict(step: Function, feed: Feed, callbacks: Callbacks, after_step: AfterS
     for index, batch in enumerate(limited(feed, steps or None)):
         callbacks.on_predict_batch_begin(index, {})
         output = step(batch)
-        outputs.append(optree.tree_map(keras.ops.convert_to_numpy, output))
+        outputs.append(optree.tree_map(backend.result, output))
         callbacks.on_predict_batch_end(index, {"outputs": output})
         after_step(dict)
         if callbacks.model.stop_predicting:
             break
     callbacks.on_predict_end({})
     # There was a batch: an empty feed raises an error.
-    return optree.tree_map(lambda *parts: np.concatenate(parts) if len(parts) > 1 else parts[0], *outputs)
+    return optree.tree_map(lambda *parts: backend.joined(parts), *outputs)
 
 
 @contextlib.contextmanager

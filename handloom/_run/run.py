@@ -148,7 +148,7 @@ class Run:
         """Begins or resumes; runs a validation again that a signal has interrupted."""
         self.callbacks.on_train_begin({})
         self.progress.epoch = max(self.progress.epoch, take_initial_epoch(self.model))
-        resumed = self._saving.resume(self._prepare)
+        resumed = self._saving.resume(self._prepare, self._record.adapt)
         self.strategy.place(_variables_in(self._state))
         asked, recorded = self._options.steps_per_execution, self._record.saved["choices"].get("steps_per_execution")
         size = (recorded or 1) if asked == "auto" else int(asked)
@@ -205,7 +205,10 @@ class Run:
         """After each dispatch: shows progress, validates and saves, if they are due."""
         if self.events.wants_progress:
             self.events.tick(self.step.logs.reported)
-        results = self._validations.if_due(self.progress, self.callbacks) if self._validations.triggers else {}
+        results: dict[str, Value] = {}
+        if self._validations.triggers:
+            results = self._validations.if_due(self.progress, self.callbacks)
+            self.step.heed_changes()
         if not self.model.stop_training:
             self._saving.if_due(results)
 

@@ -14,8 +14,9 @@ from handloom._run.options import RunOptions
 from handloom._util.every import Every
 from handloom._util.progress import Progress
 from handloom.checkpoint.checkpointer import Checkpointer
+from handloom.checkpoint.encoding import decode
 from handloom.checkpoint.retention import OF_RUN
-from handloom.checkpoint.store import Written, slots
+from handloom.checkpoint.store import Written, newest_contents, slots
 from handloom.distribute._strategy import current
 from handloom.errors import CheckpointError
 
@@ -25,7 +26,7 @@ class NotSaving(contextlib.nullcontext[None]):
 
     triggers: Sequence[Every] = ()
 
-    def resume(self, prepare: Callable[[], None]) -> dict[str, Any] | None:
+    def resume(self, prepare: Callable[[], None], adapt: Callable[[Mapping[str, Any]], None]) -> dict[str, Any] | None:
         """Does nothing."""
 
     def if_due(self, results: Mapping[str, Any]) -> None:
@@ -72,11 +73,12 @@ class Saving:
         if self._signals.received is not None and error[0] is None:  # It came after everything was done and saved.
             self._signals.stop()
 
-    def resume(self, prepare: Callable[[], None]) -> dict[str, Any] | None:
+    def resume(self, prepare: Callable[[], None], adapt: Callable[[Mapping[str, Any]], None]) -> dict[str, Any] | None:
         """Restores the last checkpoint, if there is one.
 
         Args:
             prepare: Creates all variables, so that they can be restored, and checks that they will be saved.
+            adapt: Called with the record of the saved run, before its variables must fit.
 
         Returns:
             A description of the restored state, as data of an event; `None` if there is no checkpoint.
@@ -91,6 +93,7 @@ class Saving:
                 fix="Use another run_dir, remove this one, or resume with resume='auto'.",
             )
         prepare()
+        adapt(decode(newest_contents(self._checkpointer.directory).get("run", {}), {}))
         # Callbacks may come and go: a new one starts from scratch.
         if self._checkpointer.restore(allow=[*self._options.allow, "callbacks.*", "events"]) is None:
             return None

@@ -1,17 +1,32 @@
 """The seed of everything random in a run."""
 
+import random
 from typing import Any
 
 import numpy as np
 import optree
 
-from handloom._interop.torch_data import seed_sources_of_data
-from handloom._keras import keep_global_seed_generator, keras, layers_of, seed_generators_of
+from handloom._interop.tensors import seed_libraries
+from handloom._keras import global_seed_generator, keras, layers_of, seed_generators_of, seed_keras
 from handloom._util.arguments import whole_number
 from handloom.backends import backend
 from handloom.errors import ArgumentError
 
 _LARGEST = 2**31 - 1
+
+
+def set_random_seed(seed: int) -> None:
+    """Sets the random states of Python, NumPy, Keras and the backend, as `keras.utils.set_random_seed` does.
+
+    TensorFlow is seeded, but not imported. Compiled steps take the new seed too.
+
+    Args:
+        seed: From 0 to 2147483647.
+
+    Raises:
+        ArgumentError: It is not such a number.
+    """
+    _seed_everywhere("hl.set_random_seed", seed)
 
 
 def seed_run(seed: int | None, state: Any) -> None:
@@ -30,13 +45,8 @@ def seed_run(seed: int | None, state: Any) -> None:
     """
     if seed is None:
         return
-    seed = whole_number("fit", seed=seed, least=0)
-    if seed > _LARGEST:
-        raise ArgumentError(f"HL031: fit(seed=...) takes a number up to {_LARGEST}; received {seed}.")
-    with keep_global_seed_generator():
-        keras.utils.set_random_seed(seed)
-    backend.seed_random_state(seed)
-    seed_sources_of_data(seed)
+    global_seed_generator()  # Must exist, so that each run with the seed draws the same numbers.
+    _seed_everywhere("fit", seed)
     numbers = np.random.default_rng(seed)
     leaves = optree.tree_leaves(state)
     layers = {id(inner): inner for leaf in leaves if isinstance(leaf, keras.Layer) for inner in layers_of(leaf)}
@@ -48,3 +58,14 @@ def seed_run(seed: int | None, state: Any) -> None:
     for initializer in [inner for layer in layers.values() if not layer.built for inner in vars(layer).values()]:
         if isinstance(initializer, keras.initializers.Initializer) and initializer.get_config().get("seed", 0) is None:
             initializer.seed = int(numbers.integers(_LARGEST))
+
+
+def _seed_everywhere(function: str, seed: int) -> None:
+    seed = whole_number(function, seed=seed, least=0)
+    if seed > _LARGEST:
+        raise ArgumentError(f"HL031: {function}(seed=...) takes a number up to {_LARGEST}; received {seed}.")
+    random.seed(seed)
+    np.random.seed(seed)
+    seed_keras(seed)
+    backend.seed_random_state(seed)
+    seed_libraries(seed)

@@ -12,6 +12,7 @@ import numpy as np
 from handloom._data.feed import Feed
 from handloom._keras import keras
 from handloom._reporting.step import ReportingStep
+from handloom._run.frozen import Frozen
 from handloom._util.findings import warn
 from handloom._util.progress import Progress
 from handloom.backends import backend
@@ -35,11 +36,19 @@ class Record:
         self.choices: dict[str, Any] = {}
         self.saved: Mapping[str, Any] = {"versions": {}, "choices": {}, "configured": {}}
         self._configured = configured({"state": state})
+        self._frozen = Frozen(state)
 
     def state(self) -> dict[str, Any]:
         versions = {"handloom": _own_version(), "keras": keras.__version__, "numpy": np.__version__}
         facts = {"python": platform.python_version()} | versions | backend.versions()
-        return {"versions": facts, "choices": self.choices, "configured": self._configured}
+        return {"versions": facts, "choices": self.choices, "configured": self._configured} | {
+            "frozen": self._frozen.state()
+        }
+
+    def adapt(self, saved: Mapping[str, Any]) -> None:
+        """Makes what the run trains fit the record of a saved run, before it is restored."""
+        if "frozen" in saved:
+            self._frozen.restore(saved["frozen"])
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.saved = state

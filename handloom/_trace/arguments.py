@@ -6,6 +6,7 @@ from typing import Any
 import optree
 
 from handloom._keras import Tensors, keras
+from handloom._trace.left_out import LeftOut
 from handloom._trace.loss_weight import step_weight
 from handloom._trace.structure import Structure
 from handloom.backends import backend
@@ -21,7 +22,7 @@ class Arguments:
 
     def __init__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         # Keeps static values alive: their ids, which are part of the key, are theirs only as long as they live.
-        self._structure = Structure((tuple(args), kwargs))
+        self._structure = Structure((tuple(args), kwargs), backend.is_passed_by_value)
         self.tensors = list(map(backend.to_tensor, self._structure.tensors))
         signatures = ((backend.signature(tensor), backend.placement(tensor)) for tensor in self.tensors)
         self.key = (self._structure.spec, *signatures, *map(_static_key, self._structure.rest))
@@ -48,6 +49,8 @@ def _as_tensor(leaf: Any) -> Any:
 
 
 def _static_key(leaf: Any) -> Hashable:
-    if isinstance(leaf, (keras.Variable, keras.Layer)):
+    if isinstance(leaf, (keras.Variable, keras.Layer)) or backend.is_array(leaf):
         return type(leaf), id(leaf)
+    if isinstance(leaf, LeftOut):  # Other text in the next batch is no reason to compile again.
+        return LeftOut
     return type(leaf), leaf  # 2, 2.0 and True are equal, but a function may treat them differently.

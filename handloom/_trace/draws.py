@@ -11,30 +11,28 @@ from typing import Any
 import numpy as np
 
 from handloom._keras import seed_generator
-from handloom._util.codes import codes_of
+from handloom._trace.python_state import PythonState
 from handloom._util.patch import Patch
-from handloom._util.source_line import is_users
 from handloom._util.switch import Switch
 
 _KINDS = (np.random.Generator, np.random.RandomState, random.Random)
+_GLOBAL = getattr(random.random, "__self__", None)
+_BY_KERAS = ""
 _drawn: Switch[list[str]] = Switch([])
 
 
 class Draws:
     """Notices what is drawn from Python's and NumPy's global random numbers, and from generators of the user.
 
-    Generators are found among the names that the function, and the user's functions that it names, use in their
-    code, and among the attributes of the function's object.
-
     Args:
-        function: The function that is compiled.
+        state: What the function that is compiled can read; among it are generators.
 
     Attributes:
         sources: From where numbers were drawn, as the user writes it; known after the block.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._generators = {name: thing for name, thing in _names(function, set()) if isinstance(thing, _KINDS)}
+    def __init__(self, state: PythonState) -> None:
+        self._generators = {path: thing for path, thing in state.things if isinstance(thing, _KINDS)}
         self.sources: list[str] = []
 
     @contextlib.contextmanager
@@ -46,13 +44,16 @@ class Draws:
             drawn = _drawn.get()
         after = self._states()
         drawn += [name for name in before if before[name] != after.get(name, before[name])]
-        self.sources = list(dict.fromkeys(drawn))
+        by_keras = [name for name, generator in self._generators.items() if generator is _GLOBAL and _BY_KERAS in drawn]
+        self.sources = [name for name in dict.fromkeys(drawn) if name not in (_BY_KERAS, *by_keras)]
 
     def _states(self) -> dict[str, str]:
         with np.printoptions(threshold=1000):  # In full, whatever the user prints.
-            states = {name: repr(_state(generator)) for name, generator in self._generators.items()}
-            # Shows also what was imported by name. Other threads may draw from it too.
-            return states | ({"np.random": repr(np.random.get_state())} if threading.active_count() == 1 else {})
+            # The global ones show also what was imported by name. Other threads may draw from them too.
+            alone = threading.active_count() == 1
+            generators = {name: each for name, each in self._generators.items() if alone or each is not _GLOBAL}
+            states = {name: repr(_state(generator)) for name, generator in generators.items()}
+            return states | ({"np.random": repr(np.random.get_state())} if alone else {})
 
 
 def _state(generator: Any) -> Any:
@@ -86,8 +87,8 @@ def _functions_of(module: Any, kind: type) -> list[str]:
 
 
 def _default_seeds(_: Any, randint: Callable[..., int] = random.randint) -> Any:
-    """In place of the module from which Keras draws a seed for each new layer: these draws are not noted."""
-    return types.SimpleNamespace(randint=randint)
+    """In place of the module from which Keras draws a seed for each new layer: the user has not drawn these."""
+    return types.SimpleNamespace(randint=_noting(_BY_KERAS, randint))
 
 
 _PATCH = Patch(
@@ -96,28 +97,3 @@ _PATCH = Patch(
     (np.random, "default_rng", _noting_unseeded),
     (seed_generator, "python_random", _default_seeds),
 )
-
-
-def _names(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """What a function can use by name: its closure, the globals in its code, the attributes of its object."""
-    if isinstance(function, types.MethodType):
-        yield from _names(function.__func__, seen)
-        yield from ((f"self.{name}", thing) for name, thing in getattr(function.__self__, "__dict__", {}).items())
-    elif hasattr(function, "__wrapped__"):
-        yield from _names(function.__wrapped__, seen)
-    elif isinstance(function, functools.partial):
-        yield from _names(function.func, seen)
-    elif isinstance(function, types.FunctionType) and id(function) not in seen:
-        seen.add(id(function))
-        for name, thing in _named_in(function):
-            yield name, thing
-            if isinstance(thing, types.FunctionType) and is_users(thing.__code__.co_filename):
-                yield from _names(thing, seen)
-
-
-def _named_in(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    used = {name for code in codes_of(function) for name in code.co_names}
-    yield from ((name, thing) for name, thing in function.__globals__.items() if name in used)
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # A name that has no value yet.
-            yield name, cell.cell_contents

@@ -14,7 +14,9 @@ from handloom._keras import Tensor, Tensors, Variable, global_seed_generator
 from handloom._trace.arguments import Arguments, results
 from handloom._trace.draws import Draws
 from handloom._trace.eager import runs_eagerly
-from handloom._trace.observe import VariableUse, observing
+from handloom._trace.left_out import without_text
+from handloom._trace.observe import Observer, VariableUse, observing
+from handloom._trace.premises import Premises, PremisesOfFunction
 from handloom._trace.signature import (
     Signature,
     as_text,
@@ -24,7 +26,9 @@ from handloom._trace.signature import (
     signature_of,
     static_values,
 )
+from handloom._trace.slow import runs_when_traced, told_if_slow
 from handloom._trace.structure import Structure
+from handloom._trace.unused import Forgotten, warn_of_unused
 from handloom._util.findings import warn
 from handloom._util.listeners import Listeners
 from handloom.backends import backend
@@ -95,8 +99,8 @@ def function(
     """
     check_jit_compile(jit_compile)
     if python_function is None:
-        return functools.partial(Function, jit_compile=jit_compile)
-    return Function(python_function, jit_compile=jit_compile)
+        return functools.partial(Function, jit_compile=jit_compile, tells_of_unused=True)
+    return Function(python_function, jit_compile=jit_compile, tells_of_unused=True)
 
 
 def check_jit_compile(jit_compile: bool | str) -> None:
@@ -111,9 +115,12 @@ class Function:
         python_function: The original.
         traces: One `Trace` for each compiled version, oldest first.
         jit_compile: As given to `hl.function`.
+        tells_of_unused: Whether it warns of penalties and masks that it does not use; the steps of loops do so apart.
     """
 
-    def __init__(self, python_function: Callable[..., Any], *, jit_compile: bool | str = "auto") -> None:
+    def __init__(
+        self, python_function: Callable[..., Any], *, jit_compile: bool | str = "auto", tells_of_unused: bool = False
+    ) -> None:
         if not callable(python_function):
             raise ArgumentError(f"HL015: hl.function compiles a function; received {python_function!r}.")
         functools.update_wrapper(self, python_function, updated=())
@@ -121,10 +128,12 @@ class Function:
         self.python_function = python_function
         self.traces: list[Trace] = []
         self.jit_compile = jit_compile
-        self._versions: dict[Key, Version] = {}
+        self.tells_of_unused = tells_of_unused
+        self._versions: dict[Key, list[Version]] = {}
         self._by_raw_key: dict[Key, Version] = {}
         self._signatures: list[Signature] = []
         self._said: set[str] = set()
+        self._premises = PremisesOfFunction(self.__name__, python_function)
         self._kept_as = f"_compiled_{self.__name__}_{id(self):x}"
         self._definition: Function | None = None
 
@@ -142,29 +151,36 @@ class Function:
         bound = instance.__dict__.get(self._kept_as)
         # The function of a copied instance is bound to the original.
         if bound is None or getattr(bound.python_function, "__self__", instance) is not instance:
-            bound = Function(self.python_function.__get__(instance, owner), jit_compile=self.jit_compile)
+            bound = self._like_this(self.python_function.__get__(instance, owner))
             bound._definition = self  # Keeps it alive, so that no other function gets its id.
             instance.__dict__[self._kept_as] = bound
         return cast("Function", bound)
 
     def __reduce__(self) -> Any:
         """Copies and pickles without the versions, which belong to the process and the instance."""
-        return functools.partial(Function, jit_compile=self.jit_compile), (self.python_function,)
+        return self._like_this, (self.python_function,)
+
+    @property
+    def _like_this(self) -> Callable[[Callable[..., Any]], Function]:
+        return functools.partial(Function, jit_compile=self.jit_compile, tells_of_unused=self.tells_of_unused)
 
     @property
     def touched(self) -> list[Variable]:
         """The variables that the compiled versions read or assign."""
-        return _distinct(version.use.touched for version in self._versions.values())
+        return _distinct(version.use.touched for version in self._all())
 
     @property
     def assigned(self) -> list[Variable]:
         """The variables that they assign, without those that an optimizer updates in place on some backends."""
-        return _distinct(version.use.written for version in self._versions.values())
+        return _distinct(version.use.written for version in self._all())
 
     @property
     def unsaved(self) -> list[str]:
         """The state that they use apart from Keras variables, in words."""
-        return list(dict.fromkeys(text for version in self._versions.values() for text in version.unsaved))
+        return list(dict.fromkeys(text for version in self._all() for text in version.unsaved))
+
+    def _all(self) -> list[Version]:
+        return [version for versions in self._versions.values() for version in versions]
 
     def resolve(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Version, Tensors]:
         """The version for these arguments, compiled if it is new, and the tensors among them."""
@@ -175,7 +191,7 @@ class Function:
         except AttributeError:
             key = None
         version = None if kwargs else self._by_raw_key.get(key)
-        if version is not None:
+        if version is not None and version.holds():
             return version, leaves
         version, tensors = self._resolve_any(args, kwargs or {})
         if key is not None and not kwargs and len(tensors) == len(leaves) and all(map(operator.is_, tensors, leaves)):
@@ -183,10 +199,11 @@ class Function:
         return version, tensors
 
     def _resolve_any(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Version, Tensors]:
+        args, kwargs = without_text((tuple(args), kwargs))
         arguments = Arguments(args, kwargs)
         key = (runs_eagerly(), current(), *arguments.key)
         try:
-            version = self._versions.get(key)
+            version = self._valid(key)
         except TypeError as error:
             raise ArgumentError(
                 f"HL016: An argument of {self.__name__} is neither data nor hashable: {error}.",
@@ -195,44 +212,67 @@ class Function:
             ) from error
         if version is None:
             with _ONE_TRACE_AT_A_TIME:
-                version = self._versions.get(key) or self._new_version(arguments, args, kwargs)
-                self._versions[key] = version
+                version = self._valid(key)
+                if version is None:
+                    version = self._new_version(key, arguments, args, kwargs)
+                    self._versions.setdefault(key, []).append(version)
         return version, arguments.tensors
 
-    def _new_version(self, arguments: Arguments, args: Sequence[Any], kwargs: dict[str, Any]) -> Version:
+    def _valid(self, key: Key) -> Version | None:
+        """The version for a key whose premises hold."""
+        return next((version for version in self._versions.get(key, ()) if version.holds()), None)
+
+    def _new_version(self, key: Key, arguments: Arguments, args: Sequence[Any], kwargs: dict[str, Any]) -> Version:
         version = Version(self, arguments)
         if runs_eagerly():
             return version
         signature = version.signature = signature_of(self.python_function, args, kwargs)
         reason, started = reason_for(signature, self._signatures), time.perf_counter()
-        draws = Draws(self.python_function)
+        state = self._premises.state()
+        changed = self._versions[key][-1].premises.changed if self._versions.get(key) else []
+        if changed:
+            reason = self._premises.reason(changed, state)
+        draws = Draws(state)
         try:
-            with draws.noticed():
+            with draws.noticed(), told_if_slow(self.__name__):
                 version.compile(self.jit_compile, first=not self.traces)
         except Untraceable as error:
             version.fallback_reason, version.unsaved = str(error), error.unsaved
+        finally:
+            state = self._premises.note_changes(state)
         if not version.compiled:
             no_other = f"jit_compile=False, and {backend.title} has no other compiler"
             reason = f"eager: {version.fallback_reason or no_other}"
-        self._signatures.append(signature)
         seconds = time.perf_counter() - started
         version.trace = Trace(as_text(signature), seconds, reason, compiled=version.compiled)
         self.traces.append(version.trace)
         traced.tell(self.__name__, version.trace)
-        self._warn_of_many_values(signature)
+        if not changed:
+            self._signatures.append(signature)
+            self._warn_of_many_values(signature)
         if version.compiled:
-            self._warn_of_many_shapes(signature)
-        if version.compiled and draws.sources:
+            version.set_premises(self._premises.of_version(state))
+            self._warn_of(version, draws)
+        return version
+
+    def _warn_of(self, version: Version, draws: Draws) -> None:
+        """Warns of what is wrong with a compiled version."""
+        if any(version.signature is last for last in self._signatures[-1:]):
+            self._warn_of_many_shapes(version.signature)
+        if self.tells_of_unused:
+            for text in filter(self.is_news, version.forgotten.found(version.dependencies, self.python_function)):
+                warn_of_unused(self.__name__, text)
+        if draws.sources:
             warn(
                 f"HL108: {self.__name__} drew numbers from {' and '.join(draws.sources)} while it was compiled.",
                 "They are constants of the compiled function now, the same in each step.",
                 "Use keras.random, or draw outside of the function and pass an array.",
             )
-        return version
 
     def forget(self, version: Version) -> None:
         """Removes a version, which is compiled again when it is needed."""
-        self._versions = {key: other for key, other in self._versions.items() if other is not version}
+        for versions in self._versions.values():
+            versions[:] = [other for other in versions if other is not version]
         self._by_raw_key = {key: other for key, other in self._by_raw_key.items() if other is not version}
         self._signatures = [other for other in self._signatures if other is not version.signature]
         self.traces[:] = [other for other in self.traces if other is not version.trace]
@@ -259,7 +299,7 @@ class Function:
 
     def _warn_of_many_shapes(self, signature: Signature) -> None:
         alike = differing_in_shapes(signature, self._signatures)
-        if len(alike) == _MANY_SHAPES:
+        if len(alike) == _MANY_SHAPES and shapes_in(alike):
             shapes = "; ".join(f"{name}: {', '.join(found)}" for name, found in shapes_in(alike).items())
             warn(
                 f"HL129: {self.__name__} has been compiled for {_MANY_SHAPES} shapes of its arguments: {shapes}.",
@@ -280,6 +320,9 @@ class Version:
     Attributes:
         compiled: Whether it is compiled; otherwise it runs eagerly.
         dependencies: The dependencies in its program; see `Backend.marked`.
+        forgotten: What the function forgets.
+        premises: The Python values that it holds as constants.
+        holds: Tells whether they are still the same.
         unsaved: The state in its program that no checkpoint holds, in words.
         run: Runs it.
         use: The variables that it reads and assigns.
@@ -298,7 +341,12 @@ class Version:
         self._program: Program | None = None
         self._fused: dict[int, Fused | None] = {}
         self.use = VariableUse()
+        self.forgotten = Forgotten()
+        self.set_premises(Premises())
         self.run: Callable[[Tensors], Tensors] = self._run_eagerly
+
+    def set_premises(self, premises: Premises) -> None:
+        self.premises, self.holds = premises, premises.hold
 
     def compile(self, jit_compile: bool | str, *, first: bool) -> None:
         """Compiles it, if the backend can."""
@@ -306,13 +354,21 @@ class Version:
         flat, tensors = self._flat(first), self._arguments.tensors
         program = backend.trace(flat, tensors, jit_compile=jit_compile, seen=self.use.known)
         if program is not None:
-            self.run, self._program, self.compiled = program.__call__, program, True
+            self._program, self.compiled = program, True
+            self.run = self._run_and_compile if program.compiles_in_first_run else program.__call__
             self.dependencies, self.unsaved = program.dependencies, program.unsaved
+
+    def _run_and_compile(self, tensors: Tensors) -> Tensors:
+        assert self._program is not None
+        with told_if_slow(self._function.__name__):
+            found = self._program(tensors)
+        self.run = self._program.__call__
+        return found
 
     def fused(self, steps: int) -> Fused | None:
         """A program that runs this version so many times in one dispatch; `None` if the backend has none."""
         if steps not in self._fused:
-            with _ONE_TRACE_AT_A_TIME:
+            with _ONE_TRACE_AT_A_TIME, told_if_slow(self._function.__name__):
                 self._fused[steps] = self._compile_fused(steps)
         return self._fused[steps]
 
@@ -336,7 +392,11 @@ class Version:
             nonlocal runs
             python_function = backend.with_control_flow(self._function.python_function)
             made = len(self.use.made)
-            with observing(self.use):
+            observers: list[Observer] = [self.use]
+            if self._function.tells_of_unused:
+                python_function = self.forgotten.marking(self._function.python_function, python_function)
+                observers += self.forgotten.observers
+            with observing(*observers):
                 try:
                     found = results(self._arguments.call(python_function, tensors))
                 finally:
@@ -347,6 +407,7 @@ class Version:
             runs += 1  # Only now: after a failure, a backend may trace the function again in another way.
             return found.tensors
 
+        runs_when_traced(flat)
         return flat
 
     @property
@@ -362,7 +423,7 @@ class Version:
 
     def _run_eagerly(self, tensors: Tensors) -> list[Tensor]:
         try:
-            with backend.layers_built_outside:
+            with backend.in_steps:
                 result = self._arguments.call(backend.with_control_flow(self._function.python_function), tensors)
         except Exception as error:
             if self.fallback_reason:  # This error may be the reason why it could not be compiled.

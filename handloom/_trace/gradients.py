@@ -11,7 +11,8 @@ import numpy as np
 import optree
 
 from handloom._keras import Tensor, Tensors, Variable, get_keras_mask, keras, layers_of, set_keras_mask
-from handloom._trace.observe import building, tell
+from handloom._trace.losses import InnerLosses
+from handloom._trace.observe import building, observing, tell
 from handloom._trace.structure import Structure
 from handloom.backends import backend
 from handloom.errors import GradientError
@@ -51,18 +52,24 @@ def value_and_grad(fn: Callable[..., Any], wrt: Wrt = 0, *, has_aux: bool = Fals
 
     @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        tell("differentiates")
         sources = _sources(wrt, fn, args)
         rest = _Rest()
 
         def call(*tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
-            result = backend.with_control_flow(fn)(*sources.arguments(tensors), **kwargs)
+            inner = InnerLosses()
+            with observing(inner):
+                result = backend.with_control_flow(fn)(*sources.arguments(tensors), **kwargs)
             value, aux = split(result) if has_aux else (result, None)
-            return scalar(value), rest.put(aux)
+            return scalar(value), rest.put((aux, inner.added))
 
         value, tensors, of_tensors, of_variables = backend.value_and_grad(call, sources.tensors, sources.variables)
         gradients = sources.mirror(of_tensors, list(map(backend.dense, of_variables)))
+        aux, added = rest.get(tensors)
+        for layer, loss in added:
+            tell("loss_added", layer, loss)
         tell("differentiated", value)
-        return ((value, rest.get(tensors)), gradients) if has_aux else (value, gradients)
+        return ((value, aux), gradients) if has_aux else (value, gradients)
 
     return wrapped
 
@@ -110,6 +117,7 @@ def jacobian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
 
     @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        tell("differentiates")
         sources = _sources(wrt, fn, args)
 
         def call(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -140,6 +148,7 @@ def hessian(fn: Callable[..., Any], wrt: Wrt = 0) -> Callable[..., Any]:
 
     @_named_as(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        tell("differentiates")
         sources = _sources(wrt, fn, args)
         present: list[bool] = []
 

@@ -1,13 +1,17 @@
 """The losses of a step: their denominators, and the added losses and regularizers that none of them includes."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from handloom._keras import Layer, Tensor, Variable, get_keras_mask, keras, layers_of
 from handloom._trace.loss_weight import SUM, Weight
-from handloom._trace.observe import Observer, innermost
+from handloom._trace.observe import Observer, innermost, observing
+from handloom.backends import backend
 
 ops = keras.ops
+
+T = TypeVar("T")
 
 
 class Denominator(NamedTuple):
@@ -85,19 +89,43 @@ def note_loss(loss: Tensor, divided_by: Sequence[Denominator]) -> None:
         denominators.add(loss, divided_by)
 
 
+def noted(compute: Callable[[], Tensor]) -> Tensor:
+    """Computes a loss of the step, and records it with the denominators of the losses of Keras in it."""
+    denominators = Denominators()
+    with observing(denominators):
+        loss = compute()
+    note_loss(loss, denominators.distinct())
+    return loss
+
+
 class UncountedLosses(Observer):
-    """Observes which added losses and regularizers a step trains without."""
+    """Observes which added losses and regularizers a step trains without.
+
+    In a step that leaves differentiation to the framework, the losses that it reads count as included.
+    """
 
     def __init__(self) -> None:
+        # By the id of a layer, loss or variable, with the loss: an id belongs to it only as long as it lives.
         self._added: dict[int, Layer] = {}
+        self._layers: dict[int, tuple[Tensor, Layer]] = {}
         self._updated: dict[int, Variable] = {}
         self._counted: set[int] = set()
+        self._read: set[int] = set()
+        self._differentiates = False
 
     def loss_added(self, layer: Layer, loss: Any) -> None:
         self._added[id(layer)] = layer
+        self._layers.update((id(value), (value, layer)) for value in keras.tree.flatten(loss))
 
-    def losses_read(self, layer: Layer) -> None:
-        self.count(*(item for inner in layers_of(layer) for item in [inner, *inner.trainable_variables]))
+    def penalty_read(self, source: Any, penalty: Tensor) -> Tensor:
+        _, item = self._layers.get(id(source), (None, source))
+        if backend.depth and backend.is_array(penalty):
+            return backend.term_twice(penalty, functools.partial(self.count, item))[0]
+        self._read.add(id(item))
+        return penalty
+
+    def differentiated(self, value: Tensor) -> None:
+        self._differentiates = True
 
     def applied(self, optimizer: keras.Optimizer, variables: Sequence[Variable]) -> None:
         self._updated.update((id(variable), variable) for variable in variables)
@@ -106,22 +134,59 @@ class UncountedLosses(Observer):
         """Records that a loss includes the added losses and regularizers of these."""
         self._counted.update(map(id, items))
 
-    def descriptions(self) -> list[str]:
-        """Descriptions of what no loss includes; empty if the step applied no optimizer."""
+    @property
+    def applies(self) -> bool:
+        """Whether the step has applied an optimizer."""
+        return bool(self._updated)
+
+    def descriptions(self, *, of_trained: bool = False) -> list[str]:
+        """Descriptions of what no loss includes; empty if the step applied no optimizer.
+
+        Args:
+            of_trained: Only of layers that the step trains: another step may train the others.
+        """
         if not self._updated:
             return []
-        layers = [layer for key, layer in self._added.items() if key not in self._counted]
-        variables = [variable for key, variable in self._updated.items() if key not in self._counted]
+        counted = self._counted if self._differentiates else self._counted | self._read
+        layers = [layer for key, layer in self._added.items() if key not in counted]
+        if of_trained:
+            layers = [layer for layer in layers if any(id(variable) in self._updated for variable in layer.variables)]
+        variables = [variable for key, variable in self._updated.items() if key not in counted]
         regularized = [variable.path for variable in variables if variable.regularizer is not None]
         return [f"the losses added by {layer.name!r}" for layer in layers] + [
             f"the regularizer of {path!r}" for path in regularized
         ]
 
 
+class InnerLosses(Observer):
+    """Observes the losses added in a differentiated function, which a function around it may have to count.
+
+    Those that the function reads itself are its own.
+    """
+
+    def __init__(self) -> None:
+        self._depth = backend.depth
+        self._added: dict[int, tuple[Layer, Tensor]] = {}
+
+    def loss_added(self, layer: Layer, loss: Any) -> None:
+        if backend.depth == self._depth:
+            self._added.update((id(value), (layer, value)) for value in keras.tree.flatten(loss))
+
+    def penalty_read(self, source: Any, penalty: Tensor) -> Tensor:
+        self._added.pop(id(source), None)
+        return penalty
+
+    @property
+    def added(self) -> list[tuple[Layer, Tensor]]:
+        """The losses, each with its layer."""
+        return list(self._added.values())
+
+
 class OwnLosses(Observer):
     """Observes which added losses and regularizers of trained variables a loss function does not include itself.
 
-    A function that reads `layer.losses`, as `Model.compute_loss` does, includes the losses of that layer itself.
+    A function may read `layer.losses` (as `Model.compute_loss` does) to include them, or only to report them. So each
+    loss that it reads is a term of its own, and known to be included once the function is differentiated.
 
     Args:
         variables: The trained variables.
@@ -130,27 +195,49 @@ class OwnLosses(Observer):
 
     def __init__(self, variables: list[Variable], layers: list[Layer]) -> None:
         self._variables = variables
+        self._regularized = [variable for variable in variables if variable.regularizer is not None]
         self._owned = {id(item) for item in [*variables, *(inner for layer in layers for inner in layers_of(layer))]}
-        self._added: list[tuple[Layer, Tensor]] = []
-        self._regularized: set[int] = set()
+        self._depth, self._place = backend.depth, backend.place
+        # By the id of an added loss or a regularized variable.
+        self._added: dict[int, tuple[Tensor, Layer]] = {}
+        self._terms: dict[int, tuple[Tensor, Tensor]] = {}
+        self._included: set[int] = set()
 
     def loss_added(self, layer: Layer, loss: Any) -> None:
-        if any(id(variable) in self._owned for variable in layer.variables) or id(layer) in self._owned:
-            self._added.extend((layer, value) for value in keras.tree.flatten(loss))
+        is_owned = any(id(variable) in self._owned for variable in layer.variables) or id(layer) in self._owned
+        if is_owned and backend.depth == self._depth:
+            self._added.update((id(value), (value, layer)) for value in keras.tree.flatten(loss))
 
-    def losses_read(self, layer: Layer) -> None:
-        read = list(layers_of(layer))
-        self._added = [(inner, loss) for inner, loss in self._added if inner not in read]
-        self._regularized.update(id(variable) for inner in read for variable in inner.trainable_variables)
+    def differentiates(self) -> None:
+        # The inner function may read the regularization, and the outer one include it or not.
+        for variable in self._regularized if backend.place == self._place else ():
+            self.penalty_read(variable, variable.regularizer(variable))
 
-    def left_out(self) -> list[Tensor]:
-        """The regularization and added losses that the function did not include; the caller adds them."""
+    def penalty_read(self, source: Any, penalty: Tensor) -> Tensor:
+        key = id(source)
+        if key not in self._owned and key not in self._added:
+            return penalty
+        if key in self._terms:
+            return penalty + 0 * self._terms[key][0]  # The same term: a loss with this one has the first.
+        if backend.place != self._place or not backend.is_array(penalty):
+            self._included.add(key)  # What is read in a branch or loop can be used there only.
+            return penalty
+        self._terms[key] = backend.term_twice(penalty, functools.partial(self._included.add, key))
+        return self._terms[key][0]
+
+    def unread_terms(self) -> list[Tensor]:
+        """The regularization and added losses that the function did not read; the caller adds them to its result."""
         step = innermost(UncountedLosses)
         if step is not None:
-            step.count(*self._variables, *(layer for layer, _ in self._added))
-        penalties = [
-            variable.regularizer(variable)
-            for variable in self._variables
-            if variable.regularizer is not None and id(variable) not in self._regularized
-        ]
-        return penalties + [loss for _, loss in self._added]
+            step.count(*self._variables, *(layer for _, layer in self._added.values()))
+        known = self._included.union(self._terms)
+        added = [loss for key, (loss, _) in self._added.items() if key not in known]
+        return [weight.regularizer(weight) for weight in self._regularized if id(weight) not in known] + added
+
+    def read_terms(self) -> list[tuple[int, Tensor]]:
+        """Those that it read, each with a key, to add too: they have no gradient if the function includes them."""
+        return [(key, second) for key, (_, second) in self._terms.items()]
+
+    def left_out(self, read: list[tuple[int, T]]) -> list[T]:
+        """What belongs to those that the function read and does not include, once it is differentiated."""
+        return [found for key, found in read if key not in self._included]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from handloom._keras import Layer, Tensor, Variable, keras, python_utils, trained_by
+from handloom._trace.left_out import passed_over
 from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.building import is_building
@@ -50,8 +51,14 @@ class Observer:
     def loss_added(self, layer: Layer, loss: Any) -> None:
         """A layer has added one loss or several."""
 
-    def losses_read(self, layer: Layer) -> None:
-        """The losses of a layer, and of those inside it, are about to be read."""
+    def penalty_read(self, source: Any, penalty: Tensor) -> Tensor:
+        """One of the losses of a layer has been read; returns it for the caller.
+
+        Args:
+            source: The regularized variable, or the loss as it was added.
+            penalty: The regularization, or the loss.
+        """
+        return penalty
 
     def layer_called(self, layer: Layer, outputs: Any) -> None:
         """A layer that no other layer called has returned its outputs."""
@@ -59,6 +66,9 @@ class Observer:
     def mask_computed(self, layer: Layer, mask: Tensor) -> Tensor:
         """The step has computed a mask by `layer.compute_mask`; returns the mask for the caller."""
         return mask
+
+    def differentiates(self) -> None:
+        """A function is about to be differentiated."""
 
     def differentiated(self, value: Tensor) -> None:
         """A value has been differentiated."""
@@ -86,6 +96,11 @@ def building() -> contextlib.AbstractContextManager[None]:
     return _observers.here(tuple(observer for observer in _observers.get() if observer.sees_building))
 
 
+def unobserved() -> contextlib.AbstractContextManager[None]:
+    """A block that is no part of what runs around it: no observer is called."""
+    return _observers.here(())
+
+
 def innermost(kind: type[T]) -> T | None:
     """The observer of a class that was added last; `None` if there is none."""
     return next((observer for observer in reversed(_observers.get()) if isinstance(observer, kind)), None)
@@ -95,6 +110,13 @@ def tell(event: str, *about: Any) -> None:
     """Calls a method of each observer."""
     for observer in _observers.get():
         getattr(observer, event)(*about)
+
+
+def _replaced(event: str, about: Any, value: Any) -> Any:
+    """Calls a method of each observer that returns a value in place of another."""
+    for observer in _observers.get():
+        value = getattr(observer, event)(about, value)
+    return value
 
 
 class OwnVariable(keras.Variable):
@@ -201,9 +223,7 @@ def _metric_attribute(original: Callable[[Any, str], Any]) -> Callable[[Any, str
             if name == "update_state":
                 tell("metric_updated", self)
             value = method(*args, **kwargs)
-            for observer in _observers.get() if name == "result" else ():
-                value = observer.metric_result(self, value)
-            return value
+            return _replaced("metric_result", self, value) if name == "result" else value
 
         return call
 
@@ -227,10 +247,22 @@ def _adding_loss(original: Callable[[Layer, Any], None]) -> Callable[[Layer, Any
     return add_loss
 
 
+def _losses(original: Callable[[Layer], list[Tensor]]) -> Callable[[Layer], list[Tensor]]:
+    def losses(self: Layer) -> list[Tensor]:
+        found = original(self)
+        # First the added losses, then the regularization.
+        regularized = [variable for variable in self.trainable_weights if variable.regularizer is not None]
+        sources = [*found[: len(found) - len(regularized)], *regularized]
+        pairs = zip(sources, found, strict=True)
+        return found if is_building() else [_replaced("penalty_read", *pair) for pair in pairs]
+
+    return losses
+
+
 def _layer_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Layer, *args: Any, **kwargs: Any) -> Any:
-        with _calls.here(_calls.get() + 1):
-            outputs = original(self, *args, **kwargs)
+        with _calls.here(_calls.get() + 1), passed_over(args) as inputs:
+            outputs = original(self, *inputs, **kwargs)
         if not _calls.get():
             tell("layer_called", self, outputs)
         return outputs
@@ -241,10 +273,7 @@ def _layer_call(original: Callable[..., Any]) -> Callable[..., Any]:
 def _mask_computation(original: Callable[..., Any]) -> Callable[..., Any]:
     def compute_mask(self: Layer, *args: Any, **kwargs: Any) -> Any:
         mask = original(self, *args, **kwargs)
-        by_the_step = mask is not None and not _calls.get()
-        for observer in _observers.get() if by_the_step else ():
-            mask = observer.mask_computed(self, mask)
-        return mask
+        return mask if mask is None or _calls.get() else _replaced("mask_computed", self, mask)
 
     return compute_mask
 
@@ -266,7 +295,7 @@ _PATCH = Patch(
     (keras.Metric, "__getattribute__", _metric_attribute),
     (keras.Loss, "__call__", _loss_call),
     (keras.Layer, "add_loss", _adding_loss),
-    (keras.Layer, "losses", functools.partial(_telling_before, "losses_read")),
+    (keras.Layer, "losses", _losses),
     (keras.Layer, "__call__", _layer_call),
     # The layers from which masks come; the others pass them on.
     (keras.layers.Embedding, "compute_mask", _mask_computation),

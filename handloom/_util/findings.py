@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,19 @@ _silenced: Switch[frozenset[str]] = Switch(frozenset())
 _strict = Switch(False)
 _collected: Switch[list[Finding] | None] = Switch(None)
 
+_log = logging.getLogger("handloom")
+
 given = Listeners()
 """Functions that are called with each finding of a warning that is not silenced."""
 
 
-def warn(saw: str, why: str = "", fix: str = "", category: type[HandloomWarning] = HandloomWarning) -> None:
+def warn(
+    saw: str,
+    why: str = "",
+    fix: str = "",
+    category: type[HandloomWarning] = HandloomWarning,
+    at: tuple[str, int] | None = None,
+) -> None:
     """Warns the user, at the line of their code that the warning is about.
 
     Args:
@@ -29,11 +38,12 @@ def warn(saw: str, why: str = "", fix: str = "", category: type[HandloomWarning]
         why: Why it is wrong.
         fix: What to do instead.
         category: The class of the warning.
+        at: File and line; by default those at which the user's code runs now.
     """
     if saw.partition(": ")[0] in _silenced.get():
         return
     frame = users_frame()
-    place = frame.f_code.co_filename, frame.f_lineno
+    place = at or (frame.f_code.co_filename, frame.f_lineno)
     warning = category(saw, why, fix, at=place)
     given.tell(warning.finding)
     if _strict.get():
@@ -43,6 +53,12 @@ def warn(saw: str, why: str = "", fix: str = "", category: type[HandloomWarning]
     else:
         registry = frame.f_globals.setdefault("__warningregistry__", {})
         warnings.warn_explicit(warning, category, *place, frame.f_globals.get("__name__"), registry)
+
+
+def log(notice: HandloomWarning) -> None:
+    """Logs something of which the user should know and which need not be a mistake: `strict` makes it no error."""
+    if notice.finding.code not in _silenced.get():
+        _log.warning("%s", notice)
 
 
 def silence(code: str) -> contextlib.AbstractContextManager[None]:

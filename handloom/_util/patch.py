@@ -5,7 +5,10 @@ import functools
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
+
+Replacement: TypeAlias = tuple[Any, str, Callable[[Any], Any]]
+"""An owner, the name of its attribute, and a function from that to its replacement."""
 
 _LOCK = threading.Lock()
 
@@ -23,7 +26,7 @@ class Patch(contextlib.ContextDecorator):
         when: Whether the caller gets the replacement. By default it does in a context that has entered the patch.
     """
 
-    def __init__(self, *patches: tuple[Any, str, Callable[[Any], Any]], when: Callable[[], bool] | None = None) -> None:
+    def __init__(self, *patches: Replacement, when: Callable[[], bool] | None = None) -> None:
         self._replacements = patches
         self._depth: ContextVar[int] = ContextVar("depth", default=0)
         self._when = when or self._is_entered

@@ -8,18 +8,19 @@ needs to know which backend runs, this contract lacks a method.
 import abc
 import contextlib
 import importlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from handloom._keras import Gradients, Tensor, Tensors, Variables, keras
+from handloom._keras import Gradients, Tensor, Tensors, Variables, keras, outside_of_scopes
 from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.program import Program, Seen, Step
 from handloom.backends.scope import Scope
+from handloom.backends.takes_data import check_takes_data
 from handloom.backends.trace_errors import naming_what_has_no_derivative
 from handloom.errors import TraceError
 
@@ -39,11 +40,13 @@ class Backend(abc.ABC):
     """The lowest and the highest version that Handloom was tested with (`docs/compatibility.md`)."""
     holds_text = False
     """Whether its tensors can hold text."""
-    layers_built_outside: Patch
-    """Inside, layers are built outside of traces; see `built_outside`."""
+    outside: Callable[[], contextlib.AbstractContextManager[Any]]
+    """Makes a context that is outside of all traces of the backend."""
+    in_steps: Patch
+    """Inside, layers are built outside of traces, and operators promote dtypes; see `building.py`, `operators.py`."""
 
     def __init__(self) -> None:
-        self._in_trace, self._in_gradient = Switch(False), Switch(False)
+        self._in_trace, self._depth = Switch(False), Switch(0)
 
     # ---------------------------------------------------------------- tensors
 
@@ -54,6 +57,10 @@ class Backend(abc.ABC):
         True for tensors of the backend, NumPy arrays and NumPy scalars; false for Python numbers and
         `keras.Variable`s.
         """
+
+    def is_passed_by_value(self, leaf: Any) -> bool:
+        """Whether a leaf of a step's arguments is data that the step cannot assign: not a variable of the backend."""
+        return self.is_array(leaf)
 
     @abc.abstractmethod
     def to_tensor(self, array: Any) -> Tensor:
@@ -94,6 +101,14 @@ class Backend(abc.ABC):
     def to_numpy(self, tensor: Tensor) -> np.ndarray:
         """The values of a tensor as a NumPy array, once they are computed. Do not write to it."""
 
+    def result(self, tensor: Tensor) -> Any:
+        """A tensor as a user gets it from `predict`: a NumPy array, or itself if no array can hold its values."""
+        return keras.ops.convert_to_numpy(tensor)
+
+    def joined(self, results: Sequence[Any]) -> Any:
+        """Results of several batches, along their first axis."""
+        return np.concatenate(results) if len(results) > 1 else results[0]
+
     @abc.abstractmethod
     def detach(self, tensor: Tensor) -> Tensor:
         """The tensor by itself: it keeps no computation alive, and no variable or array changes it."""
@@ -116,7 +131,7 @@ class Backend(abc.ABC):
         """Restores a state from `random_state`; ignores that of another backend."""
 
     def seed_random_state(self, seed: int) -> None:
-        """Seeds that state, where `keras.utils.set_random_seed` does not; nothing by default."""
+        """Seeds that state, as far as it is not the libraries' own; nothing by default."""
 
     @abc.abstractmethod
     def profiled(self, directory: Path) -> contextlib.AbstractContextManager[Any]:
@@ -217,12 +232,33 @@ class Backend(abc.ABC):
             self._run_on_shapes(fn)
             done = True
         if not done:
-            with self.layers_built_outside, Scope(creates=True):
+            with self.in_steps, Scope(creates=True):
                 fn()
+
+    @contextlib.contextmanager
+    def outside_of_traces(self) -> Iterator[None]:
+        """A block in which variables are created and assigned at once, although a step is being traced."""
+        with self.outside(), outside_of_scopes():
+            yield
 
     @abc.abstractmethod
     def _run_on_shapes(self, fn: Callable[[], Any]) -> None:
         """Runs `fn()` on shapes alone; no value changes."""
+
+    def step_of(self, model: keras.Model, name: str, build: Callable[[keras.Model, Any], None]) -> Callable[..., Any]:
+        """A step of a model, which takes a batch; a step in Keras's own manner on this backend becomes one.
+
+        Args:
+            model: The model.
+            name: `"train_step"`, `"test_step"` or `"predict_step"`.
+            build: Takes the model and a batch; creates everything that such a step expects to be there.
+
+        Raises:
+            StepError: The step is in Keras's own manner on another backend, or takes no batch.
+        """
+        step: Callable[..., Any] = getattr(model, name)
+        check_takes_data(step, type(model).__name__, self.title)
+        return step
 
     # ---------------------------------------------------------- differentiating
 
@@ -248,7 +284,7 @@ class Backend(abc.ABC):
             value, aux = fn(*tensors)
             return [value], aux
 
-        with naming_what_has_no_derivative(self.title), self.layers_built_outside:
+        with naming_what_has_no_derivative(self.title), self.in_steps:
             [value], aux, [row] = self._derivatives(listed, tensors, variables, scalar=True)
         return value, aux, *self._split(row, len(tensors))
 
@@ -271,7 +307,7 @@ class Backend(abc.ABC):
             The outputs; the further tensors; for each output a pair like the last two results of `value_and_grad`, of
             derivatives of shape `output.shape + source.shape`.
         """
-        with naming_what_has_no_derivative(self.title), self.layers_built_outside:
+        with naming_what_has_no_derivative(self.title), self.in_steps:
             outputs, aux, rows = self._derivatives(fn, tensors, variables, scalar=False)
         return outputs, aux, [self._split(row, len(tensors)) for row in rows]
 
@@ -285,6 +321,14 @@ class Backend(abc.ABC):
     def _split(self, row: Gradients, count: int) -> tuple[Gradients, Gradients]:
         return list(map(self.dense, row[:count])), row[count:]
 
+    @abc.abstractmethod
+    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """A term of a loss twice: for a function that may include it, and for the caller to add to the result of that.
+
+        If the function's result depends on the first through differentiable operations, then, while the sum is
+        differentiated, `included` is called, and the second has no gradient: the term counts once.
+        """
+
     # ------------------------------------------------------------------ nesting
 
     @property
@@ -293,4 +337,23 @@ class Backend(abc.ABC):
 
         Compiled functions that are called there become a part of it.
         """
-        return self._in_trace.get() or self._in_gradient.get()
+        return self._in_trace.get() or self.depth > 0
+
+    @property
+    def depth(self) -> int:
+        """The number of differentiated functions that the caller runs inside of, one inside the other."""
+        return self._depth.get()
+
+    def _differentiating(self) -> contextlib.AbstractContextManager[None]:
+        """A block inside a differentiated function."""
+        return self._depth.here(self.depth + 1)
+
+    @property
+    def place(self) -> Any:
+        """Differs inside another differentiated function, branch or loop: its tensors may not exist outside."""
+        return self.depth, self._branch
+
+    @property
+    @abc.abstractmethod
+    def _branch(self) -> Any:
+        """Differs inside another branch or loop."""

@@ -58,12 +58,14 @@ class Program(abc.ABC):
         read: The variables that it only reads.
         dependencies: The dependencies between its marked tensors.
         unsaved: The state that it uses apart from Keras variables, in words: no checkpoint holds it.
+        compiles_in_first_run: Whether its first run compiles kernels.
     """
 
     written: tuple[Variable, ...]
     read: tuple[Variable, ...]
     dependencies = Dependencies()
     unsaved: Sequence[str] = ()
+    compiles_in_first_run = False
 
     @abc.abstractmethod
     def __call__(self, tensors: Tensors) -> Tensors:

@@ -3,12 +3,28 @@
 import contextlib
 import os
 import re
+import traceback
 from collections.abc import Iterator
+from typing import Any
 
-from handloom._util.source_line import Frames, place_in, shown
+from handloom._keras import keras
+from handloom._util.source_line import Frames, frames_of, place_in, shown
 from handloom.errors import GradientError, TraceError
 
 _TENSORFLOW = f"{os.sep}site-packages{os.sep}tensorflow{os.sep}"
+
+
+def described_place(error: BaseException) -> str:
+    """The layer, metric or loss in which an error was raised, and the user's line; empty if neither is known."""
+    owners: list[Any] = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    kinds = (("layer", keras.Layer), ("metric", keras.Metric), ("loss", keras.Loss))
+    named = [f", in the {kind} {owner.name!r}" for owner in owners for kind, cls in kinds if _is_part(owner, cls)]
+    place = place_in(frames_of(error))
+    return (named or [""])[-1] + ("" if place is None else f" ({shown(place)})")
+
+
+def _is_part(owner: object, cls: type) -> bool:
+    return isinstance(owner, cls) and not isinstance(owner, keras.Model)
 
 
 def needs_a_value(frames: Frames) -> TraceError:
@@ -20,6 +36,20 @@ def needs_a_value(frames: Frames) -> TraceError:
         "Use operations instead: keras.ops.cond or keras.ops.where for a branch, keras.ops.while_loop or "
         "keras.ops.fori_loop for a loop, keras.ops.cast for a conversion, keras.ops.shape for a size. To look at a "
         "value, return it from the step, or run the step eagerly: hl.run_eagerly(True).",
+        at=place,
+    )
+
+
+def leaked(frames: Frames) -> TraceError:
+    """The error for a tensor of a trace that is used outside of it."""
+    place = place_in(frames)
+    return TraceError(
+        f"HL102: A tensor is used outside of the function that computed it ({shown(place)}).",
+        "It was kept, in an attribute for example, while a function ran whose tensors have no values outside: an "
+        "earlier trace of the step, a loss function, or a function that was passed to an operation (keras.ops.cond, "
+        "while_loop, scan, map, vectorized_map).",
+        "Return the tensor from the function (with has_aux=True from a loss function), compute it in `build` or "
+        "`__init__`, or keep its value in a keras.Variable.",
         at=place,
     )
 
@@ -44,8 +74,7 @@ def read_by_numpy(frames: Frames) -> TraceError:
     return TraceError(
         f"HL126: NumPy needs the value of a tensor that is part of a gradient ({shown(place)}).",
         "NumPy computes no gradients, and a compiled step has no values.",
-        "In arithmetic with tensors, convert the NumPy array first: y = keras.ops.convert_to_tensor(y); arguments of "
-        "hl.function are converted. To look at a value, return it, or run the step eagerly, with "
+        "Compute with keras.ops in place of NumPy. To look at a value, return it, or run the step eagerly, with "
         "hl.run_eagerly(True), and call keras.ops.convert_to_numpy(x).",
         at=place,
     )

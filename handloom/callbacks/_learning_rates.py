@@ -31,7 +31,8 @@ class Rates:
             raise OptimizerError(
                 "HL330: There is no optimizer with a learning rate to set.",
                 fix="Compile the model with an optimizer; for hl.fit, name it in the state: "
-                'state={"model": model, "optimizer": optimizer}.',
+                'state={"model": model, "optimizer": optimizer}. A MultiOptimizer that is made from a function has none'
+                " before it is built: call optimizer.build(model.trainable_variables) before training.",
             )
         if name is not None and name not in optimizers:
             known = ", ".join(repr(other) for other in optimizers if other) or "one without a name"
@@ -74,8 +75,16 @@ def _optimizers(model: Any) -> dict[str, keras.Optimizer]:
     if isinstance(several, NamedOptimizers):
         return dict(several.items())
     if several is not None:  # A `MultiOptimizer` of Keras, whose own learning rate is an error.
-        return {each.name: each for each in several.optimizers}
+        return {each.name: each for each in several.optimizers or _built(optimizer, several, model)}
     return {} if optimizer is None else {"": optimizer}
+
+
+def _built(optimizer: keras.Optimizer, several: Any, model: Any) -> list[keras.Optimizer]:
+    """The optimizers of a `MultiOptimizer` that is made from a function, which it asks when it is built."""
+    if not (getattr(model, "compiled", False) and model.built):
+        return []
+    optimizer.build(model.trainable_variables)
+    return list(several.optimizers)
 
 
 def _rate(optimizer: keras.Optimizer) -> float:

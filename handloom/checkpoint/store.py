@@ -270,6 +270,14 @@ def read_newest(
     return None, {}
 
 
+def newest_contents(directory: Path) -> dict[str, Any]:
+    """The JSON values of the newest checkpoint whose table and values are sound; empty if there is none."""
+    for slot in reversed(slots(directory)):
+        with contextlib.suppress(CheckpointError):
+            return read_contents(directory / slot.name, read_manifest(directory / slot.name))
+    return {}
+
+
 def _note(slot: Slot, path: Path, error: CheckpointError, damaged: dict[Slot, CheckpointError]) -> None:
     if path.exists():  # Otherwise a writer has just removed it, and there is a newer one.
         damaged[slot] = error

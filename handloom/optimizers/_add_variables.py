@@ -1,7 +1,13 @@
 """Slots for variables that are added, or unfrozen, after an optimizer was built."""
 
-from handloom._keras import Variable, forget_slots, keras, slots_of, trained_by
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from handloom._keras import Variable, forget_slots, keras, replace_slot, slots_of, trained_by
 from handloom._trace.gradients import Wrt, variables_of
+from handloom._trace.observe import unobserved
+from handloom.backends import backend
 from handloom.errors import OptimizerError
 from handloom.optimizers._named import NamedOptimizers
 from handloom.optimizers._tree import children, inside
@@ -10,8 +16,8 @@ from handloom.optimizers._tree import children, inside
 def add_variables(optimizer: keras.Optimizer, wrt: Wrt) -> None:
     """Adds slots for further variables to a built optimizer; existing slots keep their values.
 
-    For loops by hand in which a layer is unfrozen or added between two steps. Afterwards compile the step again,
-    `hl.function(train_step)`: a compiled step trains the variables that it was compiled for. `Model.fit` does both.
+    For loops by hand in which a layer is added between two steps, or in which `optimizer.apply` is called. `minimize`
+    and `Model.fit` do it for variables that are unfrozen.
 
     Args:
         optimizer: The optimizer, with everything that it wraps. If it is not built yet, its first step builds it.
@@ -27,13 +33,31 @@ def add_variables(optimizer: keras.Optimizer, wrt: Wrt) -> None:
         ```python
         model.get_layer("encoder").trainable = True
         handloom.optimizers.add_variables(optimizer, model)
-        step = hl.function(train_step)
         ```
     """
     given = [variable for leaf in keras.tree.flatten(wrt) for variable in getattr(leaf, "variables", [leaf])]
     known = [variable for part in inside(optimizer) for variable in trained_by(part)]
     order = {id(variable): variable for variable in [*given, *known]}
     add_variables_in_order(optimizer, variables_of(wrt), list(order.values()))
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """A block in which slots are created and have values at once, although a step may be being traced."""
+    with backend.outside_of_traces(), unobserved():
+        yield
+
+
+def add_unfrozen(optimizer: keras.Optimizer, wrt: Wrt) -> None:
+    """Adds slots for the variables in `wrt` that were frozen when the optimizer was built.
+
+    An optimizer that trains no variable in `wrt` was built for another part; its update will say so.
+    """
+    known = {id(variable) for part in inside(optimizer) for variable in trained_by(part)}
+    are_known = [id(variable) in known for variable in variables_of(wrt)]
+    if any(are_known) and not all(are_known):
+        with at_once():
+            add_variables(optimizer, wrt)
 
 
 def add_variables_in_order(optimizer: keras.Optimizer, variables: list[Variable], order: list[Variable]) -> None:
@@ -53,10 +77,11 @@ def add_variables_in_order(optimizer: keras.Optimizer, variables: list[Variable]
     known = set(map(id, trained_by(optimizer)))
     wanted = known.union(map(id, variables))
     if optimizer.built and wanted != known:
-        _rebuild(optimizer, [variable for variable in order if id(variable) in wanted])
+        rebuild(optimizer, [variable for variable in order if id(variable) in wanted])
 
 
-def _rebuild(optimizer: keras.Optimizer, variables: list[Variable]) -> None:
+def rebuild(optimizer: keras.Optimizer, variables: list[Variable]) -> None:
+    """Builds an optimizer, without those inside it, for other variables; existing slots keep their values."""
     paths = [variable.path for variable in variables]
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
@@ -67,7 +92,24 @@ def _rebuild(optimizer: keras.Optimizer, variables: list[Variable]) -> None:
     before = {slot.path: slot for slot in slots_of(optimizer)}
     forget_slots(optimizer)
     optimizer.built = False
-    optimizer.build(variables)
-    for slot in slots_of(optimizer):
-        if slot.path in before:
-            slot.assign(before[slot.path])
+    with _slots_kept(optimizer, before):
+        optimizer.build(variables)
+
+
+@contextlib.contextmanager
+def _slots_kept(optimizer: keras.Optimizer, before: dict[str, Variable]) -> Iterator[None]:
+    """A block in which an optimizer takes its earlier slots, by path, for new ones: compiled steps hold them."""
+    make = optimizer.add_variable
+
+    def add_variable(*args: Any, **kwargs: Any) -> Variable:
+        new = make(*args, **kwargs)
+        if new.path not in before:
+            return new
+        replace_slot(optimizer, new, before[new.path])
+        return before[new.path]
+
+    vars(optimizer)["add_variable"] = add_variable  # Not by `setattr`, by which Keras tracks what is set.
+    try:
+        yield
+    finally:
+        del vars(optimizer)["add_variable"]

@@ -1,6 +1,7 @@
 """A loss function with everything that belongs to its loss, ready to be differentiated."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,11 +44,12 @@ class LossFunction:
             `Backend.dense`), or `None` if the variable does not reach the loss.
         """
 
-        def loss() -> tuple[Tensor, Any]:
-            [scaled], result = self._losses(scalar)
-            return scaled, result
+        def scaled() -> tuple[Tensor, Any]:
+            loss, unread, read, rest = self._called(scalar)
+            return self._scaled(sum([*unread, *(term for _, term in read)], start=loss)), (loss, unread, read, rest)
 
-        return gradients_of(loss, self.variables)
+        (loss, unread, read, (aux, divided_by, own)), gradients = gradients_of(scaled, self.variables)
+        return (sum([*unread, *own.left_out(read)], start=loss), aux, divided_by), gradients
 
     def gradients_of_each(self) -> tuple[Any, list[Gradients]]:
         """Does the same for a function that returns a vector of losses.
@@ -55,22 +57,35 @@ class LossFunction:
         Returns:
             The result, with the sum of the losses; and the gradients of each loss, followed by those of the penalties.
         """
-        return gradients_of_each(lambda: self._losses(vector), self.variables)
 
-    def _losses(self, form: Callable[[Any], Tensor]) -> tuple[list[Tensor], Any]:
-        """The scaled losses to differentiate, and the result."""
+        def scaled() -> tuple[list[Tensor], Any]:
+            losses, unread, read, rest = self._called(vector)
+            total = sum(unread, start=ops.zeros((), losses.dtype))
+            parts = [*(term for _, term in read), total, *ops.unstack(losses)]
+            return list(map(self._scaled, parts)), (losses, total, read, rest)
+
+        (losses, total, read, (aux, divided_by, own)), rows = gradients_of_each(scaled, self.variables)
+        of_read, [of_unread, *gradients] = rows[: len(read)], rows[len(read) :]
+        rows_by_key = [(key, row) for (key, _), row in zip(read, of_read, strict=True)]
+        of_penalties = [_sum(column) for column in zip(of_unread, *own.left_out(rows_by_key), strict=True)]
+        return (ops.sum(losses) + sum(own.left_out(read), start=total), aux, divided_by), [*gradients, of_penalties]
+
+    def _called(self, form: Callable[[Any], Tensor]) -> tuple[Tensor, list[Tensor], list[tuple[int, Tensor]], Any]:
+        """The loss by itself, the penalties that the function did not read and those that it did, and the rest."""
         layers = [leaf for leaf in keras.tree.flatten(self.wrt) if isinstance(leaf, keras.Layer)]
         denominators, own = Denominators(), OwnLosses(self.variables, layers)
         with observing(denominators, own):
             result = backend.with_control_flow(self.function)()
             loss, aux = split(result) if self.has_aux else (result, None)
             loss = form(loss)
-            penalties = [ops.cast(ops.sum(penalty), loss.dtype) for penalty in own.left_out()]
-        if form is scalar:
-            total = sum(penalties, start=loss)
-            losses = [total]
-        else:
-            losses = [*ops.unstack(loss), sum(penalties, start=ops.zeros((), loss.dtype))]
-            total = ops.sum(loss) + losses[-1]
-        scaled = losses if self.scale is None else [loss * ops.cast(self.scale, loss.dtype) for loss in losses]
-        return scaled, (total, aux, denominators.distinct())
+            unread = [ops.cast(ops.sum(term), loss.dtype) for term in own.unread_terms()]
+            read = [(key, ops.cast(ops.sum(term), loss.dtype)) for key, term in own.read_terms()]
+        return loss, unread, read, (aux, denominators.distinct(), own)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scale is None else loss * ops.cast(self.scale, loss.dtype)
+
+
+def _sum(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
+    present = [gradient for gradient in gradients if gradient is not None]
+    return functools.reduce(ops.add, present) if present else None

@@ -1,9 +1,10 @@
 """One update of variables, from a loss function to changed weights."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from handloom._keras import Gradients, Variable, keras, layers_of
+from handloom._keras import Gradients, Variable, has_value, keras, layers_of
 from handloom._trace.gradients import Wrt, build, variables_of
 from handloom._trace.loss_weight import SUM, Weight, step_weight, weight_of_step
 from handloom._trace.losses import Denominator, note_loss
@@ -11,6 +12,7 @@ from handloom._util.findings import warn
 from handloom.distribute._strategy import current
 from handloom.errors import ArgumentError, GradientError, OptimizerError
 from handloom.optimizers._accumulation import GradientAccumulation
+from handloom.optimizers._add_variables import add_unfrozen, at_once
 from handloom.optimizers._loss_function import LossFunction
 from handloom.optimizers._loss_scale import apply_unscaled, loss_scale, unscaled
 from handloom.optimizers._named import NamedOptimizers
@@ -28,9 +30,10 @@ def minimize(
     """Takes one step of an optimizer down a loss, now.
 
     The loss includes the penalties of the variables, which are easily forgotten: the weight regularization, and the
-    losses added by `add_loss` in the layers of `wrt`, unless `loss_fn` already read them (as `layer.losses`, or through
-    `Model.compute_loss`). With a `LossScaleOptimizer` the loss is scaled, and an update with a gradient that is not
-    finite is skipped.
+    losses added by `add_loss` in the layers of `wrt`. Each counts once: a penalty that `loss_fn` includes in the loss
+    itself (from `layer.losses`, or through `Model.compute_loss`) is not added to it, one that it only reports is. A
+    penalty behind `ops.stop_gradient` is not in the loss; to leave one out, multiply it by 0. With a
+    `LossScaleOptimizer` the loss is scaled, and an update with a gradient that is not finite is skipped.
 
     Args:
         loss_fn: Takes no arguments; returns the loss, a scalar floating-point tensor, or with `has_aux` a pair of it
@@ -58,7 +61,7 @@ def minimize(
         )
     build(wrt, loss_fn)
     variables = variables_of(wrt)
-    _build_optimizer(optimizer, variables)
+    _build_optimizer(optimizer, wrt, variables)
     scale = loss_scale(optimizer)
     if scale is None:
         _warn_of_underflow(wrt)
@@ -77,7 +80,7 @@ def minimize(
     return (loss, aux) if has_aux else loss
 
 
-def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
+def _build_optimizer(optimizer: Any, wrt: Wrt, variables: list[Variable]) -> None:
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise OptimizerError(
             f"HL312: minimize() takes a Keras optimizer; received {optimizer!r} (of type {type(optimizer).__name__}).",
@@ -91,10 +94,12 @@ def _build_optimizer(optimizer: Any, variables: list[Variable]) -> None:
             "Keras moves the averages on steps that update nothing.",
             f"Leave out the latter, and use handloom.optimizers.GradientAccumulation(optimizer, {steps}).",
         )
-    if not optimizer.built:
-        optimizer.build(variables)
-    for named in inside(optimizer, NamedOptimizers):
-        named.split(variables)
+    with at_once() if all(map(has_value, variables)) else contextlib.nullcontext():
+        if not optimizer.built:
+            optimizer.build(variables)
+        for named in inside(optimizer, NamedOptimizers):
+            named.split(variables)
+    add_unfrozen(optimizer, wrt)
 
 
 def _weight(given: Weight | None, divided_by: list[Denominator], optimizer: keras.Optimizer) -> Weight:
@@ -133,7 +138,7 @@ def _apply(optimizer: keras.Optimizer, gradients: Gradients, variables: list[Var
         raise OptimizerError(
             f"HL315: The optimizer {optimizer.name!r} was built for others than {[v.path for v in variables]}.",
             fix="Use one optimizer per part, or build it for all parts: optimizer.build([*a, *b]). For variables added "
-            "or unfrozen later, call handloom.optimizers.add_variables(optimizer, model), and compile the step again.",
+            "later, call handloom.optimizers.add_variables(optimizer, model).",
         ) from error
 
 

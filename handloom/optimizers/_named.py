@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeAlias
 
-from handloom._keras import Gradients, Layer, Variable, keras, trained_by
+from handloom._keras import Gradients, Layer, Tensors, Variable, keras, trained_by
 from handloom.errors import OptimizerError
 from handloom.optimizers._loss_scale import apply_unscaled
 from handloom.optimizers._tree import taker_inside
@@ -161,6 +161,16 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         gradients = {id(variable): grad for variable, grad in zip(trainable_variables, grads, strict=True)}
         for optimizer, group in self.split(trainable_variables):
             apply_unscaled(optimizer, [gradients[id(variable)] for variable in group], group)
+
+    def stateless_apply(self, optimizer_variables: Tensors, grads: Gradients, trainable_variables: Tensors) -> Any:
+        """Returns the new values of the model's trainable variables, and of the optimizers' own, from the present."""
+        trained = self._attached().trainable_variables
+        known = [*trained, *self.variables]
+        values = [*trainable_variables, *optimizer_variables]
+        with keras.StatelessScope(list(zip(known, values, strict=True))) as scope:
+            self.apply(grads, trained)
+        news = list(map(scope.get_current_value, known))
+        return news[: len(trained)], news[len(trained) :]
 
     @property
     def variables(self) -> list[Variable]:

@@ -63,7 +63,7 @@ def train(model: keras.Model, epochs: int, **options) -> keras.callbacks.History
 
 def main(run_dir: Path, epochs: int = 30) -> str:
     """Trains, saves the model and its curves, and returns the accuracy on held-out digits."""
-    keras.utils.set_random_seed(0)
+    hl.set_random_seed(0)
     model = build()
     history = train(model, epochs, run_dir=run_dir)
     save_curves(history, run_dir / "curves.png")

@@ -67,7 +67,7 @@ class GAN(hl.Model):
 
 def main(run_dir: Path, epochs: int = 80) -> str:
     """Trains, saves the generator, its curves and samples, and returns how close its digits come to real ones."""
-    keras.utils.set_random_seed(0)
+    hl.set_random_seed(0)
     (real, _), (held_out, _) = digits.load()
     gan = GAN(build_generator(), build_discriminator())
     adam = {name: keras.optimizers.Adam(5e-4, beta_1=0.5) for name in ("generator", "discriminator")}

@@ -15,7 +15,7 @@ PATIENCE = 3
 
 def main(run_dir: Path, epochs: int = 30) -> str:
     """Trains until the loss stops improving, saves the best model, and returns the accuracy on held-out digits."""
-    keras.utils.set_random_seed(0)
+    hl.set_random_seed(0)
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(x / 16, y, test_size=1 / 3, random_state=0, stratify=y)
     feed = hl.Feed((x_train, y_train), batch_size=64, shuffle=True)

@@ -54,7 +54,7 @@ class WideAndDeep(hl.Model):
 
 def main(run_dir: Path, epochs: int = 30) -> str:
     """Trains, saves the weights and the curves, and returns the accuracy on held-out tumours."""
-    keras.utils.set_random_seed(0)
+    hl.set_random_seed(0)
     train, held_out = load()
     model = WideAndDeep()
     model.compile(  # Both optimizers decrease the same loss, each with its own part of the model.

@@ -39,11 +39,25 @@ class Both(layers.Layer):
         return self.table(self.norm(x))
 
 
+class BuildingItsPart(layers.Layer):
+    """Builds its part in `call`."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = Table()
+
+    def call(self, x):
+        if not self.table.built:
+            self.table.build(x.shape)
+        return self.table(x)
+
+
 NORMALIZED = (X - MEAN) / np.sqrt(VARIANCE)
 PARTS = {
     "Normalization": (lambda: layers.Normalization(mean=MEAN, variance=VARIANCE), NORMALIZED),
     "own": (Table, 6 * TABLE * X),
     "nested": (Both, 6 * TABLE * NORMALIZED),
+    "in call": (BuildingItsPart, 6 * TABLE * X),
     "Sequential": (lambda: keras.Sequential([Table(), Table()]), 36 * TABLE**2 * X),
 }
 

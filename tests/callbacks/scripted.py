@@ -53,12 +53,13 @@ class TwoParts(hl.Model):
         return [numpy(part.kernel).item() for part in (self.generator, self.critic)]
 
 
-def multi():
+def multi(by_function=False):
     """Two parts with a `MultiOptimizer` of Keras: the generator's rate is 1, the critic's 2."""
     one, other = keras.optimizers.SGD(1.0, name="one"), keras.optimizers.SGD(2.0, name="other")
     model = TwoParts("sgd")
     generator = model.generator.kernel.path
-    model.compile(keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(other, {generator: one})))
+    owners = keras.optimizers.OptimizerMap(other, {generator: one})
+    model.compile(keras.optimizers.MultiOptimizer((lambda variable: owners[variable.path]) if by_function else owners))
     return model
 
 

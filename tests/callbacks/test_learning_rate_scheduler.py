@@ -108,9 +108,12 @@ def test_learning_rate_scheduler_of_keras_sets_the_rates_of_optimizers_by_name()
     assert model.weights_now() == [-0.25, -0.5]
 
 
-@pytest.mark.parametrize("scheduler", [LearningRateScheduler, keras.callbacks.LearningRateScheduler])
-def test_learning_rate_scheduler_sets_the_rates_of_a_multi_optimizer(scheduler):
-    model = multi()
+@pytest.mark.parametrize(
+    ("scheduler", "by_function"),
+    [(LearningRateScheduler, False), (LearningRateScheduler, True), (keras.callbacks.LearningRateScheduler, False)],
+)
+def test_learning_rate_scheduler_sets_the_rates_of_a_multi_optimizer(scheduler, by_function):
+    model = multi(by_function)
     history = fit(model, X, epochs=2, callbacks=[scheduler(lambda epoch, rate: rate / 4)])
     assert history["learning_rate_one"] == [0.25, 0.0625]
     assert history["learning_rate_other"] == [0.5, 0.125]

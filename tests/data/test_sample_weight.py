@@ -294,6 +294,18 @@ class ByHand(hl.Model):
         return {"error": loss}
 
 
+class ByHandReportingPenalties(ByHand):
+    """Reads the penalties only to report them, inside and outside of the loss."""
+
+    def loss_of(self, x, y):
+        loss = error(self, x, y)
+        self.reported = sum(self.losses)
+        return loss
+
+    def train_step(self, data):
+        return super().train_step(data) | {"penalty": sum(self.losses)}
+
+
 class ByHandWithPenalties(ByHand):
     def loss_of(self, x, y):
         return error(self, x, y) + sum(self.losses)
@@ -304,9 +316,10 @@ def penalized(cls):
     return compiled(functional(hidden, Adding(name="adding"), layers.Dense(1), inputs=2, cls=cls), "sgd")
 
 
-def test_fit_warns_of_penalties_in_no_loss_by_name(eagerly):
+@pytest.mark.parametrize("cls", [ByHand, ByHandReportingPenalties])
+def test_fit_warns_of_penalties_in_no_loss_by_name(cls, eagerly):
     with pytest.warns(HandloomWarning) as warned:
-        fit(penalized(ByHand), X, Y, epochs=2)
+        fit(penalized(cls), X, Y, epochs=2)
     added, regularizer = sorted(str(warning.message) for warning in warned)
     assert re.match(r"train_step does not use the losses added by 'adding'\. .*minimize\(\)", added)
     assert re.match(r"train_step does not use the regularizer of '.*low/kernel'\. .*sum\(layer.losses\)", regularizer)

@@ -171,6 +171,29 @@ def test_fit_uses_an_optimizer_that_replaces_the_compiled_one():
 # --------------------------------------------------------- eager and compiled
 
 
+def test_steps_per_execution_of_a_model_is_the_number_of_keras_and_may_be_set_later():
+    model = counting()
+    assert model.steps_per_execution == 1
+    assert model.get_compile_config()["steps_per_execution"] == "auto"  # Another choice may be right elsewhere.
+    begun, count = [], keras.callbacks.Callback()
+    count.takes_executions = True
+    count.on_train_batch_begin = lambda batch, logs: begun.append(batch)
+    model.steps_per_execution = 2
+    assert model.get_compile_config()["steps_per_execution"] == 2
+    fit(model, batch_size=2, callbacks=[count])
+    assert begun == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["train", "test", "predict"])
+def test_fit_evaluate_and_predict_warn_of_a_function_of_keras_that_is_not_called(name):
+    def make(self, force=False):
+        raise AssertionError
+
+    model = compiled(type("Own", (Counting,), {f"make_{name}_function": make})([layers.Dense(1)]))
+    with pytest.warns(HandloomWarning, match=rf"Own\.make_{name}_function is not called\..*{name}_step\(self, data\)"):
+        {"train": fit, "test": evaluate, "predict": predict}[name](model)
+
+
 def test_compile_with_run_eagerly_runs_python_on_every_batch():
     model = counting(run_eagerly=True)
     fit(model, batch_size=4, epochs=3)
@@ -214,17 +237,23 @@ def test_compile_checks_jit_compile():
 # -------------------------------------------------------------------- arguments
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("name", ["train_step", "test_step"])
-def test_a_step_with_the_signature_of_keras_on_jax_is_refused(name):
+@pytest.mark.backend("tensorflow", "torch")
+@pytest.mark.parametrize("name", ["train_step", "test_step", "predict_step"])
+def test_a_step_with_the_signature_of_keras_on_jax_is_refused_elsewhere(name):
     step = {name: lambda self, state, data: ({}, state)}
     step[name].__name__ = name
     model = type("Stateless", (hl.Model,), step)()
-    run = {"train_step": model.fit, "test_step": model.evaluate}[name]
+    run = {"train_step": model.fit, "test_step": model.evaluate, "predict_step": model.predict}[name]
     with pytest.raises(
-        StepError, match=rf"Stateless\.{name}\(state, data\) cannot be called.* {name}\(self, data\).*HL254"
+        StepError, match=rf"Stateless\.{name}\(state, data\) cannot .* {name}\(self, data\).*KERAS_BACKEND=jax.*HL254"
     ):
-        run(X, Y, verbose=0)
+        run(X, verbose=0)
+
+
+def test_a_step_without_an_argument_is_refused():
+    model = type("Empty", (hl.Model,), {"train_step": lambda self: {}})()
+    with pytest.raises(StepError, match=r"A step takes one argument, the batch.*HL254"):
+        model.fit(X, Y, verbose=0)
 
 
 def with_default(self, data, scale=2.0):

@@ -74,6 +74,7 @@ def test_model_of_a_list_of_layers_is_of_its_class_and_sequential():
     assert isinstance(model, keras.Sequential)
     model.add(layers.Dense(5))
     assert model(X).shape == (4, 5)
+    assert type(hl.Sequential([layers.Dense(2)])) is hl.Sequential
 
 
 @pytest.mark.once

@@ -82,19 +82,6 @@ def test_model_trains_a_layer_that_was_added(make):
     assert all(changed(before, model))
 
 
-def test_minimize_of_a_part_that_was_unfrozen_names_add_variables():
-    model, optimizer = sequential(layers.Dense(4), layers.Dense(1)), SGD(RATE, momentum=MOMENTUM)
-
-    def step(x, y):
-        return hl.minimize(lambda: keras.ops.mean((model(x) - y) ** 2), model, optimizer)
-
-    model.layers[0].trainable = False
-    hl.function(step)(X, Y)
-    model.layers[0].trainable = True
-    with pytest.raises(OptimizerError, match=r"unfrozen later, call .*add_variables\(optimizer, model\).*HL315"):
-        hl.function(step)(X, Y)
-
-
 def test_add_variables_for_a_part_keeps_the_variables_of_the_optimizer():
     a, b = keras.Variable(1.0, name="a"), keras.Variable(2.0, name="b")
     optimizer = SGD(RATE, momentum=MOMENTUM)

@@ -106,18 +106,23 @@ def test_pcgrad_projects_three_gradients_in_one_of_the_orders_of_the_paper():
     assert len(set(seen)) > 1
 
 
-def test_pcgrad_adds_penalties_unprojected():
+@pytest.mark.parametrize("read", ["", "to report", "to include"])
+def test_pcgrad_adds_penalties_unprojected_unless_a_loss_includes_them(read, eagerly):
     layer = built(layers.Dense(1, use_bias=False, kernel_regularizer=keras.regularizers.L2(0.5)), 2)
     layer.kernel.assign([[1.0], [2.0]])
     before = numpy(layer.kernel).copy()
 
     def losses():
         first, second = ops.unstack(ops.reshape(layer(np.eye(2, dtype="float32")), (2,)))
-        return ops.stack([first, second - 2 * first])
+        penalty = sum(layer.losses) if read else 0.0
+        return ops.stack([first, second - 2 * first + (penalty if read == "to include" else 0)])
 
-    total = hl.minimize(losses, layer, PCGrad(SGD(0.1)))
+    optimizer = PCGrad(SGD(0.1))
+    total = hl.function(lambda: hl.minimize(losses, layer, optimizer))()
     # Of (1, 0) and (-2, 1): the first loses its part along the second, the second that along the first.
     expected = np.array([[1 - 2 / 5 * 2 + 0], [2 / 5 + 1]]) + before
+    if read == "to include":  # The same of (1, 0) and (-2, 1) + before.
+        expected = np.array([[1 - 1 / 10 + 0], [3 / 10 + 3]])
     close((before - numpy(layer.kernel)) / 0.1, expected)
     close(total, 1 + (2 - 2) + 0.5 * (1 + 4))
 

@@ -129,11 +129,11 @@ def test_fit_reports_the_last_value_of_what_is_computed_from_a_metric_result(eag
         total.update_state(x)
         loss, _ = hl.value_and_grad(lambda: ops.mean(x) * weight, wrt=weight)()
         result = total.result()
-        values = {"total": result, "twice": 2 * result, "root": ops.sqrt(total.result())}
-        return {"loss": loss, "mean": ops.mean(x)} | values
+        values = {"total": result, "twice": 2 * result, "root": ops.sqrt(total.result()), "half": (result, 2)}
+        return {"loss": loss, "mean": ops.mean(x), "pair": (ops.sum(x), len(x))} | values
 
     assert [float(np.float32(value)) for [value] in reported(step).values()] == pytest.approx(
-        [4.5, 4.5, 45, 90, np.sqrt(45)]
+        [4.5, 4.5, 4.5, 45, 90, np.sqrt(45), 22.5]
     )
 
 
@@ -142,10 +142,12 @@ def test_fit_warns_of_a_value_computed_from_a_metric_result_and_the_batch(eagerl
 
     def step(x):
         total.update_state(x)
-        return {"mixed": ops.mean(x) + total.result()}
+        return {"mixed": ops.mean(x) + total.result(), "pair": (total.result(), ops.sum(x))}
 
     with pytest.warns(HandloomWarning, match="HL205") as warned:
-        close(reported(step)["mixed"], [8.5 + 45])
+        history = reported(step)
+    close([history["mixed"], history["pair"]], [[8.5 + 45], [45 / 17]])
+    assert len(warned) == 2
     assert "step computes 'mixed' from the batch and a metric's running result" in str(warned[0].message)
 
 

@@ -1,6 +1,7 @@
 """One seed makes two runs the same; without it they differ."""
 
 import random
+import subprocess
 import sys
 
 import keras
@@ -116,6 +117,34 @@ def test_fit_seeds_a_data_loader_on_every_backend():
 
     assert run(1) == run(1)
     assert run(1) != run(2)
+
+
+def test_set_random_seed_gives_the_numbers_of_keras_and_reaches_compiled_functions():
+    def drawn(seed_all):
+        keras.utils.clear_session(free_memory=False)  # Forgets the global generator.
+        seed_all(3)
+        weights = layers.Dense(2)
+        weights.build((None, 2))
+        values = weights.kernel, keras.random.SeedGenerator().state, keras.random.normal((3,))
+        return random.random(), np.random.rand(), *(number for value in values for number in numpy(value).ravel())
+
+    assert drawn(hl.set_random_seed) == drawn(keras.utils.set_random_seed)
+    noise = hl.function(lambda: keras.random.normal((3,)))
+    noise()
+    hl.set_random_seed(5)
+    first = noise()
+    hl.set_random_seed(5)
+    same(noise(), first)
+
+
+@pytest.mark.once
+def test_set_random_seed_and_fit_import_tensorflow_on_no_other_backend():
+    code = (
+        "import sys, numpy as np, handloom as hl\n"
+        "hl.set_random_seed(0); hl.fit(lambda x: {'x': x[0]}, np.ones(4), seed=1, verbose=0)\n"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_fit_without_a_seed_leaves_the_random_state_of_numpy_as_it_is():

@@ -14,7 +14,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import HandloomWarning, RetraceWarning, TraceError, VariableError
-from tests.models import built
+from tests.models import built, compiled, subclassed
 from tests.numbers import close, numpy, ones, same
 
 X = np.arange(6, dtype="float32").reshape(2, 3)
@@ -50,6 +50,39 @@ def test_function_reads_the_last_value_assigned_within_a_call(eagerly):
 
 
 # -------------------------------------------------------------------- the function
+
+
+class Remembering(layers.Layer):
+    """Keeps a tensor of the last call."""
+
+    last = None
+
+    def call(self, x):
+        before, self.last = self.last, x * 1.0
+        return x if before is None else x + before
+
+
+def test_function_refuses_a_tensor_that_a_layer_keeps_from_an_earlier_trace():
+    step = hl.function(Remembering())
+    with pytest.raises(TraceError, match=r"outside of the function that computed it.*attribute.*HL102") as raised:
+        [step(x) for x in (ones(3), ones(1, 3))]
+    if keras.backend.backend() == "jax":  # The others do not know the line of every use.
+        assert "return x if before is None else x + before" in str(raised.value)
+
+
+class RowByRow(layers.Layer):
+    """Uses a tensor as Python's sequences are used."""
+
+    def call(self, x):
+        first, *_ = x
+        return ops.stack([row - first for row in x]) * len(x)
+
+
+@pytest.mark.parametrize("call", ["predict", "function"])
+def test_function_and_predict_compile_a_layer_that_iterates_over_a_tensor_and_takes_its_length(call, eagerly):
+    model, x = subclassed(RowByRow(), inputs=None), X.reshape(3, 2)
+    result = hl.function(model)(x) if call == "function" else compiled(model).predict(x, verbose=0)
+    close(result, 3 * (x - x[0]))
 
 
 def test_function_looks_like_the_original():
@@ -834,3 +867,17 @@ def test_function_does_not_warn_of_the_default_seeds_of_keras_nor_of_seeded_or_u
         return sum(ops.sum(layer(x)) for layer in parts["layers"]) * scale
 
     hl.function(step)(ones(2, 2))  # A warning would be an error.
+
+
+@pytest.mark.backend("tensorflow")
+def test_function_assigns_a_variable_of_tensorflow_among_its_arguments(eagerly):
+    import tensorflow as tf  # noqa: PLC0415
+
+    @hl.function
+    def add(total, x):
+        total.assign_add(x)
+        return ops.sum(total)
+
+    one, other = tf.Variable([1.0, 2.0]), tf.Variable([10.0, 20.0])
+    close([add(one, ones(2)), add(other, ones(2)), add(one, ones(2))], [5, 32, 7])
+    close([one, other], [[3, 4], [11, 21]])

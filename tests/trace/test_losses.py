@@ -10,7 +10,7 @@ from keras import layers, ops
 from handloom._trace.losses import Denominators, OwnLosses, UncountedLosses, note_loss
 from handloom._trace.observe import observing
 from tests.models import built
-from tests.numbers import close, ones
+from tests.numbers import close, each_close, ones
 from tests.threads import in_a_thread
 
 X = np.array([[1.0, 2.0], [3.0, 4.0]], "float32")
@@ -24,70 +24,61 @@ def dense(**options):
 
 @contextlib.contextmanager
 def own_losses(*parts):
-    """Watches the losses of some layers; the sum of those left out follows the block."""
-    losses, left_out = OwnLosses([v for layer in parts for v in layer.trainable_variables], list(parts)), []
+    """Watches the losses of some layers; those that were not read, and those that were, follow the block."""
+    losses, terms = OwnLosses([v for layer in parts for v in layer.trainable_variables], list(parts)), []
     with observing(losses):
-        yield left_out
-    left_out += losses.left_out()
+        yield terms
+    terms += [losses.unread_terms(), [term for _, term in losses.read_terms()]]
 
 
-def test_own_losses_leave_out_a_regularizer_unless_it_was_read():
-    layer = dense(kernel_regularizer=L2)
-    with own_losses(layer) as left_out:
-        pass
-    close(sum(left_out), PENALTY)
-    with own_losses(layer) as left_out:
-        _ = layer.losses
-    assert left_out == []
-
-
-def test_own_losses_leave_out_an_added_loss_unless_it_was_read_afterwards():
+def test_own_losses_are_those_that_were_read_and_those_that_were_not():
     layer = dense(activity_regularizer=L1, kernel_regularizer=L2)
-    with own_losses(layer) as left_out:
+    with own_losses(layer) as terms:
         layer(X)
-    close(sum(left_out), ACTIVITY + PENALTY)
-    with own_losses(layer) as left_out:
+    each_close(terms, [[PENALTY, ACTIVITY], []])
+    with own_losses(layer) as terms:
         layer(X)
-        _ = layer.losses
-    assert left_out == []
-    with own_losses(layer) as left_out:
-        _ = layer.losses
+        _ = layer.losses, layer.losses
+    each_close(terms, [[], [ACTIVITY, PENALTY]])
+    with own_losses(layer) as terms:
+        _ = layer.losses  # That of the earlier call is none of this function.
         layer(X)
-    close(sum(left_out), ACTIVITY)
+    each_close(terms, [[ACTIVITY], [PENALTY]])
 
 
 def test_own_losses_of_a_model_are_those_of_its_layers_also_of_layers_without_variables():
     inner = dense(kernel_regularizer=L2)
     model = keras.Sequential([keras.Input((2,)), inner, layers.ActivityRegularization(l1=0.5)])
-    with own_losses(model) as left_out:
+    with own_losses(model) as terms:
         model(X)
-    close(sum(left_out), PENALTY + ACTIVITY)
-    with own_losses(model) as left_out:
+    each_close(terms, [[PENALTY, ACTIVITY], []])
+    with own_losses(model) as terms:
         model(X)
         _ = model.losses
-    assert left_out == []
+    each_close(terms, [[], [ACTIVITY, PENALTY]])
 
 
-def test_own_losses_are_left_out_layer_by_layer():
-    one, other, stranger = dense(kernel_regularizer="l2"), dense(kernel_regularizer=L2), dense(activity_regularizer=L1)
-    with own_losses(one, other) as left_out:
+def test_own_losses_are_read_layer_by_layer():
+    one, other, stranger = dense(kernel_regularizer=L2), dense(kernel_regularizer=L2), dense(activity_regularizer=L1)
+    with own_losses(one, other) as terms:
         _ = one.losses
         stranger(X)
-    close(sum(left_out), PENALTY)
+        _ = stranger.losses
+    each_close(terms, [[PENALTY], [PENALTY]])
 
 
 def test_own_losses_count_each_of_several_losses_added_at_once():
     layer = dense()
-    with own_losses(layer) as left_out:
+    with own_losses(layer) as terms:
         layer.add_loss([ops.ones(()), 2 * ops.ones(())])
-    close(sum(left_out), 3)
+    each_close(terms, [[1, 2], []])
 
 
 def test_own_losses_of_another_thread_are_neither_added_nor_read():
     layer = dense(kernel_regularizer=L2, activity_regularizer=L1)
-    with own_losses(layer) as left_out:
+    with own_losses(layer) as terms:
         in_a_thread(lambda: (layer(X), layer.losses))
-    close(sum(left_out), PENALTY)
+    each_close(terms, [[PENALTY], []])
 
 
 def test_own_losses_leave_the_losses_of_keras_as_they_are():
@@ -137,7 +128,7 @@ def test_note_loss_reaches_the_innermost_denominators():
     assert (inner.is_loss(loss), outer.is_loss(loss)) == (True, False)
 
 
-def test_uncounted_losses_are_those_that_no_loss_of_a_training_step_contains():
+def test_uncounted_losses_are_those_that_no_loss_of_a_training_step_includes():
     layer = dense(kernel_regularizer="l2", activity_regularizer="l2")
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(layer.trainable_variables)

@@ -21,14 +21,14 @@ from tests.threads import alternating, in_a_thread
 X = np.array([[1.0, 2.0], [3.0, 4.0]], "float32")
 EVENTS = (
     *("created", "read", "assigned", "metric_updated", "metric_result"),
-    *("loss_called", "loss_added", "losses_read", "layer_called", "applied"),
+    *("loss_called", "loss_added", "penalty_read", "layer_called", "applied"),
 )
 
 
 def recording(event):
     def record(self, subject, *others):
         self.events.append((event, subject, *others))
-        return others[0] if event == "metric_result" else None
+        return others[0] if event in ("metric_result", "penalty_read") else None
 
     return record
 
@@ -79,7 +79,9 @@ def test_observing_reports_each_event_with_its_object():
     assert id(layer.bias) in map(id, recorder.about("assigned"))
     assert recorder.about("metric_updated") == recorder.about("metric_result") == [metric]
     assert recorder.about("loss_called") == [loss]
-    assert recorder.about("loss_added") == recorder.about("losses_read") == recorder.about("layer_called") == [layer]
+    assert recorder.about("loss_added") == recorder.about("layer_called") == [layer]
+    [added] = [each[2] for each in recorder.events if each[0] == "loss_added"]
+    assert list(map(id, recorder.about("penalty_read"))) == [id(added), id(kernel)]
     [(_, applied, variables)] = [each for each in recorder.events if each[0] == "applied"]
     assert applied is optimizer
     assert [id(variable) for variable in variables] == [id(kernel)]

@@ -56,7 +56,7 @@ def _lines(cell: Cell, found: dict[str, Any] | None) -> list[list[str]]:
 
 def _counted(part: dict[str, Any]) -> str:
     passed, failed = part["passed"], len(part["failed"])
-    return f"{passed} passed" + (f", **{failed} failed**" if failed else "") if passed or failed else "did not start"
+    return f"{passed} passed" + (f", **{failed} failed**" if failed else "") if passed or failed else "not run"
 
 
 def _failed(cell: Cell, found: dict[str, Any] | None) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import optree
 
-from handloom._data.sources.leaves import as_tensor, described
+from handloom._data.sources.leaves import as_tensor, check_any_held, described
+from handloom._trace.left_out import is_words
 from handloom.distribute._strategy import current
 from handloom.errors import DataError
 
@@ -75,10 +76,12 @@ class Source(abc.ABC):
         batch = self.transform(tuple(batch) if isinstance(batch, list) else batch)
         if check is not None:
             check(batch)
-        paths, leaves, structure = optree.tree_flatten_with_path(batch)
+        paths, leaves, structure = optree.tree_flatten_with_path(batch, is_leaf=is_words)
         if self._seen is None:
             self._seen = described(paths, leaves)
-        return structure.unflatten([as_tensor(leaf, path) for leaf, path in zip(leaves, paths, strict=True)])
+        tensors = [as_tensor(leaf, path) for leaf, path in zip(leaves, paths, strict=True)]
+        check_any_held(tensors)
+        return structure.unflatten(tensors)
 
 
 @dataclasses.dataclass(frozen=True)

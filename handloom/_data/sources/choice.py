@@ -6,7 +6,7 @@ from typing import Any
 
 from handloom._data.sources.arrays import Arrays
 from handloom._data.sources.base import Source, has
-from handloom._data.sources.leaves import is_arrays, short
+from handloom._data.sources.leaves import is_arrays
 from handloom._data.sources.py_dataset import PyDatasets
 from handloom._data.sources.stream import ByIterator, ByLoader, Reader, Stream
 from handloom._data.sources.table import Columns, Table, is_stream_of_columns, is_table
@@ -14,6 +14,7 @@ from handloom._interop.hugging_face import forgets_a_buffer
 from handloom._interop.tensorflow_data import tensorflow_data
 from handloom._interop.torch_data import torch_data
 from handloom._keras import keras
+from handloom._trace.left_out import short
 from handloom._util.arguments import whole_number
 from handloom.errors import DataError
 

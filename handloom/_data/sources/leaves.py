@@ -11,25 +11,26 @@ import ml_dtypes  # noqa: F401  Registers bfloat16 and similar dtypes with NumPy
 import numpy as np
 import optree
 
-from handloom._interop.tensors import dense_on_host, kind_of, library_of, sparse_on_host
+from handloom._interop.tensors import dense_on_host, is_scipy_matrix, kind_of, library_of, sparse_on_host
 from handloom._keras import Tensor, keras
+from handloom._trace.left_out import LeftOut, is_text, is_words, short, text_left_out
 from handloom.backends import backend
 from handloom.errors import DataError
 
 Path = Sequence[Any]
 """The path of a leaf in the data: keys and positions."""
 
-_NUMBERS, _TEXT = "biufcV", "SU"  # Kinds of NumPy dtypes; those of ml_dtypes are V.
+_NUMBERS = "biufcV"  # Kinds of NumPy dtypes; those of ml_dtypes are V.
 
 
 def is_arrays(data: Any) -> bool:
     """Whether data is arrays to cut into batches, not a source of batches."""
-    leaves = optree.tree_leaves(data)
-    return bool(leaves) and all(_is_array(leaf) for leaf in leaves)
+    leaves = optree.tree_leaves(data, is_leaf=is_words)
+    return bool(leaves) and all(is_words(leaf) or _is_array(leaf) for leaf in leaves)
 
 
 def _is_array(leaf: Any) -> bool:
-    if library_of(leaf) is not None:
+    if library_of(leaf) is not None or is_scipy_matrix(leaf):
         return True
     return hasattr(leaf, "shape") and (hasattr(leaf, "__array__") or hasattr(leaf, "to_numpy"))
 
@@ -41,12 +42,18 @@ def on_host(leaf: Any) -> np.ndarray:
     return dense_on_host(leaf) if library_of(leaf) else np.asarray(leaf)
 
 
-def host_array(leaf: Any, path: Path) -> np.ndarray:
+def host_array(leaf: Any, path: Path) -> Any:
     """An array of examples in host memory, where slicing is cheapest. An array mapped from a file stays mapped.
 
+    A matrix of SciPy becomes one of rows; a ragged tensor stays itself on a backend that has such.
+
     Raises:
-        DataError: It is not an array of numbers with an axis of examples.
+        DataError: It has no axis of examples, or an integer that does not fit.
     """
+    if is_scipy_matrix(leaf):
+        return leaf.tocsr()
+    if kind_of(leaf) == "ragged" and keras.ops.is_tensor(leaf):
+        return leaf
     if kind_of(leaf) != "dense":
         raise DataError(
             f"HL419: {place(path)} is a {kind_of(leaf)} tensor, which cannot be cut into batches.",
@@ -55,7 +62,6 @@ def host_array(leaf: Any, path: Path) -> np.ndarray:
     array = on_host(leaf)
     if array.ndim == 0:
         raise DataError(f"HL420: {place(path)} is a single number; data must have an axis of examples first.")
-    _check_kind(array, path)
     if not is_mapped(leaf):
         check_range(array, path)
     return array
@@ -66,60 +72,74 @@ def is_mapped(array: Any) -> bool:
     return isinstance(array, np.memmap) or (isinstance(array, np.ndarray) and is_mapped(array.base))
 
 
-def as_tensor(leaf: Any, path: Path) -> Tensor:
+def as_tensor(leaf: Any, path: Path) -> Tensor | LeftOut:
     """Converts one leaf of a batch of a source to a tensor of the backend.
 
     Raises:
-        DataError: The backend cannot hold it.
+        DataError: An integer does not fit.
     """
     if keras.ops.is_tensor(leaf):
         return backend.to_tensor(leaf)
     kind = kind_of(leaf)
-    if kind == "sparse" and (tensor := backend.sparse_tensor(*sparse_on_host(leaf))) is not None:
+    if kind == "sparse" and (tensor := _sparse(leaf)) is not None:
         return tensor
     if kind != "dense":
-        raise DataError(
-            f"HL414: {place(path)} is a {kind} tensor, which this backend cannot hold in a step.",
-            fix="Make it dense where the batches are made: a sparse tensor with dataset.map(tf.sparse.to_dense), a "
-            "ragged tensor with to_tensor(), or padded_batch(...).",
+        return LeftOut(
+            DataError(
+                f"HL414: {place(path)} is a {kind} tensor, which this backend cannot hold in a step.",
+                fix="Make it dense where the batches are made: a sparse tensor with dataset.map(tf.sparse.to_dense), a "
+                "ragged tensor with to_tensor(), or padded_batch(...).",
+            )
         )
     # A copy: the source may overwrite the batch with the next one before the device has read it.
     array = np.array(on_host(leaf))
-    _check_kind(array, path)
+    if (left_out := unheld(array, path)) is not None:
+        return left_out
     check_range(array, path)
     return backend.to_tensor(array)
 
 
-def _check_kind(array: np.ndarray, path: Path) -> None:
-    """Raises an error unless the array holds numbers, or text on a backend that has text."""
+def _sparse(leaf: Any) -> Tensor | None:
+    """A sparse tensor; on a backend without, a matrix of SciPy becomes dense, as in Keras."""
+    indices, values, shape = sparse_on_host(leaf)
+    if values.dtype == np.float64:
+        values = values.astype(keras.config.floatx())
+    tensor = backend.sparse_tensor(indices, values, shape)
+    return backend.to_tensor(leaf.toarray()) if tensor is None and is_scipy_matrix(leaf) else tensor
+
+
+def unheld(array: np.ndarray, path: Path) -> LeftOut | None:
+    """Takes the place of an array, unless it holds numbers, or text on a backend that has text."""
     kind = array.dtype.kind
-    if _is_text(array):
-        if not backend.holds_text:
-            raise DataError(
-                f"HL424: {place(path)} is text, for example {short(array.flat[0])}; this backend has no text.",
-                fix="Convert it to numbers: labels with np.unique(labels, return_inverse=True)[1], text with "
-                "keras.layers.StringLookup or TextVectorization in a pipeline of tf.data. Or leave it out.",
-            )
-        return
+    if is_text(array):
+        return None if backend.holds_text else text_left_out(place(path), array)
     if kind == "O":
         other = next((value for value in array.flat if not isinstance(value, (str, bytes))), None)
-        raise DataError(
-            f"HL421: {place(path)} holds Python objects (dtype object), for example {short(other)}.",
-            fix="Convert it to numbers, for example with .astype('float32'); pad rows of different lengths; in text, "
-            "fill in what is missing.",
+        return LeftOut(
+            DataError(
+                f"HL421: {place(path)} holds Python objects (dtype object), for example {short(other)}.",
+                fix="Convert it to numbers, for example with .astype('float32'); pad rows of different lengths; in "
+                "text, fill in what is missing.",
+            )
         )
     if kind not in _NUMBERS or array.dtype.names or array.dtype == np.longdouble:
-        raise DataError(
-            f"HL422: {place(path)} has the dtype {array.dtype}, which no backend has.",
-            fix="Convert it, for example with .astype('float32').",
+        return LeftOut(
+            DataError(
+                f"HL422: {place(path)} has the dtype {array.dtype}, which no backend has.",
+                fix="Convert it, for example with .astype('float32').",
+            )
         )
+    return None
 
 
-def _is_text(array: np.ndarray) -> bool:
-    """Whether an array holds text; that of pandas is an array of Python's strings."""
-    if array.dtype.kind == "O":
-        return array.size > 0 and all(isinstance(value, (str, bytes)) for value in array.flat)
-    return array.dtype.kind in _TEXT
+def check_any_held(leaves: Sequence[Any]) -> None:
+    """Raises an error if all leaves of a batch are left out.
+
+    Raises:
+        DataError: Says what the first is.
+    """
+    if leaves and all(isinstance(leaf, LeftOut) for leaf in leaves):
+        leaves[0].refuse()
 
 
 def check_range(array: np.ndarray, path: Path) -> None:
@@ -156,8 +176,3 @@ def place(path: Path) -> str:
         return "the data"
     first = ("x", "y", "sample_weight")[path[0]] if path[0] in (0, 1, 2) else repr(path[0])
     return first + "".join(f"[{part!r}]" for part in path[1:])
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -20,15 +20,17 @@ from keras.src.random import seed_generator
 
 from handloom._keras import Tensor, Tensors, Variable, keras
 from handloom._util.patch import Patch
-from handloom._util.source_line import frames_of, place_in, shown
+from handloom._util.source_line import frames_of
 from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.building import built_outside
 from handloom.backends.jax.control_flow import assignments_in_branches, cond
-from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each
-from handloom.backends.jax.program import MARK, JaxProgram, leaked
+from handloom.backends.jax.gradients import Sources, gradients_of_one, rows_of_each, term_twice
+from handloom.backends.jax.program import MARK, JaxProgram, trace_state
+from handloom.backends.jax.stateful_steps import on_variables
 from handloom.backends.program import Program, Seen, Step
 from handloom.backends.scope import Scope
-from handloom.backends.trace_errors import needs_a_value, read_while_differentiated, tensorflow_called
+from handloom.backends.takes_data import takes
+from handloom.backends.trace_errors import leaked, needs_a_value, read_while_differentiated, tensorflow_called
 
 _unseeded_random_ops = Patch(
     (seed_generator, "jax_utils", lambda _: SimpleNamespace(is_in_jax_tracing_scope=lambda *_: False))
@@ -38,7 +40,8 @@ _unseeded_random_ops = Patch(
 
 class JaxBackend(Backend):
     name, title, tested = "jax", "JAX", ("0.8", "0.12")
-    layers_built_outside = built_outside(jax.ensure_compile_time_eval)
+    outside = staticmethod(jax.ensure_compile_time_eval)
+    in_steps = Patch(built_outside(jax.ensure_compile_time_eval))  # Operators promote as they are.
 
     def is_array(self, leaf: Any) -> bool:
         return isinstance(leaf, (jax.Array, np.ndarray, np.generic, BCOO))
@@ -76,7 +79,7 @@ class JaxBackend(Backend):
         try:
             return JaxProgram(fn, tensors, self._tracing) if kernels else None
         except jax.errors.UnexpectedTracerError as error:
-            raise leaked(shown(place_in(frames_of(error)))) from error
+            raise leaked(frames_of(error)) from error
         except Exception as error:
             if not _needs_a_value(error):
                 raise
@@ -85,7 +88,7 @@ class JaxBackend(Backend):
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
-        with self._in_trace.here(True), _unseeded_random_ops, self.layers_built_outside:
+        with self._in_trace.here(True), _unseeded_random_ops, self.in_steps:
             yield
 
     def compiles_kernels(self, jit_compile: bool | str) -> bool:
@@ -96,6 +99,18 @@ class JaxBackend(Backend):
 
     def cond(self, pred: Tensor, true_fn: Callable[[], Any], false_fn: Callable[[], Any]) -> Any:
         return cond(pred, true_fn, false_fn)
+
+    def step_of(self, model: keras.Model, name: str, build: Callable[[keras.Model, Any], None]) -> Callable[..., Any]:
+        step = getattr(model, name)
+        if takes(step, 1) or not takes(step, 2):
+            return super().step_of(model, name, build)
+
+        def step_on_data(data: Any) -> Any:
+            build(model, data)
+            return on_variables(model, step, data)
+
+        step_on_data.__name__ = name
+        return step_on_data
 
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         return checkpoint_name(tensor, MARK + name)
@@ -110,7 +125,7 @@ class JaxBackend(Backend):
     def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
         sources = Sources(tensors, variables)
         try:
-            with self._in_gradient.here(True), Scope(creates=True) as scope:
+            with self._differentiating(), Scope(creates=True) as scope:
                 outputs, aux, news, rows = (gradients_of_one if scalar else rows_of_each)(fn, sources)
         except Exception as error:
             if not _needs_a_value(error):
@@ -121,6 +136,13 @@ class JaxBackend(Backend):
             return self._derivatives(fn, tensors, variables, scalar=scalar)
         sources.write(news)
         return outputs, aux, rows
+
+    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        return term_twice(term, included)
+
+    @property
+    def _branch(self) -> Any:
+        return trace_state()
 
 
 def _default_device() -> Any:

@@ -3,7 +3,7 @@
 Keras passes the branches to `jax.lax.cond`, which loses the values that they assign. Here the assigned values become
 results of the branch, and are assigned again outside.
 
-Internals used: `keras.src.backend.jax.core.cond` (replaced while a user's function runs).
+Internals used: `cond` of `core` (see `_keras.py`; replaced while a user's function runs).
 """
 
 from collections.abc import Callable, Sequence

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from handloom._keras import Gradients, Tensor, Tensors, Variable, current_value
 from handloom.backends.base import Outputs
@@ -49,23 +50,27 @@ class Reached:
 
     def watch(self, flat: Tensors) -> list[Tensor]:
         """The same values, observed."""
-        return [_noted(functools.partial(self._indices.add, index), value) for index, value in enumerate(flat)]
+        return [term_twice(value, functools.partial(self._indices.add, index))[0] for index, value in enumerate(flat)]
 
     def only(self, gradients: Tensors) -> Gradients:
         """The gradients, with `None` for sources that do not reach the value."""
         return [gradient if index in self._indices else None for index, gradient in enumerate(gradients)]
 
 
-def _noted(note: Callable[[], None], value: Tensor) -> Tensor:
-    """The same value; calls `note` where it is differentiated."""
+def term_twice(term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    """See `Backend.term_twice`."""
 
-    def backward(_: None, gradient: Tensor) -> tuple[Tensor]:
-        note()
-        return (gradient,)
+    def backward(_: None, gradients: tuple[Tensor, Tensor]) -> tuple[Tensor]:
+        of_first, of_second = gradients
+        if isinstance(of_first, SymbolicZero):
+            return (of_second,)
+        included()
+        return (of_first,)
 
-    identity = jax.custom_vjp(lambda value: value)
-    identity.defvjp(lambda value: (value, None), backward)
-    return identity(value)
+    twice = jax.custom_vjp(lambda term: (term, term))
+    twice.defvjp(lambda term: ((term.value, term.value), None), backward, symbolic_zeros=True)
+    both: tuple[Tensor, Tensor] = twice(term)
+    return both
 
 
 Results: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Gradients]]

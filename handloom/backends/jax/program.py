@@ -1,8 +1,9 @@
 """JAX: a step as one jitted pure function of its variables' values, which donates those that it writes.
 
-Internals used: `Variable._value` (see `handloom/_keras.py`); `get_opaque_trace_state` of `jax.extend.core`, or, before
-JAX 0.10, of `jax.core`, to distinguish traces; `Compiled._call`, the executable without its Python wrapper;
-CPython's reference counts, which show that others hold an array too.
+Internals used: `Variable._value` (see `handloom/_keras.py`); `subjaxprs` and, to distinguish traces,
+`get_opaque_trace_state` of `jax.extend.core`, or, before JAX 0.10, of `jax.core`; `source_info`, the lines of an
+operation; `Compiled._call`, the executable without its Python wrapper; CPython's reference counts, which show that
+others hold an array too.
 """
 
 import functools
@@ -18,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from handloom._keras import Tensor, Tensors, Variable, Variables, stored_value
+from handloom._util.source_line import Frames
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Cost, Fused, Program, Step, Tracing, Untraceable
 from handloom.backends.scope import Recorder, Scope, refuse
-from handloom.errors import TraceError, VariableError
+from handloom.backends.trace_errors import leaked
+from handloom.errors import VariableError
 
 MARK = "handloom: "
 
@@ -81,8 +84,9 @@ class _Executable:
         values = [variable._value for variable in written], [variable._value for variable in read]
         traced = jax.jit(pure, donate_argnums=0).trace(*values, tuple(tensors))
         self.jaxpr = traced.jaxpr.jaxpr
-        if len(self.jaxpr.invars) > len(written) + len(read) + len(jax.tree.leaves(tensors)):
-            raise leaked("(line unknown)")
+        foreign = len(self.jaxpr.invars) - len(written) - len(read) - len(jax.tree.leaves(tensors))
+        if foreign:
+            raise leaked(_frames_of_first_use(self.jaxpr, self.jaxpr.invars[:foreign]))
         self.compiled = traced.lower().compile()
 
     def bound(self) -> Callable[[Tensors], list[Tensor]]:
@@ -110,6 +114,15 @@ class _Executable:
             return results
 
         return run
+
+
+def _frames_of_first_use(jaxpr: Any, values: Sequence[Any]) -> Frames:
+    """The lines that led to the first operation on some values of a program, the outermost first."""
+    ids = set(map(id, values))
+    uses = (equation for equation in jaxpr.eqns if not ids.isdisjoint(map(id, equation.invars)))
+    stacks = (equation.source_info.traceback for equation in uses)
+    frames = next((stack.frames for stack in stacks if stack is not None), ())
+    return [(frame.file_name, frame.line_num) for frame in reversed(frames)]
 
 
 _NATIVE = type(jax.jit(lambda: None))
@@ -210,7 +223,7 @@ def find_variables(fn: Step, tensors: Tensors) -> tuple[list[Variable], list[Var
     return written, [variable for variable in recorder.variables if id(variable) not in known]
 
 
-_trace_state = getattr(jax.extend.core, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state
+trace_state = getattr(jax.extend.core, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state
 
 
 class OneTrace(Scope):
@@ -218,11 +231,11 @@ class OneTrace(Scope):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self._trace = _trace_state()
+        self._trace = trace_state()
         return self
 
     def add_update(self, update: tuple[Variable, Tensor]) -> None:
-        if _trace_state() != self._trace:
+        if trace_state() != self._trace:
             raise VariableError(
                 f"HL101: The variable {update[0].path!r} is assigned inside a function that was passed to an operation "
                 "(keras.ops.while_loop, fori_loop, scan, map, vectorized_map).",
@@ -231,13 +244,3 @@ class OneTrace(Scope):
                 "v.assign(ops.fori_loop(0, 3, lambda index, value: value + index, v.value)).",
             )
         super().add_update(update)
-
-
-def leaked(line: str) -> TraceError:
-    """The error for a tensor of an inner trace that is used outside of it."""
-    return TraceError(
-        f"HL102: A tensor is used outside of the function that computed it ({line}).",
-        "The function was passed to an operation (keras.ops.cond, while_loop, scan, map, vectorized_map), and its "
-        "tensors have no values outside.",
-        "Return the tensor from the function.",
-    )

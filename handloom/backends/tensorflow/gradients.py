@@ -1,14 +1,38 @@
-"""TensorFlow: gradients of operations that Keras uses and TensorFlow cannot differentiate.
+"""TensorFlow: gradients of operations that Keras uses and TensorFlow cannot differentiate, and of terms of a loss.
 
 Internals used: `dynamic_update_slice`, XLA's operation behind `ops.slice_update`.
 """
 
 import contextlib
+from collections.abc import Callable
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
 
 from handloom._keras import Tensor
+
+
+def term_twice(term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    """See `Backend.term_twice`. Both tensors are computed from a third, so its gradient is taken after theirs."""
+    received: dict[str, Tensor] = {}
+
+    def noted(name: str) -> Callable[[Tensor], Tensor]:
+        def gradient_noted(gradient: Tensor) -> Tensor:
+            received[name] = gradient
+            return gradient
+
+        identity: Callable[[Tensor], Tensor] = tf.custom_gradient(lambda value: (tf.identity(value), gradient_noted))
+        return identity
+
+    def gradient_of_one(_: Tensor) -> Tensor | None:
+        of_first, of_second = (received.pop(name, None) for name in ("first", "second"))
+        if of_first is None:
+            return of_second
+        included()
+        return of_first
+
+    third = tf.custom_gradient(lambda value: (tf.identity(value), gradient_of_one))(term)
+    return noted("first")(third), noted("second")(third)
 
 
 def _slice_update(operation: tf.Operation, gradient: Tensor) -> list[Tensor | None]:

@@ -14,6 +14,7 @@ from tensorflow.python.framework.auto_control_deps_utils import get_read_only_re
 from handloom._keras import Tensor, Tensors, Variable, stored_value
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Fused, Program, Seen, Step, Tracing, Untraceable
+from handloom.backends.trace_errors import leaked
 
 MARK = "handloom_mark_"
 
@@ -35,9 +36,12 @@ class TensorFlowProgram(Program):
 
     def __init__(self, fn: Step, tensors: Tensors, seen: Seen, kernels: bool, tracing: Tracing) -> None:
         self._fn, self._tensors, self._kernels, self._tracing = fn, tensors, kernels, tracing
+        self.compiles_in_first_run = kernels
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
         self._concrete = self._traced(lambda *tensors: list(fn(*tensors)), specs)
         graph = self._concrete.graph
+        if any(map(tf.is_symbolic_tensor, self._concrete.captured_inputs)):
+            raise leaked(())
         variables = {id(stored_value(variable)): variable for variable in seen.values()}
         unchanged = get_read_only_resource_input_indices_graph(graph)
         handles = {id(graph.inputs[index]) for index in unchanged}

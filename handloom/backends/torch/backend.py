@@ -1,6 +1,6 @@
 """PyTorch: whole steps are traced (see `program.py`); autograd computes gradients. Steps without a trace run eagerly.
 
-Internals used: `keras.src.backend.torch.core.get_device`; `disable_proxy_modes_tracing`, which pauses a trace;
+Internals used: `core.get_device` (see `_keras.py`); `disable_proxy_modes_tracing`, which pauses a trace;
 `FakeTensorMode`, in which layers are built without values; the nodes of autograd and their names, which show what
 reaches a value; `Module._modules`, where torch keeps the layers that are attributes of a layer.
 """
@@ -8,6 +8,7 @@ reaches a value; `Module._modules`, where torch keeps the layers that are attrib
 import contextlib
 import functools
 import re
+import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from handloom._interop.onnx_torch import exportable
 from handloom._interop.tensors import tensor_of
@@ -25,16 +28,18 @@ from handloom.backends.base import Backend, Derivatives, Outputs
 from handloom.backends.dependencies import reached
 from handloom.backends.program import Seen, Step, Untraceable
 from handloom.backends.scope import Scope
+from handloom.backends.torch.control_flow import open_branches
 from handloom.backends.torch.graph import mark
-from handloom.backends.torch.modules import layers_built_outside, modules_read_variables, parameters_made
-from handloom.backends.torch.program import NeedsValue, TorchProgram, contiguous, tracing
-from handloom.backends.trace_errors import needs_a_value, read_by_numpy, tensorflow_called
+from handloom.backends.torch.modules import in_steps, modules_read_variables, outside, parameters_made
+from handloom.backends.torch.program import NeedsValue, TooLong, TorchProgram, asking_in, contiguous, tracing
+from handloom.backends.trace_errors import described_place, needs_a_value, read_by_numpy, tensorflow_called
 from handloom.errors import ExportError, HandloomError, TraceError
 
 
 class TorchBackend(Backend):
     name, title, tested = "torch", "PyTorch", ("2.13", "2.14")
-    layers_built_outside = layers_built_outside
+    outside = staticmethod(outside)
+    in_steps = in_steps
 
     def is_array(self, leaf: Any) -> bool:
         return isinstance(leaf, (torch.Tensor, np.ndarray, np.generic))
@@ -104,6 +109,8 @@ class TorchBackend(Backend):
                 program = TorchProgram(fn, tensors)
         except HandloomError:
             raise
+        except TooLong as error:
+            raise Untraceable(first_line(error)) from error
         except NeedsValue as error:
             raise needs_a_value(frames_of(error)) from error
         except Exception as first:
@@ -124,10 +131,9 @@ class TorchBackend(Backend):
                 return TorchProgram(fn, tensors)
         except Untraceable as error:
             # Keras raises the errors of layers anew, with lines added.
-            raise Untraceable(first_line(error), _unsaved(error)) from first
+            raise Untraceable(first_line(error) + described_place(error), _unsaved(error)) from first
         except Exception:
-            kind = "" if isinstance(first, Untraceable) else f"{type(first).__name__}: "
-            raise Untraceable(kind + first_line(first)) from first
+            raise Untraceable(_reason(first) + described_place(first)) from first
 
     def _mark(self, tensor: Tensor, name: str) -> Tensor:
         return mark(tensor, name)
@@ -146,10 +152,10 @@ class TorchBackend(Backend):
             fn()
 
     def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Sequence[Variable], scalar: bool) -> Derivatives:
-        keep = self._in_gradient.get()
+        keep = self.depth > 0
         sources = [_copy(tensor, keep) for tensor in [*tensors, *map(current_value, variables)]]
         derivative = functools.partial(_gradient if scalar else _jacobian, keep=keep)
-        with self._in_gradient.here(True), torch.enable_grad():
+        with self._differentiating(), torch.enable_grad():
             try:
                 (outputs, aux), updates = _called(fn, sources, variables)
             except (RuntimeError, TypeError) as error:
@@ -163,12 +169,29 @@ class TorchBackend(Backend):
             outputs, aux = ([tensor.detach() for tensor in found] for found in (outputs, aux))
         return outputs, aux, rows
 
+    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        first, second = _Twice.apply(term, included)
+        return first, second
+
+    @property
+    def _branch(self) -> Any:
+        return open_branches()
+
 
 _MEETS_NUMPY = re.compile(
-    r"Can't call numpy\(\) on Tensor that requires grad"
-    r"|can't convert \S+ device type tensor to numpy"
-    r"|unsupported operand type\(s\) for \S+ 'numpy.ndarray' and '\w+'"
+    r"Can't call numpy\(\) on Tensor that requires grad|can't convert \S+ device type tensor to numpy"
 )
+
+
+def _reason(error: Exception) -> str:
+    """Why a step cannot be traced."""
+    if isinstance(error, _NEED_VALUES) or isinstance(error.__context__, _NEED_VALUES):
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        return f"{asking_in(reversed(frames))} uses the value of a tensor in Python"
+    return ("" if isinstance(error, Untraceable) else f"{type(error).__name__}: ") + first_line(error)
+
+
+_NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
 def _unsaved(error: BaseException | None) -> Sequence[str]:
@@ -194,6 +217,28 @@ def _copy(tensor: Tensor, keep: bool) -> Tensor:
     With `keep`, an enclosing function is differentiated through it too.
     """
     return tensor.view_as(tensor) if keep and tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+class _Twice(torch.autograd.Function):
+    """See `Backend.term_twice`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(term: Tensor, _: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        return term.clone(), term.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
+        ctx.included = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, of_first: Tensor | None, of_second: Tensor | None) -> tuple[Tensor | None, None]:
+        if of_first is None:
+            return of_second, None
+        ctx.included()
+        return of_first, None
 
 
 def _gradient(value: Tensor, sources: list[Tensor], *, keep: bool) -> Gradients:

@@ -5,7 +5,7 @@ torch's own control-flow operations. Those take everything that a branch uses as
 tensors and variables. So a branch runs once outside of the trace to see what it uses, and then again with arguments in
 place of that. Variables that a branch assigns become results of it.
 
-Internals used: `keras.src.backend.torch.core.cond`, `while_loop`, `fori_loop` (replaced while tracing) and torch's
+Internals used: `cond`, `while_loop`, `fori_loop` of `core` (see `_keras.py`; replaced while tracing) and torch's
 `cond_op` and `while_loop_op` (`torch.cond` and `torch.while_loop` would first compile the branch in another way);
 `FakeTensor`, to recognize tensors of the trace; `disable_proxy_modes_tracing`, for the run outside of the trace.
 """
@@ -90,6 +90,9 @@ class _Closure(TorchFunctionMode):
 
 
 _open: ContextVar[tuple[_Closure, ...]] = ContextVar("open", default=())
+
+open_branches = _open.get
+"""The branches and loops in which the caller runs."""
 
 
 def _as_seen_here(tensors: Tensors) -> list[torch.Tensor]:

@@ -106,7 +106,8 @@ def _same_as(node: fx.Node, constants: dict[fx.Node, torch.Tensor], shared: set[
     if node in shared or first in shared:
         return None
     same: Any = None
-    if node.target in _NEUTRAL and node.args[1:] == (1,):
+    is_copied_scalar = node.target is aten.clone.default and not node.meta["val"].shape  # Others may change strides.
+    if is_copied_scalar or (node.target in _NEUTRAL and node.args[1:] == (1,)):
         same = first
     elif node.target is aten.where.self and first in constants:
         same = _chosen(constants[first], *node.args[1:])

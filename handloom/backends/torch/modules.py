@@ -3,7 +3,7 @@
 Internals used: `unset_fake_temporarily` and `disable_proxy_modes_tracing`, which pause a trace; `core.get_device` and
 `device_scope`, because Keras computes shapes on the device "meta", which has no values; `TorchLayer._post_build`, which
 registers the variables of a layer as torch parameters, and does nothing in a scope, where variables have no values yet;
-`get_stateless_scope`, to know whose scope that is.
+`get_stateless_scope`, to know whose scope that is; `TorchLayer.named_parameters`, which `zero_grad` asks.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ from handloom._util.patch import Patch
 from handloom._util.switch import Switch
 from handloom.backends.building import built_outside
 from handloom.backends.scope import Scope
+from handloom.backends.torch.fake import is_traced
+from handloom.backends.torch.operators import operators_of_keras
 
 
 @contextlib.contextmanager
@@ -27,7 +29,7 @@ def parameters_made() -> Iterator[None]:
     """Builds layers outside of the trace; registers the parameters of those built inside the block, after it."""
     built: list[TorchLayer] = []
     try:
-        with layers_built_outside, _noting_what_is_built, _built.here(built):
+        with in_steps, _noting_what_is_built, _built.here(built):
             yield
     finally:
         for layer in built:
@@ -35,13 +37,13 @@ def parameters_made() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _outside() -> Iterator[None]:
+def outside() -> Iterator[None]:
     device = core.device_scope(core.DEFAULT_DEVICE if core.get_device() == "meta" else core.get_device())
     with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.no_grad(), device:
         yield
 
 
-layers_built_outside = built_outside(_outside)
+in_steps = Patch(built_outside(outside), *operators_of_keras)
 
 
 def _noting_built(original: Callable[[TorchLayer], None]) -> Callable[[TorchLayer], None]:
@@ -68,3 +70,21 @@ def _call_on_values(self: Any, *args: Any, training: bool | None = None, **kwarg
 
 modules_read_variables = Patch((keras.layers.TorchModuleWrapper, "call", lambda _: _call_on_values))
 """Inside, a `TorchModuleWrapper` runs its module on the values of its variables in the open scope."""
+
+
+def _named_stand_ins(_: Callable[..., Any]) -> Callable[..., Any]:
+    def named_parameters(
+        self: TorchLayer,
+        prefix: str = "",
+        recurse: bool = True,  # noqa: ARG001  As torch calls it.
+        remove_duplicate: bool = True,  # noqa: ARG001
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        distinct = {id(variable): variable for variable in self.variables}
+        for variable in distinct.values():
+            yield f"{prefix}.{variable.path}" if prefix else variable.path, variable.value
+
+    return named_parameters
+
+
+parameters_in_trace = Patch((TorchLayer, "named_parameters", _named_stand_ins), when=is_traced)
+"""Inside, the parameters of a layer are those of the trace: `zero_grad` clears their gradients."""

@@ -19,6 +19,8 @@ from handloom.backends.dependencies import reached
 from handloom.backends.program import Untraceable
 from handloom.backends.torch.fake import is_traced
 
+_REQUIRES_GRAD: Any = torch.Tensor.requires_grad
+_FREEZES = _REQUIRES_GRAD.__set__
 _INSTEAD = "To compile it, use a Keras optimizer, and keras.layers.TorchModuleWrapper(module) for a module of torch"
 
 
@@ -38,7 +40,8 @@ class _NoChanges(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        changed = [*(args[:1] if changes_first(func) or name == "__set__" else ()), kwargs.get("out")]  # Sets `grad`.
+        sets = name == "__set__" and func != _FREEZES  # Such as `grad`; Keras freezes a layer by the other.
+        changed = [*(args[:1] if changes_first(func) or sets else ()), kwargs.get("out")]
         if any(map(_is_real, changed)) and is_traced():
             raise _untraceable(f"{name} changes a tensor of torch that is not the value of a Keras variable")
         return func(*args, **kwargs)

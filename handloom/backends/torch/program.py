@@ -12,9 +12,11 @@ its own backward pass.
 import contextlib
 import functools
 import logging
+import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, SimpleNamespace
 from typing import Any
 
@@ -28,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from handloom._keras import Tensor, Tensors, Variable, keras, stored_value
 from handloom._util.findings import warn
 from handloom._util.patch import Patch
+from handloom.backends.layer_at_work import described, layer_at_work
 from handloom.backends.program import Program, Step, Untraceable
 from handloom.backends.scope import Recorder, Scope, refuse
 from handloom.backends.torch.control_flow import traceable_control_flow
@@ -40,9 +43,11 @@ from handloom.backends.torch.graph import (
     tidy,
     written_in_place,
 )
-from handloom.backends.torch.modules import parameters_made
+from handloom.backends.torch.images import batched_transforms
+from handloom.backends.torch.modules import in_steps, parameters_in_trace, parameters_made
 from handloom.backends.torch.native import real_tensors_kept
 from handloom.backends.torch.random import traceable_random_ops
+from handloom.backends.trace_errors import leaked
 from handloom.errors import FallbackWarning
 
 # The number of values of a tensor that are compared between two compilations of a step.
@@ -137,6 +142,8 @@ def _check_closed(graph: torch.fx.GraphModule) -> None:
     """Refuses a graph with a fake tensor in it, which an operation received without the trace seeing it."""
     for module in graph.modules():
         if any(isinstance(value, FakeTensor) for value in [*vars(module).values(), *module.buffers(recurse=False)]):
+            if module is graph:
+                raise leaked(())
             raise Untraceable("a function given to an operation uses a tensor that the operation cannot pass to it")
 
 
@@ -186,28 +193,52 @@ class NeedsValue(Exception):
     """Python needed the value of a fake tensor."""
 
 
-class _NoValues(TorchFunctionMode):
-    """Refuses `if tensor:` and `range(tensor)` in a trace; torch itself refuses other conversions.
+class TooLong(Untraceable):
+    """A trace would take minutes."""
+
+
+_MOST_CALLS, _SAMPLED = 20_000, 500
+"""The number of calls of torch that a trace may have, about a minute of tracing; and how often a layer is noted."""
+
+
+class _Bounded(TorchFunctionMode):
+    """Refuses `if tensor:` and `range(tensor)` in a trace, which torch leaves to us, and traces without end.
 
     A tensor made of a Python number has a value: Keras's loop over time steps counts them so.
     """
 
     _ASKING = (torch.Tensor.__bool__, torch.Tensor.__index__)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls, self._layers = 0, Counter[str]()
+
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._calls += 1
+        if self._calls % _SAMPLED == 0:
+            self._check_length()
         if func in self._ASKING and isinstance(args[0], FakeTensor) and args[0].constant is None:
-            if asking := _asking_in_keras():
+            asking = asking_in(frame for frame, _ in traceback.walk_stack(None))
+            if asking.startswith(f"{keras.__name__}."):
                 raise Untraceable(f"{asking} uses the value of a tensor in Python")
             raise NeedsValue
         return func(*args, **(kwargs or {}))
 
+    def _check_length(self) -> None:
+        layer = layer_at_work(sys._getframe())
+        self._layers["code outside of layers" if layer is None else described(layer)] += 1
+        if self._calls >= _MOST_CALLS:
+            [(most, count)] = self._layers.most_common(1)
+            share = round(100 * count / self._layers.total())
+            raise TooLong(
+                f"a step has more than {_MOST_CALLS} operations, {share}% of them in {most}: a loop in Python?"
+            )
 
-def _asking_in_keras() -> str:
-    """The function of Keras that called torch, if it was one of Keras, not of the user."""
-    frame = next((frame for frame, _ in traceback.walk_stack(None) if _package(frame) not in _BETWEEN), None)
-    if frame is None or _package(frame) != keras.__name__:
-        return ""
-    return f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}"
+
+def asking_in(frames: Iterable[FrameType]) -> str:
+    """The function, of Keras or the user, that called torch; the innermost frame comes first."""
+    frame = next((frame for frame in frames if _package(frame) not in _BETWEEN), None)
+    return "the step" if frame is None else f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_qualname}"
 
 
 def _package(frame: FrameType) -> str:
@@ -226,5 +257,8 @@ _not_logged = Patch((logging.getLogger("torch._subclasses.fake_tensor"), "handle
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """A block in which Keras code runs on fake tensors."""
-    with traceable_random_ops, traceable_control_flow, _traceable_nadam, real_tensors_kept(), _NoValues(), _not_logged:
+    patches = traceable_random_ops, traceable_control_flow, batched_transforms, parameters_in_trace, _traceable_nadam
+    with contextlib.ExitStack() as stack:
+        for context in (in_steps, *patches, real_tensors_kept(), _Bounded(), _not_logged):
+            stack.enter_context(context)
         yield

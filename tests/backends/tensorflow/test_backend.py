@@ -141,6 +141,20 @@ def test_function_converts_a_function_that_it_differentiates():
     close([slope(np.float32(3)), slope(np.float32(-3))], [1, -1])
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_minimize_in_a_function_compiles_if_in_a_loss_function_that_builds_its_layer(sign):
+    dense, optimizer = layers.Dense(1, kernel_initializer="ones"), keras.optimizers.SGD(0.1)
+
+    def loss_fn():
+        value = sign * ops.sum(dense(ones(2, 3)))
+        if value > 0:
+            return value
+        return -3 * value
+
+    close(hl.function(lambda: hl.minimize(loss_fn, dense, optimizer))(), 6 if sign > 0 else 18)
+    close(dense.kernel, (1 - 0.1 * 2 * (1 if sign > 0 else 3)) * ones(3, 1))
+
+
 def test_with_control_flow_converts_nothing_outside_of_a_trace():
     assert backend.with_control_flow(absolute) is absolute
     close(hl.grad(absolute)(-3.0), -1)

@@ -1,0 +1,271 @@
+"""The Python values that a function can read: attributes, globals, closures, what is in their lists and dicts.
+
+A compiled function holds them as constants. They are found in the code of the function, and in that of the user's
+functions and classes that it names, without running it; so some are found that it does not read.
+"""
+
+import contextlib
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from handloom._keras import keras, layers_of, trainable_in, trained_in
+from handloom._util.codes import Names, Place
+from handloom._util.source_line import is_users
+from handloom.backends import backend
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
+_CODE = (types.FunctionType, types.MethodType, functools.partial, types.ModuleType, type, types.BuiltinFunctionType)
+_HOLDERS = ("SimpleNamespace", "Namespace")
+_CALLED_BY_OTHERS = {"call", "forward", "__call__", "update_state", "result", "compute_loss"}
+_MOST = 100  # Of the elements of a list or dict.
+
+
+class Value(NamedTuple):
+    """A value, where it is held.
+
+    Attributes:
+        get: Takes the holder, the name and a default: `getattr` or `dict.get`.
+        holder: What holds it.
+        name: Its name there.
+        path: What the user writes to get it.
+        value: The value itself; of a list of plain values a copy.
+    """
+
+    get: Callable[[Any, Any, Any], Any]
+    holder: Any
+    name: Any
+    path: str
+    value: Any
+
+    @property
+    def key(self) -> tuple[int, Any]:
+        return id(self.holder), self.name
+
+    @property
+    def last_name(self) -> str:
+        """The last name in its path: that of an attribute, a variable or a key."""
+        return self.path.translate(_WITHOUT_BRACKETS).rpartition(".")[2]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is known by its value; otherwise by its identity."""
+        return _is_plain(self.value)
+
+    @property
+    def shown(self) -> str:
+        """The value as text: a plain one in full."""
+        return repr(self.value) if _is_plain(self.value) else f"a {type(self.value).__name__}"
+
+    @property
+    def now(self) -> "Value":
+        """The same with the value that is there now."""
+        return self._replace(value=self.present)
+
+    @property
+    def is_number(self) -> bool:
+        return isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
+
+    @property
+    def has_other_elements(self) -> bool:
+        """Whether it is a list that has as many elements as before: it is no collection of what has happened."""
+        both = isinstance(self.value, (list, tuple)) and isinstance(self.present, (list, tuple))
+        return both and len(self.value) == len(self.present)
+
+    @property
+    def present(self) -> Any:
+        """What is there now."""
+        with contextlib.suppress(ValueError):  # A variable of a function that has no value yet.
+            return self.get(self.holder, self.name, None)
+        return None
+
+    @property
+    def is_made_now(self) -> bool:
+        """Whether there is an object now where there was nothing: it stays, unlike what is counted or collected."""
+        is_empty = isinstance(self.value, list) and not self.value
+        return self.value is None or (is_empty and not self.now.is_plain)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether another value is there now."""
+        now = self.present
+        with contextlib.suppress(ValueError):  # An array in place of a list.
+            return bool(now != self.value) if self.is_plain and _is_plain(now) else now is not self.value
+        return True
+
+
+class PythonState:
+    """The Python values that a function can read.
+
+    Args:
+        function: The function.
+
+    Attributes:
+        values: The values, by holder and name.
+        names: The names in the code.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.values: dict[tuple[int, Any], Value] = {}
+        self.names = Names()
+        self._seen: dict[int, tuple[str, Any]] = {}
+        self._objects: dict[int, tuple[str, Any]] = {}
+        self._dicts: list[tuple[str, dict[Any, Any]]] = []
+        self._visit("self", function)
+        size = -1
+        while size != (size := len(self._seen) + len(self.names.read)):  # Each function that is found adds names.
+            for path, thing in list(self._objects.values()):
+                self._attributes(path, thing)
+        for path, found in self._dicts:
+            self._plain_elements(path, found)
+
+    @property
+    def things(self) -> list[tuple[str, Any]]:
+        """The objects and functions among them, each with a path."""
+        return list(self._seen.values())
+
+    def place(self, value: Value) -> Place | None:
+        """Where the code names a value, or else what holds it."""
+        parts = reversed(value.path.translate(_WITHOUT_BRACKETS).split("."))
+        return next((self.names.read[part][0] for part in parts if part in self.names.read), None)
+
+    def _hold(self, get: Callable[..., Any], holder: Any, name: Any, path: str) -> None:
+        value = Value(get, holder, name, path, None).present
+        if isinstance(value, (list, tuple)) and _is_plain(value):
+            value = [*value] if isinstance(value, list) else tuple(value)
+        found = Value(get, holder, name, path, value)
+        if not isinstance(value, _CODE):
+            self.values.setdefault(found.key, found)
+        if not _is_plain(value):
+            self._visit(path, value)
+
+    def _visit(self, path: str, thing: Any) -> None:
+        if id(thing) in self._seen or _is_plain(thing) or backend.is_array(thing) or isinstance(thing, keras.Variable):
+            return
+        self._seen[id(thing)] = path, thing
+        if isinstance(thing, (types.ModuleType, type)):
+            if _is_of_the_user(thing):
+                self._objects[id(thing)] = path, thing
+        elif isinstance(thing, types.FunctionType):
+            self._function(thing)
+        elif isinstance(thing, (dict, list, tuple)):
+            self._elements(path, thing)
+        elif isinstance(thing, keras.Layer):
+            self._layer(path, thing)
+        elif isinstance(thing, keras.optimizers.Optimizer):
+            self._optimizer(path, thing)
+        elif _is_of_the_user(type(thing)) or type(thing).__name__ in _HOLDERS:
+            self._objects[id(thing)] = path, thing
+        else:
+            for part in _parts(thing):
+                self._visit(path, part)
+
+    def _function(self, function: types.FunctionType) -> None:
+        self._visit("", getattr(function, "__wrapped__", None))
+        if is_users(function.__code__.co_filename):
+            for name in sorted(self.names.add(function) & function.__globals__.keys()):
+                self._hold(dict.get, function.__globals__, name, name)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self._hold(getattr, cell, "cell_contents", name)
+
+    def _elements(self, path: str, thing: Any) -> None:
+        thing = getattr(thing, "__wrapped__", thing)  # TensorFlow puts a proxy around the dicts of layers.
+        if len(thing) > _MOST:
+            return
+        if isinstance(thing, dict):
+            self._dicts.append((path, thing))
+        for key, element in thing.items() if isinstance(thing, dict) else enumerate(thing):
+            if isinstance(thing, dict) and not _is_plain(element):
+                self._hold(dict.get, thing, key, f"{path}[{key!r}]")
+            else:
+                self._visit(f"{path}[{key!r}]", element)
+
+    def _plain_elements(self, path: str, thing: dict[Any, Any]) -> None:
+        """Those whose keys the code names; if it names none, it may go through all."""
+        for key in [key for key in thing if key in self.names.read] or thing:
+            if _is_plain(thing[key]):
+                self._hold(dict.get, thing, key, f"{path}[{key!r}]")
+
+    def _layer(self, path: str, layer: Any) -> None:
+        for inner in layers_of(layer):
+            inner_path = path if inner is layer else f"{path}.{inner.name}"
+            self._seen[id(inner)] = inner_path, inner
+            self._hold(dict.get, *trainable_in(inner), f"{inner_path}.trainable")
+            self._numbers(inner_path, inner)
+            if _is_of_the_user(type(inner)):
+                self._objects.setdefault(id(inner), (inner_path, inner))
+        for variable in layer.variables:
+            self._hold(dict.get, *trainable_in(variable), f"{path}[{variable.path!r}].trainable")
+        for name in ("optimizer", "loss"):
+            self._visit(f"{path}.{name}", getattr(layer, name, None))
+
+    def _optimizer(self, path: str, optimizer: Any) -> None:
+        self._numbers(path, optimizer)
+        if optimizer.use_ema or not type(optimizer).__module__.startswith("keras."):
+            # It may update what it keeps for variables that have no gradient in this step.
+            self._hold(dict.get, *trained_in(optimizer), f"the variables of {path}")
+        for inside in vars(optimizer).values():
+            for name, part in inside.items() if isinstance(inside, dict) else [("inner_optimizer", inside)]:
+                if isinstance(part, keras.optimizers.Optimizer):
+                    self._visit(f"{path}.{name}", part)
+
+    def _numbers(self, path: str, thing: Any) -> None:
+        """The numbers that an object of Keras reads itself, such as the rate of dropout."""
+        if not _is_of_the_user(type(thing)) and not isinstance(thing, keras.Model):
+            for name, value in vars(thing).items():
+                if type(value) is float and not name.startswith("_"):
+                    self._hold(dict.get, vars(thing), name, f"{path}.{name}")
+
+    def _attributes(self, path: str, thing: Any) -> None:
+        """The attributes of an object of the user that the code names, and the methods of its class."""
+        is_instance = not isinstance(thing, (type, types.ModuleType))
+        inside = getattr(thing, "__dict__", {})
+        own = backend.attributes(thing) if is_instance and inside else inside
+        for name in sorted(self.names.read.keys() & own.keys()):
+            # Not by `getattr` where it can be avoided: a loop by hand asks at each step.
+            get, holder = (dict.get, inside) if is_instance and name in inside else (getattr, thing)
+            self._hold(get, holder, name, f"{path}.{name}")
+        for kind in type(thing).__mro__ if is_instance else ():
+            if _is_of_the_user(kind):
+                for name in sorted(vars(kind).keys() & (self.names.read.keys() | _CALLED_BY_OTHERS)):
+                    self._of_class(path, thing, name, vars(kind)[name])
+
+    def _of_class(self, path: str, thing: Any, name: str, found: Any) -> None:
+        if _is_plain(found) or inspect.ismemberdescriptor(found):
+            self._hold(getattr, thing, name, f"{path}.{name}")
+        for part in (found, *_parts(found)):
+            if isinstance(part, types.FunctionType):
+                self._visit(path, part)
+
+
+_WITHOUT_BRACKETS = str.maketrans({"[": ".", "]": None, "'": None})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) <= _MOST and all(isinstance(each, _PLAIN) for each in value)
+    return isinstance(value, _PLAIN)
+
+
+def _parts(thing: Any) -> list[Any]:
+    """What a bound method, a partial, or another wrapper of a function consists of."""
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values(), getattr(thing, "__wrapped__", None)]
+    return [getattr(thing, name, None) for name in ("__self__", "__func__", "__wrapped__", "fget")]
+
+
+def _is_of_the_user(thing: Any) -> bool:
+    """Whether a class or module is the user's."""
+    return _is_users_module(str(thing.__module__ if isinstance(thing, type) else thing.__name__))
+
+
+@functools.cache
+def _is_users_module(name: str) -> bool:
+    module = sys.modules.get(name)
+    is_python = module is not None and name not in sys.builtin_module_names
+    return is_python and is_users(getattr(module, "__file__", None) or "")
