@@ -62,8 +62,12 @@ def _counted(part: dict[str, Any]) -> str:
 def _failed(cell: Cell, found: dict[str, Any] | None) -> list[str]:
     of_backends = (found or {"backends": {}})["backends"]
     return [
-        f"- {cell.name}, {BACKENDS[backend]}: `{test}`"
+        f"- {cell.name}, {BACKENDS[backend]}: `{test}`{_why(cell, test)}"
         for backend, of_parts in of_backends.items()
         for part in PARTS
         for test in of_parts[part]["failed"]
     ]
+
+
+def _why(cell: Cell, test: str) -> str:
+    return "".join(f": {why}" for part, why in cell.known.items() if part in test)

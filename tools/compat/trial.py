@@ -1,4 +1,4 @@
-"""Runs the chosen part of the suite in an environment; the results are kept as JSON."""
+"""Runs the chosen part of the suite in an environment; the results are kept as JSON, in `results/`."""
 
 import datetime
 import json
@@ -27,7 +27,7 @@ LEFT_OUT = "tests/test_keras.py::test_import_names_the_installed_or_supported_ba
 
 
 def tried(cell: Cell) -> dict[str, Any]:
-    """Runs a cell; returns its results, which are also kept in `build/compat/CELL.json`."""
+    """Runs a cell; returns its results, which are also kept."""
     found: dict[str, Any] = {"date": str(datetime.date.today()), "backends": {}}
     try:
         python = made(cell)
@@ -49,12 +49,11 @@ def kept(cell: Cell) -> dict[str, Any] | None:
 
 
 def _keep(cell: Cell, found: dict[str, Any]) -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    _file(cell).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    _file(cell).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _file(cell: Cell) -> Path:
-    return FOLDER / f"{cell.name}.json"
+    return Path(__file__).parent / "results" / f"{cell.name}.json"
 
 
 def _results(cell: Cell, python: Path, backend: str) -> dict[str, Any]:
