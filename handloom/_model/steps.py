@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from handloom._data.sample_weight import unweighed, weighed
-from handloom._keras import keras, layers_of, mark_built
+from handloom._keras import Variable, keras, layers_of, mark_built
 from handloom._model.stateful_steps import build_all
 from handloom._reporting.step import ReportingStep
 from handloom._trace.eager import eagerly
@@ -41,6 +41,7 @@ class ModelSteps:
         self._reporting: dict[tuple[str, bool], ReportingStep] = {}
         self._prediction: Function | None = None
         self._parts: Parts = {}
+        self._trainable: dict[int, Variable] = {}
         self._running = self._has_warned = False
 
     def reporting(self, name: str, takes_weights: bool) -> ReportingStep:
@@ -88,8 +89,8 @@ class ModelSteps:
     def running(self) -> Iterator[None]:
         """Within the block, steps run as the model was compiled: eagerly, if with `run_eagerly=True`.
 
-        If the model has other layers or another optimizer than before, it first drops the compiled steps. It gives the
-        optimizer slots for all variables that are now trainable.
+        If the model has other layers or another optimizer than before, it first drops the compiled steps. See also
+        `add_unfrozen`.
         """
         outermost, self._running = not self._running, True
         if outermost:
@@ -101,7 +102,7 @@ class ModelSteps:
             if outermost:
                 self._running = False
                 mark_built(self._model)
-                self._parts = self._present_parts() | self._parts  # Includes the parts that the first run has built.
+                self._note_what_was_built()
 
     def train_nothing(self, loss_fn: Callable[[], Any]) -> bool:
         """Whether the model has no trainable weights, once `loss_fn` has built it; the first time it warns."""
@@ -117,11 +118,16 @@ class ModelSteps:
         return nothing
 
     def add_unfrozen(self) -> None:
-        """Gives the optimizer slots for all variables that are now trainable."""
-        optimizer = getattr(self._model, "optimizer", None)
-        if optimizer is not None and optimizer.built and layers_are_built(self._model):
+        """Gives the optimizer slots for the variables that have become trainable, or were added, since the last time.
+
+        Not for others: an optimizer may be built for a part of the model.
+        """
+        optimizer, trainable = getattr(self._model, "optimizer", None), self._model.trainable_variables
+        news = [variable for variable in trainable if id(variable) not in self._trainable]
+        if news and optimizer is not None and optimizer.built and layers_are_built(self._model):
             with at_once():
-                add_variables_in_order(optimizer, self._model.trainable_variables, self._model.variables)
+                add_variables_in_order(optimizer, news, self._model.variables)
+        self._trainable = {id(variable): variable for variable in trainable}
 
     def _drop_steps_if_changed(self) -> None:
         present = self._present_parts()
@@ -130,6 +136,12 @@ class ModelSteps:
             self._prediction = None
             self._parts = present
         self.add_unfrozen()
+
+    def _note_what_was_built(self) -> None:
+        """The first run builds layers and, for them, optimizers."""
+        built = {key: part for key, part in self._present_parts().items() if key not in self._parts}
+        self._parts |= built
+        self._trainable |= {key: part for key, part in built.items() if getattr(part, "trainable", False)}
 
     def _present_parts(self) -> Parts:
         model, optimizer = self._model, getattr(self._model, "optimizer", None)

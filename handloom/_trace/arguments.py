@@ -27,6 +27,11 @@ class Arguments:
         signatures = ((backend.signature(tensor), backend.placement(tensor)) for tensor in self.tensors)
         self.key = (self._structure.spec, *signatures, *map(_static_key, self._structure.rest))
 
+    @property
+    def objects(self) -> list[Any]:
+        """The static values among them."""
+        return self._structure.rest
+
     def call(self, fn: Callable[..., Any], tensors: Tensors) -> Any:
         """Calls a function with these arguments, and with these tensors in place of theirs."""
         args, kwargs = self._structure.filled(map(keras.ops.convert_to_tensor, tensors))

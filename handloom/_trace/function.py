@@ -228,7 +228,7 @@ class Function:
             return version
         signature = version.signature = signature_of(self.python_function, args, kwargs)
         reason, started = reason_for(signature, self._signatures), time.perf_counter()
-        state = self._premises.state()
+        state = self._premises.state(arguments.objects)
         changed = self._versions[key][-1].premises.changed if self._versions.get(key) else []
         if changed:
             reason = self._premises.reason(changed, state)
@@ -239,7 +239,8 @@ class Function:
         except Untraceable as error:
             version.fallback_reason, version.unsaved = str(error), error.unsaved
         finally:
-            state = self._premises.note_changes(state)
+            before, state = state, self._premises.state(arguments.objects)
+            self._premises.note_changes(before, state)
         if not version.compiled:
             no_other = f"jit_compile=False, and {backend.title} has no other compiler"
             reason = f"eager: {version.fallback_reason or no_other}"

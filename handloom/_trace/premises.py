@@ -70,18 +70,16 @@ class PremisesOfFunction:
         self._said: set[str] = set()
         self._changes: Counter[str] = Counter()
 
-    def state(self) -> PythonState:
-        """The Python values that the function can read now."""
-        return PythonState(self._function)
+    def state(self, arguments: Sequence[Any]) -> PythonState:
+        """The Python values that the function can read now, also in objects that it is given."""
+        return PythonState(self._function, arguments)
 
-    def note_changes(self, before: PythonState) -> PythonState:
-        """Notes what tracing has changed, also if it failed; to be called with the state before, returns that after."""
-        after = self.state()
+    def note_changes(self, before: PythonState, after: PythonState) -> None:
+        """Notes what tracing has changed, also if it failed, from the states before and after."""
         kept = (value for key, value in before.values.items() if key in after.values and not value.is_made_now)
         changed = [value for value in kept if value.has_changed]
         self._changed_by_itself.update((value.key, value) for value in changed)
         self._newly_changed = changed
-        return after
 
     def of_version(self, after: PythonState) -> Premises:
         """The premises of a version that is compiled now. What the function itself changes is not among them."""

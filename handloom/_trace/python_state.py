@@ -9,12 +9,12 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from handloom._keras import keras, layers_of, trainable_in, trained_in
+from handloom._keras import keras, layers_of, trainable_in, trained_by, trained_in
 from handloom._util.codes import Names, Place
 from handloom._util.source_line import is_users
 from handloom.backends import backend
@@ -104,19 +104,22 @@ class PythonState:
 
     Args:
         function: The function.
+        arguments: Objects that it is given.
 
     Attributes:
         values: The values, by holder and name.
         names: The names in the code.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], arguments: Sequence[Any] = ()) -> None:
         self.values: dict[tuple[int, Any], Value] = {}
         self.names = Names()
         self._seen: dict[int, tuple[str, Any]] = {}
         self._objects: dict[int, tuple[str, Any]] = {}
         self._dicts: list[tuple[str, dict[Any, Any]]] = []
         self._visit("self", function)
+        for argument in arguments:
+            self._visit(getattr(argument, "name", type(argument).__name__), argument)
         size = -1
         while size != (size := len(self._seen) + len(self.names.read)):  # Each function that is found adds names.
             for path, thing in list(self._objects.values()):
@@ -145,9 +148,13 @@ class PythonState:
             self._visit(path, value)
 
     def _visit(self, path: str, thing: Any) -> None:
-        if id(thing) in self._seen or _is_plain(thing) or backend.is_array(thing) or isinstance(thing, keras.Variable):
-            return
-        self._seen[id(thing)] = path, thing
+        if isinstance(thing, keras.Variable):
+            self._hold(dict.get, *trainable_in(thing), f"{path}.trainable")
+        elif not (id(thing) in self._seen or _is_plain(thing) or backend.is_array(thing)):
+            self._seen[id(thing)] = path, thing
+            self._look_into(path, thing)
+
+    def _look_into(self, path: str, thing: Any) -> None:
         if isinstance(thing, (types.ModuleType, type)):
             if _is_of_the_user(thing):
                 self._objects[id(thing)] = path, thing
@@ -209,6 +216,8 @@ class PythonState:
         if optimizer.use_ema or not type(optimizer).__module__.startswith("keras."):
             # It may update what it keeps for variables that have no gradient in this step.
             self._hold(dict.get, *trained_in(optimizer), f"the variables of {path}")
+            for variable in trained_by(optimizer):
+                self._visit(variable.path, variable)
         for inside in vars(optimizer).values():
             for name, part in inside.items() if isinstance(inside, dict) else [("inner_optimizer", inside)]:
                 if isinstance(part, keras.optimizers.Optimizer):

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import optree
 
 from handloom._keras import Layer, Tensor, get_keras_mask, keras, set_keras_mask
@@ -71,9 +72,13 @@ def _with_marked_weights(
 
 def marked_weights(sample_weight: Any) -> Any:
     """Sample weights, marked."""
-    return optree.tree_map(
-        lambda leaf: backend.marked(leaf, WEIGHTS) if backend.is_array(leaf) else leaf, sample_weight
-    )
+    return optree.tree_map(_marked, sample_weight)
+
+
+def _marked(leaf: Any) -> Any:
+    # Arguments that are arrays have become tensors; other arrays are constants.
+    is_tensor = backend.is_array(leaf) and not isinstance(leaf, (np.ndarray, np.generic))
+    return backend.marked(leaf, WEIGHTS) if is_tensor else leaf
 
 
 def unused_in(dependencies: Dependencies, function: Callable[..., Any]) -> list[str]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import handloom as hl
-from handloom._interop.torch_data import seed_sources_of_data
+from handloom._interop.tensors import seed_libraries
 from tests.numbers import each_same
 from tests.rows.real_data import digits
 
@@ -56,7 +56,7 @@ PIPELINES = {"tf.data": tf_data, "DataLoader": data_loader, "StatefulDataLoader"
 def made(pipeline):
     """A pipeline that gives the same batches each time."""
     keras.utils.set_random_seed(0)
-    seed_sources_of_data(0)
+    seed_libraries(0)
     return PIPELINES[pipeline]()
 
 

@@ -109,6 +109,26 @@ def test_function_heeds_the_rate_of_dropout_and_a_replaced_layer():
     close(step(ones(2, 3)), [[1], [1]])
 
 
+def test_function_heeds_changes_in_objects_that_it_is_given():
+    step, dense, holder = (
+        hl.function(lambda layer, holder, x: x * len(layer.trainable_variables) * holder.own),
+        *given(),
+    )
+    for trainable, right in [(True, 2), (False, 0), (True, 2)]:
+        dense.trainable = trainable
+        close(step(dense, holder, ones(2)), [right, right])
+    assert len(step.traces) == 2
+    holder.own = 3.0
+    with pytest.warns(RetraceWarning, match=r"Holder\.own has changed from 1\.0 to 3\.0"):
+        close(step(dense, holder, ones(2)), [6, 6])
+
+
+def given():
+    dense = layers.Dense(1)
+    dense.build((2, 3))
+    return dense, Holder()
+
+
 OPTIMIZERS = {
     "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
     "Adam": lambda: keras.optimizers.Adam(0.01),

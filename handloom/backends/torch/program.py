@@ -197,12 +197,12 @@ class TooLong(Untraceable):
     """A trace would take minutes."""
 
 
-_MOST_CALLS, _SAMPLED = 20_000, 500
-"""The number of calls of torch that a trace may have, about a minute of tracing; and how often a layer is noted."""
+_MOST_CALLS, _SAMPLED = 10_000, 100
+"""The calls of torch that a layer may make in a trace, about a minute of tracing; and how often the layer is noted."""
 
 
 class _Bounded(TorchFunctionMode):
-    """Refuses `if tensor:` and `range(tensor)` in a trace, which torch leaves to us, and traces without end.
+    """Refuses `if tensor:` and `range(tensor)` in a trace, which torch leaves to us, and loops that are too long.
 
     A tensor made of a Python number has a value: Keras's loop over time steps counts them so.
     """
@@ -211,12 +211,13 @@ class _Bounded(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._calls, self._layers = 0, Counter[str]()
+        self._calls, self._calls_of = 0, Counter[str]()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._calls += 1
-        if self._calls % _SAMPLED == 0:
-            self._check_length()
+        if _package(sys._getframe(1)) != torch.__name__:  # torch calls itself, for each variable a hundred times.
+            self._calls += 1
+            if self._calls % _SAMPLED == 0:
+                self._check_length()
         if func in self._ASKING and isinstance(args[0], FakeTensor) and args[0].constant is None:
             asking = asking_in(frame for frame, _ in traceback.walk_stack(None))
             if asking.startswith(f"{keras.__name__}."):
@@ -226,13 +227,12 @@ class _Bounded(TorchFunctionMode):
 
     def _check_length(self) -> None:
         layer = layer_at_work(sys._getframe())
-        self._layers["code outside of layers" if layer is None else described(layer)] += 1
-        if self._calls >= _MOST_CALLS:
-            [(most, count)] = self._layers.most_common(1)
-            share = round(100 * count / self._layers.total())
-            raise TooLong(
-                f"a step has more than {_MOST_CALLS} operations, {share}% of them in {most}: a loop in Python?"
-            )
+        if layer is None:
+            return
+        name = described(layer)
+        self._calls_of[name] += _SAMPLED
+        if self._calls_of[name] > _MOST_CALLS:
+            raise TooLong(f"{name} has more than {_MOST_CALLS} operations: a loop in Python?")
 
 
 def asking_in(frames: Iterable[FrameType]) -> str:

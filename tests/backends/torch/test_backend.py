@@ -133,8 +133,10 @@ def test_trace_refuses_a_graph_with_a_fake_tensor_in_it():
     programs._check_closed(graph)
     with FakeTensorMode():
         graph._tensor_constant0 = torch.ones(3)
-    with pytest.raises(Untraceable, match="uses a tensor that the operation cannot pass"):
+    with pytest.raises(TraceError, match="HL102"):
         programs._check_closed(graph)
+    with pytest.raises(Untraceable, match="uses a tensor that the operation cannot pass"):
+        programs._check_closed(torch.nn.Sequential(graph))  # As the function given to an operation is inside a graph.
 
 
 # ---------------------------------------------------------------------------- Inductor

@@ -34,7 +34,7 @@ def test_random_translation_of_a_compiled_function_is_traced_without_a_loop_and_
     start = layer.generator.state.numpy()
     compiled = hl.function(lambda images: layer(images, training=True))
     found = compiled(np.tile(IMAGES, (8, 1, 1, 1)))
-    [version] = compiled._versions.values()
+    [[version]] = compiled._versions.values()
     assert len(version._program._graph.graph.nodes) < 300
     layer.generator.state.assign(start)
     close(found, layer(np.tile(IMAGES, (8, 1, 1, 1)), training=True), rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 import handloom as hl
-from handloom._interop.torch_data import seed_sources_of_data
+from handloom._interop.tensors import seed_libraries
 from handloom.checkpoint.encoding import decode, encode
 from handloom.errors import CheckpointError, DataError, HandloomWarning
 from tests.checkpoint.common import take
@@ -36,7 +36,7 @@ def made_alike(kind):
 
 def _seed(seed):
     keras.utils.set_random_seed(seed)
-    seed_sources_of_data(seed)
+    seed_libraries(seed)
 
 
 def unbroken(feed, epochs):
