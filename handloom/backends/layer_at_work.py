@@ -16,8 +16,9 @@ def frame_of(thread: int) -> FrameType | None:
 
 
 def layer_at_work(frame: FrameType | None) -> Layer | None:
-    """The innermost layer whose method a frame, or one of those that called it, runs; `None` if there is none."""
-    holders = (outer.f_locals.get("self") for outer, _ in traceback.walk_stack(frame))
+    """The innermost layer whose call a frame is part of; `None` if there is none, as in the step of a model."""
+    calls = (outer for outer, _ in traceback.walk_stack(frame) if outer.f_code.co_name == "__call__")
+    holders = (call.f_locals.get("self") for call in calls)
     return next((holder for holder in holders if isinstance(holder, keras.Layer)), None)
 
 

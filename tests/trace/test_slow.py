@@ -111,3 +111,12 @@ def test_fit_falls_back_with_the_name_of_the_layer_whose_trace_is_too_long(monke
     with pytest.warns(FallbackWarning, match=r"the layer 'counts' \(Loop\) has more than 500 operations"):
         model.fit(ones(4, 3), np.zeros((4, 1), "float32"), verbose=0)
     close(model.layers[1].kernel, 0.4 * ones(3, 1), rtol=1e-3)  # 1 - 0.1 * 2 * 3
+
+
+@pytest.mark.backend("torch")
+def test_fit_compiles_a_layer_although_torch_calls_itself_often_in_its_trace(monkeypatch):
+    monkeypatch.setattr("handloom.backends.torch.program._MOST_CALLS", 30)
+    monkeypatch.setattr("handloom.backends.torch.program._SAMPLED", 1)
+    model = functional(layers.Dense(1))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(ones(4, 3), ones(4, 1), verbose=0)  # A warning would be an error.
