@@ -83,6 +83,7 @@ class Processes:
         self._has_read = True
 
     def _ended(self) -> DataError:
+        self._pool.shutdown()  # The codes are known once its own thread has waited for the processes.
         codes = {pid: process.exitcode for pid, process in self._started.items()}
         # The others were terminated afterwards.
         first = next((pid for pid, code in codes.items() if code not in (None, 0, -signal.SIGTERM)), None)
