@@ -216,6 +216,9 @@ def test_feed_holds_sparse_tensors_of_any_library_where_the_backend_does(library
 @pytest.mark.parametrize("kind", ["sparse", "ragged"])
 def test_feed_refuses_to_cut_a_sparse_or_ragged_tensor(kind):
     data = {"sparse": SPARSE["torch"], "ragged": lambda: tf.ragged.constant([[1], [2, 3]])}[kind]()
+    if (kind, backend.name) == ("ragged", "tensorflow"):
+        assert [batch.to_list() for batch in hl.Feed(data, batch_size=1)] == [[[1]], [[2, 3]]]
+        return
     with pytest.raises(DataError, match=rf"a {kind} tensor.*from_tensor_slices\(\.\.\.\)\.batch.*HL419"):
         hl.Feed(data)
 
