@@ -262,10 +262,23 @@ def _is_plain(value: Any) -> bool:
 
 
 def _parts(thing: Any) -> list[Any]:
-    """What a bound method, a partial, or another wrapper of a function consists of."""
+    """What a bound method, a partial, or another wrapper of a function consists of.
+
+    No attribute of others is asked for: an object may have any, each a new object.
+    """
     if isinstance(thing, functools.partial):
-        return [thing.func, *thing.args, *thing.keywords.values(), getattr(thing, "__wrapped__", None)]
-    return [getattr(thing, name, None) for name in ("__self__", "__func__", "__wrapped__", "fget")]
+        return [thing.func, *thing.args, *thing.keywords.values(), *_wrapped(thing)]
+    known = ((types.MethodType, "__self__"), (types.BuiltinFunctionType, "__self__"), (property, "fget"))
+    named = [getattr(thing, name) for kind, name in known if isinstance(thing, kind)]
+    return [*named, *([thing.__func__] if isinstance(thing, _METHODS) else []), *_wrapped(thing)]
+
+
+_METHODS = (types.MethodType, classmethod, staticmethod)
+
+
+def _wrapped(thing: Any) -> list[Any]:
+    inside = inspect.getattr_static(thing, "__dict__", None)
+    return [vars(thing)["__wrapped__"]] if inside is not None and "__wrapped__" in vars(thing) else []
 
 
 def _is_of_the_user(thing: Any) -> bool:

@@ -1,6 +1,7 @@
 """Python values that a compiled function reads: it heeds their changes, and tells of those a variable should hold."""
 
 import types
+import unittest.mock
 
 import keras
 import numpy as np
@@ -107,6 +108,20 @@ def test_function_heeds_the_rate_of_dropout_and_a_replaced_layer():
     parts.drop, parts.dense = layers.Dropout(1e-9), layers.Dense(1, kernel_initializer="zeros", bias_initializer="ones")
     parts.dense.build((2, 3))
     close(step(ones(2, 3)), [[1], [1]])
+
+
+class Endless:
+    """Has any attribute, each a new object."""
+
+    def __getattr__(self, name):
+        return Endless()
+
+
+def test_function_asks_objects_for_no_attribute_that_it_does_not_name():
+    mock, endless = unittest.mock.MagicMock(), Endless()
+    step = hl.function(lambda x: x * 2 if mock or endless else x)
+    close(step(ones(2)), [2, 2])
+    assert mock.method_calls == []
 
 
 def test_function_heeds_changes_in_objects_that_it_is_given():
