@@ -15,6 +15,7 @@ from handloom.backends import backend
 from handloom.errors import RetraceWarning
 
 _MANY_CHANGES = 5
+_SHOWN = 3
 
 
 class Premises:
@@ -107,7 +108,8 @@ class PremisesOfFunction:
                     category=RetraceWarning,
                     at=state.place(value),
                 )
-        return "; ".join(f"{value.path}: {value.shown} -> {value.now.shown}" for value in changed)
+        shown = [f"{value.path}: {value.shown} -> {value.now.shown}" for value in changed]
+        return "; ".join(shown[:_SHOWN]) + f"; and {len(shown) - _SHOWN} more" * (len(shown) > _SHOWN)
 
     def _warn_of_counting(self, value: Value, state: PythonState) -> None:
         """Warns of a number that the function counts up, as by `+= 1`, and reads elsewhere.

@@ -132,14 +132,17 @@ def test_function_heeds_changes_in_objects_that_it_is_given():
     for trainable, right in [(True, 2), (False, 0), (True, 2)]:
         dense.trainable = trainable
         close(step(dense, holder, ones(2)), [right, right])
-    assert len(step.traces) == 2
+    assert [trace.reason for trace in step.traces[1:]] == [
+        "dense.trainable: True -> False; dense['dense/kernel'].trainable: True -> False; "
+        "dense['dense/bias'].trainable: True -> False"
+    ]
     holder.own = 3.0
     with pytest.warns(RetraceWarning, match=r"Holder\.own has changed from 1\.0 to 3\.0"):
         close(step(dense, holder, ones(2)), [6, 6])
 
 
 def given():
-    dense = layers.Dense(1)
+    dense = layers.Dense(1, name="dense")
     dense.build((2, 3))
     return dense, Holder()
 
