@@ -29,6 +29,8 @@ BUILD = ROOT / "build" / "keras_tests"
 FILES = ("callbacks", "distillation", "legacy/saving", "models", "optimizers", "saving", "trainers", "wrappers")
 BACKENDS = ("jax", "tensorflow", "torch")
 USES_MODELS = re.compile(r"\b(Model|Sequential|Functional|Trainer)\b")
+ADDRESS = re.compile(r"0x[0-9a-f]+")
+"""Of an object in the name of a test, another in each process."""
 LIMIT = 3600
 
 PAGE = ROOT / "docs" / "keras_tests.md"
@@ -62,7 +64,7 @@ def run(files: list[str], backend: str, *plugins: str) -> Outcomes:
         subprocess.run(command, env=environment, cwd=BUILD, stdout=log, stderr=log, timeout=LIMIT, check=False)
     outcomes: Outcomes = {file: {} for file in files}
     for path, name, outcome, why in map(json.loads, lines.read_text(encoding="utf-8").splitlines()):
-        outcomes[os.path.relpath(path, KERAS)][name] = [outcome, why]
+        outcomes[os.path.relpath(path, KERAS)][ADDRESS.sub("0x", name)] = [outcome, why]
     return outcomes
 
 
