@@ -1,7 +1,7 @@
 """Slots for variables that are added, or unfrozen, after an optimizer was built."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from handloom._keras import Variable, forget_slots, keras, replace_slot, slots_of, trained_by
@@ -72,16 +72,18 @@ def add_variables_in_order(optimizer: keras.Optimizer, variables: list[Variable]
         for name, owned in optimizer.owners().items():
             add_variables_in_order(optimizer[name], owned, order)
         return
+    several = list(getattr(optimizer, "optimizers", ()))  # A `MultiOptimizer` gives each its own variables.
     for child in children(optimizer):
-        add_variables_in_order(child, variables, order)
+        if child not in several:
+            add_variables_in_order(child, variables, order)
     known = set(map(id, trained_by(optimizer)))
     wanted = known.union(map(id, variables))
     if optimizer.built and wanted != known:
-        rebuild(optimizer, [variable for variable in order if id(variable) in wanted])
+        rebuild(optimizer, [variable for variable in order if id(variable) in wanted], several)
 
 
-def rebuild(optimizer: keras.Optimizer, variables: list[Variable]) -> None:
-    """Builds an optimizer, without those inside it, for other variables; existing slots keep their values."""
+def rebuild(optimizer: keras.Optimizer, variables: list[Variable], built_by_it: Sequence[keras.Optimizer] = ()) -> None:
+    """Builds an optimizer for other variables, and those inside it that it builds; existing slots keep their values."""
     paths = [variable.path for variable in variables]
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
@@ -89,17 +91,18 @@ def rebuild(optimizer: keras.Optimizer, variables: list[Variable]) -> None:
             f"HL302: {optimizer.name!r} cannot distinguish the variables to add: several have the path {twice[0]!r}.",
             fix="Give the layers different names, or compile the model again with a new optimizer.",
         )
-    before = {slot.path: slot for slot in slots_of(optimizer)}
-    forget_slots(optimizer)
-    optimizer.built = False
-    with _slots_kept(optimizer, before):
+    with contextlib.ExitStack() as stack:
+        for part in (optimizer, *built_by_it):
+            stack.enter_context(_slots_kept(part))
         optimizer.build(variables)
 
 
 @contextlib.contextmanager
-def _slots_kept(optimizer: keras.Optimizer, before: dict[str, Variable]) -> Iterator[None]:
-    """A block in which an optimizer takes its earlier slots, by path, for new ones: compiled steps hold them."""
-    make = optimizer.add_variable
+def _slots_kept(optimizer: keras.Optimizer) -> Iterator[None]:
+    """A block in which an optimizer is built again and takes its earlier slots, by path: compiled steps hold them."""
+    before = {slot.path: slot for slot in slots_of(optimizer)}
+    forget_slots(optimizer)
+    optimizer.built, make = False, optimizer.add_variable
 
     def add_variable(*args: Any, **kwargs: Any) -> Variable:
         new = make(*args, **kwargs)

@@ -72,6 +72,19 @@ def test_model_adds_slots_in_order_for_an_unfrozen_part_and_keeps_the_others(mak
     same_values(loaded.optimizer, model.optimizer)
 
 
+def test_fit_leaves_each_optimizer_of_a_multi_optimizer_its_own_variables_also_unfrozen_ones():
+    kernels, biases = SGD(0.1, momentum=MOMENTUM), SGD(0.0)
+    own = keras.optimizers.OptimizerMap(default_optimizer=kernels, optimizer_map={".*/bias": biases})
+    model = stack(keras.optimizers.MultiOptimizer(own))
+    model.layers[0].trainable = False
+    train(model)
+    model.layers[0].trainable = True
+    before = model.get_weights()
+    train(model)
+    assert changed(before, model) == [True, False, True, False]
+    assert [len(trained_by(optimizer)) for optimizer in (kernels, biases)] == [2, 2]
+
+
 @each_optimizer
 def test_model_trains_a_layer_that_was_added(make):
     model = stack(make())
