@@ -119,7 +119,7 @@ class Endless:
 
 def test_function_asks_objects_for_no_attribute_that_it_does_not_name():
     mock, endless = unittest.mock.MagicMock(), Endless()
-    step = hl.function(lambda x: x * 2 if mock or endless else x)
+    step = hl.function(lambda x: [x * 2, mock, endless][0])
     close(step(ones(2)), [2, 2])
     assert mock.method_calls == []
 
