@@ -53,8 +53,7 @@ class ModelSteps:
         """
         key = (name, takes_weights)
         if key not in self._reporting:
-            model, step = self._model, backend.step_of(self._model, name, build_all)
-            _check_own_function(model, name)
+            model, step = self._model, self._step(name)
             split = weighed if takes_weights else unweighed
             options = {"model": model, "jit_compile": self.jit_compile}
             self._reporting[key] = ReportingStep(step, unpacks=False, weighed=split, **options)
@@ -80,10 +79,13 @@ class ModelSteps:
     def prediction(self) -> Function:
         """The compiled `predict_step`."""
         if self._prediction is None:
-            _check_own_function(self._model, "predict_step")
-            step = backend.step_of(self._model, "predict_step", build_all)
-            self._prediction = Function(step, jit_compile=self.jit_compile)
+            self._prediction = Function(self._step("predict_step"), jit_compile=self.jit_compile)
         return self._prediction
+
+    def _step(self, name: str) -> Callable[..., Any]:
+        step = backend.step_of(self._model, name, build_all)
+        _check_own_function(self._model, name)
+        return step
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

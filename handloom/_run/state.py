@@ -41,9 +41,8 @@ class Record:
     def state(self) -> dict[str, Any]:
         versions = {"handloom": _own_version(), "keras": keras.__version__, "numpy": np.__version__}
         facts = {"python": platform.python_version()} | versions | backend.versions()
-        return {"versions": facts, "choices": self.choices, "configured": self._configured} | {
-            "frozen": self._frozen.state()
-        }
+        frozen = self._frozen.state()
+        return {"versions": facts, "choices": self.choices, "configured": self._configured, "frozen": frozen}
 
     def adapt(self, saved: Mapping[str, Any]) -> None:
         """Makes what the run trains fit the record of a saved run, before it is restored."""

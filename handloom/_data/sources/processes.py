@@ -41,7 +41,7 @@ class Processes:
         # Ctrl-C reaches them too, but only this process knows when to stop.
         self._pool = ProcessPoolExecutor(workers, _SPAWN, signal.signal, (signal.SIGINT, signal.SIG_IGN))
         self._started: dict[int | None, Any] = {}
-        self._copy = _Copy(b"")
+        self._copy: _Copy | None = None
         self._has_read = self.broken = False
 
     def read(self, data: keras.utils.PyDataset, indices: Iterable[int]) -> Iterator[Any]:
@@ -51,8 +51,9 @@ class Processes:
             DataError: The data cannot be sent to other processes, or one of them ended.
         """
         pickled = _pickled(data)
-        if not self._copy.is_of(pickled):
-            self._copy = _Copy(pickled)
+        digest = hashlib.sha256(pickled).digest()
+        if self._copy is None or self._copy.digest != digest:
+            self._copy = _Copy(pickled, digest)
         copy = self._copy  # Its file stays until this pass has ended.
 
         def submit(index: int) -> Future[Any]:
@@ -144,15 +145,12 @@ def read_ahead(
 class _Copy:
     """Pickled data in a file, which is removed with this object."""
 
-    def __init__(self, pickled: bytes) -> None:
-        self._digest = hashlib.sha256(pickled).digest()
+    def __init__(self, pickled: bytes, digest: bytes) -> None:
+        self.digest = digest
         handle, self.path = tempfile.mkstemp(prefix="handloom-", suffix=".pickle")
         with os.fdopen(handle, "wb") as file:
             file.write(pickled)
         weakref.finalize(self, os.unlink, self.path)
-
-    def is_of(self, pickled: bytes) -> bool:
-        return hashlib.sha256(pickled).digest() == self._digest
 
 
 _in_worker: dict[str, keras.utils.PyDataset] = {}
