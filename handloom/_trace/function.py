@@ -133,7 +133,7 @@ class Function:
         self._by_raw_key: dict[Key, Version] = {}
         self._signatures: list[Signature] = []
         self._said: set[str] = set()
-        self._premises = PremisesOfFunction(self.__name__, python_function)
+        self._premises = PremisesOfFunction(self.__name__, python_function, self.is_news)
         self._kept_as = f"_compiled_{self.__name__}_{id(self):x}"
         self._definition: Function | None = None
 

@@ -9,6 +9,7 @@ import numpy as np
 import optree
 
 from handloom.backends import backend
+from handloom.backends.operators import COMPARISONS, TWO_WAYS
 from handloom.errors import DataError
 
 
@@ -37,12 +38,10 @@ class LeftOutError(DataError, AttributeError):
     """Data is used that was left out. For `hasattr`, it has no attributes."""
 
 
-_TWO_WAYS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _USES = [
     *("array", "jax_array", "tf_tensor", "len", "iter", "getitem", "contains", "bool", "float", "int", "index"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "neg", "abs", "invert"),
-    *_TWO_WAYS,
-    *(f"r{name}" for name in _TWO_WAYS),
+    *("neg", "abs", "invert", *COMPARISONS, *TWO_WAYS),
+    *(f"r{name}" for name in TWO_WAYS),
 ]
 for _name in _USES:
     setattr(LeftOut, f"__{_name}__", LeftOut.refuse)

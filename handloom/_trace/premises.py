@@ -62,13 +62,13 @@ class PremisesOfFunction:
     Args:
         name: The name of the function.
         function: The function.
+        is_news: Whether something has not been said of it yet.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self._name, self._function = name, function
+    def __init__(self, name: str, function: Callable[..., Any], is_news: Callable[[str], bool]) -> None:
+        self._name, self._function, self._is_news = name, function, is_news
         self._changed_by_itself: dict[Any, Value] = {}
         self._newly_changed: list[Value] = []
-        self._said: set[str] = set()
         self._changes: Counter[str] = Counter()
 
     def state(self, arguments: Sequence[Any]) -> PythonState:
@@ -118,7 +118,7 @@ class PremisesOfFunction:
         """
         line = state.names.updated.get(value.last_name)
         counts = any(place != line for place in state.names.read[value.last_name])
-        if line and counts and value.is_number and value.now.is_number and self._is_news(value):
+        if line and counts and value.is_number and value.now.is_number and self._is_news(f"counts {value.path}"):
             warn(
                 f"HL140: {self._name} has changed {value.path} from {value.shown} to {value.now.shown} while it was "
                 "compiled.",
@@ -127,8 +127,3 @@ class PremisesOfFunction:
                 f"{value.path}.assign_add(1). To act on it, use keras.ops.cond.",
                 at=line,
             )
-
-    def _is_news(self, value: Value) -> bool:
-        known = value.path in self._said
-        self._said.add(value.path)
-        return not known

@@ -18,7 +18,7 @@ ops = keras.ops
 Needs: TypeAlias = Callable[[str, Any, Any], bool]
 """Takes the name of an operator, a tensor and the other operand; whether the framework's own operator does not do."""
 
-_TWO_WAYS = {
+TWO_WAYS = {
     "add": ops.add,
     "sub": ops.subtract,
     "mul": ops.multiply,
@@ -31,7 +31,7 @@ _TWO_WAYS = {
     "or": ops.bitwise_or,
     "xor": ops.bitwise_xor,
 }
-_COMPARISONS = {
+COMPARISONS = {
     "lt": ops.less,
     "le": ops.less_equal,
     "gt": ops.greater,
@@ -43,8 +43,8 @@ _COMPARISONS = {
 
 def promoting(tensor: type, needs: Needs) -> list[Replacement]:
     """The operators of a class of tensors, replaced by those of `keras.ops` for the operands that need it."""
-    forward = [(tensor, f"__{name}__", _either(name, op, needs)) for name, op in {**_TWO_WAYS, **_COMPARISONS}.items()]
-    return forward + [(tensor, f"__r{name}__", _either(name, _reflected(op), needs)) for name, op in _TWO_WAYS.items()]
+    forward = [(tensor, f"__{name}__", _either(name, op, needs)) for name, op in {**TWO_WAYS, **COMPARISONS}.items()]
+    return forward + [(tensor, f"__r{name}__", _either(name, _reflected(op), needs)) for name, op in TWO_WAYS.items()]
 
 
 def _either(name: str, op: Callable[..., Tensor], needs: Needs) -> Callable[[Any], Any]:
