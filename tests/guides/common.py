@@ -21,6 +21,23 @@ def mlp(inputs: int, outputs: int, hidden: int = 5, name: str | None = None, **o
     return keras.Model(start, layers.Dense(outputs, **options)(tensor), name=name)
 
 
+def updated(model: Any, loss: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
+    """Updates the metrics of a model as Keras's guides do at the end of a step; returns their results."""
+    for metric in model.metrics:
+        if metric.name == "loss":
+            metric.update_state(loss)
+        else:
+            metric.update_state(y, y_pred, sample_weight=sample_weight)
+    return {metric.name: metric.result() for metric in model.metrics}
+
+
+def evaluation_step(model: Any, data: Any) -> dict[str, Any]:
+    """The `test_step` of Keras's guides."""
+    x, y = data
+    y_pred = model(x, training=False)
+    return updated(model, model.compute_loss(y=y, y_pred=y_pred), y, y_pred)
+
+
 Make = Callable[[type], tuple[Any, tuple[Any, ...], dict[str, Any]]]
 """Takes the class to derive a model from; returns the compiled model, its data, and options of `fit`."""
 

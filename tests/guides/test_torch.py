@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from tests.guides.common import LABELS, X, mlp, trains_as_keras
+from tests.guides.common import LABELS, X, evaluation_step, mlp, trains_as_keras, updated
 
 pytestmark = pytest.mark.backend("torch")
 
@@ -33,20 +33,9 @@ def supervised(base):
             gradients = [weight.value.grad for weight in trainable_weights]
             with torch.no_grad():
                 self.optimizer.apply(gradients, trainable_weights)
-            for metric in self.metrics:
-                if metric.name == "loss":
-                    metric.update_state(loss)
-                else:
-                    metric.update_state(y, y_pred, sample_weight=sample_weight)
-            return {metric.name: metric.result() for metric in self.metrics}
+            return updated(self, loss, y, y_pred, sample_weight)
 
-        def test_step(self, data):
-            x, y = data
-            y_pred = self(x, training=False)
-            loss = self.compute_loss(y=y, y_pred=y_pred)
-            for metric in self.metrics:
-                metric.update_state(loss) if metric.name == "loss" else metric.update_state(y, y_pred)
-            return {metric.name: metric.result() for metric in self.metrics}
+        test_step = evaluation_step
 
         def predict_step(self, data):
             return 2 * self(data, training=False)
