@@ -217,6 +217,12 @@ def trained_in(optimizer: keras.Optimizer) -> tuple[dict[str, Any], str]:
     return optimizer.__dict__, "_trainable_variables"
 
 
+def optimizers_in(optimizer: Any) -> list[keras.Optimizer]:
+    """The optimizers directly inside another, which may come from any library."""
+    found = [*getattr(optimizer, "optimizers", ()), getattr(optimizer, "inner_optimizer", None)]
+    return [inner for inner in found if isinstance(inner, keras.Optimizer)]
+
+
 def slots_of(optimizer: keras.Optimizer) -> list[Variable]:
     """The slots of an optimizer itself, without those of an optimizer inside it."""
     others = (optimizer._iterations, optimizer._learning_rate)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from handloom._keras import keras, layers_of, trainable_in, trained_by, trained_in
+from handloom._keras import keras, layers_of, optimizers_in, trainable_in, trained_by, trained_in
 from handloom._util.codes import Names, Place
 from handloom._util.source_line import is_users
 from handloom.backends import backend
@@ -218,10 +218,8 @@ class PythonState:
             self._hold(dict.get, *trained_in(optimizer), f"the variables of {path}")
             for variable in trained_by(optimizer):
                 self._visit(variable.path, variable)
-        for inside in vars(optimizer).values():
-            for name, part in inside.items() if isinstance(inside, dict) else [("inner_optimizer", inside)]:
-                if isinstance(part, keras.optimizers.Optimizer):
-                    self._visit(f"{path}.{name}", part)
+        for inner in optimizers_in(optimizer):
+            self._visit(f"{path}.{inner.name}", inner)
 
     def _numbers(self, path: str, thing: Any) -> None:
         """The numbers that an object of Keras reads itself, such as the rate of dropout."""

@@ -4,13 +4,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from handloom._keras import Variable, forget_slots, keras, replace_slot, slots_of, trained_by
+from handloom._keras import Variable, forget_slots, keras, optimizers_in, replace_slot, slots_of, trained_by
 from handloom._trace.gradients import Wrt, variables_of
 from handloom._trace.observe import unobserved
 from handloom.backends import backend
 from handloom.errors import OptimizerError
 from handloom.optimizers._named import NamedOptimizers
-from handloom.optimizers._tree import children, inside
+from handloom.optimizers._tree import inside
 
 
 def add_variables(optimizer: keras.Optimizer, wrt: Wrt) -> None:
@@ -73,9 +73,9 @@ def add_variables_in_order(optimizer: keras.Optimizer, variables: list[Variable]
             add_variables_in_order(optimizer[name], owned, order)
         return
     several = list(getattr(optimizer, "optimizers", ()))  # A `MultiOptimizer` gives each its own variables.
-    for child in children(optimizer):
-        if child not in several:
-            add_variables_in_order(child, variables, order)
+    for inner in optimizers_in(optimizer):
+        if inner not in several:
+            add_variables_in_order(inner, variables, order)
     known = set(map(id, trained_by(optimizer)))
     wanted = known.union(map(id, variables))
     if optimizer.built and wanted != known:

@@ -3,22 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from handloom._keras import keras
+from handloom._keras import keras, optimizers_in
 from handloom._util.arguments import positive_number, whole_number
-
-
-def children(optimizer: Any) -> list[keras.Optimizer]:
-    """The optimizers directly inside another, which may come from any library."""
-    found = [*getattr(optimizer, "optimizers", ()), getattr(optimizer, "inner_optimizer", None)]
-    return [child for child in found if isinstance(child, keras.Optimizer)]
 
 
 def inside(optimizer: Any, kind: type = keras.Optimizer) -> Iterator[Any]:
     """The optimizers of a kind in a tree, from its root to its leaves; none in `None`."""
     if isinstance(optimizer, kind):
         yield optimizer
-    for child in children(optimizer):
-        yield from inside(child, kind)
+    for inner in optimizers_in(optimizer):
+        yield from inside(inner, kind)
 
 
 def taker_inside(optimizer: Any) -> Any:

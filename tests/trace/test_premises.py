@@ -10,7 +10,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import HandloomWarning, RetraceWarning
-from tests.models import sequential
+from tests.models import built, sequential
 from tests.numbers import close, normal, numpy, ones
 
 X, Y = normal(8, 3), normal(8, 1, seed=1)
@@ -193,6 +193,28 @@ def test_function_heeds_trainable_and_reuses_its_versions(optimizer):
     with hl.run_eagerly(True):
         for one, other in zip(found, run()[0], strict=True):
             close(one, other)
+
+
+AROUND = {
+    "WeightAveraging": hl.optimizers.WeightAveraging,
+    "MultiOptimizer": lambda inner: keras.optimizers.MultiOptimizer(lambda variable: inner),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_function_heeds_a_number_of_an_optimizer_inside_another(around):
+    dense, inner = built(layers.Dense(1), 3), keras.optimizers.SGD(1.0, momentum=0.5)
+    optimizer = AROUND[around](inner)
+
+    @hl.function
+    def step():
+        hl.minimize(lambda: ops.sum(dense.bias), dense.bias, optimizer)
+
+    step()
+    inner.momentum = 0.25
+    with pytest.warns(RetraceWarning, match=r"momentum has changed from 0\.5 to 0\.25"):
+        step()
+    close(dense.bias, [-1 + (-0.25 - 1)])
 
 
 class Counting:
