@@ -97,7 +97,7 @@ class PremisesOfFunction:
         for value in changed:
             self._changes[value.path] += 1
             numbers = (value.is_number and value.now.is_number) or value.has_other_elements
-            is_data = numbers or backend.is_array(value.present)
+            is_data = numbers or value.is_contents or backend.is_array(value.present)
             if self._changes[value.path] == (1 if is_data else _MANY_CHANGES):
                 variable = f"keras.Variable({value.shown if value.is_number else '...'}, trainable=False)"
                 warn(

@@ -24,6 +24,7 @@ _CODE = (types.FunctionType, types.MethodType, functools.partial, types.ModuleTy
 _HOLDERS = ("SimpleNamespace", "Namespace")
 _CALLED_BY_OTHERS = {"call", "forward", "__call__", "update_state", "result", "compute_loss"}
 _MOST = 100  # Of the elements of a list or dict.
+_MOST_BYTES = 2**14  # Of an array, which is compared at each step.
 
 
 class Value(NamedTuple):
@@ -58,8 +59,16 @@ class Value(NamedTuple):
         return _is_plain(self.value)
 
     @property
+    def is_contents(self) -> bool:
+        """Whether it is what an array contains, rather than what something holds."""
+        return self.get is _contents
+
+    @property
     def shown(self) -> str:
         """The value as text: a plain one in full."""
+        if self.is_contents:
+            array = np.frombuffer(self.value, self.holder.dtype).reshape(self.holder.shape)
+            return np.array2string(array, threshold=6, separator=", ")
         return repr(self.value) if _is_plain(self.value) else f"a {type(self.value).__name__}"
 
     @property
@@ -150,6 +159,9 @@ class PythonState:
     def _visit(self, path: str, thing: Any) -> None:
         if isinstance(thing, keras.Variable):
             self._hold(dict.get, *trainable_in(thing), f"{path}.trainable")
+        elif isinstance(thing, np.ndarray):
+            if thing.nbytes <= _MOST_BYTES and not thing.dtype.hasobject:
+                self._hold(_contents, thing, "", path)
         elif not (id(thing) in self._seen or _is_plain(thing) or backend.is_array(thing)):
             self._seen[id(thing)] = path, thing
             self._look_into(path, thing)
@@ -187,10 +199,10 @@ class PythonState:
         if isinstance(thing, dict):
             self._dicts.append((path, thing))
         for key, element in thing.items() if isinstance(thing, dict) else enumerate(thing):
-            if isinstance(thing, dict) and not _is_plain(element):
-                self._hold(dict.get, thing, key, f"{path}[{key!r}]")
-            else:
+            if isinstance(thing, tuple):
                 self._visit(f"{path}[{key!r}]", element)
+            elif not _is_plain(element):
+                self._hold(dict.get if isinstance(thing, dict) else _element, thing, key, f"{path}[{key!r}]")
 
     def _plain_elements(self, path: str, thing: dict[Any, Any]) -> None:
         """Those whose keys the code names; if it names none, it may go through all."""
@@ -248,6 +260,14 @@ class PythonState:
         for part in (found, *_parts(found)):
             if isinstance(part, types.FunctionType):
                 self._visit(path, part)
+
+
+def _element(elements: Sequence[Any], index: int, default: Any) -> Any:
+    return elements[index] if index < len(elements) else default
+
+
+def _contents(array: np.ndarray, *_: Any) -> bytes:
+    return array.tobytes()
 
 
 _WITHOUT_BRACKETS = str.maketrans({"[": ".", "]": None, "'": None})

@@ -110,6 +110,37 @@ def test_function_heeds_the_rate_of_dropout_and_a_replaced_layer():
     close(step(ones(2, 3)), [[1], [1]])
 
 
+def test_function_heeds_an_array_that_is_changed_in_place():
+    holder = types.SimpleNamespace(weights=np.ones(2, "float32"), large=np.ones(5000, "float32"))
+    step = hl.function(lambda x: x * holder.weights + holder.large[0])
+    close(step(ones(2)), [2, 2])
+    holder.weights[1] = 3
+    message = r"holder\.weights has changed from \[1\., 1\.\] to \[1\., 3\.\].*holder\.weights\.assign.*HL141"
+    with pytest.warns(RetraceWarning, match=message):
+        close(step(ones(2)), [2, 4])
+    holder.weights[1] = 1
+    close(step(ones(2)), [2, 2])
+    assert len(step.traces) == 2
+
+
+def test_function_heeds_an_object_that_is_replaced_in_a_list():
+    double, triple = (layers.Rescaling(factor) for factor in (2.0, 3.0))
+    stack = [double, double]
+
+    @hl.function
+    def step(x):
+        for layer in stack:
+            x = layer(x)
+        return x
+
+    close(step(ones(2)), [4, 4])
+    stack[1] = triple
+    close(step(ones(2)), [6, 6])
+    stack[1] = double
+    close(step(ones(2)), [4, 4])
+    assert len(step.traces) == 2
+
+
 class Endless:
     """Has any attribute, each a new object."""
 
