@@ -1,5 +1,6 @@
 """`docs/compatibility.md`, from the results of the cells."""
 
+import collections
 from typing import Any
 
 from tools.compat.cells import BACKENDS, Cell
@@ -60,14 +61,13 @@ def _counted(part: dict[str, Any]) -> str:
 
 
 def _failed(cell: Cell, found: dict[str, Any] | None) -> list[str]:
-    of_backends = (found or {"backends": {}})["backends"]
-    return [
-        f"- {cell.name}, {BACKENDS[backend]}: `{test}`{_why(cell, test)}"
-        for backend, of_parts in of_backends.items()
-        for part in PARTS
-        for test in of_parts[part]["failed"]
-    ]
+    """A line for each reason and backend, with the tests that failed for it."""
+    of_backends, tests = (found or {"backends": {}})["backends"], collections.defaultdict(list)
+    for backend, of_parts in of_backends.items():
+        for test in (test for part in PARTS for test in of_parts[part]["failed"]):
+            tests[backend, _why(cell, test)].append(f"`{test}`")
+    return [f"- {cell.name}, {BACKENDS[backend]}{why}: {', '.join(names)}" for (backend, why), names in tests.items()]
 
 
 def _why(cell: Cell, test: str) -> str:
-    return "".join(f": {why}" for part, why in cell.known.items() if part in test)
+    return "".join(f": {why.removesuffix('.')}" for part, why in cell.known.items() if part in test)

@@ -37,7 +37,7 @@ from handloom.errors import ExportError, HandloomError, TraceError
 
 
 class TorchBackend(Backend):
-    name, title, tested = "torch", "PyTorch", ("2.13", "2.14")
+    name, title, tested = "torch", "PyTorch", ("2.12", "2.15")
     outside = staticmethod(outside)
     in_steps = in_steps
 
