@@ -47,6 +47,7 @@ class Backend(abc.ABC):
 
     def __init__(self) -> None:
         self._in_trace, self._depth = Switch(False), Switch(0)
+        self._zero: Switch[Any] = Switch(0.0)  # A source of the differentiated function that the caller is in.
 
     # ---------------------------------------------------------------- tensors
 
@@ -285,7 +286,7 @@ class Backend(abc.ABC):
             return [value], aux
 
         with naming_what_has_no_derivative(self.title), self.in_steps:
-            [value], aux, [row] = self._derivatives(listed, tensors, variables, scalar=True)
+            [value], aux, [row] = self._with_zero(listed, tensors, variables, scalar=True)
         return value, aux, *self._split(row, len(tensors))
 
     def dense(self, gradient: Tensor | None) -> Tensor | None:
@@ -308,8 +309,18 @@ class Backend(abc.ABC):
             derivatives of shape `output.shape + source.shape`.
         """
         with naming_what_has_no_derivative(self.title), self.in_steps:
-            outputs, aux, rows = self._derivatives(fn, tensors, variables, scalar=False)
+            outputs, aux, rows = self._with_zero(fn, tensors, variables, scalar=False)
         return outputs, aux, [self._split(row, len(tensors)) for row in rows]
+
+    def _with_zero(self, fn: Outputs, tensors: Tensors, variables: Variables, scalar: bool) -> Derivatives:
+        """Differentiates `fn` also with respect to a zero, for `term_twice`."""
+
+        def with_zero(zero: Tensor, *tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            with self._zero.here(zero):
+                return fn(*tensors)
+
+        outputs, aux, rows = self._derivatives(with_zero, [keras.ops.zeros(()), *tensors], variables, scalar=scalar)
+        return outputs, aux, [row[1:] for row in rows]
 
     @abc.abstractmethod
     def _derivatives(self, fn: Outputs, tensors: Tensors, variables: Variables, scalar: bool) -> Derivatives:
@@ -321,13 +332,18 @@ class Backend(abc.ABC):
     def _split(self, row: Gradients, count: int) -> tuple[Gradients, Gradients]:
         return list(map(self.dense, row[:count])), row[count:]
 
-    @abc.abstractmethod
     def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
         """A term of a loss twice: for a function that may include it, and for the caller to add to the result of that.
 
         If the function's result depends on the first through differentiable operations, then, while the sum is
-        differentiated, `included` is called, and the second has no gradient: the term counts once.
+        differentiated, `included` is called, and the second has no gradient: the term counts once. This holds for a
+        constant too, since a zero is added that the function is differentiated with respect to.
         """
+        return self._twice(term + keras.ops.cast(self._zero.get(), term.dtype), included)
+
+    @abc.abstractmethod
+    def _twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """See `term_twice`, of a term that depends on a source."""
 
     # ------------------------------------------------------------------ nesting
 

@@ -214,6 +214,17 @@ def test_minimize_counts_an_activity_regularizer_once(loss_fn, eagerly):
     each_close(model.get_weights(), [W - 0.1 * by_w, B - 0.1 * by_b])
 
 
+@each_way
+def test_minimize_counts_a_loss_that_depends_on_no_trained_variable_once(loss_fn, eagerly):
+    frozen = layers.Dense(2, kernel_initializer="identity", activity_regularizer=L2, trainable=False)
+    model = sequential(frozen, layers.Dense(1), inputs=2, cls=keras.Sequential)
+    model.layers[-1].set_weights([W, B])
+    returned = training(model, SGD(0.1), loss_fn=loss_fn)(X, Y)
+    loss, by_w, by_b = by_hand()
+    close(returned, loss + 0.3 * np.sum(X**2) / len(X))
+    each_close(model.layers[-1].get_weights(), [W - 0.1 * by_w, B - 0.1 * by_b])
+
+
 class AddingALoss(keras.Model):
     """A model that adds a loss itself, and whose only variables are those of its layer."""
 

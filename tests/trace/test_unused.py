@@ -96,3 +96,16 @@ def test_function_that_does_not_train_or_uses_everything_is_not_warned_of():
     hl.function(lambda x, y: ops.mean((model(x) - y) ** 2))(TOKENS, TARGETS)
     hl.function(weighed)(TOKENS, TARGETS)
     hl.function(weighed)(TOKENS, TARGETS, WEIGHTS)
+
+
+def test_fit_of_a_part_with_the_penalties_of_the_rest_is_not_warned_of():
+    model, optimizer = parts()
+    model.layers[1].activity_regularizer = keras.regularizers.L2(1.0)
+
+    def step(x, y):
+        loss = keras.losses.MeanSquaredError()
+        return {"loss": hl.minimize(lambda: loss(y, model(x)) + sum(model.losses), model.layers[-1], optimizer)}
+
+    model.compile("sgd", "mse")
+    right = model.evaluate(TOKENS, TARGETS, verbose=0)
+    close(hl.fit(step, (TOKENS, TARGETS), verbose=0).history["loss"][0], right)

@@ -137,7 +137,7 @@ class JaxBackend(Backend):
         sources.write(news)
         return outputs, aux, rows
 
-    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    def _twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
         return term_twice(term, included)
 
     @property

@@ -179,7 +179,7 @@ class TensorFlowBackend(Backend):
         change = self.dense if self.depth or self._by_xla.get() else _each_row_once
         return outputs, aux, [list(map(change, tape.gradient(outputs[0], sources)))]
 
-    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    def _twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
         return term_twice(term, included)
 
     @property

@@ -169,7 +169,7 @@ class TorchBackend(Backend):
             outputs, aux = ([tensor.detach() for tensor in found] for found in (outputs, aux))
         return outputs, aux, rows
 
-    def term_twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    def _twice(self, term: Tensor, included: Callable[[], None]) -> tuple[Tensor, Tensor]:
         first, second = _Twice.apply(term, included)
         return first, second
 
