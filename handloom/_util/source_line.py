@@ -30,7 +30,7 @@ def place_in(frames: Frames) -> tuple[str, int] | None:
 def shown(place: tuple[str, int] | None) -> str:
     """A line of code as text: `file, line 3: code`."""
     if place is None:
-        return "(line unknown)"
+        return "line unknown"
     file, line = place
     return f"{file}, line {line}: {linecache.getline(file, line).strip()}"
 

@@ -55,7 +55,7 @@ def test_place_in_takes_the_innermost_line_of_the_user(files, users):
 
 def test_shown_names_a_line_that_cannot_be_read_or_is_unknown():
     assert shown(("<stdin>", 7)) == "<stdin>, line 7: "
-    assert shown(None) == "(line unknown)"
+    assert shown(None) == "line unknown"
 
 
 def test_users_frame_skips_libraries():

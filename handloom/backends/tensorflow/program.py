@@ -12,6 +12,7 @@ import tensorflow as tf
 from tensorflow.python.framework.auto_control_deps_utils import get_read_only_resource_input_indices_graph
 
 from handloom._keras import Tensor, Tensors, Variable, stored_value
+from handloom._util.source_line import Frames
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Fused, Program, Seen, Step, Tracing, Untraceable
 from handloom.backends.trace_errors import leaked
@@ -40,8 +41,9 @@ class TensorFlowProgram(Program):
         specs = [tf.type_spec_from_value(tensor) for tensor in tensors]
         self._concrete = self._traced(lambda *tensors: list(fn(*tensors)), specs)
         graph = self._concrete.graph
-        if any(map(tf.is_symbolic_tensor, self._concrete.captured_inputs)):
-            raise leaked(())
+        foreign = [inner for outer, inner in graph.captures if tf.is_symbolic_tensor(outer)]
+        if foreign:
+            raise leaked(_frames_of_first_use(foreign[0]))
         variables = {id(stored_value(variable)): variable for variable in seen.values()}
         unchanged = get_read_only_resource_input_indices_graph(graph)
         handles = {id(graph.inputs[index]) for index in unchanged}
@@ -91,6 +93,12 @@ class TensorFlowProgram(Program):
         specs = [tf.TensorSpec((steps, *tensor.shape), tensor.dtype) for tensor in self._tensors]
         run = self._traced(run_all, specs)
         return lambda batches: run(*map(tf.stack, zip(*batches, strict=True)))
+
+
+def _frames_of_first_use(tensor: Any) -> Frames:
+    """The lines that led to the first operation on a tensor of a graph, the outermost first."""
+    uses = tensor.consumers()
+    return [(frame.filename, frame.lineno) for frame in uses[0].traceback] if uses else ()
 
 
 def _captured(graph: Any) -> Iterator[tuple[tf.Variable, Tensor]]:

@@ -32,7 +32,7 @@ from handloom.backends.torch.control_flow import open_branches
 from handloom.backends.torch.graph import mark
 from handloom.backends.torch.modules import in_steps, modules_read_variables, outside, parameters_made
 from handloom.backends.torch.program import NeedsValue, TooLong, TorchProgram, asking_in, contiguous, tracing
-from handloom.backends.trace_errors import described_place, needs_a_value, read_by_numpy, tensorflow_called
+from handloom.backends.trace_errors import described_place, leaked, needs_a_value, read_by_numpy, tensorflow_called
 from handloom.errors import ExportError, HandloomError, TraceError
 
 
@@ -139,7 +139,9 @@ class TorchBackend(Backend):
         return mark(tensor, name)
 
     def unreadable(self, error: Exception) -> TraceError | None:
-        return read_by_numpy(frames_of(error)) if _MEETS_NUMPY.search(str(error)) else None
+        if _MEETS_NUMPY.search(str(error)):
+            return read_by_numpy(frames_of(error))
+        return leaked(frames_of(error)) if _MEETS_SHAPES.search(str(error)) else None
 
     def create_variables(self, fn: Callable[[], Any]) -> None:
         with parameters_made():
@@ -181,6 +183,9 @@ class TorchBackend(Backend):
 _MEETS_NUMPY = re.compile(
     r"Can't call numpy\(\) on Tensor that requires grad|can't convert \S+ device type tensor to numpy"
 )
+
+_MEETS_SHAPES = re.compile(r"on device meta|devices, \S+ and meta|devices, meta and")
+"""Keras has called a layer on shapes alone, and the layer has kept a tensor of that call."""
 
 
 def _reason(error: Exception) -> str:
