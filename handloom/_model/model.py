@@ -32,6 +32,7 @@ from handloom._trace.loss_weight import Weight
 from handloom._trace.losses import noted
 from handloom._util.arguments import whole_number
 from handloom._util.every import AfterEpochs, Every, every
+from handloom._util.short import short
 from handloom.distribute._strategy import Strategy
 from handloom.errors import ArgumentError
 from handloom.optimizers import NamedOptimizers, averaged_weights
@@ -420,7 +421,7 @@ class Sequential(Model, keras.Sequential):
 
 def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextManager[None]:
     if weights not in (None, "ema"):
-        raise ArgumentError(f'HL033: weights takes "ema", or None for the present weights; received {weights!r}.')
+        raise ArgumentError(f'HL033: weights takes "ema", or None for the present weights; received {short(weights)}.')
     return averaged_weights(model) if weights else contextlib.nullcontext()
 
 

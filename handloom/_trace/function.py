@@ -31,6 +31,7 @@ from handloom._trace.structure import Structure
 from handloom._trace.unused import Forgotten, warn_of_unused
 from handloom._util.findings import warn
 from handloom._util.listeners import Listeners
+from handloom._util.short import short
 from handloom.backends import backend
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Fused, Program, Untraceable
@@ -105,7 +106,7 @@ def function(
 
 def check_jit_compile(jit_compile: bool | str) -> None:
     if jit_compile not in (True, False, "auto"):
-        raise ArgumentError(f'HL014: jit_compile takes True, False or "auto"; received {jit_compile!r}.')
+        raise ArgumentError(f'HL014: jit_compile takes True, False or "auto"; received {short(jit_compile)}.')
 
 
 class Function:
@@ -122,7 +123,7 @@ class Function:
         self, python_function: Callable[..., Any], *, jit_compile: bool | str = "auto", tells_of_unused: bool = False
     ) -> None:
         if not callable(python_function):
-            raise ArgumentError(f"HL015: hl.function compiles a function; received {python_function!r}.")
+            raise ArgumentError(f"HL015: hl.function compiles a function; received {short(python_function)}.")
         functools.update_wrapper(self, python_function, updated=())
         self.__name__ = getattr(python_function, "__name__", type(python_function).__name__)
         self.python_function = python_function

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 from handloom._util.every import every
+from handloom._util.short import short
 from handloom.callbacks._event_reader import Event, EventReader
 from handloom.errors import ArgumentError
 
@@ -23,7 +24,7 @@ def progress_display(verbose: str | int) -> list[EventReader]:
         verbose = 1 if Console().is_terminal else 2
     displays: dict[Any, list[type[EventReader]]] = {0: [], 1: [ProgressBar], 2: [EpochLines]}
     if verbose not in displays:
-        raise ArgumentError(f"HL750: verbose takes 0, 1 (bar), 2 (line an epoch) or 'auto'; received {verbose!r}.")
+        raise ArgumentError(f"HL750: verbose takes 0, 1 (bar), 2 (line an epoch) or 'auto'; received {short(verbose)}.")
     return [display() for display in displays[verbose]]
 
 
