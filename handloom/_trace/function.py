@@ -264,9 +264,9 @@ class Function:
         if self.tells_of_unused:
             for text in filter(self.is_news, version.forgotten.found(version.dependencies, self.python_function)):
                 warn_of_unused(self.__name__, text)
-        if draws.sources:
+        if sources := list(filter(self.is_news, draws.sources)):
             warn(
-                f"HL108: {self.__name__} drew numbers from {' and '.join(draws.sources)} while it was compiled.",
+                f"HL108: {self.__name__} drew numbers from {' and '.join(sources)} while it was compiled.",
                 "They are constants of the compiled function now, the same in each step.",
                 "Use keras.random, or draw outside of the function and pass an array.",
             )
