@@ -84,6 +84,7 @@ class Model(keras.Model):
             )
         super().__init__(*args, **kwargs)
         self._steps = ModelSteps(self)
+        self._has_weighted_metrics = False
 
     def __reduce__(self) -> Any:
         """Pickles and copies as Keras does, but names `Model`, because no module holds a variant by name."""
@@ -143,6 +144,7 @@ class Model(keras.Model):
         super().compile(optimizer, *given, jit_compile=not run_eagerly and jit_compile, auto_scale_loss=False)
         set_loss_tracker(self, LossTracker(name="loss"))
         self._steps = ModelSteps(self, jit_compile, steps_per_execution)
+        self._has_weighted_metrics = bool(weighted_metrics)
         attach(optimizer, self)
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -403,7 +405,7 @@ class Model(keras.Model):
         Raises:
             OptimizerError: A variable is owned by two optimizers or by none.
         """
-        return shown(explain(self, self._steps.reductions))
+        return shown(explain(self, self._steps.reductions, weighted=self._has_weighted_metrics))
 
     train_on_batch = train_on_batch
     test_on_batch = test_on_batch
