@@ -31,23 +31,13 @@ internal, so that a change in Keras shows there and not at a user's.
 """
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from handloom._util.backend_names import BACKENDS
+from handloom._util.backend_names import BACKENDS, missing_backend
 from handloom.errors import BackendNotInstalledError
-
-
-def _missing_backend(name: str) -> BackendNotInstalledError:
-    installed = [other for other in BACKENDS if importlib.util.find_spec(other)]
-    choice = f", or choose an installed one: KERAS_BACKEND={installed[0]}" if installed else ""
-    return BackendNotInstalledError(
-        f"HL901: Keras is set to the backend {name!r}, which is not installed.",
-        fix=f'Install it with: pip install "handloom[{name}]"{choice}.',
-    )
 
 
 def _strange_backend(name: str | None) -> BackendNotInstalledError:
@@ -62,7 +52,7 @@ try:
     import keras as keras
 except ModuleNotFoundError as error:
     if error.name in BACKENDS:
-        raise _missing_backend(str(error.name)) from error
+        raise missing_backend(str(error.name)) from error
     if error.name == os.environ.get("KERAS_BACKEND"):  # A backend of Keras that Handloom does not run on.
         raise _strange_backend(error.name) from error
     raise

@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from types import ModuleType
 import click
 
 from handloom._interop.quiet_tensorflow import quiet_tensorflow
-from handloom._util.backend_names import BACKENDS, OF_KERAS
+from handloom._util.backend_names import BACKENDS, OF_KERAS, missing_backend
 from handloom.checkpoint.retention import OF_RUN
 from handloom.errors import HandloomError, RecipeError
 
@@ -141,8 +142,8 @@ def _choose_backend(backend: str | None) -> tuple[str, str]:
     backend, reason = (backend, "chosen by --backend") if backend else _default_backend(installed)
     os.environ["KERAS_BACKEND"] = backend
     quiet_tensorflow(backend)
-    if backend not in installed:
-        importlib.import_module("handloom._keras")  # Raises the error that says what to install or choose.
+    if backend in BACKENDS and backend not in installed:
+        raise missing_backend(backend, "--backend ")
     return backend, reason
 
 
@@ -168,7 +169,11 @@ def _prepared(run_dir: Path | None, name: str, fresh: bool) -> Path:
     if fresh and (resumes or is_run):
         _empty(chosen)
     elif _in_use(chosen) and run_dir is None:
-        chosen = next(path for number in range(2, 10**6) if not _in_use(path := Path("runs") / f"{name}-{number}"))
+        numbered = (Path("runs") / f"{name}-{number}" for number in itertools.count(2))
+        pairs = itertools.pairwise(itertools.chain([chosen], numbered))
+        earlier, chosen = next((used, path) for used, path in pairs if not _in_use(path))
+        resume = f" To resume the earlier one, pass --run-dir {earlier}." if (earlier / OF_RUN).is_dir() else ""
+        click.echo(f"This run is a new one, in {chosen}.{resume}")
     elif _in_use(chosen) and not resumes:
         raise RecipeError(
             f"HL908: {chosen} holds {'a finished run' if is_run else 'files that do not belong to a run'}.",
@@ -217,6 +222,6 @@ def _check_extras() -> None:
     missing = [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(
-            f"HL910: The recipes need {' and '.join(missing)}, which is not installed.",
+            f"HL910: The recipes need what is not installed: {' and '.join(missing)}.",
             fix='Install the extra: pip install "handloom[recipes]".',
         )

@@ -260,16 +260,15 @@ def test_run_takes_the_same_backend_again_once_keras_has_written_its_configurati
     Path("train.py").write_text("import keras\ndef main(run_dir): return keras.backend.backend()\n")
     shown = [run_without("torch,tensorflow", "train.py").stdout.splitlines() for _ in range(2)]
     assert json.loads(Path("keras-home", "keras.json").read_text())["backend"] == "tensorflow"
-    assert [lines[:2] for lines in shown] == [
-        ["train.py on jax (the first that is installed; choose with --backend)", "jax"]
-    ] * 2
+    first_line = "train.py on jax (the first that is installed; choose with --backend)"
+    assert [(lines[0], "jax" in lines) for lines in shown] == [(first_line, True)] * 2
 
 
 MISSING = {  # The messages for each backend are in test_keras.py.
-    "a backend": ("torch", "torch", r"'torch', which is not installed\..*pip install \"handloom\[torch\]\""),
+    "a backend": ("torch", "torch", r"pip install \"handloom\[torch\]\", or .*: --backend jax\. \[HL901\]"),
     "every backend": ("jax,tensorflow,torch", None, r"pip install \"handloom\[jax\]\"\. \[HL901\]"),
-    "sklearn": ("sklearn", "jax", r"recipes need sklearn, which is not installed\..*handloom\[recipes\]"),
-    "matplotlib": ("matplotlib", "jax", r"recipes need matplotlib, which is not installed\..*handloom\[recipes\]"),
+    "sklearn": ("sklearn", "jax", r"recipes need what is not installed: sklearn\..*handloom\[recipes\]"),
+    "matplotlib": ("matplotlib", "jax", r"recipes need what is not installed: matplotlib\..*handloom\[recipes\]"),
 }
 
 
@@ -308,9 +307,11 @@ def test_run_prints_any_result_of_main(returned, shown):
 
 @pytest.mark.once
 def test_run_without_a_directory_creates_a_new_one(reporter):
-    for _ in range(3):
-        answer(run(reporter))
     name = f"reporter-{BACKEND}"
+    assert "new one" not in run(reporter).output
+    assert f"This run is a new one, in {Path('runs', f'{name}-2')}.\n" in run(reporter).output
+    Path("runs", f"{name}-2", "checkpoints").mkdir()
+    assert f"{name}-3. To resume the earlier one, pass --run-dir {Path('runs', f'{name}-2')}.\n" in run(reporter).output
     assert {path.name for path in Path("runs").iterdir()} == {name, f"{name}-2", f"{name}-3"}
 
 

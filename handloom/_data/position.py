@@ -5,6 +5,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from handloom._util.short import short
 from handloom.errors import DataError
 
 
@@ -39,7 +40,7 @@ def check_state(state: Any, seed: int | None, length: int | None) -> None:
         DataError: It cannot.
     """
     if not _is_state(state):
-        raise DataError(f"HL404: The state of a feed has whole numbers epoch, batch and seed; received {state!r}.")
+        raise DataError(f"HL404: The state of a feed has whole numbers epoch, batch and seed; received {short(state)}.")
     if seed not in (None, state["seed"]):
         raise DataError(
             f"HL405: The state is of a feed with seed={state['seed']}; this feed has seed={seed}.",

@@ -4,8 +4,9 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from handloom._keras import Variable, keras, trained_by
 from handloom.backends import backend
@@ -54,23 +55,26 @@ class Explanation:
     notes: tuple[str, ...]
 
 
-def explain(model: keras.Model, reported: dict[str, dict[str, str]]) -> Explanation:
-    """Explains a compiled and built model; see `Model.explain`."""
+def explain(model: keras.Model, reported: dict[str, dict[str, str]], *, weighted: bool) -> Explanation:
+    """Explains a compiled and built model, which may have `weighted_metrics`; see `Model.explain`."""
     frozen = tuple(variable.path for variable in model.non_trainable_weights)
-    return Explanation(tuple(_owners(model)), frozen, reported, (*_notes_on_loss(model), *_notes_on_scale(model)))
+    notes = (*_notes_on_loss(model, weighted), *_notes_on_scale(model))
+    return Explanation(tuple(_owners(model)), frozen, reported, notes)
 
 
 def shown(explanation: Explanation) -> Explanation:
     """Prints an explanation as tables, followed by its notes, and returns it."""
-    owners = Table("name", "optimizer", "learning rate", "updates", "variables", "parameters", title="Optimizers")
+    names = "name", "optimizer", "learning\nrate", "updates", "variables", "parameters"
+    owners = Table(*(Column(name, overflow="fold") for name in names), title="Optimizers", box=SIMPLE)
     for owner in explanation.owners:
-        numbers = (f"{owner.learning_rate:.3g}", str(owner.updates), str(len(owner.variables)), f"{owner.parameters:,}")
-        owners.add_row(owner.name, owner.optimizer, *numbers)
+        counts = str(owner.updates), str(len(owner.variables)), f"{owner.parameters:,}"
+        owners.add_row(owner.name, owner.optimizer, f"{owner.learning_rate:.3g}", *counts)
     console = Console()
     console.print(owners)
-    console.print(f"{len(explanation.frozen)} variables are not trainable: no optimizer updates them.")
+    if explanation.frozen:
+        console.print(f"Variables that no optimizer updates, because they are not trainable: {len(explanation.frozen)}")
     for step, reductions in explanation.reported.items():
-        table = Table("name", "value of an epoch", title=f"Reported by {step}")
+        table = Table("name", "value of an epoch", title=f"Reported by {step}", box=SIMPLE)
         for row in reductions.items():
             table.add_row(*row)
         console.print(table)
@@ -117,10 +121,10 @@ def _owner(name: str, parts: list[keras.Optimizer], variables: list[Variable]) -
     )
 
 
-def _notes_on_loss(model: keras.Model) -> Iterator[str]:
+def _notes_on_loss(model: keras.Model, weighted: bool) -> Iterator[str]:
     losses = [loss for loss in keras.tree.flatten(getattr(model, "loss", None)) if loss is not None]
     reductions = {getattr(loss, "reduction", "sum_over_batch_size") for loss in losses}
-    if reductions & {"sum_over_batch_size", "mean"}:
+    if weighted and reductions & {"sum_over_batch_size", "mean"}:
         yield (
             "The loss is divided by the number of examples, weighted_metrics by the sum of the sample weights. With "
             "weights, a loss and a metric of the same formula therefore differ, and the effect of an example does not "

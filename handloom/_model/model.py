@@ -32,6 +32,7 @@ from handloom._trace.loss_weight import Weight
 from handloom._trace.losses import noted
 from handloom._util.arguments import whole_number
 from handloom._util.every import AfterEpochs, Every, every
+from handloom._util.short import short
 from handloom.distribute._strategy import Strategy
 from handloom.errors import ArgumentError
 from handloom.optimizers import NamedOptimizers, averaged_weights
@@ -83,6 +84,7 @@ class Model(keras.Model):
             )
         super().__init__(*args, **kwargs)
         self._steps = ModelSteps(self)
+        self._has_weighted_metrics = False
 
     def __reduce__(self) -> Any:
         """Pickles and copies as Keras does, but names `Model`, because no module holds a variant by name."""
@@ -142,6 +144,7 @@ class Model(keras.Model):
         super().compile(optimizer, *given, jit_compile=not run_eagerly and jit_compile, auto_scale_loss=False)
         set_loss_tracker(self, LossTracker(name="loss"))
         self._steps = ModelSteps(self, jit_compile, steps_per_execution)
+        self._has_weighted_metrics = bool(weighted_metrics)
         attach(optimizer, self)
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -402,7 +405,7 @@ class Model(keras.Model):
         Raises:
             OptimizerError: A variable is owned by two optimizers or by none.
         """
-        return shown(explain(self, self._steps.reductions))
+        return shown(explain(self, self._steps.reductions, weighted=self._has_weighted_metrics))
 
     train_on_batch = train_on_batch
     test_on_batch = test_on_batch
@@ -420,7 +423,7 @@ class Sequential(Model, keras.Sequential):
 
 def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextManager[None]:
     if weights not in (None, "ema"):
-        raise ArgumentError(f'HL033: weights takes "ema", or None for the present weights; received {weights!r}.')
+        raise ArgumentError(f'HL033: weights takes "ema", or None for the present weights; received {short(weights)}.')
     return averaged_weights(model) if weights else contextlib.nullcontext()
 
 

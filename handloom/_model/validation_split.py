@@ -7,6 +7,7 @@ import optree
 from handloom._data.sources import is_arrays
 from handloom._interop.tensors import rows_of
 from handloom._trace.left_out import is_words
+from handloom._util.short import short
 from handloom.errors import DataError
 
 
@@ -18,7 +19,7 @@ def split(data: Any, fraction: float) -> tuple[Any, Any]:
             fix="Pass the batches to validate on as validation_data.",
         )
     if not 0 < fraction < 1:
-        raise DataError(f"HL437: validation_split takes a fraction between 0 and 1; received {fraction!r}.")
+        raise DataError(f"HL437: validation_split takes a fraction between 0 and 1; received {short(fraction)}.")
     first_leaf = optree.tree_leaves(data, is_leaf=is_words)[0]
     count = int(first_leaf.shape[0]) if hasattr(first_leaf, "shape") else len(first_leaf)
     first = int(count * (1 - fraction))

@@ -9,6 +9,7 @@ from handloom._reporting.loss_tracker import LossTracker
 from handloom._reporting.observed import StepObserver
 from handloom._reporting.totals import AllTotals, Entry
 from handloom._trace.losses import Denominator
+from handloom._util.short import short
 from handloom.backends import backend
 from handloom.errors import StepError
 
@@ -33,7 +34,7 @@ class Results:
         if not isinstance(returned, Mapping):
             raise StepError(
                 f"HL201: {step} must return a dict of scalars, such as {{'loss': loss}}; it returned "
-                f"{_shown(returned)} (of type {type(returned).__name__}).",
+                f"{short(returned)} (of type {type(returned).__name__}).",
             )
         self._step, self._seen, self._examples, self._weight = step, seen, examples, weight
         self._entries: dict[str, Entry] = {}
@@ -108,7 +109,7 @@ class Results:
         if isinstance(value, (keras.Variable, bool, int, float)) or backend.is_array(value):
             return ops.convert_to_tensor(value)
         raise StepError(
-            f"HL203: {self._step} returned {_shown(value)} (of type {type(value).__name__}) as {name!r}.",
+            f"HL203: {self._step} returned {short(value)} (of type {type(value).__name__}) as {name!r}.",
             fix="Return scalars (tensors or numbers), pairs (sum, weight) of scalars, or keras.Metric objects.",
         )
 
@@ -131,10 +132,3 @@ def _sum_and_weight(mean: Tensor, divisor: Any) -> tuple[Tensor, Tensor]:
     """The sum behind a mean, and its divisor."""
     mean, divisor = ops.cast(mean, "float32"), ops.cast(divisor, "float32")
     return ops.where(ops.equal(divisor, 0), ops.zeros_like(mean), mean * divisor), divisor
-
-
-def _shown(value: Any) -> str:
-    if backend.is_array(value):
-        return f"a tensor of shape {tuple(value.shape)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -5,6 +5,7 @@ from typing import Any
 
 from handloom._keras import keras
 from handloom._util.every import Every
+from handloom._util.short import short
 from handloom.errors import ArgumentError
 
 _HOOKS = [name for name in vars(keras.callbacks.Callback) if name.startswith("on_")]
@@ -30,9 +31,10 @@ class Callbacks:
         for callback in self._callbacks:
             if not isinstance(callback, keras.callbacks.Callback):
                 raise ArgumentError(
-                    f"HL024: callbacks takes keras.callbacks.Callback objects; received {callback!r} (of type "
+                    f"HL024: callbacks takes keras.callbacks.Callback objects; received {short(callback)} (of type "
                     f"{type(callback).__name__}).",
-                    fix="For a function, pass keras.callbacks.LambdaCallback(on_epoch_end=...).",
+                    fix="Pass an object, such as keras.callbacks.EarlyStopping(); for a function, "
+                    "keras.callbacks.LambdaCallback(on_epoch_end=...).",
                 )
             callback.set_params(params)
             callback.set_model(model)

@@ -244,5 +244,5 @@ def _validation(validate: Any, when: Every) -> Validation:
         return NEVER
     raise StepError(
         f"HL210: validate received an object of type {type(validate).__name__}.",
-        fix="Pass a pair (step, data), or a function without arguments that returns a dict of numbers.",
+        fix="Pass a pair (step, data), the step first, or a function without arguments that returns a dict of numbers.",
     )

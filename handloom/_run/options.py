@@ -6,6 +6,7 @@ from pathlib import Path
 
 from handloom._util.arguments import whole_number
 from handloom._util.every import Every, check_every, every
+from handloom._util.short import short
 from handloom.distribute._strategy import Strategy
 from handloom.errors import ArgumentError
 
@@ -30,7 +31,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.resume not in ("auto", "exact", "never"):
-            raise ArgumentError(f"HL006: resume takes 'auto', 'exact' or 'never'; received {self.resume!r}.")
+            raise ArgumentError(f"HL006: resume takes 'auto', 'exact' or 'never'; received {short(self.resume)}.")
         if self.save is not None:
             check_every(self.save, "save", "hl.every(epochs=1), or None")
         if isinstance(self.allow, str):

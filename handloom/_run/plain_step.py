@@ -14,8 +14,8 @@ def plain_step(step: Callable[..., Any], data: Any, *, training: bool = False) -
     """A plain step, to be called with batches; and its data, as a feed that checks its sample weights."""
     if not callable(step):
         raise StepError(
-            f"HL251: The step is {step!r} (of type {type(step).__name__}), which cannot be called.",
-            fix="Pass a function of a batch that returns a dict of scalars.",
+            f"HL251: The step is an object of type {type(step).__name__}, which cannot be called.",
+            fix="Pass a function of a batch that returns a dict of scalars, and then the data: hl.fit(step, data).",
         )
     position, feed = _position_of_weights(step), data.view() if isinstance(data, Feed) else Feed(data)
     if position is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
@@ -21,7 +22,8 @@ from handloom._run.options import RunOptions
 from handloom._run.saving import NotSaving, Saving
 from handloom._run.state import EpochReports, Part, Record, restore_exactly
 from handloom._run.validation import NEVER, Validation, Validations
-from handloom._trace.function import traced
+from handloom._trace.function import Function, traced
+from handloom._trace.python_state import PythonState
 from handloom._util.arguments import whole_number
 from handloom._util.findings import given, warn
 from handloom._util.first_few import first_few
@@ -31,6 +33,8 @@ from handloom.callbacks import callback_state, restore_callback
 from handloom.checkpoint.names import named
 from handloom.distribute._strategy import check_strategy
 from handloom.errors import StepError
+
+_WITH_VARIABLES = (keras.Layer, keras.Metric, keras.optimizers.Optimizer)
 
 
 class Run:
@@ -273,14 +277,28 @@ class Run:
                 fix="Keep the state in keras.Variable, draw by keras.random with a SeedGenerator, and train by "
                 "Keras optimizers; or run without run_dir, or with save=None.",
             )
-        lost = [variable.path for variable in function.touched if id(variable) not in saved]
+        lost = [variable for variable in function.touched if id(variable) not in saved]
         if lost:
             raise StepError(
                 f"HL250: {function.__name__} uses variables that are not in state and would not be saved: "
-                f"{first_few(lost, 5)}.",
-                fix="Add what they belong to, such as state={'model': model, 'metric': metric}; in a model, make them "
-                "attributes of the model.",
+                f"{first_few([variable.path for variable in lost], 5)}.",
+                fix=f"Add what they belong to: state={{{'..., ' if self._state else ''}{_owners(function, lost)}}}; "
+                "in a model of your own, make it an attribute instead.",
             )
+
+
+def _owners(function: Function, lost: Iterable[Variable]) -> str:
+    """What the variables belong to, as items of `state`, by the names in the step."""
+    left, found = set(map(id, lost)), []
+    for path, thing in sorted(PythonState(function.python_function).things, key=lambda each: len(each[0])):
+        variables = thing.variables if isinstance(thing, _WITH_VARIABLES) else ()
+        if isinstance(thing, keras.random.SeedGenerator):
+            variables = [thing.state]
+        if not left.isdisjoint(map(id, variables)):
+            left.difference_update(map(id, variables))
+            name = "_".join(re.findall(r"\w+", path))
+            found.append(f"'{name}': {path}")
+    return ", ".join([*found, *(["'name': variable"] if left else [])])
 
 
 def _variables_in(state: Any) -> list[Variable]:

@@ -15,6 +15,7 @@ from handloom._run.events import Events
 from handloom._run.interrupt import Signals
 from handloom._util.every import AfterEpochs, Every
 from handloom._util.progress import Progress
+from handloom._util.short import short
 from handloom.checkpoint.random_state import random_state, set_random_state
 from handloom.distribute._strategy import current
 from handloom.errors import StepError
@@ -56,7 +57,9 @@ def by_function(validate: Callable[[], Any], when: Schedule) -> Validation:
         callbacks.on_test_begin({})
         results = validate()
         if not isinstance(results, Mapping):
-            raise StepError(f"HL211: validate() returned {results!r}.", fix="Return numbers in a dict: {'loss': 0.1}.")
+            raise StepError(
+                f"HL211: validate() returned {short(results)}.", fix="Return numbers in a dict: {'loss': 0.1}."
+            )
         numbers: Results = {str(name): float(keras.ops.convert_to_numpy(value)) for name, value in results.items()}
         callbacks.on_test_end(numbers)
         return numbers

@@ -2,6 +2,7 @@
 
 import contextlib
 
+from handloom._util.short import short
 from handloom._util.switch import Switch
 from handloom.errors import ArgumentError
 
@@ -33,5 +34,5 @@ def run_eagerly(value: bool) -> contextlib.AbstractContextManager[None]:
         `hl.run_eagerly(True)` for the whole process, or `with hl.run_eagerly(True): ...` for a block.
     """
     if not isinstance(value, bool):
-        raise ArgumentError(f"HL002: hl.run_eagerly takes True or False; received {value!r}.")
+        raise ArgumentError(f"HL002: hl.run_eagerly takes True or False; received {short(value)}.")
     return _eager.set(value)

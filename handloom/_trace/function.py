@@ -31,6 +31,7 @@ from handloom._trace.structure import Structure
 from handloom._trace.unused import Forgotten, warn_of_unused
 from handloom._util.findings import warn
 from handloom._util.listeners import Listeners
+from handloom._util.short import short
 from handloom.backends import backend
 from handloom.backends.dependencies import Dependencies
 from handloom.backends.program import Fused, Program, Untraceable
@@ -105,7 +106,7 @@ def function(
 
 def check_jit_compile(jit_compile: bool | str) -> None:
     if jit_compile not in (True, False, "auto"):
-        raise ArgumentError(f'HL014: jit_compile takes True, False or "auto"; received {jit_compile!r}.')
+        raise ArgumentError(f'HL014: jit_compile takes True, False or "auto"; received {short(jit_compile)}.')
 
 
 class Function:
@@ -122,7 +123,7 @@ class Function:
         self, python_function: Callable[..., Any], *, jit_compile: bool | str = "auto", tells_of_unused: bool = False
     ) -> None:
         if not callable(python_function):
-            raise ArgumentError(f"HL015: hl.function compiles a function; received {python_function!r}.")
+            raise ArgumentError(f"HL015: hl.function compiles a function; received {short(python_function)}.")
         functools.update_wrapper(self, python_function, updated=())
         self.__name__ = getattr(python_function, "__name__", type(python_function).__name__)
         self.python_function = python_function
@@ -263,9 +264,9 @@ class Function:
         if self.tells_of_unused:
             for text in filter(self.is_news, version.forgotten.found(version.dependencies, self.python_function)):
                 warn_of_unused(self.__name__, text)
-        if draws.sources:
+        if sources := list(filter(self.is_news, draws.sources)):
             warn(
-                f"HL108: {self.__name__} drew numbers from {' and '.join(draws.sources)} while it was compiled.",
+                f"HL108: {self.__name__} drew numbers from {' and '.join(sources)} while it was compiled.",
                 "They are constants of the compiled function now, the same in each step.",
                 "Use keras.random, or draw outside of the function and pass an array.",
             )

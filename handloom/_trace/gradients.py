@@ -14,6 +14,7 @@ from handloom._keras import Tensor, Tensors, Variable, get_keras_mask, keras, la
 from handloom._trace.losses import InnerLosses
 from handloom._trace.observe import building, observing, tell
 from handloom._trace.structure import Structure
+from handloom._util.short import short
 from handloom.backends import backend
 from handloom.errors import GradientError
 
@@ -296,11 +297,11 @@ def variables_of(wrt: Wrt) -> list[Variable]:
             raise GradientError(
                 "HL113: wrt takes positions of arguments (an int or a tuple of ints), or Keras variables: a variable, "
                 "a layer or model, or a list, tuple or dict of these; "
-                f"received {leaf!r} (of type {type(leaf).__name__}) in it.",
+                f"received {short(leaf)} (of type {type(leaf).__name__}) in it.",
             )
     if not variables:
         raise GradientError(
-            f"HL114: There is nothing to differentiate with respect to: wrt={wrt!r} has no trainable variables.",
+            f"HL114: There is nothing to differentiate with respect to: wrt={short(wrt)} has no trainable variables.",
             "A layer has none before it is built, or while it is frozen.",
             "Call it once on data, or set layer.trainable = True.",
         )
@@ -409,7 +410,7 @@ def _source_tensor(leaf: Any, fn: Callable[..., Any]) -> Tensor:
     if not backend.is_array(leaf):
         raise GradientError(
             f"HL120: {_name(fn)} cannot be differentiated with respect to an argument that is not a tensor, array "
-            f"or float: {leaf!r} (of type {type(leaf).__name__}).",
+            f"or float: {short(leaf)} (of type {type(leaf).__name__}).",
             fix=f"Pass {float(leaf)}." if isinstance(leaf, int) else "",
         )
     tensor = keras.ops.convert_to_tensor(backend.to_tensor(leaf))
@@ -446,5 +447,4 @@ def _name(fn: Callable[..., Any]) -> str:
 
 
 def _described(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    return f"{value!r} (of type {type(value).__name__})" if shape is None else f"a tensor of shape {tuple(shape)}"
+    return f"{short(value)} (of type {type(value).__name__})"

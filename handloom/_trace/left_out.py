@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import optree
 
+from handloom._util.short import short
 from handloom.backends import backend
 from handloom.backends.operators import COMPARISONS, TWO_WAYS
 from handloom.errors import DataError
@@ -69,12 +70,6 @@ def text_left_out(name: str, array: np.ndarray) -> LeftOut:
             "keras.layers.StringLookup or TextVectorization in a pipeline of tf.data. Or leave it out.",
         )
     )
-
-
-def short(value: Any) -> str:
-    """A value as a short text."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def without_text(arguments: Any) -> Any:

@@ -110,9 +110,9 @@ def warn_of_unused(step: str, mark: str) -> None:
         warn(
             f"HL252: {step} does not use {mark}.",
             "Masked values count like all others.",
-            "Call a Keras loss with y_pred exactly as the layer returned it; in a loss of your own, multiply by "
-            "layer.compute_mask(inputs). If the step masks in another way, silence this warning: "
-            'hl.checks.silence("HL252").',
+            "Call a loss object, such as keras.losses.MeanSquaredError(), with y_pred exactly as the layer returned "
+            "it: the functions in keras.losses ignore masks. Make a loss of your own a subclass of keras.losses.Loss. "
+            'If the step masks in another way, silence this warning: hl.checks.silence("HL252").',
         )
     elif mark.startswith(("the losses added by", "the regularizer of")):
         warn(

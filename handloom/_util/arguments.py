@@ -1,11 +1,13 @@
 """Checks of arguments."""
 
+import difflib
 import functools
 import inspect
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
+from handloom._util.short import short
 from handloom.errors import ArgumentError
 
 P = ParamSpec("P")
@@ -34,17 +36,22 @@ def one_argument_of_data(of: str, example: str) -> Callable[[Callable[P, T]], Ca
                     fix=f"Pass several arrays as a tuple: {example}.",
                 )
             for name, value in kwargs.items():
-                if name in _OF_FEED and name not in taken:
-                    raise ArgumentError(
-                        f"HL036: {of} has no argument {name}.",
-                        "Batches are made by a feed.",
-                        f"Pass one as the data: hl.Feed((x, y), {name}={value!r}).",
-                    )
+                if name not in taken and (fix := _instead(name, value, taken)):
+                    raise ArgumentError(f"HL036: {of} has no argument {name}.", fix=fix)
             return function(*args, **kwargs)
 
         return call
 
     return decorate
+
+
+def _instead(name: str, value: Any, taken: Iterable[str]) -> str:
+    """What to type instead of an argument that does not exist."""
+    if name in _OF_FEED:
+        return f"Batches are made by a feed; pass one as the data: hl.Feed((x, y), {name}={short(value)})."
+    if name == "validation_data":
+        return "Pass a step and its data: validate=(test_step, data)."
+    return "".join(f"Did you mean {near}?" for near in difflib.get_close_matches(name, taken, n=1))
 
 
 def whole_number(of: str, *, least: Any = 1, **argument: Any) -> int:
@@ -60,7 +67,7 @@ def whole_number(of: str, *, least: Any = 1, **argument: Any) -> int:
     """
     [(name, value)] = argument.items()
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ArgumentError(f"HL004: {of}({name}=...) takes a whole number, at least {least}; received {value!r}.")
+        raise ArgumentError(f"HL004: {of}({name}=...) takes a whole number, at least {least}; received {short(value)}.")
     return int(value)
 
 
@@ -72,5 +79,5 @@ def positive_number(of: str, **argument: Any) -> float:
     """
     [(name, value)] = argument.items()
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) > 0:
-        raise ArgumentError(f"HL005: {of}({name}=...) takes a positive number; received {value!r}.")
+        raise ArgumentError(f"HL005: {of}({name}=...) takes a positive number; received {short(value)}.")
     return float(value)

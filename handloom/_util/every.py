@@ -6,6 +6,7 @@ from typing import Any
 
 from handloom._util.arguments import positive_number, whole_number
 from handloom._util.progress import Progress
+from handloom._util.short import short
 from handloom.errors import ArgumentError
 
 
@@ -97,4 +98,8 @@ def check_every(every: Any, name: str, such_as: str) -> None:
         ArgumentError: It is something else.
     """
     if not isinstance(every, Every):
-        raise ArgumentError(f"HL008: {name} takes {such_as}; received {every!r}.")
+        number = every if isinstance(every, int) and every > 1 else 1
+        raise ArgumentError(
+            f"HL008: {name} takes {such_as}; received {short(every)}.",
+            fix=f"Pass {name}=hl.every(steps={number}) or {name}=hl.every(epochs={number}).",
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from handloom._util.listeners import Listeners
+from handloom._util.short import short
 from handloom._util.source_line import users_frame
 from handloom._util.switch import Switch
 from handloom.errors import ArgumentError, Finding, HandloomError, HandloomWarning
@@ -78,7 +79,7 @@ def silence(code: str) -> contextlib.AbstractContextManager[None]:
     """
     if code not in _codes():
         raise ArgumentError(
-            f"HL001: hl.checks.silence takes the code of a warning, such as 'HL204'; received {code!r}.",
+            f"HL001: hl.checks.silence takes the code of a warning, such as 'HL204'; received {short(code)}.",
             fix="docs/messages.md lists all codes. An error cannot be silenced.",
         )
     return _silenced.set(_silenced.get() | {code})

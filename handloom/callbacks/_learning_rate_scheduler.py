@@ -5,6 +5,7 @@ from typing import Any
 
 from handloom._keras import keras
 from handloom._util.every import Every, every
+from handloom._util.short import short
 from handloom.callbacks._learning_rates import Rates, takes_rate
 from handloom.callbacks._state import Stateful
 from handloom.errors import ArgumentError
@@ -47,7 +48,9 @@ class LearningRateScheduler(Stateful, keras.callbacks.LearningRateScheduler):
     ) -> None:
         super().__init__(schedule, verbose)
         if not isinstance(every, Every) or every.seconds is not None:
-            raise ArgumentError(f"HL756: every takes hl.every(epochs=...) or hl.every(steps=...); received {every!r}.")
+            raise ArgumentError(
+                f"HL756: every takes hl.every(epochs=...) or hl.every(steps=...); received {short(every)}."
+            )
         self.every, self.optimizer = every, optimizer
         self.step = 0
         self._takes_rate = takes_rate(schedule)
@@ -87,4 +90,4 @@ def _number(answer: Any) -> float:
     try:
         return float(keras.ops.convert_to_numpy(answer))
     except (TypeError, ValueError) as error:
-        raise ArgumentError(f"HL757: The schedule must return a number; it returned {answer!r}.") from error
+        raise ArgumentError(f"HL757: The schedule must return a number; it returned {short(answer)}.") from error

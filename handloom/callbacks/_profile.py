@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from handloom._util.short import short
 from handloom.backends import backend
 from handloom.errors import ArgumentError
 
@@ -69,7 +70,7 @@ def _first_and_last(steps: Any) -> tuple[float, float]:
     pair = steps if isinstance(steps, (tuple, list)) else (steps, steps)
     if [type(step) for step in pair] != [int, int] or not 1 <= pair[0] <= pair[1]:
         raise ArgumentError(
-            f"HL707: profile_batch takes one step, counted from 1, or the first and the last; received {steps!r}.",
+            f"HL707: profile_batch takes one step, counted from 1, or the first and the last; received {short(steps)}.",
             fix="For example: profile_batch=(10, 20), or 0 for no profile.",
         )
     return pair[0], pair[1]

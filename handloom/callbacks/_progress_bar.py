@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column
 
 from handloom._util.every import every
+from handloom._util.short import short
 from handloom.callbacks._event_reader import Event, EventReader
 from handloom.errors import ArgumentError
 
@@ -23,12 +24,14 @@ def progress_display(verbose: str | int) -> list[EventReader]:
         verbose = 1 if Console().is_terminal else 2
     displays: dict[Any, list[type[EventReader]]] = {0: [], 1: [ProgressBar], 2: [EpochLines]}
     if verbose not in displays:
-        raise ArgumentError(f"HL750: verbose takes 0, 1 (bar), 2 (line an epoch) or 'auto'; received {verbose!r}.")
+        raise ArgumentError(f"HL750: verbose takes 0, 1 (bar), 2 (line an epoch) or 'auto'; received {short(verbose)}.")
     return [display() for display in displays[verbose]]
 
 
 class ProgressBar(EventReader):
     """A bar with the values so far, steps a second and the time left, refreshed ten times a second.
+
+    The speed is that after the first steps, which are compiled. At the end of an epoch, its duration takes its place.
 
     It reads the values only when it refreshes, so that nothing waits for the device in between.
 
@@ -40,17 +43,21 @@ class ProgressBar(EventReader):
         super().__init__(every(seconds=0.1))
         self._console = console or Console()
         self._bar: Progress | None = None
+        self._first: Event | None = None
 
     def read(self, event: Event) -> None:
         """Draws the event."""
         if event.kind == "run_begin":
-            self._begin, self._activity = event, event.data["activity"]
+            self._begin, self._activity, self._first, self._last = event, event.data["activity"], None, event.seconds
             for line in resumed_lines(event):
                 self._console.print(line, highlight=False, markup=False)
             return
         is_last = event.kind == {"fit": "epoch", "evaluate": "validation", "predict": "run_end"}[self._activity]
-        if event.kind == "progress" or is_last:
-            self._refresh(event)
+        if is_last:
+            self._refresh(event, shown_duration(event.seconds - self._last))
+            self._last = event.seconds
+        elif event.kind == "progress":
+            self._refresh(event, self._clock(event))
         if is_last or event.kind == "run_end":  # An error may end the run within an epoch.
             self.close()
 
@@ -60,9 +67,9 @@ class ProgressBar(EventReader):
             self._bar.stop()
             self._bar = None
 
-    def _refresh(self, event: Event) -> None:
+    def _refresh(self, event: Event, clock: str) -> None:
         done = event.batch if event.kind != "epoch" else event.data["steps"]
-        shown: dict[str, Any] = {"clock": self._clock(event), "values": shown_values(event.values)}
+        shown: dict[str, Any] = {"clock": clock, "values": shown_values(event.values)}
         if self._bar is None:
             bar, numbers = BarColumn(bar_width=24), MofNCompleteColumn()
             values = TextColumn("{task.fields[values]}", table_column=Column(overflow="fold"))  # Wraps; others do not.
@@ -78,12 +85,14 @@ class ProgressBar(EventReader):
         return {"fit": epoch, "evaluate": "Evaluating", "predict": "Predicting"}[self._activity]
 
     def _clock(self, event: Event) -> str:
-        """Speed and time left."""
-        seconds = max(event.seconds - self._begin.seconds, 1e-9)
-        done, steps = event.step - self._begin.step, self._begin.data["steps"]
-        speed = done / seconds
+        """Speed and time left; nothing at first."""
+        self._first = self._first or event
+        done, steps = event.step - self._first.step, self._begin.data["steps"]
+        if not done:
+            return ""
+        speed = done / max(event.seconds - self._first.seconds, 1e-9)
         shown = f"{speed:{'.0f' if speed >= 10 else '.2g'}} steps/s"
-        if steps is None or not done:
+        if steps is None:
             return shown
         left = steps * (self._begin.data["epochs"] - event.epoch) - event.batch
         return f"{shown}, {shown_duration(left / speed)} left"
@@ -136,7 +145,9 @@ def _shown(value: Any) -> str:
         return value
     if isinstance(value, np.ndarray):
         return np.array2string(value, precision=4, threshold=4)
-    return f"{value:.4g}" if abs(value) < 1e-3 and value else f"{value:.4f}"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.4g}"
+    return f"{value:.{max(0, 5 - len(f'{abs(value):.0f}'))}f}"  # Five digits, but all of those before the point.
 
 
 def shown_duration(seconds: float) -> str:

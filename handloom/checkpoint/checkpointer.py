@@ -11,6 +11,7 @@ from handloom._util.arguments import whole_number
 from handloom._util.findings import warn
 from handloom._util.first_few import first_few
 from handloom._util.shard import Shard, Shards
+from handloom._util.short import short
 from handloom.checkpoint import snapshot
 from handloom.checkpoint.dtypes import is_finite
 from handloom.checkpoint.filesystem import lower_priority
@@ -232,5 +233,5 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
         try:
             numbers[name] = float(value)
         except (TypeError, ValueError):
-            raise ArgumentError(f"HL021: save() takes numbers as metrics; {name!r} is {value!r:.80}.") from None
+            raise ArgumentError(f"HL021: save() takes numbers as metrics; {name!r} is {short(value)}.") from None
     return numbers

@@ -4,11 +4,15 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from handloom.checkpoint.format import read_contents, read_manifest, verify
 from handloom.checkpoint.load import checkpoints
 from handloom.checkpoint.manifest import Manifest
 from handloom.errors import CheckpointError
+
+_MOST = 8
+"""The elements of a list that is shown in full."""
 
 
 def listed(path: Path) -> Iterator[str]:
@@ -37,7 +41,18 @@ def shown(path: Path) -> Iterator[str]:
     width = max(map(len, manifest.tensors), default=0)
     for name, tensor in sorted(manifest.tensors.items()):
         yield f"{name:{width}}  {tensor.dtype:8}  {list(tensor.shape)!s:16}  {tensor.nbytes:,} bytes"
-    yield json.dumps(read_contents(checkpoint, manifest), indent=2)
+    yield json.dumps(_shortened(read_contents(checkpoint, manifest)), indent=2)
+
+
+def _shortened(contents: Any) -> Any:
+    """The contents with the length of each long list in its place."""
+    if isinstance(contents, dict):
+        return {name: _shortened(value) for name, value in contents.items()}
+    if not isinstance(contents, list):
+        return contents
+    are_numbers = all(isinstance(value, (int, float)) for value in contents)
+    short = [_shortened(value) for value in contents]
+    return short if len(short) <= _MOST else f"{len(short)} {'numbers' if are_numbers else 'values'}"
 
 
 def _summary(manifest: Manifest) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Self
 
+from handloom._util.short import short
 from handloom.errors import ArgumentError
 
 OF_RUN = "checkpoints"  # The directory of checkpoints in a run directory.
@@ -51,7 +52,7 @@ class Best:
         """
         direction, _, metric = str(words).partition(":")
         if direction not in ("min", "max") or not metric:
-            raise ArgumentError(f"HL023: best= takes 'min:METRIC' or 'max:METRIC'; received {words!r}.")
+            raise ArgumentError(f"HL023: best= takes 'min:METRIC' or 'max:METRIC'; received {short(words)}.")
         return cls(metric, 1 if direction == "min" else -1)
 
     def better(self, metrics: Mapping[str, float], than: Mapping[str, float]) -> bool:

@@ -11,7 +11,7 @@ from handloom._keras import Variable, keras
 from handloom._util.first_few import first_few
 from handloom._util.shard import Shard, Shards
 from handloom.checkpoint.encoding import Arrays, decode, encode
-from handloom.checkpoint.names import named
+from handloom.checkpoint.names import keras_objects, named
 from handloom.checkpoint.random_state import random_state, set_random_state
 from handloom.distribute._strategy import current
 from handloom.errors import CheckpointError
@@ -76,7 +76,7 @@ def check(state: Mapping[str, Any], arrays: Mapping[str, Any], allow: Sequence[s
         for name in saved & variables.keys()
         if not _fits(variables[name], arrays[name])
     }
-    _check_names(variables.keys() - saved, saved - variables.keys(), allow, wrong)
+    _check_names(state, variables.keys() - saved, saved - variables.keys(), allow, wrong)
 
 
 def put(state: Mapping[str, Any], arrays: Arrays, contents: Mapping[str, Any], allow: Sequence[str] = ()) -> Restored:
@@ -90,7 +90,7 @@ def put(state: Mapping[str, Any], arrays: Arrays, contents: Mapping[str, Any], a
     """
     variables, stateful = named(state)
     saved = contents.keys() - {_RANDOM}
-    _check_names(stateful.keys() - saved, saved - stateful.keys(), allow, {})
+    _check_names(state, stateful.keys() - saved, saved - stateful.keys(), allow, {})
     things = [name for name in stateful if name in saved]
     for name in things:
         stateful[name].restore(decode(contents[name], arrays))
@@ -134,7 +134,9 @@ def _assign(variable: Variable | np.ndarray, array: np.ndarray) -> None:
     variable.assign(keras.ops.cast(array, dtype) if array.dtype.name != dtype else array)
 
 
-def _check_names(missing: Iterable[str], extra: Iterable[str], allow: Sequence[str], wrong: Mapping[str, str]) -> None:
+def _check_names(
+    state: Any, missing: Iterable[str], extra: Iterable[str], allow: Sequence[str], wrong: Mapping[str, str]
+) -> None:
     """Raises an error that lists names which only one side has, and others that are `wrong`, unless allowed."""
     patterns = [re.compile(".*".join(map(re.escape, pattern.split("*")))) for pattern in allow]  # `[` is literal.
     problems = []
@@ -144,7 +146,18 @@ def _check_names(missing: Iterable[str], extra: Iterable[str], allow: Sequence[s
             problems.append(intro + first_few([wrong.get(name, name) for name in refused], 5))
     if problems:
         raise CheckpointError(
-            f"HL536: The checkpoint is of another model or optimizer: {'; '.join(problems)}.",
-            fix="Build them before restore(), as they were when it was saved, or name what may differ: "
-            "allow=['model.head.*'].",
+            f"HL536: The checkpoint does not fit the state: {'; '.join(problems)}.",
+            fix=_builds(state, extra)
+            or "Make the state as it was when it was saved, or name what may differ: allow=['model.head.*'].",
         )
+
+
+def _builds(state: Any, extra: Iterable[str]) -> str:
+    """The calls that build what a checkpoint has variables of, and is not built here."""
+    calls: dict[str, str] = {}
+    for name, thing in keras_objects(state).items():
+        unbuilt = not getattr(thing, "built", True) and any(other.startswith(f"{name}.") for other in extra)
+        if unbuilt and not name.startswith(tuple(f"{outer}." for outer in calls)):
+            variables = "model.trainable_variables" if isinstance(thing, keras.optimizers.Optimizer) else "input_shape"
+            calls[name] = f"{name}.build({variables})"
+    return f"Not everything is built yet; before restore(), call {' and '.join(calls.values())}." if calls else ""

@@ -10,6 +10,7 @@ import numpy as np
 
 from handloom._keras import Tensor, Variable
 from handloom._util.shard import Shard
+from handloom._util.short import short
 from handloom.backends import backend
 from handloom.errors import ArgumentError
 
@@ -130,7 +131,7 @@ def check_strategy(strategy: Strategy | None) -> Strategy:
         return current()
     if not isinstance(strategy, Strategy):
         raise ArgumentError(
-            f"HL003: strategy takes a strategy of handloom.distribute, or None; received {strategy!r} (of type "
+            f"HL003: strategy takes a strategy of handloom.distribute, or None; received {short(strategy)} (of type "
             f"{type(strategy).__name__}).",
         )
     return strategy

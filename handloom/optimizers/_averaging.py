@@ -7,6 +7,7 @@ from typing import Any
 
 from handloom._keras import Gradients, Variable, keras, trained_by
 from handloom._util.arguments import whole_number
+from handloom._util.short import short
 from handloom.backends import backend
 from handloom.errors import ArgumentError, OptimizerError
 from handloom.optimizers._accumulation import GradientAccumulation
@@ -51,7 +52,9 @@ class WeightAveraging(Wrapper):
         name: str | None = None,
     ) -> None:
         if decay is not None and not (isinstance(decay, numbers.Real) and 0 < decay < 1):
-            raise ArgumentError(f"HL303: WeightAveraging takes a decay between 0 and 1, or None; received {decay!r}.")
+            raise ArgumentError(
+                f"HL303: WeightAveraging takes a decay between 0 and 1, or None; received {short(decay)}."
+            )
         super().__init__(inner_optimizer, name=name)
         if any(inside(self.inner_optimizer, GradientAccumulation)):
             raise ArgumentError(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from handloom._keras import Gradients, Tensor, Variable, keras, trained_by
+from handloom._util.short import short
 from handloom.backends import backend
 from handloom.errors import ArgumentError, OptimizerError
 from handloom.optimizers._tree import inside
@@ -40,7 +41,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def __init__(self, inner_optimizer: Any, *args: Any, **options: Any) -> None:
         if isinstance(inner_optimizer, Mapping):
             raise ArgumentError(
-                f"HL336: LossScaleOptimizer is around one optimizer; received {inner_optimizer!r}.",
+                f"HL336: LossScaleOptimizer is around one optimizer; received {short(inner_optimizer)}.",
                 fix='Put it around each: {"*": LossScaleOptimizer("adam")}.',
             )
         super().__init__(keras.optimizers.get(inner_optimizer), *args, **options)

@@ -9,6 +9,8 @@ from handloom._trace.gradients import Wrt, build, variables_of
 from handloom._trace.loss_weight import SUM, Weight, step_weight, weight_of_step
 from handloom._trace.losses import Denominator, note_loss
 from handloom._util.findings import warn
+from handloom._util.first_few import first_few
+from handloom._util.short import short
 from handloom.distribute._strategy import current
 from handloom.errors import ArgumentError, GradientError, OptimizerError
 from handloom.optimizers._accumulation import GradientAccumulation
@@ -59,6 +61,12 @@ def minimize(
             f"{type(loss_fn).__name__}.",
             fix="Call the model inside it: minimize(lambda: loss(y, model(x)), model, optimizer).",
         )
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise OptimizerError(
+            f"HL312: minimize() takes a Keras optimizer; received {short(optimizer)} (of type "
+            f"{type(optimizer).__name__}).",
+            fix="Pass minimize(loss_fn, wrt, optimizer), with an optimizer such as keras.optimizers.Adam(1e-3).",
+        )
     build(wrt, loss_fn)
     variables = variables_of(wrt)
     _build_optimizer(optimizer, wrt, variables)
@@ -81,11 +89,6 @@ def minimize(
 
 
 def _build_optimizer(optimizer: Any, wrt: Wrt, variables: list[Variable]) -> None:
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise OptimizerError(
-            f"HL312: minimize() takes a Keras optimizer; received {optimizer!r} (of type {type(optimizer).__name__}).",
-            fix="Pass an optimizer, such as keras.optimizers.Adam(1e-3).",
-        )
     check_options(optimizer)
     steps = optimizer.gradient_accumulation_steps
     if optimizer.use_ema and steps:
@@ -106,7 +109,9 @@ def _weight(given: Weight | None, divided_by: list[Denominator], optimizer: kera
     """The weight of the gradient: as given, or what the loss was divided by, or the examples in the batch."""
     if given is not None:
         if (isinstance(given, str) and given != SUM) or len(getattr(given, "shape", ())):
-            raise ArgumentError(f"HL337: minimize(weight=...) takes a number or a scalar tensor; received {given!r}.")
+            raise ArgumentError(
+                f"HL337: minimize(weight=...) takes a number or a scalar tensor; received {short(given)}."
+            )
         return given
     if len(divided_by) > 1 and any(inside(optimizer, GradientAccumulation)):
         warn(
@@ -136,7 +141,8 @@ def _apply(optimizer: keras.Optimizer, gradients: Gradients, variables: list[Var
         if "Unknown variable" not in str(error):
             raise
         raise OptimizerError(
-            f"HL315: The optimizer {optimizer.name!r} was built for others than {[v.path for v in variables]}.",
+            f"HL315: The optimizer {optimizer.name!r} was built for others than "
+            f"{first_few([variable.path for variable in variables], 5)}.",
             fix="Use one optimizer per part, or build it for all parts: optimizer.build([*a, *b]). For variables added "
             "later, call handloom.optimizers.add_variables(optimizer, model).",
         ) from error

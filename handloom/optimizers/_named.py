@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeAlias
 
 from handloom._keras import Gradients, Layer, Tensors, Variable, keras, trained_by
+from handloom._util.short import short
 from handloom.errors import OptimizerError
 from handloom.optimizers._loss_scale import apply_unscaled
 from handloom.optimizers._tree import taker_inside
@@ -45,7 +46,7 @@ class NamedOptimizers(keras.optimizers.Optimizer):
         for key, pair in pairs.items():
             if not isinstance(key, str) or len(pair) != 2 or pair[1] is None:
                 raise OptimizerError(
-                    f"HL325: optimizer={{{key!r}: {optimizers[key]!r}}} is not a name and an optimizer.",
+                    f"HL325: optimizer={{{key!r}: {short(optimizers[key])}}} is not a name and an optimizer.",
                     fix="Pass a name with an optimizer, or with a pair (predicate, optimizer).",
                 )
         self._choices = {key: predicate for key, (predicate, _) in pairs.items() if predicate is not None}
@@ -214,7 +215,7 @@ def _optimizer(name: str, given: Any) -> keras.Optimizer:
     try:
         optimizer = keras.optimizers.get(given)
     except ValueError as error:
-        raise OptimizerError(f"HL322: optimizer={{{name!r}: {given!r}}}: {error}") from error
+        raise OptimizerError(f"HL322: optimizer={{{name!r}: {short(given)}}}: {error}") from error
     if taker := taker_inside(optimizer):
         kind = type(taker).__name__
         raise OptimizerError(
@@ -249,8 +250,8 @@ def _variables_at(model: Layer, path: str) -> list[Variable]:
     for leaf in keras.tree.flatten(found):
         if not isinstance(leaf, (keras.Layer, keras.Variable)):
             raise OptimizerError(
-                f"HL324: There is an optimizer for {path!r}, but {type(model).__name__} has {leaf!r} there (of type "
-                f"{type(leaf).__name__}).",
+                f"HL324: There is an optimizer for {path!r}, but {type(model).__name__} has {short(leaf)} there (of "
+                f"type {type(leaf).__name__}).",
                 fix="Name a layer, a variable, or a list of these.",
             )
         variables.update((id(variable), variable) for variable in getattr(leaf, "trainable_variables", [leaf]))

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeAlias, dataclass_transform
 
 from handloom._keras import Gradients, Tensor, Variable, keras
 from handloom._util.arguments import positive_number
+from handloom._util.short import short
 from handloom.errors import ArgumentError
 from handloom.optimizers._wrapper import Wrapper
 
@@ -50,7 +51,7 @@ class GradientTransforms(Wrapper):
         self.transforms = list(transforms) if isinstance(transforms, Sequence) else [transforms]
         for transform in self.transforms:
             if not callable(transform):
-                raise ArgumentError(f"HL307: A transform takes gradients and variables; received {transform!r}.")
+                raise ArgumentError(f"HL307: A transform takes gradients and variables; received {short(transform)}.")
 
     def update(self, gradients: Gradients, variables: list[Variable]) -> None:
         for transform in self.transforms:
@@ -114,7 +115,7 @@ def _check_patterns(of: str, patterns: Any) -> None:
             re.compile(pattern)
     except (TypeError, ValueError, re.error) as error:
         raise ArgumentError(
-            f"HL335: {of} takes regular expressions for paths of variables; received {patterns!r}: {error}.",
+            f"HL335: {of} takes regular expressions for paths of variables; received {short(patterns)}: {error}.",
             fix='For example: Freeze("encoder") or Scale({"encoder": 0.1}).',
         ) from error
 

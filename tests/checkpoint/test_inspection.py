@@ -7,8 +7,9 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from handloom.checkpoint.store import Store
 from handloom.cli import main
-from tests.checkpoint.common import ARRAYS, CONTENTS, contents, flip, save
+from tests.checkpoint.common import ARRAYS, CONTENTS, contents, draft_of, flip, save
 
 pytestmark = pytest.mark.once
 
@@ -65,6 +66,16 @@ def test_checkpoint_show_prints_arrays_and_contents(directory):
         assert "model.dense.kernel    float32   [5, 7]            140 bytes" in lines
         assert "optimizer.iterations  int64     []                8 bytes" in lines
         assert json.loads("\n".join(lines[6:])) == contents(2)
+
+
+def test_checkpoint_show_gives_the_length_of_a_long_list(tmp_path):
+    lists = {"few": [1, 2], "loss": [0.5] * 80, "words": ["a"] * 9}
+    store = Store(tmp_path, None, None)
+    store.save(draft_of(contents={"history": lists}))
+    store.close()
+    lines = run("show", tmp_path).output.splitlines()
+    shown = {"few": [1, 2], "loss": "80 numbers", "words": "9 values"}
+    assert json.loads("\n".join(lines[1:])) == {"history": shown}
 
 
 def test_checkpoint_show_refuses_a_damaged_one(directory, damaged):

@@ -96,6 +96,28 @@ def test_check_names_variables_that_do_not_fit(other, words):
         check({"layer": other()}, arrays)
 
 
+def test_restore_names_the_calls_that_build_what_is_not_built(tmp_path):
+    def made():
+        return {"model": keras.Sequential([layers.Dense(2)]), "optimizer": keras.optimizers.Adam()}
+
+    def build(state, name):
+        state[name].build((None, 2) if name == "model" else state["model"].trainable_variables)
+
+    state, other = made(), made()
+    calls = {"model": r"model\.build\(input_shape\)", "optimizer": r"optimizer\.build\(model\.trainable_variables\)"}
+    for name in state:
+        build(state, name)
+    saved(tmp_path, state)
+    checkpointer = hl.Checkpointer(tmp_path, other)
+    for name in state:
+        with pytest.raises(CheckpointError, match=rf"call {' and '.join(calls.values())}\. \[HL536\]"):
+            checkpointer.restore()
+        build(other, name)
+        del calls[name]
+    assert checkpointer.restore() == 1
+    each_same(other["model"].get_weights(), state["model"].get_weights())
+
+
 def test_restore_with_allow_leaves_variables_unchanged(tmp_path):
     saved(tmp_path, {"body": dense(values=[KERNEL, BIAS]), "head": [dense()]})
     new = {"body": dense(), "head": [dense(3, values=[np.ones((2, 3)), np.ones(3)])]}

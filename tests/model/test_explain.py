@@ -80,3 +80,16 @@ def test_explain_shows_how_compiled_metrics_are_reported():
     fit(model, ones(4, 3), ones(4, 1))
     reported = {"loss": "mean over examples", "mae": "result of MeanAbsoluteError"}
     assert model.explain().reported["train_step"] == reported
+
+
+def test_explain_shows_names_in_full_in_80_columns_and_nothing_that_does_not_concern_the_model(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    wrapped = {"*": GradientTransforms(GradientAccumulation(WeightAveraging("adam"), 2), [])}
+    assert not compiled(sequential(), wrapped).explain().notes
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("GradientTransforms", "GradientAccumulation", "WeightAveraging", "Adam"))
+    assert "not trainable" not in shown
+    frozen, weighted = layers.Dense(1, trainable=False), ["mae"]
+    [note] = compiled(sequential(layers.Dense(2), frozen), weighted_metrics=weighted).explain().notes
+    assert note.startswith("The loss is divided by the number of examples, weighted_metrics by the sum")
+    assert "because they are not trainable: 2\n" in capsys.readouterr().out

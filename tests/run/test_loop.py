@@ -86,13 +86,16 @@ def test_limited_gives_no_batch_for_zero_steps_and_all_for_none():
         ({"seed": 1.5}, r"fit\(seed=...\) takes a whole number, at least 0; received 1.5"),
         ({"seed": 2**31}, r"fit\(seed=...\) takes a number up to 2147483647; received 2147483648.*HL031"),
         ({"resume": "yes"}, r"resume takes 'auto', 'exact' or 'never'; received 'yes'.*HL006"),
-        ({"save": 3}, r"save takes hl\.every\(epochs=1\), or None; received 3"),
+        (
+            {"save": 3},
+            r"save takes hl\.every\(epochs=1\), or None; received 3\. .*=hl\.every\(steps=3\) or",
+        ),
         ({"allow": "state.*"}, r"allow takes a list; .* Pass \['state\.\*'\].*HL007"),
         ({"validate_every": 2}, r"validate_every takes hl\.every\(epochs=1\); received 2"),
         ({"validate": lambda: 0.5}, r"validate\(\) returned 0\.5.*Return numbers in a dict.*HL211"),
         *(
-            ({"validate": wrong}, r"validate received .*Pass a pair \(step, data\), or a function without .*HL210")
-            for wrong in (3, "mean", (mean,), (mean, X, X), (3, X))
+            ({"validate": wrong}, r"validate received .*Pass a pair \(step, data\), the step first, or a .*HL210")
+            for wrong in (3, "mean", (mean,), (mean, X, X), (3, X), (X, mean))
         ),
     ],
 )
@@ -155,8 +158,8 @@ def test_fit_weights_the_averages_by_examples_where_the_data_has_no_sample_weigh
     [
         (lambda x, y: {}, ONES, r"<lambda>\(x, y\) cannot take a batch of 1 parts: missing .*'y'"),
         (lambda x, y: {}, (ONES, ONES, ONES), r"batch of 3 parts: too many .* takes only one argument.*HL206"),
-        (None, ONES, r"step is None \(of type NoneType\).*Pass a function of a batch.*HL251"),
-        ({"loss": 1.0}, ONES, r"The step is \{'loss': 1.0\}"),
+        (None, ONES, r"The step is an object of type NoneType, .*Pass a function of a batch.*HL251"),
+        ((ONES, ONES), mean, r"step is an object of type tuple, .* then the data: hl\.fit\(step, data\)\. \[HL251\]$"),
     ],
 )
 def test_fit_refuses_a_step_that_it_cannot_call(step, data, words, eagerly):
@@ -368,5 +371,8 @@ def test_fit_refuses_arrays_one_by_one_and_options_of_a_feed_and_says_what_to_ty
             ArgumentError, match=rf"no argument {name}\..* hl\.Feed\(\(x, y\), {name}={value}\)\. \[HL036\]"
         ):
             hl.fit(lambda x, y: {}, (ones(4, 1), ones(4, 1)), **option)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
-        hl.fit(lambda x: {}, ones(4, 1), epoch=3)
+    for name, fix in (("epoch", r"Did you mean epochs\?"), ("validation_data", r".*validate=\(test_step, data\)\.")):
+        with pytest.raises(ArgumentError, match=rf"hl\.fit has no argument {name}\. {fix} \[HL036\]"):
+            hl.fit(lambda x: {}, ones(4, 1), **{name: 3})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'zzz'"):
+        hl.fit(lambda x: {}, ones(4, 1), zzz=3)

@@ -19,8 +19,8 @@ import handloom as hl
 from handloom.checkpoint.names import named
 from handloom.errors import CheckpointError, HandloomWarning, StepError
 from tests.checkpoint.common import Nth, install
-from tests.models import compiled
-from tests.numbers import normal, same_values
+from tests.models import compiled, sequential
+from tests.numbers import normal, ones, same_values
 from tests.resume import runs
 from tests.resume.runs import Net
 from tests.resume.stopped import StopAt, Stopped
@@ -270,9 +270,27 @@ def test_fit_refuses_to_save_a_step_with_a_variable_outside_of_state(tmp_path):
         variable.assign_add(lost * ops.sum(x))
         return {}
 
-    with pytest.raises(StepError, match=r"step uses variables that are not in state and .*: lost\..*state=.*HL250"):
+    with pytest.raises(
+        StepError,
+        match=r"step uses variables that are not in state and .*: lost\..* state=\{\.\.\., 'name': variable\};.*HL250",
+    ):
         hl.fit(step, X, state={"variable": variable}, run_dir=tmp_path, verbose=0)
     hl.fit(step, X, state={"variable": variable}, verbose=0)  # A run that is not saved may use it.
+
+
+def test_fit_names_what_state_lacks_as_the_step_does(tmp_path):
+    net, parts = sequential(), {"adam": keras.optimizers.Adam(), "error": keras.metrics.Mean()}
+
+    def step(x):
+        parts["error"].update_state(x)
+        return {"loss": hl.minimize(lambda: ops.sum(net(x) ** 2), net, parts["adam"])}
+
+    state = {"net": net, "parts_adam": parts["adam"], "parts_error": parts["error"]}
+    of_parts = "'parts_adam': parts['adam'], 'parts_error': parts['error']"
+    for given, words in (({}, f"'net': net, {of_parts}"), ({"net": net}, f"..., {of_parts}")):
+        with pytest.raises(StepError, match=re.escape(f"state={{{words}}};")):
+            hl.fit(step, ones(4, 3), state=given, run_dir=tmp_path, verbose=0)
+    hl.fit(step, ones(4, 3), state=state, run_dir=tmp_path, verbose=0)
 
 
 def test_fit_with_resume_never_refuses_a_directory_with_checkpoints(tmp_path):

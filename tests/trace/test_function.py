@@ -855,6 +855,7 @@ def test_function_warns_of_random_numbers_that_are_constants_of_its_program():
         with pytest.warns(HandloomWarning, match=rf"drew numbers from {re.escape(name)} while .*HL108"):
             first = numpy((function := hl.function(step))(ONE))
         same(function(ONE), first)
+        function(ones(2))  # Another version: a second warning would be an error.
         with hl.run_eagerly(True):
             assert numpy(function(ONE)) != numpy(function(ONE))
 

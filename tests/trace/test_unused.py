@@ -51,6 +51,24 @@ def test_step_that_masks_by_hand_is_not_warned_of(kept, way):
     close(loss, reference.evaluate(TOKENS, TARGETS, verbose=0))
 
 
+class SquaredError(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return ops.mean((y_true - y_pred) ** 2, axis=-1)
+
+
+def test_loss_of_the_user_heeds_the_mask_as_a_subclass_of_loss_and_a_function_of_keras_does_not():
+    def of(loss):
+        model, optimizer = parts()
+        model.layers[-1].kernel.assign(ops.ones((2, 1)))
+        model.layers[1].embeddings.assign(ops.ones((5, 2)))
+        return hl.function(lambda x, y: hl.minimize(lambda: loss(y, model(x)), model, optimizer))
+
+    targets = TARGETS * np.arange(3)[:, None, None].astype("float32")  # The output is 2 everywhere.
+    close(of(SquaredError())(TOKENS, targets), (2 * 4 + 1 * 1 + 3 * 0) / 6)
+    with pytest.warns(HandloomWarning, match=r"a loss object, .* functions in keras\.losses ignore masks\..*HL252"):
+        of(lambda y, y_pred: ops.mean(keras.losses.mean_squared_error(y, y_pred)))(TOKENS, targets)
+
+
 def forgetting_mask(model, optimizer):
     return lambda x, y: hl.minimize(lambda: ops.mean((model(x) - y) ** 2), model, optimizer)
 

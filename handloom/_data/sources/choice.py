@@ -14,8 +14,8 @@ from handloom._interop.hugging_face import forgets_a_buffer
 from handloom._interop.tensorflow_data import tensorflow_data
 from handloom._interop.torch_data import torch_data
 from handloom._keras import keras
-from handloom._trace.left_out import short
 from handloom._util.arguments import whole_number
+from handloom._util.short import short
 from handloom.errors import DataError
 
 _DEFAULT_BATCH_SIZE = 32

@@ -13,7 +13,8 @@ import optree
 
 from handloom._interop.tensors import dense_on_host, is_scipy_matrix, kind_of, library_of, sparse_on_host
 from handloom._keras import Tensor, keras
-from handloom._trace.left_out import LeftOut, is_text, is_words, short, text_left_out
+from handloom._trace.left_out import LeftOut, is_text, is_words, text_left_out
+from handloom._util.short import short
 from handloom.backends import backend
 from handloom.errors import DataError
 
