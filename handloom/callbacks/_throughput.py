@@ -12,7 +12,7 @@ class Throughput(Stateful, keras.callbacks.Callback):
     """Adds the speed of each epoch to its reports.
 
     `steps_per_second` and `examples_per_second` (by the first axis of the first array in a batch) count the time of
-    training alone, without validation and compilation. `data_wait_share` is the share of that time, from 0 to 1, in
+    training alone, without validation and compilation. `data_wait` is the share of that time, from 0 to 1, in
     which the loop waited for its next batch; the device may have been busy meanwhile. The callback reads the clock at
     each step, but never waits for the device: at the end of an epoch the results are there.
 
@@ -56,4 +56,4 @@ class Throughput(Stateful, keras.callbacks.Callback):
         logs["steps_per_second"] = self._steps / seconds
         if self._reported is not None:
             logs["examples_per_second"] = self._reported.examples / seconds
-        logs["data_wait_share"] = min(self._waited / seconds, 1.0)
+        logs["data_wait"] = min(self._waited / seconds, 1.0)

@@ -62,7 +62,7 @@ def test_throughput_reports_shares_of_the_elapsed_time(clock, eagerly):
     # The first epoch also compiles, which takes time by the real clock.
     assert history["steps_per_second"][1:] == [3 / 12] * 2
     assert history["examples_per_second"][1:] == [8 / 12] * 2
-    assert history["data_wait_share"][1:] == [3 / 12] * 2
+    assert history["data_wait"][1:] == [3 / 12] * 2
 
 
 @pytest.mark.parametrize("when", [hl.every(epochs=1), hl.every(steps=1)], ids=["at the end", "after each step"])
@@ -75,7 +75,7 @@ def test_throughput_does_not_count_validation(clock, when, kind):
     validate = by_hand if kind == "function" else (mean_step, slow(clock, 50.0))
     history = speeds(busy(clock, 3.0), data=slow(clock, 1.0), epochs=2, validate=validate, validate_every=when)
     assert history["steps_per_second"][1] == 3 / 12
-    assert history["data_wait_share"][1] == 3 / 12
+    assert history["data_wait"][1] == 3 / 12
 
 
 def test_throughput_does_not_count_compilation():
@@ -97,13 +97,13 @@ def test_throughput_counts_the_examples_of_unequal_batches(clock):
 def test_throughput_shows_its_values_to_later_callbacks_and_does_not_wait_for_the_device(reads):
     seen = []
     speeds(at("on_epoch_end", lambda epoch, logs: seen.append(set(logs))), reads, epochs=1)
-    assert seen == [{"mean", "steps_per_second", "examples_per_second", "data_wait_share"}]
+    assert seen == [{"mean", "steps_per_second", "examples_per_second", "data_wait"}]
     assert reads.before_step == [False, False, False]
 
 
 def test_throughput_counts_steps_in_the_fit_of_keras():
     model = compiled(sequential(inputs=1, cls=keras.Sequential))
-    assert set(fit(model, X, X, callbacks=[Throughput()])) == {"loss", "steps_per_second", "data_wait_share"}
+    assert set(fit(model, X, X, callbacks=[Throughput()])) == {"loss", "steps_per_second", "data_wait"}
 
 
 def test_throughput_does_nothing_in_an_evaluation():
