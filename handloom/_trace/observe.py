@@ -6,6 +6,7 @@ Keras calls the methods below for everything that happens in this thread. No oth
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -44,6 +45,10 @@ class Observer:
     def metric_result(self, metric: keras.Metric, result: Any) -> Any:
         """A metric has returned its result; returns the result for the caller."""
         return result
+
+    def unpacked(self, data: Any, parts: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        """`keras.utils.unpack_x_y_sample_weight` has unpacked data, in a default step too; returns the parts."""
+        return parts
 
     def loss_called(self, loss: keras.Loss, value: Tensor, y_pred: Any, sample_weight: Any) -> None:
         """A Keras loss has been computed."""
@@ -230,6 +235,24 @@ def _metric_attribute(original: Callable[[Any, str], Any]) -> Callable[[Any, str
     return look_up
 
 
+_unpack = keras.utils.unpack_x_y_sample_weight
+_original_unpack = types.FunctionType(_unpack.__code__, _unpack.__globals__)
+
+
+def unpacked(data: Any) -> Any:
+    """What `keras.utils.unpack_x_y_sample_weight` does where it is observed."""
+    return _replaced("unpacked", data, _original_unpack(data))
+
+
+def _unpacking(_: Callable[..., Any]) -> Callable[..., Any]:
+    def unpack_x_y_sample_weight(data: Any) -> Any:
+        import sys  # noqa: PLC0415  It runs with the global names of Keras, and without a closure.
+
+        return sys.modules["handloom._trace.observe"].unpacked(data)
+
+    return unpack_x_y_sample_weight
+
+
 def _loss_call(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(self: keras.Loss, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Tensor:
         value = original(self, y_true, y_pred, sample_weight)
@@ -293,6 +316,7 @@ _PATCH = Patch(
     (keras.Variable, "assign", functools.partial(_telling_before, "assigned")),
     # Subclasses override update_state and result, but all share the look-up of attributes.
     (keras.Metric, "__getattribute__", _metric_attribute),
+    (_unpack, "__code__", _unpacking),  # Users import it by name.
     (keras.Loss, "__call__", _loss_call),
     (keras.Layer, "add_loss", _adding_loss),
     (keras.Layer, "losses", _losses),
