@@ -46,6 +46,10 @@ class Observer:
         """A metric has returned its result; returns the result for the caller."""
         return result
 
+    def metric_state_read(self, variable: Variable, value: Tensor) -> Tensor:
+        """A variable of a metric has been read, but not by the metric itself; returns its value for the caller."""
+        return value
+
     def unpacked(self, data: Any, parts: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         """`keras.utils.unpack_x_y_sample_weight` has unpacked data, in a default step too; returns the parts."""
         return parts
@@ -87,6 +91,7 @@ class Observer:
 
 _observers: Switch[tuple[Observer, ...]] = Switch(())
 _calls = Switch(0)
+_in_metric = Switch(False)
 
 
 @contextlib.contextmanager
@@ -218,6 +223,17 @@ def _telling_before(event: str, original: Callable[..., Any]) -> Callable[..., A
     return call
 
 
+def _reading(original: Callable[[Variable], Tensor]) -> Callable[[Variable], Tensor]:
+    read = _telling_before("read", original)
+
+    def value(self: Variable) -> Tensor:
+        # Only metrics have variables that replicas add up.
+        of_metric = self.aggregation == "sum" and not _in_metric.get() and not is_building()
+        return _replaced("metric_state_read", self, read(self)) if of_metric else read(self)
+
+    return value
+
+
 def _metric_attribute(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
     def look_up(self: keras.Metric, name: str) -> Any:
         method = original(self, name)
@@ -227,7 +243,8 @@ def _metric_attribute(original: Callable[[Any, str], Any]) -> Callable[[Any, str
         def call(*args: Any, **kwargs: Any) -> Any:
             if name == "update_state":
                 tell("metric_updated", self)
-            value = method(*args, **kwargs)
+            with _in_metric.here(True):
+                value = method(*args, **kwargs)
             return _replaced("metric_result", self, value) if name == "result" else value
 
         return call
@@ -312,7 +329,7 @@ def _optimizer_apply(original: Callable[..., None]) -> Callable[..., None]:
 _PATCH = Patch(
     (python_utils, "pythonify_logs", lambda _: lambda logs: logs),  # Numbers would not show whose results they are.
     (keras.Variable, "__init__", _creation),
-    (keras.Variable, "value", functools.partial(_telling_before, "read")),
+    (keras.Variable, "value", _reading),
     (keras.Variable, "assign", functools.partial(_telling_before, "assigned")),
     # Subclasses override update_state and result, but all share the look-up of attributes.
     (keras.Metric, "__getattribute__", _metric_attribute),
