@@ -135,7 +135,7 @@ def check_weights(weights: Sequence[np.ndarray], *, training: bool) -> None:
                 "A weight, 0 or more, says how much an example counts.",
                 "For factors with a sign, such as advantages, multiply the loss by them in your own train_step.",
             )
-    if training and weights and not any(array.any() for array in weights):
+    if training and any(array.size for array in weights) and not any(array.any() for array in weights):
         raise DataError(
             f"HL411: The sample_weight of a batch of {len(weights[0])} examples sums to zero.",
             "The batch teaches nothing, but an optimizer with momentum or decay would still change the model.",

@@ -86,8 +86,42 @@ def packed(parts: Parts) -> Any:
 
 
 def unpacked(data: Any) -> Parts:
-    """The inverse of `packed`."""
+    """The inverse of `packed`.
+
+    Raises:
+        DataError: There are more than three parts.
+    """
+    if isinstance(data, (list, tuple)) and len(data) > len(("x", "y", "sample_weight")):
+        raise _list_of_batches(f"The data has {len(data)} parts; it can be x, (x, y) or (x, y, sample_weight).")
     return cast(Parts, keras.utils.unpack_x_y_sample_weight(data))
+
+
+def unpacked_like(x: Any, validation_data: Any) -> Parts:
+    """The parts of validation data.
+
+    Raises:
+        DataError: It is a list of batches: the training data has one array for inputs, and this has several.
+    """
+    parts = unpacked(validation_data)
+    if is_arrays(x) and not isinstance(x, (list, tuple)) and isinstance(parts[0], (list, tuple)):
+        count = len(validation_data)
+        raise _list_of_batches(f"validation_data is a list of {count} parts, each of which has several arrays.")
+    return parts
+
+
+def check_targets(model: keras.Model, y: Any) -> None:
+    """Raises an error if the compiled loss has no targets."""
+    if y is None and model.loss:
+        raise _list_of_batches(f"{type(model).__name__} is compiled with a loss, and the data has no targets.")
+
+
+def _list_of_batches(saw: str) -> DataError:
+    return DataError(
+        f"HL446: {saw}",
+        "One tuple or list of arrays is several inputs in one: neither (x, y) nor batches.",
+        "Pass the targets as y: fit(x, y), evaluate(x, y). Pass a list of batches as a function that returns an "
+        "iterator: fit(lambda: iter(batches)), validation_data=lambda: iter(batches).",
+    )
 
 
 def in_order_of_outputs(model: keras.Model, y_pred: Any, sample_weight: Any) -> Any:

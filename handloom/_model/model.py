@@ -9,7 +9,7 @@ from handloom._data.class_weight import ClassWeight
 from handloom._data.sample_weight import ThirdPart
 from handloom._keras import Functional, Tensor, default_loss, in_keras_order, keras, set_loss_tracker
 from handloom._model.compiled_optimizer import attach, build_optimizer, compiled_optimizer, finish_training, prepared
-from handloom._model.data import in_order_of_outputs, model_feed, unpacked
+from handloom._model.data import check_targets, in_order_of_outputs, model_feed, unpacked, unpacked_like
 from handloom._model.explain import Explanation, explain, shown
 from handloom._model.export import export
 from handloom._model.on_batch import predict_on_batch, test_on_batch, train_on_batch
@@ -174,7 +174,7 @@ class Model(keras.Model):
         Returns:
             The values to report, by name.
         """
-        x, y, sample_weight = unpacked(data)
+        x, y, sample_weight = self._unpacked(data)
 
         def loss_fn() -> tuple[Tensor, Any]:
             y_pred = self(x, training=True)  # Even if `call` does not take it, because the layers inside get it.
@@ -187,7 +187,7 @@ class Model(keras.Model):
     @also_with_state
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates on one batch, as `train_step` without training. Override it for a step of your own."""
-        x, y, sample_weight = unpacked(data)
+        x, y, sample_weight = self._unpacked(data)
         y_pred = self(x, training=False)
         # Noted here too: a subclass may have its own `compute_loss`.
         loss = noted(lambda: default_loss(self, x, y, y_pred, sample_weight, training=False))
@@ -198,6 +198,12 @@ class Model(keras.Model):
     def predict_step(self, data: Any) -> Any:
         """Returns the outputs of the model for one batch. Override it for a step of your own."""
         return self(unpacked(data)[0], training=False)
+
+    def _unpacked(self, data: Any) -> Any:
+        parts = unpacked(data)
+        if type(self).compute_loss is Model.compute_loss:
+            check_targets(self, parts[1])
+        return parts
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -323,7 +329,7 @@ class Model(keras.Model):
         validation = NEVER
         with self._steps.running():
             if validation_data is not None:
-                parts, size = unpacked(validation_data), validation_batch_size or batch_size
+                parts, size = unpacked_like(x, validation_data), validation_batch_size or batch_size
                 tested = self._steps.third_part("test_step", parts[2])
                 held_out = model_feed(self, parts, tested, size)
                 step, when = self._steps.reporting("test_step", tested), _validation_times(validation_freq)

@@ -24,7 +24,7 @@ from handloom._trace.observe import observing
 from handloom._trace.unused import unused_in, warn_of_unused
 from handloom._util.findings import warn
 from handloom.backends import backend
-from handloom.errors import HandloomError, StepError
+from handloom.errors import DataError, HandloomError, StepError
 from handloom.optimizers._accumulation import GradientAccumulation
 
 ops = keras.ops
@@ -79,6 +79,7 @@ class ReportingStep:
     def _report(self, *batch: Any) -> Report:
         """Runs the step and adds what it returns to totals. This function is compiled."""
         self._check_call(batch)
+        _check_not_empty(batch)
         parts, weight = self._weighed(*batch)
         # In eager execution, a metric is reset right before its first update of an epoch; see also `_about_to_run`.
         seen = StepObserver(None if backend.nested else self.metrics.about_to_update, self._accumulating)
@@ -298,5 +299,19 @@ def _flush(optimizer: GradientAccumulation, reached: tuple[str, ...]) -> None:
 
 def _examples(batch: Any) -> int:
     """The number of examples in a batch: the length of its first array."""
+    return next(iter(_lengths(batch)), 1)
+
+
+def _lengths(batch: Any) -> list[int]:
     arrays = (leaf for leaf in optree.tree_leaves(batch) if backend.is_array(leaf) and len(leaf.shape))
-    return next((int(array.shape[0]) for array in arrays), 1)
+    return [int(array.shape[0]) for array in arrays]
+
+
+def _check_not_empty(batch: Any) -> None:
+    lengths = _lengths(batch)
+    if lengths and not any(lengths):
+        raise DataError(
+            "HL445: A batch is empty: its arrays have 0 examples.",
+            "It has no mean loss; nothing can be learned from it.",
+            "Leave it out where the batches are made: if len(x): yield x, y.",
+        )
