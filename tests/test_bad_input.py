@@ -95,6 +95,43 @@ def test_fit_refuses_a_source_without_batches():
     way.assert_usable()
 
 
+BATCHES = [(X[start : start + 10], Y[start : start + 10]) for start in range(0, 40, 10)]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"x": (X, Y), "y": None}, r"the data has no targets.*fit\(x, y\)"),
+        ({"x": BATCHES[:3], "y": None}, r"the data has no targets.*fit\(lambda: iter\(batches\)\)"),
+        ({"validation_data": BATCHES[:2]}, r"a list of 2 parts.*validation_data=lambda: iter\(batches\)"),
+        ({"validation_data": BATCHES[:3]}, "a list of 3 parts"),
+        ({"validation_data": BATCHES}, r"4 parts; it can be x, \(x, y\) or"),
+        ({"x": hl.Feed(BATCHES), "y": None, "batch_size": None}, r"4 parts; it can be x, \(x, y\) or"),
+    ],
+)
+def test_fit_refuses_a_list_of_batches_or_one_pair(data, words):
+    way = ByModel()
+    way.assert_refuses(DataError, words, **data)
+    way.assert_usable()
+
+
+def test_evaluate_refuses_one_pair():
+    with pytest.raises(DataError, match="the data has no targets"):
+        ByModel().model.evaluate((X, Y), verbose=0)
+
+
+@pytest.mark.parametrize("parts", [2, 3], ids=["without weights", "with weights"])
+def test_fit_evaluate_and_hl_fit_refuse_a_batch_without_examples(parts, eagerly):
+    way, empty = ByModel(), [(X[:0], Y[:0], Y[:0, 0])[:parts]]
+    way.assert_refuses(DataError, "A batch is empty", x=iter(empty), y=None, batch_size=None)
+    with pytest.raises(DataError, match="A batch is empty"):
+        way.fit(validation_data=lambda: iter(empty))
+    with pytest.raises(DataError, match="A batch is empty"):
+        way.model.evaluate(lambda: iter(empty))
+    with pytest.raises(DataError, match="A batch is empty"):
+        hl.fit(lambda *batch: {"mean": ops.mean(batch[0])}, lambda: iter(empty), verbose=0)
+
+
 def test_fit_keeps_the_steps_before_a_batch_of_a_wrong_shape(eagerly):
     way, same = ByModel(), ByModel()
     same.model.set_weights(way.model.get_weights())

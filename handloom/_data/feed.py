@@ -161,6 +161,11 @@ class Feed:
         return self._source.repeatable
 
     @property
+    def is_used_up(self) -> bool:
+        """Whether the data has given batches, can be read only once, and has no more."""
+        return bool(self._at.epoch or self._at.batch) and self._source.is_used_up()
+
+    @property
     def name(self) -> str:
         """The kind of data, in words."""
         return self._source.name

@@ -1,6 +1,7 @@
 """Sample weights: checked on the host, marked and summed in the step."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import optree
 from handloom._data.sources import on_host
 from handloom._interop.tensors import kind_of
 from handloom._keras import Tensor, keras
+from handloom._trace.observe import Observer
 from handloom._trace.unused import marked_weights
 from handloom.backends import backend
 from handloom.errors import DataError
@@ -25,9 +27,67 @@ def weighed(data: Any) -> tuple[tuple[Any], Tensor | None]:
     return ((x, y, marked_weights(sample_weight)),), _sum(sample_weight) if is_one else None
 
 
-def unweighed(data: Any) -> tuple[tuple[Any], None]:
-    """A batch for a model's step, all parts of which mean what that step takes them for."""
-    return (data,), None
+class ThirdPart(Observer):
+    """Whether the third part of the batches of a model's step is sample weights. A shape does not tell.
+
+    If it is not known before, it shows while the step runs, or is traced: the step, or a default step that it calls,
+    unpacks the batch by `keras.utils.unpack_x_y_sample_weight`, or other inputs with the same weights.
+
+    Args:
+        is_weights: Whether it is, as far as that is known; `None` if the first run of the step tells.
+
+    Attributes:
+        is_known: Whether it was known from the beginning.
+        is_weights: Whether it is, as far as that is known by now.
+    """
+
+    def __init__(self, is_weights: bool | None) -> None:
+        self.is_known, self.is_weights = is_weights is not None, is_weights
+        self._waiting: list[Callable[[bool], None]] = []
+        self._batch: Any = None
+        self._sum: Callable[[], Tensor | None] | None = None
+        self._place: Any = None
+
+    def checked(self, check: Callable[[Any, bool], None], batch: Any) -> None:
+        """Calls `check(batch, is_weights)`, as soon as it is known what the third part is."""
+        if self.is_weights is not None or type(batch) is not tuple or len(batch) != 3:
+            check(batch, bool(self.is_weights))
+        else:
+            self._waiting.append(functools.partial(check, batch))
+
+    def weighed(self, data: Any) -> tuple[tuple[Any], Tensor | None]:
+        """A batch as the step takes it; and the sum of its weights, if these are known."""
+        if self.is_known:
+            return weighed(data) if self.is_weights else ((data,), None)
+        self._batch, self._sum, self._place = data, None, backend.place
+        return (data,), None
+
+    def unpacked(self, data: Any, parts: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        batch, weights = self._batch, parts[2]
+        # A part of the batch may have weights of its own; they are not those of the whole.
+        if type(batch) is not tuple or len(batch) != 3 or weights is None or any(data is part for part in batch):
+            return parts
+        [parts], total = weighed(parts)
+        if weights is batch[2]:
+            self._found(True)
+            self._sum = functools.partial(_sum, weights) if total is not None else None
+        elif self._place == backend.place:
+            self._sum = lambda: total
+        return parts
+
+    def sum_after(self) -> Tensor | None:
+        """The sum of the weights that the step has turned out to take, after its run."""
+        if self.is_weights is None:
+            self._found(False)
+        total = self._sum() if self._sum else None
+        self._batch = self._sum = None
+        return total
+
+    def _found(self, is_weights: bool) -> None:
+        self.is_weights = is_weights
+        waiting, self._waiting = self._waiting, []
+        for check in waiting:
+            check(is_weights)
 
 
 def weighed_at(batch: Sequence[Any], position: int | None) -> tuple[Sequence[Any], Tensor | None]:
@@ -75,7 +135,7 @@ def check_weights(weights: Sequence[np.ndarray], *, training: bool) -> None:
                 "A weight, 0 or more, says how much an example counts.",
                 "For factors with a sign, such as advantages, multiply the loss by them in your own train_step.",
             )
-    if training and weights and not any(array.any() for array in weights):
+    if training and any(array.size for array in weights) and not any(array.any() for array in weights):
         raise DataError(
             f"HL411: The sample_weight of a batch of {len(weights[0])} examples sums to zero.",
             "The batch teaches nothing, but an optimizer with momentum or decay would still change the model.",

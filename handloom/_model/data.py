@@ -6,7 +6,7 @@ from typing import Any, TypeAlias, cast
 
 from handloom._data.class_weight import ClassWeight, class_weights, label_check
 from handloom._data.feed import Feed
-from handloom._data.sample_weight import check_weights, weights_in, weights_in_batch
+from handloom._data.sample_weight import ThirdPart, check_weights, weights_in, weights_in_batch
 from handloom._data.sources import is_arrays
 from handloom._keras import keras
 from handloom.errors import DataError
@@ -18,7 +18,7 @@ Parts: TypeAlias = tuple[Any, Any, Any]
 def model_feed(
     model: keras.Model,
     parts: Parts,
-    weighed: bool,
+    third: ThirdPart,
     batch_size: int | None = None,
     *,
     shuffle: bool = False,
@@ -31,7 +31,7 @@ def model_feed(
     Args:
         model: The model; its number of classes is compared with the labels.
         parts: Inputs, targets and sample weights; targets and weights may be `None`.
-        weighed: Whether the third part of a batch is sample weights.
+        third: What the third part of a batch is.
         batch_size: For arrays.
         shuffle: For arrays and `PyDataset`s; other sources have an order of their own.
         class_weight: Weights of examples, by class; for several outputs by name and class.
@@ -51,13 +51,13 @@ def model_feed(
         weights = weights_in(y, sample_weight)
     else:
         feed = _source_feed(parts, shuffle, class_weight, outputs)
-        weights = weights_in_batch(feed.whole) if weighed else []
+        weights = weights_in_batch(feed.whole) if third.is_weights else []
     check = label_check(model) if labels else None
-    if feed.whole is None:
-        feed.check(functools.partial(_check_batch, check, weighed=weighed, training=training))
+    if feed.whole is None or third.is_weights is None:
+        feed.check(functools.partial(third.checked, functools.partial(_check_batch, check, training=training)))
         return feed
     if check is not None:
-        check(*_inputs_and_labels(feed.whole, weighed))
+        check(*_inputs_and_labels(feed.whole, third.is_weights))
     check_weights(weights, training=False)
     if training and not all(array.all() for array in weights):  # Only then can the weights of a batch sum to zero.
         feed.check(functools.partial(_check_batch, None, weighed=True, training=True))
@@ -86,8 +86,42 @@ def packed(parts: Parts) -> Any:
 
 
 def unpacked(data: Any) -> Parts:
-    """The inverse of `packed`."""
+    """The inverse of `packed`.
+
+    Raises:
+        DataError: There are more than three parts.
+    """
+    if isinstance(data, (list, tuple)) and len(data) > len(("x", "y", "sample_weight")):
+        raise _list_of_batches(f"The data has {len(data)} parts; it can be x, (x, y) or (x, y, sample_weight).")
     return cast(Parts, keras.utils.unpack_x_y_sample_weight(data))
+
+
+def unpacked_like(x: Any, validation_data: Any) -> Parts:
+    """The parts of validation data.
+
+    Raises:
+        DataError: It is a list of batches: the training data has one array for inputs, and this has several.
+    """
+    parts = unpacked(validation_data)
+    if is_arrays(x) and not isinstance(x, (list, tuple)) and isinstance(parts[0], (list, tuple)):
+        count = len(validation_data)
+        raise _list_of_batches(f"validation_data is a list of {count} parts, each of which has several arrays.")
+    return parts
+
+
+def check_targets(model: keras.Model, y: Any) -> None:
+    """Raises an error if the compiled loss has no targets."""
+    if y is None and model.loss:
+        raise _list_of_batches(f"{type(model).__name__} is compiled with a loss, and the data has no targets.")
+
+
+def _list_of_batches(saw: str) -> DataError:
+    return DataError(
+        f"HL446: {saw}",
+        "One tuple or list of arrays is several inputs in one: neither (x, y) nor batches.",
+        "Pass the targets as y: fit(x, y), evaluate(x, y). Pass a list of batches as a function that returns an "
+        "iterator: fit(lambda: iter(batches)), validation_data=lambda: iter(batches).",
+    )
 
 
 def in_order_of_outputs(model: keras.Model, y_pred: Any, sample_weight: Any) -> Any:
@@ -127,7 +161,7 @@ def _with_class_weight(class_weight: ClassWeight, outputs: Sequence[str], batch:
     return x, y, _weights_by_class(y, sample_weight, class_weight, outputs)
 
 
-def _check_batch(check: Callable[[Any, Any], None] | None, batch: Any, *, weighed: bool, training: bool) -> None:
+def _check_batch(check: Callable[[Any, Any], None] | None, batch: Any, weighed: bool, *, training: bool) -> None:
     if check is not None:
         check(*_inputs_and_labels(batch, weighed))
     if weighed:

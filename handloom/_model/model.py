@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from handloom._data.class_weight import ClassWeight
+from handloom._data.sample_weight import ThirdPart
 from handloom._keras import Functional, Tensor, default_loss, in_keras_order, keras, set_loss_tracker
 from handloom._model.compiled_optimizer import attach, build_optimizer, compiled_optimizer, finish_training, prepared
-from handloom._model.data import in_order_of_outputs, model_feed, unpacked
+from handloom._model.data import check_targets, in_order_of_outputs, model_feed, unpacked, unpacked_like
 from handloom._model.explain import Explanation, explain, shown
 from handloom._model.export import export
 from handloom._model.on_batch import predict_on_batch, test_on_batch, train_on_batch
 from handloom._model.stateful_steps import also_with_state
 from handloom._model.steps import ModelSteps, check_compiled
-from handloom._model.takes_weights import takes_weights
 from handloom._model.unknown_classes import naming_unknown_classes
 from handloom._model.validation_split import split
 from handloom._model.variants import is_inputs_and_outputs, is_list_of_layers, register_as_its_class, variant
@@ -49,8 +49,9 @@ class Model(keras.Model):
     result of a metric, reports its result at the end of the epoch.
 
     In a step of your own, the third part of a batch counts as sample weights if they were given to `fit` as
-    `sample_weight` or `class_weight`, if the step has a variable `sample_weight`, or if it unpacks the batch by
-    `keras.utils.unpack_x_y_sample_weight`. Otherwise it means what the step takes it for.
+    `sample_weight` or `class_weight`, if the step has a variable `sample_weight`, or if it passes the batch, or this
+    part in third place, to `super()` or `keras.utils.unpack_x_y_sample_weight`. Otherwise it means what the step takes
+    it for.
 
     Args:
         args: Inputs and outputs for a functional model, a list of layers for a sequential model, nothing for a model
@@ -176,7 +177,7 @@ class Model(keras.Model):
         Returns:
             The values to report, by name.
         """
-        x, y, sample_weight = unpacked(data)
+        x, y, sample_weight = self._unpacked(data)
 
         def loss_fn() -> tuple[Tensor, Any]:
             y_pred = self(x, training=True)  # Even if `call` does not take it, because the layers inside get it.
@@ -189,7 +190,7 @@ class Model(keras.Model):
     @also_with_state
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates on one batch, as `train_step` without training. Override it for a step of your own."""
-        x, y, sample_weight = unpacked(data)
+        x, y, sample_weight = self._unpacked(data)
         y_pred = self(x, training=False)
         # Noted here too: a subclass may have its own `compute_loss`.
         loss = noted(lambda: default_loss(self, x, y, y_pred, sample_weight, training=False))
@@ -200,6 +201,12 @@ class Model(keras.Model):
     def predict_step(self, data: Any) -> Any:
         """Returns the outputs of the model for one batch. Override it for a step of your own."""
         return self(unpacked(data)[0], training=False)
+
+    def _unpacked(self, data: Any) -> Any:
+        parts = unpacked(data)
+        if type(self).compute_loss is Model.compute_loss:
+            check_targets(self, parts[1])
+        return parts
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -320,18 +327,18 @@ class Model(keras.Model):
         data = (x, y, sample_weight)
         if validation_split and validation_data is None:
             data, validation_data = split(data, validation_split)
-        weighed = takes_weights(self, "train_step", sample_weight, class_weight)
-        feed = model_feed(self, data, weighed, batch_size, shuffle=shuffle, class_weight=class_weight, training=True)
+        third = self._steps.third_part("train_step", sample_weight, class_weight)
+        feed = model_feed(self, data, third, batch_size, shuffle=shuffle, class_weight=class_weight, training=True)
         validation = NEVER
         with self._steps.running():
             if validation_data is not None:
-                parts, size = unpacked(validation_data), validation_batch_size or batch_size
-                weighs = takes_weights(self, "test_step", parts[2])
-                held_out = model_feed(self, parts, weighs, size)
-                step, when = self._steps.reporting("test_step", weighs), _validation_times(validation_freq)
+                parts, size = unpacked_like(x, validation_data), validation_batch_size or batch_size
+                tested = self._steps.third_part("test_step", parts[2])
+                held_out = model_feed(self, parts, tested, size)
+                step, when = self._steps.reporting("test_step", tested), _validation_times(validation_freq)
                 validation = loop.by_step(step, held_out, when, validation_steps)
             run = Run(
-                self._steps.reporting("train_step", weighed),
+                self._steps.reporting("train_step", third),
                 feed,
                 options,
                 model=self,
@@ -365,12 +372,12 @@ class Model(keras.Model):
             The reported values: a dict if `return_dict`; otherwise a list in the order of the metrics, or the only one.
         """
         check_compiled(self, "evaluate", "test_step")
-        weighed = takes_weights(self, "test_step", sample_weight)
-        feed = model_feed(self, (x, y, sample_weight), weighed, batch_size)
+        third = self._steps.third_part("test_step", sample_weight)
+        feed = model_feed(self, (x, y, sample_weight), third, batch_size)
         steps = limited_steps(steps, feed.length)
         around = loop.standalone("evaluate", self, callbacks, verbose, steps or feed.length)
         with self._steps.running(), _weights(self, weights), around as (hooks, after_step, events):
-            step = self._steps.reporting("test_step", weighed)
+            step = self._steps.reporting("test_step", third)
             with outer_epochs_kept(step):
                 results = loop.evaluate(step, feed, hooks, after_step, steps)
             events.append("validation", values=results)
@@ -390,7 +397,7 @@ class Model(keras.Model):
         Returns:
             The outputs as NumPy arrays in their structure, with the batches concatenated along the first axis.
         """
-        feed = model_feed(self, (x, None, None), False, batch_size, labels=False)
+        feed = model_feed(self, (x, None, None), ThirdPart(False), batch_size, labels=False)
         steps = limited_steps(steps, feed.length)
         around = loop.standalone("predict", self, callbacks, verbose, steps or feed.length)
         with self._steps.running(), _weights(self, weights), around as (hooks, after_step, _):

@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
-from handloom._data.sample_weight import unweighed, weighed
+from handloom._data.sample_weight import ThirdPart
 from handloom._keras import Variable, keras, layers_of, mark_built
 from handloom._model.stateful_steps import build_all
+from handloom._model.takes_weights import takes_weights
 from handloom._reporting.step import ReportingStep
 from handloom._trace.eager import eagerly
 from handloom._trace.function import Function, check_jit_compile
@@ -39,24 +40,30 @@ class ModelSteps:
         check_jit_compile(jit_compile)
         self.jit_compile, self._together, self._model = jit_compile, together, model
         self._reporting: dict[tuple[str, bool], ReportingStep] = {}
+        self._third_parts: dict[tuple[str, bool | None], ThirdPart] = {}
         self._prediction: Function | None = None
         self._parts: Parts = {}
         self._trainable: dict[int, Variable] = {}
         self._running = self._has_warned = False
 
-    def reporting(self, name: str, takes_weights: bool) -> ReportingStep:
+    def third_part(self, name: str, *given: Any) -> ThirdPart:
+        """What the third part of a batch is to `train_step` or `test_step`; see `takes_weights`."""
+        takes = takes_weights(self._model, name, *given)
+        return self._third_parts.setdefault((name, takes), ThirdPart(takes))
+
+    def reporting(self, name: str, third: ThirdPart) -> ReportingStep:
         """The compiled `train_step` or `test_step`, with the report of its results.
 
         Args:
             name: The name of the step.
-            takes_weights: Whether the third part of a batch is sample weights.
+            third: What the third part of a batch is, from `third_part`.
         """
-        key = (name, takes_weights)
+        key = (name, third.is_known)
         if key not in self._reporting:
             model, step = self._model, self._step(name)
-            split = weighed if takes_weights else unweighed
+            observed = None if third.is_known else third
             options = {"model": model, "jit_compile": self.jit_compile}
-            self._reporting[key] = ReportingStep(step, unpacks=False, weighed=split, **options)
+            self._reporting[key] = ReportingStep(step, unpacks=False, weighed=third.weighed, third=observed, **options)
         return self._reporting[key]
 
     @property

@@ -1,4 +1,4 @@
-"""Whether the third part of a batch is sample weights: a shape does not tell, in a batch of triplets for example."""
+"""Whether the third part of a batch is known to be sample weights before a step has run."""
 
 import inspect
 import types
@@ -11,12 +11,11 @@ from handloom._util.codes import codes_of
 _UNPACK = keras.utils.unpack_x_y_sample_weight.__name__
 
 
-def takes_weights(model: keras.Model, name: str, *given: Any) -> bool:
-    """Whether a step of a model takes the third part of a batch for sample weights.
+def takes_weights(model: keras.Model, name: str, *given: Any) -> bool | None:
+    """Whether a step of a model takes the third part of a batch for sample weights; `None` if its run tells.
 
-    It does if the user gave weights. So does the default step. A step of the user's own does if it has a variable
-    `sample_weight`, if it or a function that it calls unpacks the batch by `keras.utils.unpack_x_y_sample_weight`, or
-    if it calls such a step by `super()`.
+    It does if the user gave weights. So does the default step, and a step of the user's own that names a variable
+    `sample_weight` itself, or calls such a step by `super()`.
 
     Args:
         model: The model.
@@ -25,16 +24,15 @@ def takes_weights(model: keras.Model, name: str, *given: Any) -> bool:
     """
     if any(weights is not None for weights in given):
         return True
-    for step in _definitions(model, name):
-        if step.__module__.startswith("handloom."):
-            return True
+    for number, step in enumerate(_definitions(model, name)):
         names = _names_in(step)
-        called = [getattr(type(model), each, step.__globals__.get(each)) for each in names]
-        if names & {_UNPACK, "sample_weight"} or any(_UNPACK in _names_in(_function(each)) for each in called):
+        if step.__module__.startswith("handloom."):
+            return True if not number else None
+        if "sample_weight" in names and _UNPACK not in names:
             return True
         if name not in names:
-            return False
-    return True
+            return None
+    return None
 
 
 def _definitions(model: keras.Model, name: str) -> Iterator[types.FunctionType]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from handloom._keras import Tensor, keras
+from handloom._keras import Tensor, Variable, keras
 from handloom._trace.losses import Denominators, UncountedLosses
 from handloom._trace.observe import Observer
 from handloom._trace.unused import Marks
@@ -19,7 +19,7 @@ class StepObserver(Observer):
 
     Attributes:
         updated: The metrics whose `update_state` was called, by id, in the order of the first call.
-        marks: The marks of metric results.
+        marks: The marks of the results and variables of metrics.
         denominators: The denominators of the losses.
         losses: The losses that are in no minimized loss.
         all: The observers to pass to `observing`.
@@ -40,17 +40,23 @@ class StepObserver(Observer):
             self._on_metric_update(metric)
         self.updated[id(metric)] = metric
 
+    def metric_state_read(self, variable: Variable, value: Tensor) -> Tensor:
+        return self._marked(value)
+
     def metric_result(self, metric: keras.Metric, result: Any) -> Any:
         def marked(leaf: Any) -> Any:
             # The result of a metric inside a metric belongs to the inner one. A loss tracker may return a loss itself.
             if id(leaf) in self._results or self.denominators.is_loss(leaf) or not backend.is_array(leaf):
                 return leaf
-            self.marks.append(f"result {len(self.marks)}")
-            leaf = backend.marked(leaf, self.marks[-1])
+            leaf = self._marked(leaf)
             self._results[id(leaf)] = leaf, metric
             return leaf
 
         return keras.tree.map_structure(marked, result)
+
+    def _marked(self, tensor: Tensor) -> Tensor:
+        self.marks.append(f"result {len(self.marks)}")
+        return backend.marked(tensor, self.marks[-1])
 
     def differentiated(self, value: Tensor) -> None:
         self._differentiated[id(value)] = value

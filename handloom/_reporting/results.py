@@ -60,6 +60,8 @@ class Results:
     def _add(self, name: str, value: Any) -> None:
         if isinstance(value, keras.Metric):
             value = self._seen.metric_result(value, value.result())
+        if isinstance(value, keras.Variable) and value.aggregation == "sum":
+            value = self._seen.metric_state_read(value, value.value)
         if isinstance(value, Mapping):
             for inner, inner_value in value.items():  # As in Keras, a metric with several results reports their names.
                 self._add(str(inner), inner_value)

@@ -11,6 +11,7 @@ from typing import Any
 
 import optree
 
+from handloom._data.sample_weight import ThirdPart
 from handloom._keras import Tensor, Tensors, keras
 from handloom._reporting.logs import READ_AFTER, Logs, Report, Value
 from handloom._reporting.metrics import EpochMetrics
@@ -23,7 +24,7 @@ from handloom._trace.observe import observing
 from handloom._trace.unused import unused_in, warn_of_unused
 from handloom._util.findings import warn
 from handloom.backends import backend
-from handloom.errors import HandloomError, StepError
+from handloom.errors import DataError, HandloomError, StepError
 from handloom.optimizers._accumulation import GradientAccumulation
 
 ops = keras.ops
@@ -39,6 +40,7 @@ class ReportingStep:
         unpacks: Whether the parts of a tuple are the step's arguments.
         weighed: Returns a batch as the step takes it, with its sample weights marked, and the sum of these, a scalar
             tensor; or `None` to count its examples.
+        third: Observes whether the step takes the third part of a batch for weights, if `weighed` does not tell.
         model: The model that the step is a method of, if it is one; as for `EpochMetrics`.
         jit_compile: As for `hl.function`.
 
@@ -56,11 +58,12 @@ class ReportingStep:
         *,
         unpacks: bool,
         weighed: Callable[..., tuple[Sequence[Any], Tensor | None]],
+        third: ThirdPart | None = None,
         model: keras.Model | None = None,
         jit_compile: bool | str = "auto",
     ) -> None:
         self._step, self._signature, self._unpacks = step, signature_of(step), unpacks
-        self._weighed, self.metrics = weighed, EpochMetrics(model)
+        self._weighed, self._third, self.metrics = weighed, third, EpochMetrics(model)
         self._totals = AllTotals()
         self._accumulating: dict[int, GradientAccumulation] = {}
         self._fused: set[int] = set()
@@ -76,11 +79,14 @@ class ReportingStep:
     def _report(self, *batch: Any) -> Report:
         """Runs the step and adds what it returns to totals. This function is compiled."""
         self._check_call(batch)
+        _check_not_empty(batch)
         parts, weight = self._weighed(*batch)
         # In eager execution, a metric is reset right before its first update of an epoch; see also `_about_to_run`.
         seen = StepObserver(None if backend.nested else self.metrics.about_to_update, self._accumulating)
-        with observing(*seen.all):
+        with observing(*seen.all, *([self._third] if self._third else ())):
             returned = backend.with_control_flow(self._step)(*parts)
+        if self._third is not None:
+            weight = self._third.sum_after()
         return Results(self.function.__name__, returned, seen, _examples(batch), weight).report(self._totals)
 
     def _check_call(self, batch: tuple[Any, ...]) -> None:
@@ -293,5 +299,19 @@ def _flush(optimizer: GradientAccumulation, reached: tuple[str, ...]) -> None:
 
 def _examples(batch: Any) -> int:
     """The number of examples in a batch: the length of its first array."""
+    return next(iter(_lengths(batch)), 1)
+
+
+def _lengths(batch: Any) -> list[int]:
     arrays = (leaf for leaf in optree.tree_leaves(batch) if backend.is_array(leaf) and len(leaf.shape))
-    return next((int(array.shape[0]) for array in arrays), 1)
+    return [int(array.shape[0]) for array in arrays]
+
+
+def _check_not_empty(batch: Any) -> None:
+    lengths = _lengths(batch)
+    if lengths and not any(lengths):
+        raise DataError(
+            "HL445: A batch is empty: its arrays have 0 examples.",
+            "It has no mean loss; nothing can be learned from it.",
+            "Leave it out where the batches are made: if len(x): yield x, y.",
+        )

@@ -14,6 +14,7 @@ from handloom._run.callback_list import Callbacks
 from handloom._run.events import Events
 from handloom._run.interrupt import Signals
 from handloom._util.every import AfterEpochs, Every
+from handloom._util.findings import warn
 from handloom._util.progress import Progress
 from handloom._util.short import short
 from handloom.checkpoint.random_state import random_state, set_random_state
@@ -96,6 +97,14 @@ class Validations:
         return self._results if due or progress.batch == 0 else {}
 
     def _validate(self, callbacks: Callbacks) -> None:
+        feed = self._validation.feed
+        if feed is not None and feed.is_used_up:
+            warn(
+                f"HL762: The validation data ({feed.name}) has no more batches; the run continues without validation.",
+                fix="Pass a function that returns a new generator each time (without calling it).",
+            )
+            self._validation, self.interrupted, self._results = NEVER, False, {}
+            return
         # Training and validation may use the same metrics.
         restore_metrics, before = copied(self._training.metrics.variables), random_state()
         undo = copied(self._validation.assigned())

@@ -6,6 +6,7 @@ Keras calls the methods below for everything that happens in this thread. No oth
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -45,6 +46,14 @@ class Observer:
         """A metric has returned its result; returns the result for the caller."""
         return result
 
+    def metric_state_read(self, variable: Variable, value: Tensor) -> Tensor:
+        """A variable of a metric has been read, but not by the metric itself; returns its value for the caller."""
+        return value
+
+    def unpacked(self, data: Any, parts: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        """`keras.utils.unpack_x_y_sample_weight` has unpacked data, in a default step too; returns the parts."""
+        return parts
+
     def loss_called(self, loss: keras.Loss, value: Tensor, y_pred: Any, sample_weight: Any) -> None:
         """A Keras loss has been computed."""
 
@@ -82,6 +91,7 @@ class Observer:
 
 _observers: Switch[tuple[Observer, ...]] = Switch(())
 _calls = Switch(0)
+_in_metric = Switch(False)
 
 
 @contextlib.contextmanager
@@ -213,6 +223,17 @@ def _telling_before(event: str, original: Callable[..., Any]) -> Callable[..., A
     return call
 
 
+def _reading(original: Callable[[Variable], Tensor]) -> Callable[[Variable], Tensor]:
+    read = _telling_before("read", original)
+
+    def value(self: Variable) -> Tensor:
+        # Only metrics have variables that replicas add up.
+        of_metric = self.aggregation == "sum" and not _in_metric.get() and not is_building()
+        return _replaced("metric_state_read", self, read(self)) if of_metric else read(self)
+
+    return value
+
+
 def _metric_attribute(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
     def look_up(self: keras.Metric, name: str) -> Any:
         method = original(self, name)
@@ -222,12 +243,31 @@ def _metric_attribute(original: Callable[[Any, str], Any]) -> Callable[[Any, str
         def call(*args: Any, **kwargs: Any) -> Any:
             if name == "update_state":
                 tell("metric_updated", self)
-            value = method(*args, **kwargs)
+            with _in_metric.here(True):
+                value = method(*args, **kwargs)
             return _replaced("metric_result", self, value) if name == "result" else value
 
         return call
 
     return look_up
+
+
+_unpack = keras.utils.unpack_x_y_sample_weight
+_original_unpack = types.FunctionType(_unpack.__code__, _unpack.__globals__)
+
+
+def unpacked(data: Any) -> Any:
+    """What `keras.utils.unpack_x_y_sample_weight` does where it is observed."""
+    return _replaced("unpacked", data, _original_unpack(data))
+
+
+def _unpacking(_: Callable[..., Any]) -> Callable[..., Any]:
+    def unpack_x_y_sample_weight(data: Any) -> Any:
+        import sys  # noqa: PLC0415  It runs with the global names of Keras, and without a closure.
+
+        return sys.modules["handloom._trace.observe"].unpacked(data)
+
+    return unpack_x_y_sample_weight
 
 
 def _loss_call(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -289,10 +329,11 @@ def _optimizer_apply(original: Callable[..., None]) -> Callable[..., None]:
 _PATCH = Patch(
     (python_utils, "pythonify_logs", lambda _: lambda logs: logs),  # Numbers would not show whose results they are.
     (keras.Variable, "__init__", _creation),
-    (keras.Variable, "value", functools.partial(_telling_before, "read")),
+    (keras.Variable, "value", _reading),
     (keras.Variable, "assign", functools.partial(_telling_before, "assigned")),
     # Subclasses override update_state and result, but all share the look-up of attributes.
     (keras.Metric, "__getattribute__", _metric_attribute),
+    (_unpack, "__code__", _unpacking),  # Users import it by name.
     (keras.Loss, "__call__", _loss_call),
     (keras.Layer, "add_loss", _adding_loss),
     (keras.Layer, "losses", _losses),

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import threading
+import types
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeAlias
@@ -23,6 +24,8 @@ class Patch(contextlib.ContextDecorator):
     Args:
         patches: Triples (owner, name, make). `make` takes the original and returns its replacement: for a
             property, from getter to getter; for an object that is not callable, an object with the attributes used.
+            For the `__code__` of a function, which replaces it wherever it was imported by name, `make` returns a
+            function with the same arguments and without a closure, which everyone gets.
         when: Whether the caller gets the replacement. By default it does in a context that has entered the patch.
     """
 
@@ -54,6 +57,10 @@ class Patch(contextlib.ContextDecorator):
 
 def _replace(owner: Any, name: str, make: Callable[[Any], Any], when: Callable[[], bool]) -> Callable[[], None]:
     """Replaces an attribute; returns a function that restores it."""
+    if name == "__code__":
+        code = owner.__code__
+        owner.__code__ = make(types.FunctionType(code, owner.__globals__)).__code__
+        return functools.partial(setattr, owner, name, code)
     is_own = name in vars(owner)
     original = vars(owner)[name] if is_own else getattr(owner, name)
     setattr(owner, name, _either(original, make, when))

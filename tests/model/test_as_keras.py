@@ -6,6 +6,7 @@ import pytest
 from keras import layers, ops
 
 import handloom as hl
+from tests.conftest import BACKEND
 from tests.models import compiled, fit, functional
 from tests.numbers import close, each_close, normal
 
@@ -265,3 +266,35 @@ def test_fit_evaluate_and_batch_logs_order_their_values_as_keras_does():
         seen.append(orders)
     assert seen[1] == seen[0]
     assert seen[1][0][:2] == ["accuracy", "loss"]
+
+
+# ------------------------------------------------------------------ where Keras differs between backends or methods
+
+
+@pytest.mark.parametrize(
+    ("make", "expected", "of_keras"),
+    [
+        # The second moment of the sum of two gradients g is (2g)^2; Keras adds up their squares, 2g^2.
+        (lambda: keras.optimizers.RMSprop(0.1, rho=0.75), 0.1 / 0.25**0.5, 2**0.5 * 0.1 / 0.25**0.5),
+        (lambda: keras.optimizers.Adam(0.1), 0.1, 2**0.5 * 0.1),
+    ],
+    ids=["RMSprop", "Adam"],
+)
+def test_fit_adds_up_the_gradients_of_a_token_that_occurs_twice_before_it_squares_them(make, expected, of_keras):
+    for cls, step in ((hl.Model, expected), (keras.Model, of_keras if BACKEND == "tensorflow" else expected)):
+        embedding = layers.Embedding(2, 1, embeddings_initializer="ones")
+        compiled(functional(embedding, inputs=2, cls=cls), make(), "mse").fit(
+            np.array([[0, 0]]), np.zeros((1, 2, 1)), verbose=0
+        )
+        close(embedding.embeddings, [[1 - step], [1]], rtol=1e-4)
+
+
+def test_fit_counts_masked_tokens_in_no_metric_as_evaluate_does():
+    x, y = np.array([[1, 2, 3, 0, 0, 0]]), np.array([[1, 0, 0, 1, 1, 1]])  # Right: one of three tokens, of six in all.
+    for cls, trained in ((hl.Model, 1 / 3), (keras.Model, 1 / 6 if BACKEND == "jax" else 1 / 3)):
+        embedding = layers.Embedding(4, 4, embeddings_initializer="identity", mask_zero=True)
+        model = functional(embedding, inputs=6, cls=cls)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        compiled(model, keras.optimizers.SGD(0.0), loss, metrics=["accuracy"])
+        close(fit(model, x, y)["accuracy"], [trained])
+        close(model.evaluate(x, y, return_dict=True, verbose=0)["accuracy"], 1 / 3)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from keras.utils import unpack_x_y_sample_weight
 
 import handloom as hl
 from tests.numbers import close, numpy
@@ -79,6 +80,13 @@ class UnpackedByFunction(Own):
     test_step = train_step
 
 
+class UnpackedByName(Own):
+    def train_step(self, data):
+        return {"value": value_of(*unpack_x_y_sample_weight(data))}
+
+    test_step = train_step
+
+
 class UnpackedByMethod(Own):
     def train_step(self, data):
         return {"value": value_of(*self.unpack(data))}
@@ -94,7 +102,58 @@ class Inherited(Named):
         return super().test_step(data)
 
 
-TAKE_WEIGHTS = [Named, Unpacked, UnpackedByFunction, UnpackedByMethod, Inherited]
+class OtherTargets(Own):
+    """Passes the third part on as weights, with other inputs and targets."""
+
+    def train_step(self, data):
+        x, y, w = data
+        return {**super().train_step((2 * x, y + 1, w)), "value": value_of(x, y, w)}
+
+    def test_step(self, data):
+        x, y, w = data
+        return {**super().test_step((2 * x, y + 1, w)), "value": value_of(x, y, w)}
+
+
+class OtherWeights(Own):
+    """Passes weights on that it computes from the third part."""
+
+    def train_step(self, data):
+        x, y, w = data
+        return {**super().train_step((x, y, w**2)), "value": value_of(x, y, w)}
+
+    def test_step(self, data):
+        x, y, w = data
+        return {**super().test_step((x, y, w**2)), "value": value_of(x, y, w)}
+
+
+class Repacked(Own):
+    """The default steps get the first two parts only."""
+
+    def train_step(self, data):
+        anchor, positive, negative = data
+        return {**super().train_step((anchor, positive)), "value": value_of(anchor, positive, negative)}
+
+    def test_step(self, data):
+        anchor, positive, negative = data
+        return {**super().test_step(((anchor, negative), positive)), "value": value_of(anchor, positive, negative)}
+
+    def call(self, x):
+        return super().call(x[0] if isinstance(x, tuple) else x)
+
+
+class UnpackedPart(Own):
+    """Unpacks a part of the batch."""
+
+    def train_step(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data[:2])
+        assert sample_weight is None
+        return {"value": value_of(x, y, data[2])}
+
+    test_step = train_step
+
+
+TAKE_WEIGHTS = [Named, Unpacked, UnpackedByFunction, UnpackedByName, UnpackedByMethod, Inherited, OtherTargets]
+TAKE_NONE = [Triplets, Repacked, UnpackedPart]
 
 
 def made(cls, **options):
@@ -115,8 +174,9 @@ unused = pytest.mark.filterwarnings("ignore:.*does not use the sample weights") 
 
 @each_source
 @pytest.mark.parametrize("third", THIRDS.values(), ids=THIRDS)
-def test_fit_and_evaluate_average_an_own_step_over_triplets_by_examples(source, third):
-    model, expected = made(Triplets), mean(np.ones(10))
+@pytest.mark.parametrize("cls", TAKE_NONE)
+def test_fit_and_evaluate_average_an_own_step_over_triplets_by_examples(source, third, cls):
+    model, expected = made(cls, loss="mse"), mean(np.ones(10))
     history = model.fit(source(X, Y, third), validation_data=source(X, Y, third), verbose=0).history
     close(history["value"], [expected])
     close(history["val_value"], [expected])
@@ -128,17 +188,38 @@ def test_fit_and_evaluate_average_an_own_step_over_triplets_by_examples(source, 
 @pytest.mark.parametrize("cls", TAKE_WEIGHTS)
 def test_fit_weighs_an_own_step_that_takes_sample_weights(source, cls):
     data = {"x": source(X, Y, WEIGHTS), "validation_data": source(X, Y, WEIGHTS)}
-    history = made(cls).fit(**data, verbose=0).history
+    history = made(cls, loss="mse").fit(**data, verbose=0).history
     close(history["value"], [mean(WEIGHTS)])
     close(history["val_value"], [mean(WEIGHTS)])
 
 
 @each_source
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_fit_weighs_an_own_step_by_the_weights_that_it_gives_to_the_default_step(source, run_eagerly):
+    model = made(OtherWeights, loss="mse", run_eagerly=run_eagerly)
+    data = {"x": source(X, Y, -WEIGHTS), "validation_data": source(X, Y, -WEIGHTS)}
+    history = model.fit(**data, verbose=0).history
+    close(history["value"], [mean(WEIGHTS**2)])
+    close(history["val_value"], [mean(WEIGHTS**2)])
+
+
+@each_source
 @unused
+@pytest.mark.parametrize("run_eagerly", [False, True])
 @pytest.mark.parametrize("cls", TAKE_WEIGHTS)
-def test_fit_refuses_negative_sample_weights_of_an_own_step_that_takes_them(source, cls):
+def test_fit_refuses_negative_sample_weights_of_an_own_step_that_takes_them(source, cls, run_eagerly):
     with pytest.raises(ValueError, match="negative or not finite"):
-        made(cls).fit(source(X, Y, -WEIGHTS), verbose=0)
+        made(cls, loss="mse", run_eagerly=run_eagerly).fit(source(X, Y, -WEIGHTS), verbose=0)
+
+
+@each_source
+@unused
+def test_fit_checks_the_labels_and_weights_of_each_batch_of_a_step_that_turns_out_to_take_them(source):
+    model = made(UnpackedByFunction, loss="sparse_categorical_crossentropy")
+    with pytest.raises(ValueError, match="y has the label 1"):
+        model.fit(source(X, np.arange(10) // 9, WEIGHTS), verbose=0)
+    with pytest.raises(ValueError, match="negative or not finite"):
+        model.fit(source(X, np.zeros(10, "int32"), WEIGHTS - 10 * (WEIGHTS == 10) - 1), verbose=0)
 
 
 @each_source

@@ -137,6 +137,27 @@ def test_fit_reports_the_last_value_of_what_is_computed_from_a_metric_result(eag
     )
 
 
+@pytest.mark.parametrize("validates", [False, True], ids=["train", "test"])
+def test_fit_reports_the_last_value_of_what_is_computed_from_the_variables_of_a_metric(eagerly, validates):
+    mean, positives = keras.metrics.Mean(), keras.metrics.TruePositives()
+
+    def step(x):
+        before = 1 * mean.count
+        mean.update_state(x)
+        positives.update_state(x > 4, x > 5)
+        above = positives.accumulator[0]
+        values = {"mean": mean.total / mean.count, "count": mean.count, "before": before, "share": above / mean.count}
+        return {"batch": ops.mean(x), "nan at first": above / above} | values
+
+    def other(x):
+        return {"x": ops.mean(x)}
+
+    history = reported(other, validate=(step, hl.Feed(X, batch_size=4))) if validates else reported(step, state=mean)
+    found = {name.removeprefix("val_"): value for name, [value] in history.items()}
+    expected = {"batch": 4.5, "mean": 4.5, "count": 10, "before": 8, "share": 0.4, "nan at first": 1}
+    close([found[name] for name in expected], list(expected.values()))
+
+
 def test_fit_warns_of_a_value_computed_from_a_metric_result_and_the_batch(eagerly):
     total = keras.metrics.Sum()
 

@@ -62,6 +62,29 @@ def test_hl_fit_ends_with_a_warning_where_a_feed_over_a_generator_is_used_up():
     assert (codes(findings), history.history) == (["HL759"], {"mean": [2.0]})
 
 
+@pytest.mark.parametrize(("count", "steps", "validations"), [(2, None, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2)])
+def test_fit_continues_without_validation_where_its_generator_is_used_up(count, steps, validations):
+    options = {"validation_data": batches(count), "validation_steps": steps, "epochs": 4}
+    trained = model()
+    with hl.checks.collect() as findings:
+        history = fit(trained, X, Y, **options)
+    # The training losses are those of a run that validates on arrays, in as many epochs as there is data.
+    expected = fit(model(), X, Y, validation_data=(X, Y), epochs=4)
+    close(history["loss"], expected["loss"])
+    close(history["val_loss"], expected["val_loss"][:validations])
+    assert codes(findings) == ["HL762"]
+    assert "validation data (the generator)" in str(findings[0])
+
+
+def test_hl_fit_continues_without_validation_where_its_generator_is_used_up():
+    def mean(x):
+        return {"mean": keras.ops.mean(x)}
+
+    with hl.checks.collect() as findings:
+        history = hl.fit(mean, np.ones(2, "float32"), validate=(mean, iter([np.full(2, 3.0, "float32")])), epochs=3)
+    assert (codes(findings), history.history) == (["HL762"], {"mean": [1.0] * 3, "val_mean": [3.0]})
+
+
 @pytest.mark.parametrize(("count", "steps", "epochs"), [(3, None, 1), (4, 2, 2), (3, 2, 2)])
 def test_fit_resumed_with_a_new_generator_stays_ended_unless_more_epochs_are_asked_for(count, steps, epochs, tmp_path):
     def run(count, epochs):

@@ -62,6 +62,18 @@ def test_patch_replaces_methods_properties_and_objects_and_restores_the_same_one
     assert all(now is then for now, then in zip(attributes(), before, strict=True))
 
 
+def size():
+    return 1
+
+
+def test_patch_of_code_changes_a_function_wherever_it_was_imported():
+    imported, code = size, size.__code__
+    with Patch((size, "__code__", lambda original: eval(f"lambda: {original()} + 10"))):
+        assert imported() == size() == 11
+    assert imported() == 1
+    assert size.__code__ is code
+
+
 def test_patch_decorates_a_function_that_calls_itself():
     @PATCH
     def count(n):

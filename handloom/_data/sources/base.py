@@ -55,6 +55,10 @@ class Source(abc.ABC):
             return batch
         raise self.empty()
 
+    def is_used_up(self) -> bool:
+        """Whether there can be no further batch."""
+        return False
+
     def empty(self) -> DataError:
         """The error for a pass without batches."""
         return DataError(f"HL409: The data is empty: {self.name} gave no batch.")

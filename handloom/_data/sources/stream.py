@@ -55,13 +55,21 @@ class Stream(Source):
         return bool(self._reader.exact)
 
     def peek(self, epoch: int, check: BatchCheck | None = None) -> Batch:
+        first = self._ahead(epoch)
+        if not first:
+            raise self.empty()
+        return self._as_batch(first[0], check)
+
+    def _ahead(self, epoch: int) -> list[Any]:
+        """The next batch, or none, as the data gives it; it is read again."""
         batches, number = self._ready or self._begin(epoch)
         self._position = self._position or self._state(within_pass=True)
         first = list(itertools.islice(batches, 1))
         self._ready = itertools.chain(first, batches), number
-        if not first:
-            raise self.empty()
-        return self._as_batch(first[0], check)
+        return first
+
+    def is_used_up(self) -> bool:
+        return not self.repeatable and not self._ahead(0)
 
     def batches(self, epoch: int, start: int, check: BatchCheck | None = None) -> Iterator[Batch]:
         batches, number = self._ready or self._begin(epoch)
