@@ -20,7 +20,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `Model._initial_epoch` | `BackupAndRestore` sets the epoch at which `fit` resumes |
 | `Optimizer._trainable_variables` | the variables that `apply` updates when it is given gradients only |
 | `Optimizer._variables`, `_iterations`, `_tracker`, `_track_variable` | the slots, to add some in their order |
-| `Optimizer._learning_rate` | copies of an optimizer share it |
+| `Optimizer._learning_rate` | copies of an optimizer share it; a compiled step looks whether it is still the same |
 | `global_seed_generator` | it must exist before a step is traced, as any variable must |
 | `global_state` | to leave all scopes; to forget a variable whose initializer failed: later scopes would try again |
 | `GLOBAL_SEED_GENERATOR`, `GLOBAL_RANDOM_SEED` | what `set_random_seed` sets; that imports TensorFlow on any backend |
@@ -215,6 +215,11 @@ def trained_by(optimizer: keras.Optimizer) -> list[Variable]:
 def trained_in(optimizer: keras.Optimizer) -> tuple[dict[str, Any], str]:
     """Where an optimizer keeps the list of these variables: a dict, and the key. Each build makes a new list."""
     return optimizer.__dict__, "_trainable_variables"
+
+
+def learning_rate_in(optimizer: keras.Optimizer) -> tuple[dict[str, Any], str]:
+    """Where an optimizer keeps its learning rate, a variable or a schedule: a dict, and the key."""
+    return optimizer.__dict__, "_learning_rate"
 
 
 def optimizers_in(optimizer: Any) -> list[keras.Optimizer]:
