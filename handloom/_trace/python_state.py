@@ -274,20 +274,18 @@ class PythonState:
 
     def _of_keras(self, path: str, thing: Any) -> None:
         """What an object of Keras keeps in attributes, such as the rate of dropout, a function or a regularizer."""
-        inside, own = vars(thing), _is_of_the_user(type(thing))
-        if own:
+        if _is_of_the_user(type(thing)):
             self._objects.setdefault(id(thing), (path, thing))
         if isinstance(thing, keras.Model):
             return
         numbers = (int, float) if isinstance(thing, keras.Layer) else (int, float, bool, type(None))
         of_steps, alone = _read_by_libraries(thing.__class__)
-        for name, value in inside.items():
-            is_rate = type(value) is float and (name in of_steps or not own)
-            is_number = is_rate or (name in alone and type(value) in numbers)
-            is_code = name in of_steps and (callable(value) or _is_of_the_user(type(value)))
-            if is_code or (is_number and not name.startswith("_")):
-                self._hold(dict.get, inside, name, f"{path}.{name}", variable=False)
-            elif name in of_steps and isinstance(value, dict) and not name.startswith("_"):
+        for name in sorted(of_steps & vars(thing).keys()):
+            value, is_public = vars(thing)[name], not name.startswith("_")
+            is_number = type(value) is float or (name in alone and type(value) in numbers)
+            if (is_number and is_public) or callable(value) or _is_of_the_user(type(value)):
+                self._hold(dict.get, vars(thing), name, f"{path}.{name}", variable=False)
+            elif isinstance(value, dict) and is_public:
                 self._visit(f"{path}.{name}", value)
 
     def _attributes(self, path: str, thing: Any) -> None:
@@ -353,8 +351,9 @@ def _wrapped(thing: Any) -> list[Any]:
 def _read_by_libraries(kind: type) -> tuple[set[str], set[str]]:
     """The names that methods of libraries read in steps, but do not assign; and those that `build` does not read."""
     methods: dict[str, list[types.FunctionType]] = defaultdict(list)
-    for base in itertools.takewhile(lambda base: base is not keras.Layer, kind.__mro__):
-        for name, found in () if _is_of_the_user(base) else vars(base).items():
+    bases = (base for base in kind.__mro__ if base not in keras.Layer.__mro__ and not _is_of_the_user(base))
+    for base in bases:
+        for name, found in vars(base).items():
             methods[name] += [part for part in (found, *_parts(found)) if isinstance(part, types.FunctionType)]
     in_steps, in_build, done = Names(), Names(), {"__init__"}
     while called := (methods.keys() & (in_steps.read.keys() | _CALLED_BY_OTHERS)) - done:
