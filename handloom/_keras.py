@@ -8,7 +8,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `core`, `image`, `ops` | what the backend does for `cond`, loops and transforms, replaced while a step is traced |
 | `get_stateless_scope` | Handloom's own scopes must know the scope around them |
 | `Variable._value` | `assign` takes ten times longer per step, and converts values that need no conversion |
-| `Layer._trainable`, `Variable._trainable` | a compiled step looks at them at each call |
+| `Layer._trainable`; `Variable._trainable`, `_regularizer`, `_constraint` | a compiled step looks at them at a call |
 | `Variable._shape`, `_dtype` | the shape and dtype of a variable that has no value yet |
 | `build._is_default` | a layer without a `build` of its own is built by a call |
 | `Layer._flatten_layers` | all layers inside a layer |
@@ -268,6 +268,12 @@ def layers_of(layer: Layer) -> Iterator[Layer]:
 def trainable_in(part: Layer | Variable) -> tuple[dict[str, Any], str]:
     """Where a layer or variable keeps whether it is trainable: a dict, and the key."""
     return part.__dict__, "_trainable"
+
+
+def penalties_in(variable: Variable) -> list[tuple[dict[str, Any], str]]:
+    """Where a variable keeps its regularizer and its constraint, if it has them: a dict, and the key."""
+    inside = variable.__dict__
+    return [(inside, name) for name in ("_regularizer", "_constraint") if inside.get(name) is not None]
 
 
 def mark_built(model: Any) -> None:

@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from handloom._keras import keras, layers_of, learning_rate_in, optimizers_in, trainable_in, trained_by, trained_in
+from handloom._keras import (
+    keras,
+    layers_of,
+    learning_rate_in,
+    optimizers_in,
+    penalties_in,
+    trainable_in,
+    trained_by,
+    trained_in,
+)
 from handloom._util.codes import Names, Place
 from handloom._util.source_line import is_users
 from handloom.backends import backend
@@ -252,9 +261,8 @@ class PythonState:
         for variable in layer.variables:
             variable_path = f"{path}[{variable.path!r}]"
             self._hold(dict.get, *trainable_in(variable), f"{variable_path}.trainable")
-            for name in ("regularizer", "constraint"):
-                if getattr(variable, name, None) is not None:
-                    self._hold(getattr, variable, name, f"{variable_path}.{name}")
+            for inside, name in penalties_in(variable):
+                self._hold(dict.get, inside, name, f"{variable_path}.{name.strip('_')}")
         for name in ("optimizer", "loss"):
             self._visit(f"{path}.{name}", getattr(layer, name, None))
         for metric in layer.metrics if self._metrics else ():
@@ -351,8 +359,7 @@ def _wrapped(thing: Any) -> list[Any]:
 def _read_by_libraries(kind: type) -> tuple[set[str], set[str]]:
     """The names that methods of libraries read in steps, but do not assign; and those that `build` does not read."""
     methods: dict[str, list[types.FunctionType]] = defaultdict(list)
-    bases = (base for base in kind.__mro__ if base not in keras.Layer.__mro__ and not _is_of_the_user(base))
-    for base in bases:
+    for base in (each for each in kind.__mro__ if each not in keras.Layer.__mro__ and not _is_of_the_user(each)):
         for name, found in vars(base).items():
             methods[name] += [part for part in (found, *_parts(found)) if isinstance(part, types.FunctionType)]
     in_steps, in_build, done = Names(), Names(), {"__init__"}
