@@ -270,8 +270,8 @@ class PythonState:
                 self._visit(f"{path}.{each.name}", each)
 
     def _optimizer(self, path: str, optimizer: Any) -> None:
-        self._of_keras(path, optimizer)
         self._hold(dict.get, *learning_rate_in(optimizer), f"{path}.learning_rate")
+        self._of_keras(path, optimizer)
         if optimizer.use_ema or not type(optimizer).__module__.startswith("keras."):
             # It may update what it keeps for variables that have no gradient in this step.
             self._hold(dict.get, *trained_in(optimizer), f"the variables of {path}")

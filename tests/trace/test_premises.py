@@ -293,6 +293,22 @@ def test_function_heeds_a_number_of_an_optimizer_inside_another(around):
     close(dense.bias, [-1 + (-0.25 - 1)])
 
 
+def test_function_heeds_a_number_of_a_schedule_and_names_where_it_is():
+    schedule = keras.optimizers.schedules.ExponentialDecay(1.0, 1, 1.0)
+    dense, optimizer = built(layers.Dense(1), 3), keras.optimizers.SGD(schedule)
+
+    @hl.function
+    def step():
+        hl.minimize(lambda: ops.sum(dense.bias), dense.bias, optimizer)
+
+    step()
+    schedule.initial_learning_rate = 0.5
+    message = r"optimizer\.learning_rate\.initial_learning_rate has changed from 1\.0 to 0\.5.*cannot be a variable"
+    with pytest.warns(RetraceWarning, match=message):
+        step()
+    close(dense.bias, [-1.5])
+
+
 class Counting:
     def __init__(self):
         self.count, self.shown, self.seen, self.cache, self.stats = 0, 0, [], None, {"steps": 0, "shown": 0}
