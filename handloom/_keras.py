@@ -8,7 +8,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `core`, `image`, `ops` | what the backend does for `cond`, loops and transforms, replaced while a step is traced |
 | `get_stateless_scope` | Handloom's own scopes must know the scope around them |
 | `Variable._value` | `assign` takes ten times longer per step, and converts values that need no conversion |
-| `Layer._trainable`, `Variable._trainable` | a compiled step looks at them at each call |
+| `Layer._trainable`; `Variable._trainable`, `_regularizer`, `_constraint` | a compiled step looks at them at a call |
 | `Variable._shape`, `_dtype` | the shape and dtype of a variable that has no value yet |
 | `build._is_default` | a layer without a `build` of its own is built by a call |
 | `Layer._flatten_layers` | all layers inside a layer |
@@ -20,7 +20,7 @@ internal, so that a change in Keras shows there and not at a user's.
 | `Model._initial_epoch` | `BackupAndRestore` sets the epoch at which `fit` resumes |
 | `Optimizer._trainable_variables` | the variables that `apply` updates when it is given gradients only |
 | `Optimizer._variables`, `_iterations`, `_tracker`, `_track_variable` | the slots, to add some in their order |
-| `Optimizer._learning_rate` | copies of an optimizer share it |
+| `Optimizer._learning_rate` | copies of an optimizer share it; a compiled step looks whether it is still the same |
 | `global_seed_generator` | it must exist before a step is traced, as any variable must |
 | `global_state` | to leave all scopes; to forget a variable whose initializer failed: later scopes would try again |
 | `GLOBAL_SEED_GENERATOR`, `GLOBAL_RANDOM_SEED` | what `set_random_seed` sets; that imports TensorFlow on any backend |
@@ -207,6 +207,11 @@ def trained_in(optimizer: keras.Optimizer) -> tuple[dict[str, Any], str]:
     return optimizer.__dict__, "_trainable_variables"
 
 
+def learning_rate_in(optimizer: keras.Optimizer) -> tuple[dict[str, Any], str]:
+    """Where an optimizer keeps its learning rate, a variable or a schedule: a dict, and the key."""
+    return optimizer.__dict__, "_learning_rate"
+
+
 def optimizers_in(optimizer: Any) -> list[keras.Optimizer]:
     """The optimizers directly inside another, which may come from any library."""
     found = [*getattr(optimizer, "optimizers", ()), getattr(optimizer, "inner_optimizer", None)]
@@ -253,6 +258,12 @@ def layers_of(layer: Layer) -> Iterator[Layer]:
 def trainable_in(part: Layer | Variable) -> tuple[dict[str, Any], str]:
     """Where a layer or variable keeps whether it is trainable: a dict, and the key."""
     return part.__dict__, "_trainable"
+
+
+def penalties_in(variable: Variable) -> list[tuple[dict[str, Any], str]]:
+    """Where a variable keeps its regularizer and its constraint, if it has them: a dict, and the key."""
+    inside = variable.__dict__
+    return [(inside, name) for name in ("_regularizer", "_constraint") if inside.get(name) is not None]
 
 
 def mark_built(model: Any) -> None:

@@ -288,3 +288,14 @@ def test_seed_generator_draws_default_seeds_from_its_name_of_random():
     seed = numpy(keras.random.SeedGenerator().state)[0]
     keras.utils.set_random_seed(3)
     assert seed == random.randint(1, int(1e9))
+
+
+def test_penalties_in_and_learning_rate_in_give_where_they_are_kept():
+    regularizer, constraint = keras.regularizers.L2(), keras.constraints.NonNeg()
+    dense = layers.Dense(1, kernel_regularizer=regularizer, kernel_constraint=constraint)
+    dense.build((2, 3))
+    assert [inside[name] for inside, name in _keras.penalties_in(dense.kernel)] == [regularizer, constraint]
+    assert _keras.penalties_in(dense.bias) == []
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+    inside, name = _keras.learning_rate_in(keras.optimizers.SGD(schedule))
+    assert inside[name] is schedule

@@ -104,7 +104,9 @@ class PremisesOfFunction:
                     f"HL141: {value.path} has changed from {value.shown} to {value.now.shown}, and {self._name} is "
                     "compiled again.",
                     "A compiled function holds Python values as constants: each new value compiles it again.",
-                    f"Keep it in a variable, {value.path} = {variable}, and change it by {value.path}.assign(...).",
+                    f"Keep it in a variable, {value.path} = {variable}, changed by {value.path}.assign(...)."
+                    if value.can_be_variable
+                    else "It cannot be a variable there: change it seldom, such as once an epoch.",
                     category=RetraceWarning,
                     at=state.place(value),
                 )
@@ -112,18 +114,18 @@ class PremisesOfFunction:
         return "; ".join(shown[:_SHOWN]) + f"; and {len(shown) - _SHOWN} more" * (len(shown) > _SHOWN)
 
     def _warn_of_counting(self, value: Value, state: PythonState) -> None:
-        """Warns of a number that the function counts up, as by `+= 1`, and reads elsewhere.
+        """Warns of a number that the function changes, as by `+= 1`, and reads elsewhere.
 
         One that it only counts, to be shown, makes no step wrong; tests count traces in this way.
         """
         line = state.names.updated.get(value.last_name)
-        counts = any(place != line for place in state.names.read[value.last_name])
-        if line and counts and value.is_number and value.now.is_number and self._is_news(f"counts {value.path}"):
+        is_read = value.last_name in state.names.used
+        if line and is_read and value.is_number and value.now.is_number and self._is_news(f"counts {value.path}"):
             warn(
                 f"HL140: {self._name} has changed {value.path} from {value.shown} to {value.now.shown} while it was "
                 "compiled.",
                 "Python runs when a step is compiled, not when it is taken: the value stays as it is.",
-                f"Count in a variable: {value.path} = keras.Variable(0, trainable=False), and in the step "
-                f"{value.path}.assign_add(1). To act on it, use keras.ops.cond.",
+                f"Keep it in a variable, {value.path} = keras.Variable({value.shown}, trainable=False), and change it "
+                f"in the step by {value.path}.assign(...) or assign_add(...). To act on it, use keras.ops.cond.",
                 at=line,
             )

@@ -7,23 +7,43 @@ functions and classes that it names, without running it; so some are found that 
 import contextlib
 import functools
 import inspect
+import itertools
 import sys
 import types
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from handloom._keras import keras, layers_of, optimizers_in, trainable_in, trained_by, trained_in
+from handloom._keras import (
+    keras,
+    layers_of,
+    learning_rate_in,
+    optimizers_in,
+    penalties_in,
+    trainable_in,
+    trained_by,
+    trained_in,
+)
 from handloom._util.codes import Names, Place
 from handloom._util.source_line import is_users
 from handloom.backends import backend
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
-_CODE = (types.FunctionType, types.MethodType, functools.partial, types.ModuleType, type, types.BuiltinFunctionType)
+_CODE = (types.MethodType, types.ModuleType, type, types.BuiltinFunctionType)
 _HOLDERS = ("SimpleNamespace", "Namespace")
-_CALLED_BY_OTHERS = {"call", "forward", "__call__", "update_state", "result", "compute_loss"}
-_MOST = 100  # Of the elements of a list or dict.
+_CALLED_BY_OTHERS = {
+    *("call", "forward", "__call__", "compute_loss", "compute_metrics"),
+    *("update_state", "result", "apply", "update_step"),
+}
+_KINDS = (
+    *(keras.optimizers.schedules.LearningRateSchedule, keras.Regularizer, keras.constraints.Constraint),
+    *(keras.Loss, keras.Metric),
+)
+_COLLECTIONS = (list, tuple, set, frozenset, deque)
+_MOST = 100  # Of the elements of a collection or dict that are held one by one.
+_MOST_PLAIN = 1000  # Of plain elements.
 _MOST_BYTES = 2**14  # Of an array, which is compared at each step.
 
 
@@ -36,6 +56,8 @@ class Value(NamedTuple):
         name: Its name there.
         path: What the user writes to get it.
         value: The value itself; of a list of plain values a copy.
+        can_be_variable: Whether a variable can take its place: not where Keras reads a number, nor in a metric, whose
+            variables Keras resets.
     """
 
     get: Callable[[Any, Any, Any], Any]
@@ -43,6 +65,7 @@ class Value(NamedTuple):
     name: Any
     path: str
     value: Any
+    can_be_variable: bool = True
 
     @property
     def key(self) -> tuple[int, Any]:
@@ -114,13 +137,15 @@ class PythonState:
     Args:
         function: The function.
         arguments: Objects that it is given.
+        metrics: Whether the metrics of models are among what it reads.
 
     Attributes:
         values: The values, by holder and name.
         names: The names in the code.
     """
 
-    def __init__(self, function: Callable[..., Any], arguments: Sequence[Any] = ()) -> None:
+    def __init__(self, function: Callable[..., Any], arguments: Sequence[Any] = (), *, metrics: bool = True) -> None:
+        self._metrics = metrics
         self.values: dict[tuple[int, Any], Value] = {}
         self.names = Names()
         self._seen: dict[int, tuple[str, Any]] = {}
@@ -146,12 +171,12 @@ class PythonState:
         parts = reversed(value.path.translate(_WITHOUT_BRACKETS).split("."))
         return next((self.names.read[part][0] for part in parts if part in self.names.read), None)
 
-    def _hold(self, get: Callable[..., Any], holder: Any, name: Any, path: str) -> None:
+    def _hold(self, get: Callable[..., Any], holder: Any, name: Any, path: str, variable: bool = True) -> None:
         value = Value(get, holder, name, path, None).present
-        if isinstance(value, (list, tuple)) and _is_plain(value):
-            value = [*value] if isinstance(value, list) else tuple(value)
-        found = Value(get, holder, name, path, value)
-        if not isinstance(value, _CODE):
+        if isinstance(value, _COLLECTIONS) and _is_plain(value):
+            value = next(kind(value) for kind in _COLLECTIONS if isinstance(value, kind))
+        found = Value(get, holder, name, path, value, variable)
+        if not (variable and isinstance(value, _CODE)):
             self.values.setdefault(found.key, found)
         if not _is_plain(value):
             self._visit(path, value)
@@ -172,12 +197,14 @@ class PythonState:
                 self._objects[id(thing)] = path, thing
         elif isinstance(thing, types.FunctionType):
             self._function(thing)
-        elif isinstance(thing, (dict, list, tuple)):
+        elif isinstance(thing, (dict, *_COLLECTIONS)):
             self._elements(path, thing)
         elif isinstance(thing, keras.Layer):
             self._layer(path, thing)
         elif isinstance(thing, keras.optimizers.Optimizer):
             self._optimizer(path, thing)
+        elif isinstance(thing, _KINDS):
+            self._of_keras(path, thing)
         elif _is_of_the_user(type(thing)) or type(thing).__name__ in _HOLDERS:
             self._objects[id(thing)] = path, thing
         else:
@@ -189,24 +216,39 @@ class PythonState:
         if is_users(function.__code__.co_filename):
             for name in sorted(self.names.add(function) & function.__globals__.keys()):
                 self._hold(dict.get, function.__globals__, name, name)
+            self._defaults(function)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             self._hold(getattr, cell, "cell_contents", name)
 
+    def _defaults(self, function: types.FunctionType) -> None:
+        names, defaults = function.__code__.co_varnames[: function.__code__.co_argcount], function.__defaults__ or ()
+        for index, name in enumerate(names[len(names) - len(defaults) :]):
+            self._hold(_element, defaults, index, name)
+        for name in function.__kwdefaults__ or {}:
+            self._hold(dict.get, function.__kwdefaults__, name, name)
+
     def _elements(self, path: str, thing: Any) -> None:
         thing = getattr(thing, "__wrapped__", thing)  # TensorFlow puts a proxy around the dicts of layers.
+        if isinstance(thing, dict):
+            self._dicts.append((path, thing))
         if len(thing) > _MOST:
             return
         if isinstance(thing, dict):
-            self._dicts.append((path, thing))
-        for key, element in thing.items() if isinstance(thing, dict) else enumerate(thing):
-            if isinstance(thing, tuple):
-                self._visit(f"{path}[{key!r}]", element)
-            elif not _is_plain(element):
-                self._hold(dict.get if isinstance(thing, dict) else _element, thing, key, f"{path}[{key!r}]")
+            for key in [key for key, element in thing.items() if not _is_plain(element)]:
+                self._hold(dict.get, thing, key, f"{path}[{key!r}]")
+        elif isinstance(thing, (list, deque)):
+            for index in range(len(thing)):
+                self._hold(_element, thing, index, f"{path}[{index}]")
+        else:
+            for index, element in enumerate(thing):
+                if isinstance(element, _COLLECTIONS):
+                    self._hold(_element, thing, index, f"{path}[{index}]")
+                else:
+                    self._visit(f"{path}[{index}]", element)
 
     def _plain_elements(self, path: str, thing: dict[Any, Any]) -> None:
         """Those whose keys the code names; if it names none, it may go through all."""
-        for key in [key for key in thing if key in self.names.read] or thing:
+        for key in [key for key in thing if key in self.names.read] or (thing if len(thing) <= _MOST else ()):
             if _is_plain(thing[key]):
                 self._hold(dict.get, thing, key, f"{path}[{key!r}]")
 
@@ -215,16 +257,21 @@ class PythonState:
             inner_path = path if inner is layer else f"{path}.{inner.name}"
             self._seen[id(inner)] = inner_path, inner
             self._hold(dict.get, *trainable_in(inner), f"{inner_path}.trainable")
-            self._numbers(inner_path, inner)
-            if _is_of_the_user(type(inner)):
-                self._objects.setdefault(id(inner), (inner_path, inner))
+            self._of_keras(inner_path, inner)
         for variable in layer.variables:
-            self._hold(dict.get, *trainable_in(variable), f"{path}[{variable.path!r}].trainable")
+            variable_path = f"{path}[{variable.path!r}]"
+            self._hold(dict.get, *trainable_in(variable), f"{variable_path}.trainable")
+            for inside, name in penalties_in(variable):
+                self._hold(dict.get, inside, name, f"{variable_path}.{name.strip('_')}")
         for name in ("optimizer", "loss"):
             self._visit(f"{path}.{name}", getattr(layer, name, None))
+        for metric in layer.metrics if self._metrics else ():
+            for each in (metric, *getattr(metric, "metrics", ())):  # One of Keras contains the compiled ones.
+                self._visit(f"{path}.{each.name}", each)
 
     def _optimizer(self, path: str, optimizer: Any) -> None:
-        self._numbers(path, optimizer)
+        self._hold(dict.get, *learning_rate_in(optimizer), f"{path}.learning_rate")
+        self._of_keras(path, optimizer)
         if optimizer.use_ema or not type(optimizer).__module__.startswith("keras."):
             # It may update what it keeps for variables that have no gradient in this step.
             self._hold(dict.get, *trained_in(optimizer), f"the variables of {path}")
@@ -233,12 +280,21 @@ class PythonState:
         for inner in optimizers_in(optimizer):
             self._visit(f"{path}.{inner.name}", inner)
 
-    def _numbers(self, path: str, thing: Any) -> None:
-        """The numbers that an object of Keras reads itself, such as the rate of dropout."""
-        if not _is_of_the_user(type(thing)) and not isinstance(thing, keras.Model):
-            for name, value in vars(thing).items():
-                if type(value) is float and not name.startswith("_"):
-                    self._hold(dict.get, vars(thing), name, f"{path}.{name}")
+    def _of_keras(self, path: str, thing: Any) -> None:
+        """What an object of Keras keeps in attributes, such as the rate of dropout, a function or a regularizer."""
+        if _is_of_the_user(type(thing)):
+            self._objects.setdefault(id(thing), (path, thing))
+        if isinstance(thing, keras.Model):
+            return
+        numbers = (int, float) if isinstance(thing, keras.Layer) else (int, float, bool, type(None))
+        of_steps, alone = _read_by_libraries(thing.__class__)
+        for name in sorted(of_steps & vars(thing).keys()):
+            value, is_public = vars(thing)[name], not name.startswith("_")
+            is_number = type(value) is float or (name in alone and type(value) in numbers)
+            if (is_number and is_public) or callable(value) or _is_of_the_user(type(value)):
+                self._hold(dict.get, vars(thing), name, f"{path}.{name}", variable=False)
+            elif isinstance(value, dict) and is_public:
+                self._visit(f"{path}.{name}", value)
 
     def _attributes(self, path: str, thing: Any) -> None:
         """The attributes of an object of the user that the code names, and the methods of its class."""
@@ -248,7 +304,7 @@ class PythonState:
         for name in sorted(self.names.read.keys() & own.keys()):
             # Not by `getattr` where it can be avoided: a loop by hand asks at each step.
             get, holder = (dict.get, inside) if is_instance and name in inside else (getattr, thing)
-            self._hold(get, holder, name, f"{path}.{name}")
+            self._hold(get, holder, name, f"{path}.{name}", variable=not isinstance(thing, keras.Metric))
         for kind in type(thing).__mro__ if is_instance else ():
             if _is_of_the_user(kind):
                 for name in sorted(vars(kind).keys() & (self.names.read.keys() | _CALLED_BY_OTHERS)):
@@ -274,8 +330,8 @@ _WITHOUT_BRACKETS = str.maketrans({"[": ".", "]": None, "'": None})
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return len(value) <= _MOST and all(isinstance(each, _PLAIN) for each in value)
+    if isinstance(value, _COLLECTIONS):
+        return len(value) <= _MOST_PLAIN and all(isinstance(each, _PLAIN) for each in value)
     return isinstance(value, _PLAIN)
 
 
@@ -297,6 +353,24 @@ _METHODS = (types.MethodType, classmethod, staticmethod)
 def _wrapped(thing: Any) -> list[Any]:
     inside = inspect.getattr_static(thing, "__dict__", None)
     return [vars(thing)["__wrapped__"]] if inside is not None and "__wrapped__" in vars(thing) else []
+
+
+@functools.cache
+def _read_by_libraries(kind: type) -> tuple[set[str], set[str]]:
+    """The names that methods of libraries read in steps, but do not assign; and those that `build` does not read."""
+    methods: dict[str, list[types.FunctionType]] = defaultdict(list)
+    for base in (each for each in kind.__mro__ if each not in keras.Layer.__mro__ and not _is_of_the_user(each)):
+        for name, found in vars(base).items():
+            methods[name] += [part for part in (found, *_parts(found)) if isinstance(part, types.FunctionType)]
+    in_steps, in_build, done = Names(), Names(), {"__init__"}
+    while called := (methods.keys() & (in_steps.read.keys() | _CALLED_BY_OTHERS)) - done:
+        done |= called
+        for method in itertools.chain.from_iterable(methods[name] for name in called):
+            in_steps.add(method)
+    for method in methods["build"]:
+        in_build.add(method)
+    of_steps = {*in_steps.read, "activity_regularizer"} - in_steps.stored
+    return of_steps, of_steps - in_build.read.keys()
 
 
 def _is_of_the_user(thing: Any) -> bool:

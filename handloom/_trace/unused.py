@@ -93,7 +93,7 @@ def unused_in(dependencies: Dependencies, function: Callable[..., Any]) -> list[
 
 def _may_mask(function: Callable[..., Any]) -> bool:
     """Whether a function compares values, as in `y != 0`, or has a name for a mask: it may mask by hand."""
-    names = PythonState(function).names
+    names = PythonState(function, metrics=False).names
     found = names.read.keys() | names.local
     return names.compares or bool(found & _SELECTING) or any(word in name for word in _WORDS for name in found)
 

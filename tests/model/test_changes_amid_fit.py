@@ -1,5 +1,8 @@
 """Runs in which callbacks change what a compiled step read in Python: it takes effect at the next step."""
 
+import collections
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -178,3 +181,123 @@ def test_hl_fit_heeds_trainable_set_by_a_callback():
     state = {"model": model, "optimizer": optimizer}
     hl.fit(step, (X, Y), epochs=7, state=state, callbacks=[toggle], verbose=0)
     assert toggle.moved == toggle.was_trainable == [False, False, True, True, False, False, True]
+
+
+class Penalty(keras.Regularizer):
+    def __init__(self):
+        self.factor = 0.0
+
+    def __call__(self, weight):
+        return self.factor * ops.sum(weight)
+
+
+class Above(keras.metrics.Metric):
+    """The share of predictions above a threshold."""
+
+    def __init__(self):
+        super().__init__(name="above")
+        self.threshold, self.mean = 0.0, keras.metrics.Mean()
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.mean.update_state(ops.cast(y_pred > self.threshold, "float32"))
+
+    def result(self):
+        return self.mean.result()
+
+
+class Steady(keras.optimizers.schedules.LearningRateSchedule):
+    def __init__(self):
+        self.rate = 0.0
+
+    def __call__(self, step):
+        return ops.convert_to_tensor(self.rate, "float32")
+
+
+class Damped(keras.optimizers.SGD):
+    def __init__(self):
+        super().__init__(0.1)
+        self.gamma = 0.0
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient * self.gamma, variable, learning_rate)
+
+
+class Shown(hl.Model):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor = 0.0
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return super().compute_metrics(x, y, y_pred, sample_weight) | {"shown": self.factor * ops.mean(y_pred)}
+
+
+def by_default(x, scale={"factor": 0.0}):  # noqa: B006  So may a user.
+    return x * scale["factor"]
+
+
+def in_keras():
+    """A layer, a number set in what it holds, and options of `compile`, by what holds the number."""
+    l2, penalty, constraint = keras.regularizers.L2(0.0), Penalty(), keras.constraints.MaxNorm(0.0)
+    factors, several, recent = [0.0], {"a": [[0.0]]}, collections.deque([0.0] * 3)
+    many, schedule, damped, above = [0.0] * 200, Steady(), Damped(), Above()
+    sgd, dense = keras.optimizers.SGD(0.1), layers.Dense(1)
+    rescaling = layers.Rescaling(0)
+
+    def at(items, key):
+        return lambda value: items.__setitem__(key, value)
+
+    def of(thing, name):
+        return lambda value: setattr(thing, name, value)
+
+    return {
+        "a regularizer": (layers.Dense(1, kernel_regularizer=l2), of(l2, "l2"), {}),
+        "a regularizer of the user": (layers.Dense(1, bias_regularizer=penalty), of(penalty, "factor"), {}),
+        "a regularizer of outputs": (layers.Dense(1, activity_regularizer=l2), of(l2, "l2"), {}),
+        "a constraint": (layers.Dense(1, kernel_constraint=constraint), of(constraint, "max_value"), {}),
+        "a list of Lambda": (layers.Lambda(lambda x: x * factors[0]), at(factors, 0), {}),
+        "lists in a dict": (layers.Lambda(lambda x: x * several["a"][0][0]), at(several["a"][0], 0), {}),
+        "a deque": (layers.Lambda(lambda x: x * recent[1]), at(recent, 1), {}),
+        "many numbers": (layers.Lambda(lambda x: x * many[150]), at(many, 150), {}),
+        "a default": (layers.Lambda(by_default), at(by_default.__defaults__[0], "factor"), {}),
+        "an activation": (layers.Dense(1, activation=lambda x: x * factors[0]), at(factors, 0), {}),
+        "a number that was an integer": (rescaling, lambda value: setattr(rescaling, "scale", value or 0), {}),
+        "a schedule": (layers.Dense(1), of(schedule, "rate"), {"optimizer": keras.optimizers.SGD(schedule)}),
+        "an optimizer of the user": (layers.Dense(1), of(damped, "gamma"), {"optimizer": damped}),
+        "an optimizer": (layers.Dense(1), lambda value: setattr(sgd, "clipnorm", value or None), {"optimizer": sgd}),
+        "a layer": (dense, lambda value: setattr(dense, "activation", (ops.relu, ops.tanh)[value > 0]), {}),
+        "a metric": (layers.Dense(1), of(above, "threshold"), {"metrics": [above]}),
+        "a metric's function": (layers.Dense(1), at(factors, 0), {"metrics": [lambda y, out: out * factors[0]]}),
+        "a model": (layers.Dense(1), None, {}),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::handloom.errors.RetraceWarning")
+@pytest.mark.parametrize("where", in_keras())
+def test_fit_heeds_a_value_in_what_objects_of_keras_hold(where):
+    def run(*, eager):
+        keras.utils.set_random_seed(1)
+        layer, change, options = in_keras()[where]
+        inputs = keras.Input((3,))
+        model = Shown(inputs, layers.Dense(1)(layer(inputs)))
+        change = change or functools.partial(setattr, model, "factor")
+        change(0.0)
+        model.compile(**{"optimizer": "sgd", "loss": "mse", "run_eagerly": eager} | options)
+        begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: change(0.25 * epoch))
+        logs = model.fit(X, Y, batch_size=4, epochs=2, shuffle=False, verbose=0, callbacks=[begin]).history
+        return model, [*model.get_weights(), *map(np.asarray, logs.values())]
+
+    model, found = run(eager=False)
+    each_close(found, run(eager=True)[1], rtol=1e-4)
+    [step] = model._steps._reporting.values()
+    assert len(step.function.traces) == 2
+
+
+@pytest.mark.filterwarnings("ignore::handloom.errors.RetraceWarning")
+def test_evaluate_heeds_what_changes_between_two_runs():
+    dense = layers.Dense(1, kernel_initializer="ones")
+    model = hl.Model([keras.Input((3,)), dense])
+    model.compile(loss="mse")
+    for activation in (ops.relu, ops.tanh, ops.relu):
+        dense.activation = activation
+        right = np.mean((numpy(activation(X.sum(axis=1, keepdims=True))) - Y) ** 2)
+        close(model.evaluate(X, Y, verbose=0), right, rtol=1e-4)

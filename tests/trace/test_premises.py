@@ -1,5 +1,8 @@
 """Python values that a compiled function reads: it heeds their changes, and tells of those a variable should hold."""
 
+import collections
+import copy
+import re
 import types
 import unittest.mock
 
@@ -103,7 +106,9 @@ def test_function_heeds_the_rate_of_dropout_and_a_replaced_layer():
     step = hl.function(lambda x: parts.dense(parts.drop(x, training=True)))
     close(step(ones(2, 3)), [[3], [3]])
     parts.drop.rate = 0.999999
-    with pytest.warns(RetraceWarning, match=r"parts\.drop\.rate has changed from 1e-09"):
+    with pytest.warns(
+        RetraceWarning, match=r"parts\.drop\.rate has changed from 1e-09.*cannot be a variable there.*once an epoch"
+    ):
         close(step(ones(2, 3)), [[0], [0]])
     parts.drop, parts.dense = layers.Dropout(1e-9), layers.Dense(1, kernel_initializer="zeros", bias_initializer="ones")
     parts.dense.build((2, 3))
@@ -139,6 +144,46 @@ def test_function_heeds_an_object_that_is_replaced_in_a_list():
     stack[1] = double
     close(step(ones(2)), [4, 4])
     assert len(step.traces) == 2
+
+
+COLLECTIONS = {
+    "a deque": (collections.deque([1.0, 2.0]), lambda items: items[0], lambda items: items.rotate()),
+    "a set": ({1.0}, sum, lambda items: (items.clear(), items.add(2.0))),
+    "many numbers": ([1.0] * 200, lambda items: items[150], lambda items: items.__setitem__(150, 2.0)),
+    "a large dict": (
+        {**dict.fromkeys(range(200), 0.0), "a": 1.0},
+        lambda items: items["a"],
+        lambda items: items.update(a=2.0),
+    ),
+    "lists and numbers": ([1.0, [5.0]], lambda items: items[0], lambda items: items.__setitem__(0, 2.0)),
+    "lists in a list": ([3.0, [1.0]], lambda items: items[1][0], lambda items: items[1].__setitem__(0, 2.0)),
+    "a list in a tuple": ((3.0, [1.0]), lambda items: items[1][0], lambda items: items[1].__setitem__(0, 2.0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::handloom.errors.RetraceWarning")
+@pytest.mark.parametrize("is_default", [False, True])
+@pytest.mark.parametrize("kind", COLLECTIONS)
+def test_function_heeds_a_number_in_a_collection(kind, is_default):
+    kept, read, change = COLLECTIONS[kind]
+    items = copy.deepcopy(kept)
+
+    def by_default(x, *, items=items):
+        return x * read(items)
+
+    step = hl.function(by_default if is_default else (lambda x: x * read(items)))
+    close(step(ones(2)), [1, 1])
+    change(items)
+    close(step(ones(2)), [2, 2])
+
+
+@pytest.mark.filterwarnings("ignore::handloom.errors.RetraceWarning")
+def test_function_heeds_a_function_that_is_replaced():
+    holder = types.SimpleNamespace(activation=ops.square)
+    step = hl.function(lambda x: holder.activation(x) + 0)
+    close(step(ones(2)), [1, 1])
+    holder.activation = ops.negative
+    close(step(ones(2)), [-1, -1])
 
 
 class Endless:
@@ -248,9 +293,26 @@ def test_function_heeds_a_number_of_an_optimizer_inside_another(around):
     close(dense.bias, [-1 + (-0.25 - 1)])
 
 
+def test_function_heeds_a_number_of_a_schedule_and_names_where_it_is():
+    schedule = keras.optimizers.schedules.ExponentialDecay(1.0, 1, 1.0)
+    dense, optimizer = built(layers.Dense(1), 3), keras.optimizers.SGD(schedule)
+
+    @hl.function
+    def step():
+        hl.minimize(lambda: ops.sum(dense.bias), dense.bias, optimizer)
+
+    step()
+    schedule.initial_learning_rate = 0.5
+    message = r"optimizer\.learning_rate\.initial_learning_rate has changed from 1\.0 to 0\.5.*cannot be a variable"
+    with pytest.warns(RetraceWarning, match=message):
+        step()
+    close(dense.bias, [-1.5])
+
+
 class Counting:
     def __init__(self):
-        self.count, self.shown, self.seen, self.cache, self.stats = 0, 0, [], None, {"steps": 0}
+        self.count, self.shown, self.seen, self.cache, self.stats = 0, 0, [], None, {"steps": 0, "shown": 0}
+        self.weight = 8.0
 
     def every_third(self, x):
         self.count += 1
@@ -260,20 +322,43 @@ class Counting:
         self.stats["steps"] += 1
         return x * (self.stats["steps"] > 2)
 
+    def in_one_line(self, x):
+        self.count += 1; return x * min(1, self.count / 8)  # fmt: skip  # noqa: E702
+
+    def by_key_in_one_line(self, x):
+        self.stats["steps"] += 1; return x * (1 if self.stats["steps"] % 2 else 0)  # fmt: skip  # noqa: E702
+
+    def halved(self, x):
+        self.weight *= 0.5
+        return x * self.weight
+
     def harmless(self, x):
         self.last_size = x.shape[0]
         self.seen.append(x.shape)
         self.shown += 1
+        self.stats["shown"] = self.stats["shown"] + 1
         if self.cache is None:
             self.cache = ops.convert_to_numpy(np.ones(3)).sum()
         return x * self.cache / self.last_size
 
 
-@pytest.mark.parametrize(("method", "path"), [("every_third", "self.count"), ("by_key", r"self\.stats\['steps'\]")])
-def test_function_tells_of_a_number_that_it_counts_up(method, path):
-    with pytest.warns(HandloomWarning, match=rf"{path} from 0 .*assign_add\(1\).*keras\.ops\.cond.*HL140") as told:
+COUNTING = {
+    "every_third": ("self.count", "0", "+= 1"),
+    "by_key": ("self.stats['steps']", "0", "+= 1"),
+    "in_one_line": ("self.count", "0", "+= 1"),
+    "by_key_in_one_line": ("self.stats['steps']", "0", "+= 1"),
+    "halved": ("self.weight", "8.0", "*= 0.5"),
+}
+
+
+@pytest.mark.parametrize("method", COUNTING)
+def test_function_tells_of_a_number_that_it_changes_and_reads(method):
+    path, before, update = COUNTING[method]
+    variable = re.escape(f"{path} = keras.Variable({before}, trainable=False)")
+    message = rf"{re.escape(path)} from {before} to .*{variable}.*by {re.escape(path)}\.assign\(.*HL140"
+    with pytest.warns(HandloomWarning, match=message) as told:
         hl.function(getattr(Counting(), method))(ones(2))
-    assert "+= 1" in _line(told[0])
+    assert update in _line(told[0])
 
 
 def test_function_tells_of_a_variable_of_an_enclosing_function_if_it_reads_the_count():
