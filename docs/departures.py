@@ -15,7 +15,8 @@ HEAD = """# Departures from Keras
 
 `hl.Model` is a `keras.Model`: what is not on this page is as in Keras. Each difference below is on purpose. It names
 the tests of Handloom that hold it and, where there are some, the tests of Keras itself that show it: `make keras-tests`
-runs Keras's own tests on `hl.Model`, and fails if any other test fails, or one of these passes.
+runs Keras's own tests on `hl.Model`, and fails if any other test fails, or one of these passes;
+[keras_tests.md](keras_tests.md) has the counts.
 
 This page is generated from `docs/departures.toml`: `make departures`.
 """
