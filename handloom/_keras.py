@@ -21,9 +21,8 @@ internal, so that a change in Keras shows there and not at a user's.
 | `Optimizer._trainable_variables` | the variables that `apply` updates when it is given gradients only |
 | `Optimizer._variables`, `_iterations`, `_tracker`, `_track_variable` | the slots, to add some in their order |
 | `Optimizer._learning_rate` | copies of an optimizer share it; a compiled step looks whether it is still the same |
-| `global_seed_generator` | it must exist before a step is traced, as any variable must |
 | `global_state` | to leave all scopes; to forget a variable whose initializer failed: later scopes would try again |
-| `GLOBAL_SEED_GENERATOR`, `GLOBAL_RANDOM_SEED` | what `set_random_seed` sets; that imports TensorFlow on any backend |
+| `GLOBAL_SEED_GENERATOR`, `GLOBAL_RANDOM_SEED` | what `set_random_seed` sets; to make the generator before a trace |
 | `seed_generator` | where Keras draws default seeds from Python's random numbers: a step may, its user may not |
 | `python_utils` | in 3.13, `get_metrics_result` makes Python numbers of results by it: whose they are would be lost |
 | `Layer._seed_generators` | the generators of dropout and noise, to seed them for a run |
@@ -32,6 +31,7 @@ internal, so that a change in Keras shows there and not at a user's.
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -71,7 +71,6 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope as get_
 from keras.src.models.functional import Functional as Functional  # noqa: E402
 from keras.src.random import seed_generator as seed_generator  # noqa: E402
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR  # noqa: E402
-from keras.src.random.seed_generator import global_seed_generator as global_seed_generator  # noqa: E402
 from keras.src.utils import python_utils as python_utils  # noqa: E402
 from keras.src.utils.rng_utils import GLOBAL_RANDOM_SEED  # noqa: E402
 
@@ -151,6 +150,19 @@ def has_own_build(layer: Layer) -> bool:
 def seed_generators_of(layer: Layer) -> list[keras.random.SeedGenerator]:
     """The seed generators of a layer itself, in the order of their creation."""
     return list(layer._seed_generators)
+
+
+def global_seed_generator() -> keras.random.SeedGenerator:
+    """Keras's global seed generator, which is made if it does not exist.
+
+    Keras seeds it by a number of Python's random generator. Here that number is seen but not drawn: what is built later
+    gets the seeds that it gets in Keras, where the generator is made only if it is used.
+    """
+    if global_state.get_global_attribute(GLOBAL_SEED_GENERATOR) is None:
+        copy = random.Random()
+        copy.setstate(random.getstate())
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, keras.random.SeedGenerator(copy.randint(1, 10**9)))
+    return global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
 
 
 def seed_keras(seed: int) -> None:

@@ -208,7 +208,10 @@ def test_global_seed_generator_draws_unseeded_numbers():
     assert _keras.global_seed_generator() is generator
     assert (generator.state.numpy() != before).any()
     keras.utils.set_random_seed(1)
-    assert _keras.global_seed_generator() is not generator
+    made = _keras.global_seed_generator()
+    assert made is not generator
+    keras.utils.set_random_seed(1)
+    close(made.state, keras.random.SeedGenerator().state)  # The seed that Keras would have drawn, which is not used up.
 
 
 def test_forget_uninitialized_lets_scopes_work_after_a_failed_initializer():

@@ -7,9 +7,10 @@ that of batches only read.
 """
 
 import copy
-import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
+
+import numpy as np
 
 from handloom._data.position import Position, check_state, differences
 from handloom._data.sources import Batch, source_of
@@ -35,7 +36,7 @@ class Feed:
         batch_size: Examples in a batch; for arrays and tables only. 32 by default.
         shuffle: Whether to draw a new order for each epoch; for arrays and tables (by example) and `PyDataset`s (by
             batch). The order depends on `seed` and the epoch alone.
-        seed: Seed of the order; `None` to draw one from Python's random numbers.
+        seed: Seed of the order; `None` to draw one from NumPy's random numbers.
         drop_remainder: Whether to drop a last batch smaller than the others; for arrays and tables only.
 
     Yields:
@@ -64,7 +65,7 @@ class Feed:
         drop_remainder: bool = False,
     ) -> None:
         self._source = source_of(data, batch_size, shuffle, drop_remainder)
-        self._source.seed = random.randint(0, 2**31 - 1) if seed is None else seed
+        self._source.seed = int(np.random.randint(2**31 - 1)) if seed is None else seed
         self._any_seed = seed is None
         self._at = Position()
         self._check: Callable[[Any], None] | None = None

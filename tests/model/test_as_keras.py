@@ -268,6 +268,29 @@ def test_fit_evaluate_and_batch_logs_order_their_values_as_keras_does():
     assert seen[1][0][:2] == ["accuracy", "loss"]
 
 
+class MadeInBuild(layers.Layer):
+    """Makes a layer when it is built, which is built at its first call."""
+
+    def build(self, _):
+        self.inner = layers.Dense(2)
+
+    def call(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_fit_initializes_layers_that_it_builds_as_keras_does(shuffle, eagerly):
+    kernels = []
+    for cls in (keras.Sequential, hl.Sequential):
+        keras.utils.set_random_seed(1)
+        model = compiled(cls([MadeInBuild(), layers.Dense(1)]), keras.optimizers.SGD(0.0))
+        model.fit(X, Y, shuffle=shuffle, epochs=1, verbose=0)
+        later = layers.Dense(1)  # Its seed is the next one.
+        later.build((None, 2))
+        kernels.append([model.layers[0].inner.kernel, later.kernel])
+    each_close(*kernels)
+
+
 # ------------------------------------------------------------------ where Keras differs between backends or methods
 
 
