@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 from handloom._keras import Layer, Tensor, Variable, get_keras_mask, keras, layers_of
 from handloom._trace.loss_weight import SUM, Weight
 from handloom._trace.observe import Observer, innermost, observing
+from handloom._util.first_few import first_few
 from handloom.backends import backend
 
 ops = keras.ops
@@ -153,9 +154,8 @@ class UncountedLosses(Observer):
             layers = [layer for layer in layers if any(id(variable) in self._updated for variable in layer.variables)]
         variables = [variable for key, variable in self._updated.items() if key not in counted]
         regularized = [variable.path for variable in variables if variable.regularizer is not None]
-        return [f"the losses added by {layer.name!r}" for layer in layers] + [
-            f"the regularizer of {path!r}" for path in regularized
-        ]
+        parts = {"the losses added by": [layer.name for layer in layers], "the regularizer of": regularized}
+        return [f"{what} {first_few([*map(repr, names)], 3)}" for what, names in parts.items() if names]
 
 
 class InnerLosses(Observer):

@@ -117,6 +117,6 @@ def warn_of_unused(step: str, mark: str) -> None:
     elif mark.startswith(("the losses added by", "the regularizer of")):
         warn(
             f"HL253: {step} does not use {mark}.",
-            "It is part of no loss that the step minimizes.",
+            "No loss that the step minimizes includes that.",
             "Use minimize(), which includes it, or add sum(layer.losses) to the loss.",
         )

@@ -7,6 +7,7 @@ from keras import layers, ops
 
 import handloom as hl
 from handloom.errors import HandloomWarning
+from tests.models import sequential
 from tests.numbers import close, ones
 
 TOKENS, TARGETS = np.array([[1, 2, 0], [3, 0, 0], [4, 1, 2]], "int32"), ones(3, 3, 1)
@@ -114,6 +115,21 @@ def test_function_that_does_not_train_or_uses_everything_is_not_warned_of():
     hl.function(lambda x, y: ops.mean((model(x) - y) ** 2))(TOKENS, TARGETS)
     hl.function(weighed)(TOKENS, TARGETS)
     hl.function(weighed)(TOKENS, TARGETS, WEIGHTS)
+
+
+def test_fit_names_the_penalties_that_it_forgets_in_one_warning():
+    model = sequential(*(layers.Dense(2, kernel_regularizer="l2", name=name) for name in "abcde"))
+    optimizer = keras.optimizers.SGD(0.1)
+
+    def step(x, y):
+        loss, gradients = hl.value_and_grad(lambda: ops.mean(model(x) - y), model)()
+        optimizer.apply(gradients, model.trainable_variables)
+        return {"loss": loss}
+
+    words = "does not use the regularizer of 'a/kernel', 'b/kernel', 'c/kernel' and 2 more.*HL253"
+    with pytest.warns(HandloomWarning, match=words) as told:
+        hl.fit(step, (ones(4, 3), ones(4, 2)), verbose=0)
+    assert len(told) == 1
 
 
 def test_fit_of_a_part_with_the_penalties_of_the_rest_is_not_warned_of():
