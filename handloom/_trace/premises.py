@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
-from handloom._trace.python_state import PythonState, Value
+from handloom._trace.python_state import PythonState
+from handloom._trace.python_value import Value
 from handloom._util.findings import warn
 from handloom.backends import backend
 from handloom.errors import RetraceWarning

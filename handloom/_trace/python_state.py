@@ -4,7 +4,6 @@ A compiled function holds them as constants. They are found in the code of the f
 functions and classes that it names, without running it; so some are found that it does not read.
 """
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -12,7 +11,7 @@ import sys
 import types
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -26,11 +25,11 @@ from handloom._keras import (
     trained_by,
     trained_in,
 )
+from handloom._trace.python_value import COLLECTIONS, Value, contents_of, element_of, is_plain
 from handloom._util.codes import Names, Place
 from handloom._util.source_line import is_users
 from handloom.backends import backend
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 _CODE = (types.MethodType, types.ModuleType, type, types.BuiltinFunctionType)
 _HOLDERS = ("SimpleNamespace", "Namespace")
 _CALLED_BY_OTHERS = {
@@ -41,94 +40,8 @@ _KINDS = (
     *(keras.optimizers.schedules.LearningRateSchedule, keras.Regularizer, keras.constraints.Constraint),
     *(keras.Loss, keras.Metric),
 )
-_COLLECTIONS = (list, tuple, set, frozenset, deque)
 _MOST = 100  # Of the elements of a collection or dict that are held one by one.
-_MOST_PLAIN = 1000  # Of plain elements.
 _MOST_BYTES = 2**14  # Of an array, which is compared at each step.
-
-
-class Value(NamedTuple):
-    """A value, where it is held.
-
-    Attributes:
-        get: Takes the holder, the name and a default: `getattr` or `dict.get`.
-        holder: What holds it.
-        name: Its name there.
-        path: What the user writes to get it.
-        value: The value itself; of a list of plain values a copy.
-        can_be_variable: Whether a variable can take its place: not where Keras reads a number, nor in a metric, whose
-            variables Keras resets.
-    """
-
-    get: Callable[[Any, Any, Any], Any]
-    holder: Any
-    name: Any
-    path: str
-    value: Any
-    can_be_variable: bool = True
-
-    @property
-    def key(self) -> tuple[int, Any]:
-        return id(self.holder), self.name
-
-    @property
-    def last_name(self) -> str:
-        """The last name in its path: that of an attribute, a variable or a key."""
-        return self.path.translate(_WITHOUT_BRACKETS).rpartition(".")[2]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is known by its value; otherwise by its identity."""
-        return _is_plain(self.value)
-
-    @property
-    def is_contents(self) -> bool:
-        """Whether it is what an array contains, rather than what something holds."""
-        return self.get is _contents
-
-    @property
-    def shown(self) -> str:
-        """The value as text: a plain one in full."""
-        if self.is_contents:
-            array = np.frombuffer(self.value, self.holder.dtype).reshape(self.holder.shape)
-            return np.array2string(array, threshold=6, separator=", ")
-        return repr(self.value) if _is_plain(self.value) else f"a {type(self.value).__name__}"
-
-    @property
-    def now(self) -> "Value":
-        """The same with the value that is there now."""
-        return self._replace(value=self.present)
-
-    @property
-    def is_number(self) -> bool:
-        return isinstance(self.value, (int, float)) and not isinstance(self.value, bool)
-
-    @property
-    def has_other_elements(self) -> bool:
-        """Whether it is a list that has as many elements as before: it is no collection of what has happened."""
-        both = isinstance(self.value, (list, tuple)) and isinstance(self.present, (list, tuple))
-        return both and len(self.value) == len(self.present)
-
-    @property
-    def present(self) -> Any:
-        """What is there now."""
-        with contextlib.suppress(ValueError):  # A variable of a function that has no value yet.
-            return self.get(self.holder, self.name, None)
-        return None
-
-    @property
-    def is_made_now(self) -> bool:
-        """Whether there is an object now where there was nothing: it stays, unlike what is counted or collected."""
-        is_empty = isinstance(self.value, list) and not self.value
-        return self.value is None or (is_empty and not self.now.is_plain)
-
-    @property
-    def has_changed(self) -> bool:
-        """Whether another value is there now."""
-        now = self.present
-        with contextlib.suppress(ValueError):  # An array in place of a list.
-            return bool(now != self.value) if self.is_plain and _is_plain(now) else now is not self.value
-        return True
 
 
 class PythonState:
@@ -168,17 +81,17 @@ class PythonState:
 
     def place(self, value: Value) -> Place | None:
         """Where the code names a value, or else what holds it."""
-        parts = reversed(value.path.translate(_WITHOUT_BRACKETS).split("."))
+        parts = reversed(value.path_parts)
         return next((self.names.read[part][0] for part in parts if part in self.names.read), None)
 
     def _hold(self, get: Callable[..., Any], holder: Any, name: Any, path: str, variable: bool = True) -> None:
         value = Value(get, holder, name, path, None).present
-        if isinstance(value, _COLLECTIONS) and _is_plain(value):
-            value = next(kind(value) for kind in _COLLECTIONS if isinstance(value, kind))
+        if isinstance(value, COLLECTIONS) and is_plain(value):
+            value = next(kind(value) for kind in COLLECTIONS if isinstance(value, kind))
         found = Value(get, holder, name, path, value, variable)
         if not (variable and isinstance(value, _CODE)):
             self.values.setdefault(found.key, found)
-        if not _is_plain(value):
+        if not is_plain(value):
             self._visit(path, value)
 
     def _visit(self, path: str, thing: Any) -> None:
@@ -186,8 +99,8 @@ class PythonState:
             self._hold(dict.get, *trainable_in(thing), f"{path}.trainable")
         elif isinstance(thing, np.ndarray):
             if thing.nbytes <= _MOST_BYTES and not thing.dtype.hasobject:
-                self._hold(_contents, thing, "", path)
-        elif not (id(thing) in self._seen or _is_plain(thing) or backend.is_array(thing)):
+                self._hold(contents_of, thing, "", path)
+        elif not (id(thing) in self._seen or is_plain(thing) or backend.is_array(thing)):
             self._seen[id(thing)] = path, thing
             self._look_into(path, thing)
 
@@ -197,7 +110,7 @@ class PythonState:
                 self._objects[id(thing)] = path, thing
         elif isinstance(thing, types.FunctionType):
             self._function(thing)
-        elif isinstance(thing, (dict, *_COLLECTIONS)):
+        elif isinstance(thing, (dict, *COLLECTIONS)):
             self._elements(path, thing)
         elif isinstance(thing, keras.Layer):
             self._layer(path, thing)
@@ -223,7 +136,7 @@ class PythonState:
     def _defaults(self, function: types.FunctionType) -> None:
         names, defaults = function.__code__.co_varnames[: function.__code__.co_argcount], function.__defaults__ or ()
         for index, name in enumerate(names[len(names) - len(defaults) :]):
-            self._hold(_element, defaults, index, name)
+            self._hold(element_of, defaults, index, name)
         for name in function.__kwdefaults__ or {}:
             self._hold(dict.get, function.__kwdefaults__, name, name)
 
@@ -234,22 +147,22 @@ class PythonState:
         if len(thing) > _MOST:
             return
         if isinstance(thing, dict):
-            for key in [key for key, element in thing.items() if not _is_plain(element)]:
+            for key in [key for key, element in thing.items() if not is_plain(element)]:
                 self._hold(dict.get, thing, key, f"{path}[{key!r}]")
         elif isinstance(thing, (list, deque)):
             for index in range(len(thing)):
-                self._hold(_element, thing, index, f"{path}[{index}]")
+                self._hold(element_of, thing, index, f"{path}[{index}]")
         else:
             for index, element in enumerate(thing):
-                if isinstance(element, _COLLECTIONS):
-                    self._hold(_element, thing, index, f"{path}[{index}]")
+                if isinstance(element, COLLECTIONS):
+                    self._hold(element_of, thing, index, f"{path}[{index}]")
                 else:
                     self._visit(f"{path}[{index}]", element)
 
     def _plain_elements(self, path: str, thing: dict[Any, Any]) -> None:
         """Those whose keys the code names; if it names none, it may go through all."""
         for key in [key for key in thing if key in self.names.read] or (thing if len(thing) <= _MOST else ()):
-            if _is_plain(thing[key]):
+            if is_plain(thing[key]):
                 self._hold(dict.get, thing, key, f"{path}[{key!r}]")
 
     def _layer(self, path: str, layer: Any) -> None:
@@ -311,28 +224,11 @@ class PythonState:
                     self._of_class(path, thing, name, vars(kind)[name])
 
     def _of_class(self, path: str, thing: Any, name: str, found: Any) -> None:
-        if _is_plain(found) or inspect.ismemberdescriptor(found):
+        if is_plain(found) or inspect.ismemberdescriptor(found):
             self._hold(getattr, thing, name, f"{path}.{name}")
         for part in (found, *_parts(found)):
             if isinstance(part, types.FunctionType):
                 self._visit(path, part)
-
-
-def _element(elements: Sequence[Any], index: int, default: Any) -> Any:
-    return elements[index] if index < len(elements) else default
-
-
-def _contents(array: np.ndarray, *_: Any) -> bytes:
-    return array.tobytes()
-
-
-_WITHOUT_BRACKETS = str.maketrans({"[": ".", "]": None, "'": None})
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, _COLLECTIONS):
-        return len(value) <= _MOST_PLAIN and all(isinstance(each, _PLAIN) for each in value)
-    return isinstance(value, _PLAIN)
 
 
 def _parts(thing: Any) -> list[Any]:
