@@ -177,7 +177,7 @@ class Model(keras.Model):
         Returns:
             The values to report, by name.
         """
-        x, y, sample_weight = self._unpacked(data)
+        x, y, sample_weight = _unpacked(self, data)
 
         def loss_fn() -> tuple[Tensor, Any]:
             y_pred = self(x, training=True)  # Even if `call` does not take it, because the layers inside get it.
@@ -190,7 +190,7 @@ class Model(keras.Model):
     @also_with_state
     def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates on one batch, as `train_step` without training. Override it for a step of your own."""
-        x, y, sample_weight = self._unpacked(data)
+        x, y, sample_weight = _unpacked(self, data)
         y_pred = self(x, training=False)
         # Noted here too: a subclass may have its own `compute_loss`.
         loss = noted(lambda: default_loss(self, x, y, y_pred, sample_weight, training=False))
@@ -201,12 +201,6 @@ class Model(keras.Model):
     def predict_step(self, data: Any) -> Any:
         """Returns the outputs of the model for one batch. Override it for a step of your own."""
         return self(unpacked(data)[0], training=False)
-
-    def _unpacked(self, data: Any) -> Any:
-        parts = unpacked(data)
-        if type(self).compute_loss is Model.compute_loss:
-            check_targets(self, parts[1])
-        return parts
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -426,6 +420,13 @@ class Model(keras.Model):
 @keras.saving.register_keras_serializable("handloom")
 class Sequential(Model, keras.Sequential):
     """A `keras.Sequential` that trains with Handloom's loop; see `hl.Model`."""
+
+
+def _unpacked(model: Model, data: Any) -> Any:
+    parts = unpacked(data)
+    if type(model).compute_loss is Model.compute_loss:
+        check_targets(model, parts[1])
+    return parts
 
 
 def _weights(model: Model, weights: str | None) -> contextlib.AbstractContextManager[None]:
