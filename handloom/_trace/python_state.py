@@ -149,15 +149,13 @@ class PythonState:
         if isinstance(thing, dict):
             for key in [key for key, element in thing.items() if not is_plain(element)]:
                 self._hold(dict.get, thing, key, f"{path}[{key!r}]")
-        elif isinstance(thing, (list, deque)):
-            for index in range(len(thing)):
+            return
+        for index, element in enumerate(thing):
+            # A tuple keeps its elements, but a list among them may change; the elements of a set cannot.
+            if isinstance(thing, (list, deque)) or (isinstance(thing, tuple) and isinstance(element, COLLECTIONS)):
                 self._hold(element_of, thing, index, f"{path}[{index}]")
-        else:
-            for index, element in enumerate(thing):
-                if isinstance(element, COLLECTIONS):
-                    self._hold(element_of, thing, index, f"{path}[{index}]")
-                else:
-                    self._visit(f"{path}[{index}]", element)
+            else:
+                self._visit(f"{path}[{index}]", element)
 
     def _plain_elements(self, path: str, thing: dict[Any, Any]) -> None:
         """Those whose keys the code names; if it names none, it may go through all."""

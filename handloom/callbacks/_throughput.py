@@ -12,9 +12,9 @@ class Throughput(Stateful, keras.callbacks.Callback):
     """Adds the speed of each epoch to its reports.
 
     `steps_per_second` and `examples_per_second` (by the first axis of the first array in a batch) count the time of
-    training alone, without validation and compilation. `data_wait` is the share of that time, from 0 to 1, in
-    which the loop waited for its next batch; the device may have been busy meanwhile. The callback reads the clock at
-    each step, but never waits for the device: at the end of an epoch the results are there.
+    training alone, without validation and compilation. `data_wait` is the share of that time, from 0 to 1, in which the
+    loop waited for its next batch; the device may have been busy meanwhile. The callback reads the clock at each step,
+    but never waits for the device: at the end of an epoch the results are there.
 
     The callbacks after this one, the history, the log and the display see these values, so give it first.
     """

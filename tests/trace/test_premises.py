@@ -146,6 +146,11 @@ def test_function_heeds_an_object_that_is_replaced_in_a_list():
     assert len(step.traces) == 2
 
 
+def test_function_reads_a_set_of_pairs():
+    pairs = {(1, 2.0), (2, 3.0)}
+    close(hl.function(lambda x: x * sum(number for _, number in pairs))(ones(2)), [5, 5])
+
+
 COLLECTIONS = {
     "a deque": (collections.deque([1.0, 2.0]), lambda items: items[0], lambda items: items.rotate()),
     "a set": ({1.0}, sum, lambda items: (items.clear(), items.add(2.0))),
