@@ -9,6 +9,7 @@ from handloom._reporting.loss_tracker import LossTracker
 from handloom._reporting.observed import StepObserver
 from handloom._reporting.totals import AllTotals, Entry
 from handloom._trace.losses import Denominator
+from handloom._trace.observe import is_of_metric
 from handloom._util.short import short
 from handloom.backends import backend
 from handloom.errors import StepError
@@ -60,7 +61,7 @@ class Results:
     def _add(self, name: str, value: Any) -> None:
         if isinstance(value, keras.Metric):
             value = self._seen.metric_result(value, value.result())
-        if isinstance(value, keras.Variable) and value.aggregation == "sum":
+        if isinstance(value, keras.Variable) and is_of_metric(value):
             value = self._seen.metric_state_read(value, value.value)
         if isinstance(value, Mapping):
             for inner, inner_value in value.items():  # As in Keras, a metric with several results reports their names.

@@ -79,7 +79,7 @@ class ReportingStep:
     def _report(self, *batch: Any) -> Report:
         """Runs the step and adds what it returns to totals. This function is compiled."""
         self._check_call(batch)
-        _check_not_empty(batch)
+        examples = _examples(batch)
         parts, weight = self._weighed(*batch)
         # In eager execution, a metric is reset right before its first update of an epoch; see also `_about_to_run`.
         seen = StepObserver(None if backend.nested else self.metrics.about_to_update, self._accumulating)
@@ -87,7 +87,7 @@ class ReportingStep:
             returned = backend.with_control_flow(self._step)(*parts)
         if self._third is not None:
             weight = self._third.sum_after()
-        return Results(self.function.__name__, returned, seen, _examples(batch), weight).report(self._totals)
+        return Results(self.function.__name__, returned, seen, examples, weight).report(self._totals)
 
     def _check_call(self, batch: tuple[Any, ...]) -> None:
         try:
@@ -298,20 +298,17 @@ def _flush(optimizer: GradientAccumulation, reached: tuple[str, ...]) -> None:
 
 
 def _examples(batch: Any) -> int:
-    """The number of examples in a batch: the length of its first array."""
-    return next(iter(_lengths(batch)), 1)
+    """The number of examples in a batch: the length of its first array.
 
-
-def _lengths(batch: Any) -> list[int]:
+    Raises:
+        DataError: All arrays are empty.
+    """
     arrays = (leaf for leaf in optree.tree_leaves(batch) if backend.is_array(leaf) and len(leaf.shape))
-    return [int(array.shape[0]) for array in arrays]
-
-
-def _check_not_empty(batch: Any) -> None:
-    lengths = _lengths(batch)
+    lengths = [int(array.shape[0]) for array in arrays]
     if lengths and not any(lengths):
         raise DataError(
             "HL445: A batch is empty: its arrays have 0 examples.",
             "It has no mean loss; nothing can be learned from it.",
             "Leave it out where the batches are made: if len(x): yield x, y.",
         )
+    return next(iter(lengths), 1)

@@ -30,11 +30,9 @@ from handloom._util.first_few import first_few
 from handloom._util.progress import Progress
 from handloom.backends import backend
 from handloom.callbacks import callback_state, restore_callback
-from handloom.checkpoint.names import named
+from handloom.checkpoint.names import KERAS_OBJECTS, named
 from handloom.distribute._strategy import check_strategy
 from handloom.errors import StepError
-
-_WITH_VARIABLES = (keras.Layer, keras.Metric, keras.optimizers.Optimizer)
 
 
 class Run:
@@ -291,9 +289,9 @@ def _owners(function: Function, lost: Iterable[Variable]) -> str:
     """What the variables belong to, as items of `state`, by the names in the step."""
     left, found = set(map(id, lost)), []
     for path, thing in sorted(PythonState(function.python_function).things, key=lambda each: len(each[0])):
-        variables = thing.variables if isinstance(thing, _WITH_VARIABLES) else ()
-        if isinstance(thing, keras.random.SeedGenerator):
-            variables = [thing.state]
+        if not isinstance(thing, KERAS_OBJECTS):
+            continue
+        variables = [thing.state] if isinstance(thing, keras.random.SeedGenerator) else thing.variables
         if not left.isdisjoint(map(id, variables)):
             left.difference_update(map(id, variables))
             name = "_".join(re.findall(r"\w+", path))

@@ -223,13 +223,17 @@ def _telling_before(event: str, original: Callable[..., Any]) -> Callable[..., A
     return call
 
 
+def is_of_metric(variable: Variable) -> bool:
+    """Whether a variable is that of a metric: only these are added up over replicas."""
+    return bool(variable.aggregation == "sum")
+
+
 def _reading(original: Callable[[Variable], Tensor]) -> Callable[[Variable], Tensor]:
     read = _telling_before("read", original)
 
     def value(self: Variable) -> Tensor:
-        # Only metrics have variables that replicas add up.
-        of_metric = self.aggregation == "sum" and not _in_metric.get() and not is_building()
-        return _replaced("metric_state_read", self, read(self)) if of_metric else read(self)
+        from_outside = is_of_metric(self) and not _in_metric.get() and not is_building()
+        return _replaced("metric_state_read", self, read(self)) if from_outside else read(self)
 
     return value
 

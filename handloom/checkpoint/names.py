@@ -13,7 +13,7 @@ from handloom.errors import ArgumentError
 Stateful: TypeAlias = Any
 """An object with methods `state()` and `restore(state)`: a feed, a callback, an object of the user's."""
 
-_KERAS_OBJECTS = (keras.Layer, keras.Metric, keras.optimizers.Optimizer, keras.random.SeedGenerator)
+KERAS_OBJECTS = (keras.Layer, keras.Metric, keras.optimizers.Optimizer, keras.random.SeedGenerator)
 
 # Attributes in which Keras keeps its own records. Their variables have another place, or belong to another object.
 _BOOKKEEPING = {
@@ -81,7 +81,7 @@ class _Walk:
         if isinstance(thing, (Mapping, list, tuple)):
             for inner_name, inner in _inside(name, thing):
                 self.visit(inner_name, inner)
-        elif isinstance(thing, (keras.Variable, *_KERAS_OBJECTS)):
+        elif isinstance(thing, (keras.Variable, *KERAS_OBJECTS)):
             self._visit_attribute(name, thing)
         elif isinstance(thing, np.ndarray):
             self._add(name, thing)
@@ -104,7 +104,7 @@ class _Walk:
                 self._optimizers.append((name, thing))
             else:
                 self._visit_optimizer(name, thing)
-        elif not isinstance(thing, _KERAS_OBJECTS):
+        elif not isinstance(thing, KERAS_OBJECTS):
             for inner_name, inner in _inside(name, thing, of.labels if of else ()):
                 self._visit_attribute(inner_name, inner, of)
         elif of is None or not isinstance(thing, keras.Layer):
